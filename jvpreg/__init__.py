@@ -1,0 +1,28 @@
+"""jvpreg: the input-output Jacobian of a Keras model, to see and to train with."""
+
+from jvpreg import callbacks, estimators, layers, probes, regularizers, rules, testing
+from jvpreg.linearization import Linearization, jvp, linearize, vjp
+from jvpreg.model import JacobianModel
+from jvpreg.registry import Pushforward, gate, linear, register_rule, scale
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "JacobianModel",
+    "Linearization",
+    "Pushforward",
+    "callbacks",
+    "estimators",
+    "gate",
+    "jvp",
+    "layers",
+    "linear",
+    "linearize",
+    "probes",
+    "register_rule",
+    "regularizers",
+    "rules",
+    "scale",
+    "testing",
+    "vjp",
+]

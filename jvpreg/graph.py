@@ -1,0 +1,205 @@
+"""The walk over a Keras graph: it runs every operation's rule once and records the frozen nodes in order."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+from keras import ops, tree
+
+from jvpreg.registry import Context, Pushforward, find_rule, linear, missing_rule_error, unwrap
+
+
+@dataclass(frozen=True)
+class Value:
+    """A primal value `(B, …)` on its way through the graph, and the slot that holds its tangent."""
+
+    primal: Any
+    slot: int
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation, frozen at `x`.
+
+    Attributes:
+        name: path of the layer within the model; a layer's second use is `name:1`, its activation `name/activation`.
+        operation: the layer or function.
+        inputs: slots of the tangents it takes.
+        output: slot of the tangent it gives.
+        pushforward: the frozen operation.
+        primal_inputs: its inputs at `x`, each `(B, …)`.
+        primal: its output at `x`, `(B, …)`.
+    """
+
+    name: str
+    operation: Any
+    inputs: tuple[int, ...]
+    output: int
+    pushforward: Pushforward
+    primal_inputs: tuple[Any, ...]
+    primal: Any
+
+
+@dataclass
+class Tracer:
+    """Runs a model once, rule by rule, and records its nodes in the order in which they ran."""
+
+    context: Context
+    nodes: list[Node] = field(default_factory=list)
+    num_slots: int = 0
+    _uses: dict[str, int] = field(default_factory=dict)
+
+    def value(self, primal) -> Value:
+        """A new value with a slot of its own."""
+        self.num_slots += 1
+        return Value(primal, self.num_slots - 1)
+
+    def run(self, operation, *args, scope: str = "", **kwargs):
+        """Runs one operation on `Value`s: a whole model is walked, anything else goes to its rule."""
+        operation = unwrap(operation)
+        if is_model(operation):
+            return self._run_model(operation, *args, scope=scope)
+        return self._run_rule(operation, args, kwargs, scope)
+
+    def _run_model(self, model, inputs, scope: str):
+        if isinstance(model, keras.Sequential):
+            value = inputs
+            for layer in model.layers:
+                value = self.run(layer, value, scope=f"{scope}{_name(layer)}/" if is_model(unwrap(layer)) else scope)
+            return value
+
+        def bind(operation):
+            nested = is_model(unwrap(operation))
+            inner = f"{scope}{_name(operation)}/" if nested else scope
+            return lambda *args, **kwargs: self.run(operation, *args, scope=inner, **kwargs)
+
+        # Private, and what `clone_model` itself runs on: Keras has no public way to run a graph with other
+        # operations that takes shared layers, nested structures and bare operations alike.
+        return model._run_through_graph(inputs, operation_fn=bind)
+
+    def _run_rule(self, operation, args, kwargs, scope: str) -> Value:
+        name = self._unique(scope + _name(operation))
+        rule = find_rule(operation)
+        if rule is None:
+            raise missing_rule_error(operation, name)
+        if getattr(operation, "quantization_mode", None) is not None:
+            raise NotImplementedError(
+                f"`{name}` is quantized ({operation.quantization_mode}), and a rounded layer has no useful Jacobian. "
+                "Linearize the model before it is quantized."
+            )
+        values = [leaf for leaf in tree.flatten((args, kwargs)) if isinstance(leaf, Value)]
+        dtype = _input_dtype(operation)
+        cast_values = [_autocast(value.primal, dtype) for value in values]
+        primals = iter(cast_values)
+        args, kwargs = tree.map_structure(
+            lambda leaf: next(primals) if isinstance(leaf, Value) else leaf, (args, kwargs)
+        )
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("training", "mask")}
+        primal, pushforward = rule.function(operation, *args, context=self.context, **kwargs)
+        slots = tuple(value.slot for value in values)
+        value = self._record(name, operation, slots, tuple(cast_values), primal, pushforward)
+        activation = getattr(operation, rule.activation) if rule.activation else None
+        if activation is not None and activation is not keras.activations.linear:
+            value = self._run_activation(activation, value, f"{name}/activation")
+        _record_activity_loss(operation, value.primal)
+        return value
+
+    def _run_activation(self, activation, value: Value, name: str) -> Value:
+        rule = find_rule(activation)
+        if rule is None:
+            raise missing_rule_error(activation, name)
+        primal, pushforward = rule.function(activation, value.primal, context=self.context)
+        return self._record(name, activation, (value.slot,), (value.primal,), primal, pushforward)
+
+    def _record(self, name, operation, slots, primal_inputs, primal, pushforward) -> Value:
+        value = self.value(primal)
+        self.nodes.append(Node(name, operation, slots, value.slot, pushforward, primal_inputs, primal))
+        return value
+
+    def _unique(self, name: str) -> str:
+        uses = self._uses.get(name, 0)
+        self._uses[name] = uses + 1
+        return f"{name}:{uses}" if uses else name
+
+
+def is_model(operation) -> bool:
+    """Whether an operation is a graph of others: a Sequential or functional model with Keras' own `call`."""
+    graph = isinstance(operation, (keras.Sequential, keras.Function))
+    return graph and type(operation).call.__module__.split(".")[0] == "keras"
+
+
+def standardize_inputs(model, x) -> list:
+    """The model's inputs as a flat list of tensors, in the order of `model.inputs`.
+
+    Raises:
+        ValueError: a shape does not fit.
+    """
+    if isinstance(model, keras.Function):
+        # Private, and what `Functional.call` runs first: it takes lists, tuples and dicts by name.
+        inputs = model._standardize_inputs(x) if hasattr(model, "_standardize_inputs") else tree.flatten(x)
+        expected = model.inputs
+    else:
+        inputs = [ops.convert_to_tensor(leaf) for leaf in tree.flatten(x)]
+        expected = model.inputs if isinstance(model, keras.Sequential) else [None] * len(inputs)
+    for i, (tensor, spec) in enumerate(zip(inputs, expected, strict=True)):
+        if spec is not None and not _compatible(tensor.shape, spec.shape):
+            raise ValueError(
+                f"Invalid value for argument `x`{f' (input {i})' if len(inputs) > 1 else ''}. Expected shape "
+                f"{_readable(spec.shape)}, as input `{spec.name}` of `{model.name}` has. "
+                f"Received: x with shape {_readable(tensor.shape)}."
+            )
+    return inputs
+
+
+def trace(model, inputs: Sequence, context: Context) -> tuple[Tracer, list[Value], Any]:
+    """Runs `model` once on the flat list of `inputs` `(B, …)`.
+
+    Returns:
+        The tracer with its nodes, the values of the inputs, and the output values in the model's own structure.
+    """
+    tracer = Tracer(context)
+    values = [tracer.value(tensor) for tensor in inputs]
+    if isinstance(model, keras.Function):
+        outputs = tracer.run(model, values)
+    else:
+        outputs = tracer.run(model, *values)
+    # A functional model with one output returns it bare, as Keras does.
+    if isinstance(outputs, (list, tuple)) and len(outputs) == 1:
+        outputs = outputs[0]
+    return tracer, values, outputs
+
+
+def _compatible(shape, expected) -> bool:
+    pairs = zip(shape, expected, strict=False)
+    return len(shape) == len(expected) and all(a is None or b is None or a == b for a, b in pairs)
+
+
+def _readable(shape) -> str:
+    return "(" + ", ".join(["B", *("?" if size is None else str(size) for size in tuple(shape)[1:])]) + ")"
+
+
+def _name(operation) -> str:
+    return getattr(operation, "name", None) or getattr(operation, "__name__", repr(operation))
+
+
+def _input_dtype(operation) -> str | None:
+    """The dtype to which a layer casts its inputs (mixed precision), or None."""
+    casts = isinstance(operation, keras.Layer) and operation.autocast
+    return operation.compute_dtype if casts else None
+
+
+def _autocast(primal, dtype):
+    floating = keras.backend.is_float_dtype(keras.backend.standardize_dtype(primal.dtype))
+    return ops.cast(primal, dtype) if dtype is not None and floating else primal
+
+
+def _record_activity_loss(operation, primal) -> None:
+    """What `Layer.__call__` does with an activity regularizer: its loss a batch, divided by the batch's size."""
+    regularizer = getattr(operation, "activity_regularizer", None)
+    if regularizer is not None:
+        loss = regularizer(primal)
+        operation.add_loss(loss / ops.cast(ops.shape(primal)[0], loss.dtype))
+
+
+__all__ = ["Node", "Tracer", "Value", "is_model", "linear", "standardize_inputs", "trace"]

@@ -1,0 +1,91 @@
+"""A penalty on the Jacobian of one block, inside any model."""
+
+from collections.abc import Sequence
+
+import keras
+from keras import ops, tree
+
+from jvpreg.linearization import linearize
+from jvpreg.registry import register_wrapper
+from jvpreg.regularizers.base import JacobianRegularizer, penalties, requests
+
+
+@keras.saving.register_keras_serializable(package="jvpreg")
+class JacobianPenalty(keras.layers.Layer):
+    """Computes what `block` computes and, in training, adds penalties on its Jacobian through `add_loss`.
+
+    Works inside any model and in a custom training loop that adds `model.losses`. Outside training it costs
+    nothing: a layer cannot tell evaluation from prediction. Labels are not seen by a layer, so regularizers get None.
+
+    Args:
+        block: a functional or Sequential model, or a layer that has a rule.
+        regularizers: from `jvpreg.regularizers`, or your own.
+        seed: of the random directions.
+        **kwargs: of `keras.Layer`: `name`.
+
+    Example:
+
+    >>> import keras, jvpreg
+    >>> block = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8, activation="tanh")])
+    >>> layer = jvpreg.layers.JacobianPenalty(block, [jvpreg.regularizers.JacobianNorm(0.1)])
+    >>> y = layer(keras.ops.ones((4, 8)), training=True)
+    >>> len(layer.losses)
+    1
+    """
+
+    def __init__(
+        self,
+        block: keras.Layer,
+        regularizers: Sequence[JacobianRegularizer],
+        seed: int | None = None,
+        **kwargs,
+    ):
+        super().__init__(**{"autocast": False, "dtype": block.dtype_policy, **kwargs})
+        self.block = block
+        self.regularizers = tuple(regularizers)
+        self.seed = seed
+        self._seed_generator = keras.random.SeedGenerator(seed)
+
+    def build(self, input_shape):
+        """Builds the block."""
+        if not self.block.built:
+            self.block.build(input_shape)
+
+    def call(self, inputs, training=None):
+        """What the block computes."""
+        symbolic = any(isinstance(x, keras.KerasTensor) for x in tree.flatten(inputs))
+        if not training or symbolic or not self.regularizers:
+            return _call(self.block, inputs, training)
+        linearization = linearize(self.block, inputs, training=True)
+        seen = linearization.inputs[0] if len(linearization.inputs) == 1 else linearization.inputs
+        asked = requests(self.regularizers, seen, linearization.outputs, None, self._seed_generator)
+        for request, penalty in zip(asked, penalties(linearization, asked, None), strict=True):
+            self.add_loss(request.regularizer.strength * ops.mean(penalty))
+        return linearization.outputs
+
+    def compute_output_shape(self, input_shape):
+        """The block's."""
+        return self.block.compute_output_shape(input_shape)
+
+    def get_config(self):
+        """The block and its regularizers."""
+        return {
+            **super().get_config(),
+            "block": keras.saving.serialize_keras_object(self.block),
+            "regularizers": [keras.saving.serialize_keras_object(r) for r in self.regularizers],
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        """The layer that `get_config` described."""
+        parts = {key: keras.saving.deserialize_keras_object(config[key]) for key in ("block", "regularizers")}
+        return cls(**{**config, **parts})
+
+
+register_wrapper(JacobianPenalty, lambda layer: layer.block)
+
+
+def _call(block, inputs, training):
+    takes_training = "training" in block._call_signature.parameters
+    return block(inputs, training=training) if takes_training else block(inputs)

@@ -1,0 +1,329 @@
+"""`JacobianModel`: a Keras model that is trained with penalties on its Jacobian, through plain `compile` and `fit`."""
+
+import contextlib
+import math
+import threading
+from collections.abc import Sequence
+
+import keras
+from keras import ops, tree
+
+from jvpreg.linearization import Linearization, linearize
+from jvpreg.registry import register_wrapper
+from jvpreg.regularizers.base import JacobianRegularizer, penalties, requests
+
+
+@keras.saving.register_keras_serializable(package="jvpreg")
+class JacobianModel(keras.Model):
+    """Wraps a model so that `compile` takes Jacobian regularizers. It computes just what the model computes.
+
+    In a training step the model runs once, and that run serves the outputs, the loss and every penalty; batch
+    statistics are updated once, dropout masks are shared. The weights are the model's own: `model.base` is the plain
+    model, trained, to deploy.
+
+    Args:
+        base: a functional or Sequential Keras model.
+        seed: of the random directions.
+        **kwargs: of `keras.Model`: `name`.
+
+    Raises:
+        NotImplementedError: `base` has no graph, or a layer without a rule (when it is first trained).
+        ValueError: `base` is not a model.
+
+    Example:
+
+    >>> import keras, numpy as np, jvpreg
+    >>> base = keras.Sequential([keras.Input((8,)), keras.layers.Dense(16, activation="relu"), keras.layers.Dense(3)])
+    >>> model = jvpreg.JacobianModel(base)
+    >>> model.compile(
+    ...     loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    ...     jacobian_regularizers=[jvpreg.regularizers.JacobianNorm(0.01)])
+    >>> history = model.fit(np.ones((32, 8)), np.zeros(32), verbose=0)
+    >>> sorted(history.history)
+    ['jacobian_norm', 'loss']
+    """
+
+    def __init__(self, base: keras.Model, seed: int | None = None, **kwargs):
+        if not isinstance(base, keras.Model) or isinstance(base, JacobianModel):
+            raise ValueError(
+                "Invalid value for argument `base`. Expected a plain Keras model. "
+                f"Received: base={base!r} (of type {type(base).__name__})"
+            )
+        # `base` casts its own inputs; a second cast here would round what it is given.
+        super().__init__(**{"autocast": False, "dtype": base.dtype_policy, **kwargs})
+        self.base = base
+        self.seed = seed
+        self.jacobian_regularizers: tuple[JacobianRegularizer, ...] = ()
+        self._training_seed = keras.random.SeedGenerator(seed)
+        # Evaluation draws from a generator of its own: validating must not change what is trained.
+        self._evaluation_seed = keras.random.SeedGenerator(seed)
+        self._step = self.add_weight(
+            shape=(), initializer="zeros", dtype="int32", trainable=False, name="jacobian_step", autocast=False
+        )
+        self._running = _RunningStep()
+        self._trackers: list[PenaltyTracker] = []
+        self.built = base.built
+
+    def call(self, inputs, training=None):
+        """What the base model computes; inside a step with penalties, by way of its linearization."""
+        if self._running.penalized and not any(isinstance(x, keras.KerasTensor) for x in tree.flatten(inputs)):
+            self._running.linearization = linearize(self.base, inputs, training=bool(training))
+            return self._running.linearization.outputs
+        return self.base(inputs, training=training)
+
+    def compute_output_shape(self, input_shape):
+        """The base model's."""
+        return self.base.compute_output_shape(input_shape)
+
+    def compile(
+        self,
+        *args,
+        jacobian_regularizers: Sequence[JacobianRegularizer] = (),
+        jacobian_interval: int = 1,
+        jacobian_fraction: float = 1.0,
+        jacobian_evaluate: bool = True,
+        **kwargs,
+    ):
+        """As `keras.Model.compile`, with penalties on the Jacobian.
+
+        Args:
+            *args: of `keras.Model.compile`.
+            jacobian_regularizers: from `jvpreg.regularizers`, or your own; an empty list trains the plain model.
+            jacobian_interval: the penalties are computed every k-th step, times k: unbiased, and cheaper.
+            jacobian_fraction: the part of each batch, drawn at random, on which they are computed: unbiased too.
+            jacobian_evaluate: whether `evaluate` reports the penalties and counts them in its loss, as Keras does
+                with its own regularizers. If not, it costs nothing extra. `predict` never does.
+            **kwargs: of `keras.Model.compile`.
+
+        Raises:
+            ValueError: an argument is out of its range, or two regularizers share a name.
+
+        `sample_weight` (and `class_weight`) of shape `(B,)` weigh an example's penalty as they weigh its loss.
+        """
+        regularizers = tuple(jacobian_regularizers or ())
+        _check_compile_arguments(regularizers, jacobian_interval, jacobian_fraction)
+        self.jacobian_regularizers = regularizers
+        self.jacobian_interval = jacobian_interval
+        self.jacobian_fraction = float(jacobian_fraction)
+        self.jacobian_evaluate = bool(jacobian_evaluate)
+        self._trackers = [PenaltyTracker(regularizer.name) for regularizer in regularizers]
+        super().compile(*args, **kwargs)
+
+    def fit(self, x=None, y=None, batch_size=None, epochs=1, verbose="auto", callbacks=None, **kwargs):
+        """As `keras.Model.fit`.
+
+        Raises:
+            FloatingPointError: a penalty was not finite in an epoch; the error names it and the step.
+        """
+        if self._trackers:
+            watch = _StopAtNonFinitePenalty(self._trackers)
+            if isinstance(callbacks, keras.callbacks.CallbackList):
+                callbacks.append(watch)
+            else:
+                # First in line: an epoch that went wrong must not be saved as a checkpoint.
+                callbacks = [watch, *tree.flatten(callbacks or [])]
+        return super().fit(x, y, batch_size, epochs, verbose, callbacks, **kwargs)
+
+    def train_step(self, *args, **kwargs):
+        """One step of `fit`, as Keras does it on this backend."""
+        with self._running.step(penalized=bool(self.jacobian_regularizers)):
+            return super().train_step(*args, **kwargs)
+
+    def test_step(self, *args, **kwargs):
+        """One step of `evaluate`, as Keras does it on this backend."""
+        with self._running.step(penalized=bool(self.jacobian_regularizers) and self.jacobian_evaluate):
+            return super().test_step(*args, **kwargs)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """The loss as compiled, plus `strength × mean(penalty)` of each regularizer."""
+        loss = super().compute_loss(x, y, y_pred, sample_weight, training=training)
+        linearization, self._running.linearization = self._running.linearization, None
+        if linearization is None:
+            return loss
+        penalty = self._penalty(linearization, y, sample_weight, training)
+        # Private, and Keras' own hook for losses beside the compiled one: under tf.distribute it divides by the
+        # number of replicas, whose losses are summed.
+        return loss + ops.cast(self._aggregate_additional_loss(penalty), loss.dtype)
+
+    def _penalty(self, linearization: Linearization, labels, sample_weight, training: bool):
+        """The weighted sum of the penalties' means, a scalar; the trackers are updated."""
+        batch = ops.shape(tree.flatten(linearization.outputs)[0])[0]
+        indices = self._draw_examples(batch) if training and self.jacobian_fraction < 1 else None
+        inputs, outputs = _single(linearization.inputs), linearization.outputs
+        if indices is not None:
+            inputs, outputs, labels, sample_weight = tree.map_structure(
+                lambda t: ops.take(t, indices, axis=0), (inputs, outputs, labels, sample_weight), none_is_leaf=False
+            )
+        # The directions are drawn outside the conditional below: a seed must not advance inside a branch.
+        seed = self._training_seed if training else self._evaluation_seed
+        asked = requests(self.jacobian_regularizers, inputs, outputs, labels, seed)
+
+        def compute():
+            chosen = linearization if indices is None else linearization.take(indices)
+            weights = _example_weights(sample_weight)
+            return ops.stack([_weighted_mean(p, weights) for p in penalties(chosen, asked, labels)])
+
+        means, active, step = self._run_when_due(compute, training)
+        for i, tracker in enumerate(self._trackers):
+            tracker.update_state(means[i], active, batch, step)
+        strengths = ops.convert_to_tensor([r.strength for r in self.jacobian_regularizers], dtype=means.dtype)
+        factor = self.jacobian_interval if training else 1
+        return factor * ops.sum(strengths * means)
+
+    def _run_when_due(self, compute, training: bool):
+        """The means `(R,)`, whether they were computed (0 or 1), and the number of the training step."""
+        step = ops.convert_to_tensor(self._step)
+        if training:
+            self._step.assign(step + 1)
+        if not training or self.jacobian_interval == 1:
+            return compute(), 1.0, step
+        due = ops.equal(step % self.jacobian_interval, 0)
+        count = len(self.jacobian_regularizers)
+        means = ops.cond(due, compute, lambda: ops.zeros((count,), dtype="float32"))
+        return means, ops.cast(due, "float32"), step
+
+    def _draw_examples(self, batch):
+        """Indices of a random part of the batch, `(N,)`."""
+        order = ops.argsort(keras.random.uniform((batch,), seed=self._training_seed))
+        size = math.ceil(self.jacobian_fraction * batch) if isinstance(batch, int) else None
+        if size is None:
+            size = ops.cast(ops.ceil(self.jacobian_fraction * ops.cast(batch, "float32")), "int32")
+        return order[:size]
+
+    def get_compile_config(self):
+        """As Keras', with the regularizers and how they are computed."""
+        return {
+            **super().get_compile_config(),
+            "jacobian_regularizers": [
+                keras.saving.serialize_keras_object(regularizer) for regularizer in self.jacobian_regularizers
+            ],
+            "jacobian_interval": self.jacobian_interval,
+            "jacobian_fraction": self.jacobian_fraction,
+            "jacobian_evaluate": self.jacobian_evaluate,
+        }
+
+    def compile_from_config(self, config):
+        """Compiles with what `get_compile_config` returned, and builds the optimizer's variables."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        if self.optimizer is not None and self.built:
+            self.optimizer.build(self.trainable_variables)
+
+    def get_config(self):
+        """The base model and the seed."""
+        return {"base": keras.saving.serialize_keras_object(self.base), "seed": self.seed, "name": self.name}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """The model that `get_config` described."""
+        base = keras.saving.deserialize_keras_object(config["base"], custom_objects=custom_objects)
+        return cls(**{**config, "base": base})
+
+    def save_own_variables(self, store):
+        """Keras does not save the state of seeds; with it, a resumed run draws what it would have drawn."""
+        super().save_own_variables(store)
+        store["training_seed"] = ops.convert_to_numpy(self._training_seed.state)
+        store["evaluation_seed"] = ops.convert_to_numpy(self._evaluation_seed.state)
+
+    def load_own_variables(self, store):
+        """Loads what `save_own_variables` stored."""
+        store = {key: store[key] for key in store.keys()}  # noqa: SIM118 -- an h5 store has no __iter__
+        self._training_seed.state.assign(store.pop("training_seed"))
+        self._evaluation_seed.state.assign(store.pop("evaluation_seed"))
+        super().load_own_variables(store)
+
+
+register_wrapper(JacobianModel, lambda model: model.base)
+
+
+class PenaltyTracker(keras.metrics.Mean):
+    """The mean of a penalty over the examples of the steps in which it was computed, and its first failure."""
+
+    def __init__(self, name: str):
+        super().__init__(name=name)
+        self.failed_at = self.add_variable(shape=(), initializer="zeros", dtype="int32", name="failed_at")
+
+    def update_state(self, mean, active, batch, step):
+        """Adds a step's `mean` over `batch` examples if `active` is 1, and not if it is 0."""
+        weight = ops.cast(active, "float32") * ops.cast(batch, "float32")
+        # A mean that was not computed is 0, so the product with a weight of 0 is harmless.
+        super().update_state(mean, sample_weight=weight)
+        failed_at = ops.convert_to_tensor(self.failed_at)
+        first = ops.logical_and(ops.equal(failed_at, 0), ops.logical_not(ops.isfinite(mean)))
+        # Steps are counted from 1 here, so that 0 says that nothing failed.
+        self.failed_at.assign(ops.where(first, ops.cast(step, "int32") + 1, failed_at))
+
+
+class _StopAtNonFinitePenalty(keras.callbacks.Callback):
+    """Raises at the end of an epoch in which a penalty was not finite: nothing is read in the steps themselves."""
+
+    def __init__(self, trackers: list[PenaltyTracker]):
+        super().__init__()
+        self.trackers = trackers
+
+    def on_epoch_end(self, epoch, logs=None):
+        for tracker in self.trackers:
+            if not math.isfinite((logs or {}).get(tracker.name, 0.0)):
+                assert self.model is not None  # On JAX, reading `model` brings the variables up to date.
+                step = int(ops.convert_to_numpy(tracker.failed_at))
+                raise FloatingPointError(
+                    f"The penalty `{tracker.name}` was not finite at training step {step} (epoch {epoch + 1}). "
+                    "Lower its strength or the learning rate, or clip gradients (`clipnorm` of the optimizer); the "
+                    "weights have since been updated with it, so start from an earlier checkpoint."
+                )
+
+
+class _RunningStep(threading.local):
+    """What `train_step`, `call` and `compute_loss` of one step share. tf.distribute runs a thread a replica."""
+
+    penalized = False
+    linearization: Linearization | None = None
+
+    @contextlib.contextmanager
+    def step(self, penalized: bool):
+        self.penalized = penalized
+        try:
+            yield
+        finally:
+            self.penalized, self.linearization = False, None
+
+
+def _check_compile_arguments(regularizers, interval, fraction) -> None:
+    for regularizer in regularizers:
+        if not isinstance(regularizer, JacobianRegularizer):
+            raise ValueError(
+                "Invalid value for argument `jacobian_regularizers`. Expected a list of "
+                f"`jvpreg.regularizers.JacobianRegularizer`. Received: {regularizer!r} in the list"
+            )
+    names = [regularizer.name for regularizer in regularizers]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            "Invalid value for argument `jacobian_regularizers`. Expected names that differ, since each names a metric "
+            f"(pass `name=`). Received: {names}"
+        )
+    if not isinstance(interval, int) or interval < 1:
+        raise ValueError(
+            f"Invalid value for argument `jacobian_interval`. Expected an integer, 1 or more. Received: {interval!r}"
+        )
+    if not 0 < fraction <= 1:
+        raise ValueError(
+            f"Invalid value for argument `jacobian_fraction`. Expected 0 < fraction <= 1. Received: {fraction!r}"
+        )
+
+
+def _example_weights(sample_weight):
+    """Weights `(B,)`, or None where there are none, or none that belong to examples as a whole."""
+    if sample_weight is None or isinstance(sample_weight, (dict, list, tuple)):
+        return None
+    weights = ops.convert_to_tensor(sample_weight)
+    if len(weights.shape) == 2 and weights.shape[1] == 1:
+        weights = ops.squeeze(weights, 1)
+    return weights if len(weights.shape) == 1 else None
+
+
+def _weighted_mean(penalty, weights):
+    """As Keras reduces a loss: the weighted sum over the number of examples."""
+    return ops.mean(penalty if weights is None else penalty * ops.cast(weights, penalty.dtype))
+
+
+def _single(inputs: list):
+    return inputs[0] if len(inputs) == 1 else inputs

@@ -1,0 +1,118 @@
+"""Random directions with `E[u uᵀ] = I`, so that `E‖J u‖² = ‖J‖_F²`."""
+
+import math
+from collections.abc import Callable
+
+import keras
+from keras import ops, tree
+
+
+def draw(kind: str, like, num_probes: int, seed):
+    """Draws directions for each example.
+
+    Args:
+        kind: `"gaussian"`, `"rademacher"`, `"sphere"` (radius √D) or `"orthogonal"` (P orthogonal vectors of length
+            √D an example; with P = D their mean square is exact, not an estimate).
+        like: a tensor `(B, …)`, or a structure of them: the space of the directions, of dimension D an example.
+        num_probes: P.
+        seed: an integer or a `keras.random.SeedGenerator`.
+
+    Returns:
+        Directions like `like`, with a leading probe axis: `(P, B, …)`, in float32 at least.
+
+    Raises:
+        ValueError: the kind is unknown, or P orthogonal directions do not fit.
+
+    Reference: Balestriero & Baraniuk (2021), equation 13; the variances are in the class docstring of
+    `jvpreg.regularizers.JacobianNorm`.
+
+    Example:
+
+    >>> import numpy as np, jvpreg
+    >>> tuple(jvpreg.probes.draw("sphere", np.zeros((4, 3)), num_probes=2, seed=0).shape)
+    (2, 4, 3)
+    """
+    if kind not in KINDS:
+        raise ValueError(f"Invalid value for argument `probes`. Expected one of {list(KINDS)}. Received: {kind!r}")
+    tensors = [ops.convert_to_tensor(x) for x in tree.flatten(like)]
+    size, dtype = dimension(tensors), keras.backend.result_type(tensors[0].dtype, "float32")
+    if kind == "orthogonal" and num_probes > size:
+        raise ValueError(
+            f"Invalid value for argument `num_probes`. Expected at most {size}, the dimension of the space, "
+            f"for orthogonal probes. Received: num_probes={num_probes}"
+        )
+    vectors = KINDS[kind]((num_probes, ops.shape(tensors[0])[0], size), dtype, seed)
+    return split(vectors, like)
+
+
+def basis(like):
+    """The D canonical basis vectors, the same for each example: `(D, B, …)`.
+
+    Args:
+        like: a tensor `(B, …)`, or a structure of them, with D entries an example.
+
+    Returns:
+        Directions like `like`, with a leading axis.
+
+    Example:
+
+    >>> import numpy as np, jvpreg
+    >>> tuple(jvpreg.probes.basis(np.zeros((4, 3))).shape)
+    (3, 4, 3)
+    """
+    tensors = [ops.convert_to_tensor(x) for x in tree.flatten(like)]
+    size, dtype = dimension(tensors), keras.backend.result_type(tensors[0].dtype, "float32")
+    vectors = ops.eye(size, dtype=dtype)
+    shape = (size, ops.shape(tensors[0])[0], size)
+    vectors = ops.broadcast_to(ops.expand_dims(vectors, 1), shape)
+    return split(vectors, like)
+
+
+def dimension(like) -> int:
+    """D, the number of entries an example of a structure of tensors `(B, …)` has."""
+    sizes = [math.prod(x.shape[1:]) if None not in x.shape[1:] else None for x in tree.flatten(like)]
+    if None in sizes:
+        raise ValueError(
+            "Invalid value for argument `like`. Expected shapes that are known but for the batch. "
+            f"Received: {[tuple(x.shape) for x in tree.flatten(like)]}"
+        )
+    return sum(sizes)  # type: ignore[arg-type]
+
+
+def split(vectors, like):
+    """Vectors `(P, B, D)` as directions like `like`, with a leading probe axis: `(P, B, …)`."""
+    parts, start = [], 0
+    for tensor in tree.flatten(like):
+        size = dimension(tensor)
+        part = vectors[:, :, start : start + size] if size < vectors.shape[-1] else vectors
+        parts.append(ops.reshape(part, (vectors.shape[0], *ops.shape(tensor))))
+        start += size
+    return tree.pack_sequence_as(like, parts)
+
+
+def _gaussian(shape, dtype, seed):
+    return keras.random.normal(shape, dtype=dtype, seed=seed)
+
+
+def _rademacher(shape, dtype, seed):
+    return ops.where(keras.random.uniform(shape, seed=seed) < 0.5, ops.ones((), dtype), -ops.ones((), dtype))
+
+
+def _sphere(shape, dtype, seed):
+    vectors = _gaussian(shape, dtype, seed)
+    return vectors * (math.sqrt(shape[-1]) / ops.norm(vectors, axis=-1, keepdims=True))
+
+
+def _orthogonal(shape, dtype, seed):
+    num_probes, batch, size = shape
+    # The Q of a Gaussian matrix spans a uniformly random subspace, which is all that an unbiased mean needs.
+    columns, _ = ops.qr(_gaussian((batch, size, num_probes), dtype, seed))
+    return math.sqrt(size) * ops.transpose(columns, (2, 0, 1))
+
+
+KINDS: dict[str, Callable] = {
+    "gaussian": _gaussian,
+    "rademacher": _rademacher,
+    "sphere": _sphere,
+    "orthogonal": _orthogonal,
+}

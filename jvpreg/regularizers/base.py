@@ -1,0 +1,155 @@
+"""The base class of Jacobian regularizers, and the one tangent pass that a list of them shares."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+from keras import ops, tree
+
+from jvpreg.linearization import Linearization
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a regularizer sees when it is asked for its penalty.
+
+    Attributes:
+        jvp: `J u` for its own directions, `(P, B, …)` like the outputs; None if it gave none.
+        vjp: `Jᵀ v` for its own cotangents, `(Q, B, …)` like the inputs; None if it gave none.
+        directions: the directions u, `(P, B, …)`, or None.
+        cotangents: the cotangents v, `(Q, B, …)`, or None.
+        inputs: the model's inputs, `(B, …)`, a list if there are several.
+        outputs: the model's outputs, `(B, …)`.
+        labels: the labels given to `fit`, or None.
+    """
+
+    jvp: Any
+    vjp: Any
+    directions: Any
+    cotangents: Any
+    inputs: Any
+    outputs: Any
+    labels: Any
+
+
+class JacobianRegularizer:
+    """Base class: a subclass says where it looks, and what it charges for what it sees. It never runs the model.
+
+    Override `directions` (for products `J u`), `cotangents` (for `Jᵀ v`), or both, and `penalty`; and `get_config`
+    if `__init__` takes more arguments. The directions of all regularizers of a model go through one tangent pass.
+
+    Args:
+        strength: the penalty's weight in the loss, not negative: the loss gains `strength × mean(penalty)`.
+        name: of its metric; by default the class's name in snake case.
+
+    Raises:
+        ValueError: `strength` is negative or not finite.
+
+    Example:
+
+    >>> import keras, jvpreg
+    >>> @keras.saving.register_keras_serializable(package="examples")
+    ... class BrightnessInvariance(jvpreg.regularizers.JacobianRegularizer):
+    ...     def directions(self, inputs, labels, seed):
+    ...         return keras.ops.expand_dims(keras.ops.ones_like(inputs), 0)
+    ...     def penalty(self, seen):
+    ...         return keras.ops.sum(seen.jvp[0] ** 2, axis=-1)
+    >>> BrightnessInvariance(0.1).name
+    'brightness_invariance'
+    """
+
+    def __init__(self, strength: float, name: str | None = None):
+        if not isinstance(strength, (int, float)) or not (math.isfinite(strength) and strength >= 0):
+            raise ValueError(
+                f"Invalid value for argument `strength` of {type(self).__name__}. Expected a finite number, 0 or more. "
+                f"Received: strength={strength!r}"
+            )
+        self.strength = float(strength)
+        self.name = name or re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+
+    def directions(self, inputs, labels, seed):
+        """Directions `(P, B, …)` like `inputs`, to be pushed forward; or None."""
+        return None
+
+    def cotangents(self, outputs, labels, seed):
+        """Cotangents `(Q, B, …)` like `outputs`, to be pulled back; or None."""
+        return None
+
+    def penalty(self, seen: Seen):
+        """The penalty of each example, `(B,)`, from what was seen."""
+        raise NotImplementedError(f"{type(self).__name__} must override `penalty(self, seen)`.")
+
+    def get_config(self) -> dict:
+        """The arguments of `__init__`, as Keras serializes them."""
+        return {"strength": self.strength, "name": self.name}
+
+    @classmethod
+    def from_config(cls, config: dict) -> "JacobianRegularizer":
+        """The regularizer that `get_config` described."""
+        return cls(**config)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one regularizer asks to see: its directions and cotangents, each `(P, B, …)` or None."""
+
+    regularizer: JacobianRegularizer
+    directions: Any
+    cotangents: Any
+
+
+def requests(regularizers: Sequence[JacobianRegularizer], inputs, outputs, labels, seed) -> list[Request]:
+    """Draws the directions of every regularizer.
+
+    Raises:
+        ValueError: a regularizer asks for nothing.
+    """
+    drawn = []
+    for regularizer in regularizers:
+        directions = regularizer.directions(inputs, labels, seed)
+        cotangents = regularizer.cotangents(outputs, labels, seed)
+        if directions is None and cotangents is None:
+            raise ValueError(
+                f"`{regularizer.name}` ({type(regularizer).__name__}) asks for no product with the Jacobian. Expected "
+                "`directions` or `cotangents` to return tensors. Received: None from both."
+            )
+        drawn.append(Request(regularizer, directions, cotangents))
+    return drawn
+
+
+def penalties(linearization: Linearization, asked: Sequence[Request], labels) -> list:
+    """The penalty of each example, `(B,)` in float32, for every request: at most one pass in each direction."""
+    inputs = linearization.inputs[0] if len(linearization.inputs) == 1 else linearization.inputs
+    pushed = _share(linearization.jvp, [request.directions for request in asked])
+    pulled = _share(linearization.vjp, [request.cotangents for request in asked])
+    result = []
+    for request, jvp, vjp in zip(asked, pushed, pulled, strict=True):
+        seen = Seen(jvp, vjp, request.directions, request.cotangents, inputs, linearization.outputs, labels)
+        penalty = request.regularizer.penalty(seen)
+        if len(penalty.shape) != 1:
+            raise ValueError(
+                f"`{request.regularizer.name}` ({type(request.regularizer).__name__}) returned a penalty of the wrong "
+                f"shape. Expected (B,), one number an example. Received: {tuple(penalty.shape)}"
+            )
+        result.append(ops.cast(penalty, keras.backend.result_type(penalty.dtype, "float32")))
+    return result
+
+
+def _share(product, wanted: list) -> list:
+    """One product with all the probes that are wanted, cut up again; None where nothing is wanted."""
+    given = [probes for probes in wanted if probes is not None]
+    if not given:
+        return [None] * len(wanted)
+    counts = [tree.flatten(probes)[0].shape[0] for probes in given]
+    joined = given[0] if len(given) == 1 else tree.map_structure(lambda *parts: ops.concatenate(parts), *given)
+    products = product(joined)
+    shares, start = [], 0
+    for count in counts:
+        stop = start + count
+        shares.append(tree.map_structure(lambda t, start=start, stop=stop: t[start:stop], products))
+        start = stop
+    remaining = iter(shares if len(given) > 1 else [products])
+    return [None if probes is None else next(remaining) for probes in wanted]

@@ -1,0 +1,85 @@
+"""Penalties on the input-output Jacobian itself."""
+
+from typing import Literal
+
+import keras
+from keras import ops
+
+from jvpreg import probes as probes_module
+from jvpreg.estimators.norms import squared_norm
+from jvpreg.regularizers.base import JacobianRegularizer
+
+
+@keras.saving.register_keras_serializable(package="jvpreg")
+class JacobianNorm(JacobianRegularizer):
+    """Penalizes `‖J‖_F²`, the squared Frobenius norm of each example's Jacobian, estimated without bias by probes.
+
+    Args:
+        strength: the loss gains `strength × mean ‖J‖_F²`; Hoffman, Roberts & Yaida's λ is `2 × strength`.
+        num_probes: P, the number of probes an example and step.
+        probes: `"gaussian"`, `"rademacher"`, `"sphere"` or `"orthogonal"`: see `jvpreg.probes.draw`.
+        side: `"input"` pushes directions of the input forward; `"output"` pulls cotangents of the output back.
+        name: of its metric.
+
+    The variance of one gaussian probe is `2‖JᵀJ‖_F²`, on the sphere of radius √D it is
+    `2D/(D+2)·(‖JᵀJ‖_F² − ‖J‖_F⁴/D)`; on the output side the same with K for D, so for few outputs
+    `side="output", probes="sphere"` varies least, and `"orthogonal"` with K probes is exact. On the input side a
+    weight gradient is one backpropagation through a forward computation; on the output side it is one through a
+    transposed pass.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Reference: Hoffman, Roberts & Yaida (2019), "Robust Learning with Jacobian Regularization"; Balestriero &
+    Baraniuk (2021), equation 13.
+
+    Example:
+
+    >>> import jvpreg
+    >>> jvpreg.regularizers.JacobianNorm(0.01, num_probes=1).get_config()["side"]
+    'input'
+    """
+
+    def __init__(
+        self,
+        strength: float,
+        num_probes: int = 1,
+        probes: str = "gaussian",
+        side: Literal["input", "output"] = "input",
+        name: str | None = None,
+    ):
+        super().__init__(strength, name)
+        if not isinstance(num_probes, int) or num_probes < 1:
+            raise ValueError(
+                f"Invalid value for argument `num_probes`. Expected an integer, 1 or more. Received: {num_probes!r}"
+            )
+        if probes not in probes_module.KINDS:
+            raise ValueError(
+                f"Invalid value for argument `probes`. Expected one of {list(probes_module.KINDS)}. Received: {probes!r}"
+            )
+        if side not in ("input", "output"):
+            raise ValueError(f'Invalid value for argument `side`. Expected "input" or "output". Received: {side!r}')
+        self.num_probes = num_probes
+        self.probes = probes
+        self.side = side
+
+    def directions(self, inputs, labels, seed):
+        """Random directions of the input, `(P, B, …)`, if that is the side."""
+        return probes_module.draw(self.probes, inputs, self.num_probes, seed) if self.side == "input" else None
+
+    def cotangents(self, outputs, labels, seed):
+        """Random cotangents of the output, `(P, B, …)`, if that is the side."""
+        return probes_module.draw(self.probes, outputs, self.num_probes, seed) if self.side == "output" else None
+
+    def penalty(self, seen):
+        """The mean of `‖J u‖²`, or of `‖Jᵀ v‖²`, over the probes: `(B,)`."""
+        return ops.mean(squared_norm(seen.jvp if self.side == "input" else seen.vjp), axis=0)
+
+    def get_config(self):
+        """The arguments of `__init__`."""
+        return {
+            **super().get_config(),
+            "num_probes": self.num_probes,
+            "probes": self.probes,
+            "side": self.side,
+        }

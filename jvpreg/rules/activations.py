@@ -1,0 +1,277 @@
+"""Activations: piecewise-linear ones freeze a mask, smooth ones their slope, softmax-like ones their output.
+
+At a kink the slope is that of the left piece, so `ReLU'(0) = 0` on every backend.
+"""
+
+import math
+
+from keras import activations, layers, ops
+
+from jvpreg.registry import Pushforward, elementwise, find_rule, gate, identity, missing_rule_error, register_rule, scale
+
+SELU_SCALE = 1.0507009873554804934193349852946
+SELU_ALPHA = 1.6732632423543772848170429916717
+
+
+# Piecewise-linear activations: a mask, one byte an element, is all that is frozen.
+
+
+def _two_pieces(mask, slope) -> Pushforward:
+    """Slope 1 where `mask` holds and `slope` elsewhere."""
+    return Pushforward(lambda tangent, mask: ops.where(mask, tangent, slope * tangent), mask)
+
+
+@register_rule(activations.linear)
+def linear(function, x, context):
+    return x, identity()
+
+
+@register_rule(activations.relu)
+def relu(function, x, context, negative_slope=0.0, max_value=None, threshold=0.0):
+    y = function(x, negative_slope=negative_slope, max_value=max_value, threshold=threshold)
+    above = x > threshold
+    if max_value is None:
+        return y, _two_pieces(above, negative_slope) if negative_slope else gate(above)
+    between = ops.logical_and(above, x < max_value)
+    if not negative_slope:
+        return y, gate(between)
+
+    def push(tangent, above, between):
+        return ops.where(between, tangent, ops.where(above, 0.0, negative_slope * tangent))
+
+    return y, Pushforward(push, above, between)
+
+
+@register_rule(activations.relu6)
+def relu6(function, x, context):
+    return function(x), gate(ops.logical_and(x > 0, x < 6))
+
+
+@register_rule(activations.leaky_relu)
+def leaky_relu(function, x, context, negative_slope=0.2):
+    return function(x, negative_slope=negative_slope), _two_pieces(x > 0, negative_slope)
+
+
+@register_rule(activations.hard_tanh)
+def hard_tanh(function, x, context):
+    return function(x), gate(ops.abs(x) < 1)
+
+
+@register_rule(activations.hard_shrink, activations.soft_shrink)
+def shrink(function, x, context, threshold=0.5):
+    return function(x, threshold=threshold), gate(ops.abs(x) > threshold)
+
+
+@register_rule(activations.threshold)
+def threshold(function, x, context, threshold, default_value):
+    return function(x, threshold, default_value), gate(x > threshold)
+
+
+def _gated_slope(mask, slope: float) -> Pushforward:
+    return Pushforward(lambda tangent, mask: ops.where(mask, slope * tangent, 0.0), mask)
+
+
+@register_rule(activations.hard_sigmoid)
+def hard_sigmoid(function, x, context):
+    return function(x), _gated_slope(ops.abs(x) < 3, 1 / 6)
+
+
+@register_rule(activations.sparse_sigmoid)
+def sparse_sigmoid(function, x, context):
+    return function(x), _gated_slope(ops.abs(x) < 1, 1 / 2)
+
+
+# Smooth activations: each states its derivative, in a form that does not cancel.
+
+
+@elementwise(activations.tanh)
+def tanh(x, y):
+    return (1 - y) * (1 + y)
+
+
+@elementwise(activations.tanh_shrink)
+def tanh_shrink(x, y):
+    return ops.square(ops.tanh(x))
+
+
+@elementwise(activations.sigmoid)
+def sigmoid(x, y):
+    return y * (1 - y)
+
+
+@elementwise(activations.log_sigmoid)
+def log_sigmoid(x, y):
+    return ops.sigmoid(-x)
+
+
+@elementwise(activations.softplus)
+def softplus(x, y):
+    return ops.sigmoid(x)
+
+
+@elementwise(activations.softsign)
+def softsign(x, y):
+    return 1 / ops.square(1 + ops.abs(x))
+
+
+@elementwise(activations.exponential)
+def exponential(x, y):
+    return y
+
+
+@elementwise(activations.elu)
+def elu(x, y, alpha=1.0):
+    # exp of the negative part only: exp of a large x would overflow in the branch that is not taken.
+    return ops.where(x > 0, 1.0, alpha * ops.exp(ops.minimum(x, 0)))
+
+
+@elementwise(activations.celu)
+def celu(x, y, alpha=1.0):
+    return ops.where(x > 0, 1.0, ops.exp(ops.minimum(x, 0) / alpha))
+
+
+@elementwise(activations.selu)
+def selu(x, y):
+    return SELU_SCALE * elu(x, y, alpha=SELU_ALPHA)
+
+
+@elementwise(activations.silu)
+def silu(x, y):
+    gate = ops.sigmoid(x)
+    return gate * (1 + x * (1 - gate))
+
+
+@elementwise(activations.gelu)
+def gelu(x, y, approximate=False):
+    if approximate:
+        scale, cubic = math.sqrt(2 / math.pi), 0.044715
+        inner = ops.tanh(scale * (x + cubic * x**3))
+        return 0.5 * (1 + inner) + 0.5 * x * (1 - inner) * (1 + inner) * scale * (1 + 3 * cubic * x**2)
+    density = ops.exp(-0.5 * ops.square(x)) / math.sqrt(2 * math.pi)
+    return 0.5 * (1 + ops.erf(x / math.sqrt(2))) + x * density
+
+
+@elementwise(activations.mish)
+def mish(x, y):
+    inner = ops.tanh(ops.softplus(x))
+    return inner + x * (1 - inner) * (1 + inner) * ops.sigmoid(x)
+
+
+@elementwise(activations.hard_silu)
+def hard_silu(x, y):
+    return ops.where(x >= 3, 1.0, ops.where(x > -3, (2 * x + 3) / 6, 0.0))
+
+
+@elementwise(activations.squareplus)
+def squareplus(x, y, b=4):
+    return 0.5 * (1 + x / ops.sqrt(ops.square(x) + b))
+
+
+@elementwise(activations.sparse_plus)
+def sparse_plus(x, y):
+    return ops.clip((x + 1) / 2, 0, 1)
+
+
+# Activations that mix the entries of one axis.
+
+
+def _from_end(axis: int, x) -> int:
+    """`axis` counted from the end, where the leading probe axis of a tangent does not shift it."""
+    return axis if axis < 0 else axis - len(x.shape)
+
+
+@register_rule(activations.softmax)
+def softmax(function, x, context, axis=-1):
+    axis = _from_end(axis, x)
+    y = function(x, axis=axis)
+    return y, _softmax_pushforward(y, axis)
+
+
+def _softmax_pushforward(y, axis) -> Pushforward:
+    return Pushforward(lambda t, y: y * (t - ops.sum(y * t, axis=axis, keepdims=True)), y)
+
+
+@register_rule(activations.log_softmax)
+def log_softmax(function, x, context, axis=-1):
+    axis = _from_end(axis, x)
+    y = function(x, axis=axis)
+    return y, Pushforward(lambda t, p: t - ops.sum(p * t, axis=axis, keepdims=True), ops.exp(y))
+
+
+@register_rule(activations.sparsemax)
+def sparsemax(function, x, context, axis=-1):
+    axis = _from_end(axis, x)
+    y = function(x, axis=axis)
+
+    def push(tangent, support):
+        inside = ops.where(support, tangent, 0.0)
+        size = ops.sum(ops.cast(support, tangent.dtype), axis=axis, keepdims=True)
+        return ops.where(support, tangent - ops.sum(inside, axis=axis, keepdims=True) / size, 0.0)
+
+    return y, Pushforward(push, y > 0)
+
+
+@register_rule(activations.glu)
+def glu(function, x, context, axis=-1):
+    axis = _from_end(axis, x)
+    value, logit = ops.split(x, 2, axis=axis)
+    gate = ops.sigmoid(logit)
+
+    def push(tangent, gate, slope):
+        value_tangent, logit_tangent = ops.split(tangent, 2, axis=axis)
+        return value_tangent * gate + slope * logit_tangent
+
+    return function(x, axis=axis), Pushforward(push, gate, value * gate * (1 - gate))
+
+
+# The same as layers.
+
+
+@register_rule(layers.Activation)
+def activation(layer, x, context):
+    return apply_activation(layer.activation, x, context, path=layer.path)
+
+
+def apply_activation(function, x, context, path):
+    """Runs the rule of an activation, given as a function of `keras.activations` or as a layer."""
+    rule = find_rule(function)
+    if rule is None:
+        raise missing_rule_error(function, path)
+    return rule.function(function, x, context=context)
+
+
+@register_rule(layers.ReLU)
+def relu_layer(layer, x, context):
+    return relu(
+        activations.relu,
+        x,
+        context,
+        negative_slope=float(layer.negative_slope),
+        max_value=layer.max_value,
+        threshold=float(layer.threshold),
+    )
+
+
+@register_rule(layers.LeakyReLU)
+def leaky_relu_layer(layer, x, context):
+    return leaky_relu(activations.leaky_relu, x, context, negative_slope=float(layer.negative_slope))
+
+
+@register_rule(layers.ELU)
+def elu_layer(layer, x, context):
+    alpha = float(layer.alpha)
+    y = activations.elu(x, alpha=alpha)
+    return y, scale(elu(x, y, alpha=alpha))
+
+
+@register_rule(layers.PReLU)
+def prelu(layer, x, context):
+    alpha = ops.cast(layer.alpha, x.dtype)
+    return layer.call(x), Pushforward(lambda t, mask: ops.where(mask, t, alpha * t), x > 0)
+
+
+@register_rule(layers.Softmax)
+def softmax_layer(layer, x, context):
+    y = layer.call(x)
+    axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
+    return y, _softmax_pushforward(y, tuple(_from_end(axis, x) for axis in axes))

@@ -1,0 +1,131 @@
+"""Pooling: averages are linear; a maximum freezes which entry of each window won."""
+
+import itertools
+
+from keras import layers, ops
+
+from jvpreg.registry import Pushforward, fold, linear, register_rule, unfold
+
+
+@register_rule(
+    layers.AveragePooling1D,
+    layers.AveragePooling2D,
+    layers.AveragePooling3D,
+    layers.GlobalAveragePooling1D,
+    layers.GlobalAveragePooling2D,
+    layers.GlobalAveragePooling3D,
+)
+def average_pooling(layer, x, context):
+    return layer.call(x), linear(layer.call)
+
+
+@register_rule(layers.MaxPooling1D, layers.MaxPooling2D, layers.MaxPooling3D)
+def max_pooling(layer, x, context):
+    """The running maximum over the entries of each window, in row-major order: a tie goes to the first entry.
+
+    The primal is computed so too, not by `ops.max_pool`: the masks come for free, and the gradient is a select,
+    which under XLA is several times faster than the gradient of the backends' own max pooling.
+    """
+    best, *rest = _window_entries(layer, x, outside=-float("inf"))
+    masks = []
+    for entry in rest:
+        wins = entry > best
+        masks.append(wins)
+        best = ops.where(wins, entry, best)
+
+    def push(tangent, *masks):
+        num_probes = ops.shape(tangent)[0]
+        entries = [unfold(entry, num_probes) for entry in _window_entries(layer, fold(tangent), outside=0.0)]
+        chosen, *later = entries
+        for wins, entry in zip(masks, later, strict=True):
+            chosen = ops.where(wins, entry, chosen)
+        return chosen
+
+    return best, Pushforward(push, *masks)
+
+
+def _window_entries(layer, x, outside: float) -> list:
+    """One tensor of the output's shape for each position in a window; `outside` fills what padding adds."""
+    axes = _spatial_axes(layer, x)
+    sizes = [ops.shape(x)[axis] for axis in axes]
+    windows, strides = layer.pool_size, layer.strides
+    if layer.padding == "same":
+        counts = [-(-size // stride) for size, stride in zip(sizes, strides, strict=True)]
+    else:
+        counts = [(size - w) // stride + 1 for size, w, stride in zip(sizes, windows, strides, strict=True)]
+    for axis, size, window, stride, count in zip(axes, sizes, windows, strides, counts, strict=True):
+        x = _fit(x, axis, size, (count - 1) * stride + window, outside)
+    if windows == strides:
+        return _tiles(x, axes, counts, windows)
+    return [
+        x[_strided(x, axes, counts, strides, offsets)] for offsets in itertools.product(*map(range, windows))
+    ]
+
+
+def _spatial_axes(layer, x) -> list[int]:
+    first = 2 if layer.data_format == "channels_first" else 1
+    return [first + i for i in range(len(x.shape) - 2)]
+
+
+def _fit(x, axis: int, size, needed, outside: float):
+    """Pads or crops `axis` to the length that the windows cover; "same" padding puts the odd entry last."""
+    if not (isinstance(size, int) and isinstance(needed, int)):
+        missing = ops.maximum(needed - size, 0)
+    else:
+        missing = max(needed - size, 0)
+        if size > needed:
+            return x[(slice(None),) * axis + (slice(0, needed),)]
+        if missing == 0:
+            return x
+    widths = [(0, 0)] * len(x.shape)
+    widths[axis] = (missing // 2, missing - missing // 2)
+    return ops.pad(x, widths, constant_values=outside)[(slice(None),) * axis + (slice(0, needed),)]
+
+
+def _tiles(x, axes, counts, windows) -> list:
+    """The entries of windows that do not overlap, by reshape and unstack.
+
+    The gradient of an unstack is a stack; that of a strided slice pads with zeros, which outside XLA, where
+    nothing fuses the padding away, costs more than the rest of the pooling.
+    """
+    shape = list(ops.shape(x))
+    tiled = shape[: axes[0]]
+    for count, window in zip(counts, windows, strict=True):
+        tiled += [count, window]
+    entries = [ops.reshape(x, (*tiled, *shape[axes[-1] + 1 :]))]
+    for axis in axes:
+        # Each round takes one window axis away, so the next one stands right after the next spatial axis.
+        entries = [part for entry in entries for part in ops.unstack(entry, axis=axis + 1)]
+    return entries
+
+
+def _strided(x, axes, counts, strides, offsets) -> tuple:
+    index = [slice(None)] * len(x.shape)
+    for axis, count, stride, offset in zip(axes, counts, strides, offsets, strict=True):
+        index[axis] = slice(offset, offset + (count - 1) * stride + 1, stride)
+    return tuple(index)
+
+
+@register_rule(layers.GlobalMaxPooling1D, layers.GlobalMaxPooling2D, layers.GlobalMaxPooling3D)
+def global_max_pooling(layer, x, context):
+    """Only the index of the winner is frozen: one integer a channel."""
+    axes = _spatial_axes(layer, x)
+    positions_last = layer.data_format == "channels_first"
+
+    def flatten(x, leading: int):
+        """The spatial axes as one: (…, S, C), or (…, C, S) where channels come first."""
+        shape = ops.shape(x)
+        batch, rest = shape[:leading], shape[leading:]
+        return ops.reshape(x, (*batch, rest[0], -1) if positions_last else (*batch, -1, rest[-1]))
+
+    axis = -1 if positions_last else -2
+    winner = ops.expand_dims(ops.argmax(flatten(x, 1), axis=axis), axis)
+
+    def push(tangent, winner):
+        entries = flatten(tangent, 2)
+        positions = ops.arange(ops.shape(entries)[axis], dtype=winner.dtype)
+        positions = positions if positions_last else ops.expand_dims(positions, -1)
+        picked = ops.sum(ops.where(ops.equal(positions, winner), entries, 0.0), axis=axis)
+        return ops.expand_dims(picked, [a + 1 for a in axes]) if layer.keepdims else picked
+
+    return layer.call(x), Pushforward(push, winner)

@@ -1,0 +1,75 @@
+"""The dropout family: one draw, shared by the primal and all of its tangents."""
+
+import math
+
+import keras
+from keras import layers, ops
+
+from jvpreg.registry import Pushforward, gate, identity, linear, register_rule, scale
+
+
+def _drop(layer, x, noise_shape):
+    if layer.rate == 1:
+        return ops.zeros_like(x), gate(ops.zeros_like(x, dtype="bool"))
+    # Dropping out ones shows the very mask that Keras would draw from this seed.
+    kept = keras.random.dropout(ops.ones_like(x), layer.rate, noise_shape, layer.seed_generator) > 0
+    keep_scale = 1 / (1 - layer.rate)
+
+    def push(tangent, kept):
+        return ops.where(kept, tangent * keep_scale, 0.0)
+
+    return ops.where(kept, x * keep_scale, 0.0), Pushforward(push, kept)
+
+
+@register_rule(layers.Dropout)
+def dropout(layer, x, context):
+    if not context.training or layer.rate == 0:
+        return x, identity()
+    return _drop(layer, x, layer.noise_shape)
+
+
+@register_rule(layers.SpatialDropout1D, layers.SpatialDropout2D, layers.SpatialDropout3D)
+def spatial_dropout(layer, x, context):
+    if not context.training or layer.rate == 0:
+        return x, identity()
+    channels_first = getattr(layer, "data_format", "channels_last") == "channels_first"
+    shape, ones = ops.shape(x), [1] * (len(x.shape) - 2)
+    return _drop(layer, x, (*shape[:2], *ones) if channels_first else (shape[0], *ones, shape[-1]))
+
+
+@register_rule(layers.GaussianDropout)
+def gaussian_dropout(layer, x, context):
+    if not context.training or layer.rate == 0:
+        return x, identity()
+    deviation = math.sqrt(layer.rate / (1 - layer.rate))
+    noise = keras.random.normal(
+        ops.shape(x), mean=1.0, stddev=deviation, dtype=layer.compute_dtype, seed=layer.seed_generator
+    )
+    return x * noise, scale(noise)
+
+
+@register_rule(layers.GaussianNoise)
+def gaussian_noise(layer, x, context):
+    return layer.call(x, training=context.training), identity()
+
+
+@register_rule(layers.AlphaDropout)
+def alpha_dropout(layer, x, context):
+    if not context.training or layer.rate == 0:
+        return x, identity()
+    # Klambauer et al. 2017: dropped units go to SELU's lower limit, then an affine map restores mean and variance.
+    limit = -1.6732632423543772848170429916717 * 1.0507009873554804934193349852946
+    slope = ((1 - layer.rate) * (1 + layer.rate * limit**2)) ** -0.5
+    intercept = -slope * limit * layer.rate
+    noise_shape = layer.noise_shape or (None,) * len(x.shape)
+    noise_shape = [axis if size is None else size for size, axis in zip(noise_shape, ops.shape(x), strict=True)]
+    kept = keras.random.uniform(noise_shape, seed=layer.seed_generator) >= layer.rate
+    kept = ops.broadcast_to(kept, ops.shape(x))
+    y = slope * ops.where(kept, x, limit) + intercept
+    return ops.cast(y, x.dtype), Pushforward(lambda t, kept: ops.where(kept, slope * t, 0.0), kept)
+
+
+@register_rule(layers.ActivityRegularization)
+def activity_regularization(layer, x, context):
+    # The engine records activity losses for every layer.
+    return layer.call(x), linear(layer.call)

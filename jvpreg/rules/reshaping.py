@@ -1,0 +1,24 @@
+"""Layers that move entries about, or resample them by fixed weights: each is its own pushforward."""
+
+from keras import layers
+
+from jvpreg.registry import linear, register_rule
+
+
+@register_rule(
+    layers.Flatten,
+    layers.Reshape,
+    layers.Permute,
+    layers.RepeatVector,
+    layers.Cropping1D,
+    layers.Cropping2D,
+    layers.Cropping3D,
+    layers.ZeroPadding1D,
+    layers.ZeroPadding2D,
+    layers.ZeroPadding3D,
+    layers.UpSampling1D,
+    layers.UpSampling2D,
+    layers.UpSampling3D,
+)
+def rearrange(layer, x, context):
+    return layer.call(x), linear(layer.call)

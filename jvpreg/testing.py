@@ -1,0 +1,250 @@
+"""Checks that a pushforward rule is right, for the package's rules and for a user's own."""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import keras
+import numpy as np
+from keras import ops, tree
+
+from jvpreg.estimators.norms import squared_norm
+from jvpreg.linearization import Linearization, linearize
+from jvpreg.transpose import transpose
+
+STEP = 1e-6
+
+
+def check_rule(
+    layer,
+    input_shape,
+    *,
+    batch_size: int = 3,
+    training: bool = False,
+    batch_statistics=None,
+    jit: bool = False,
+    reference: Callable | None = None,
+    tolerance: float = 1e-10,
+    seed: int = 0,
+) -> None:
+    """Checks a layer's rule, in float64: one line tests a rule that you wrote.
+
+    Checks, in this order: the primal against the layer's own call; the pullback against un-jitted autodiff; the
+    pushforward against central finite differences; linearity; adjointness `⟨J u, v⟩ = ⟨u, Jᵀ v⟩`; completeness
+    `f(x) = J x + Σ contributions`; and the gradient of the penalty `‖J u‖²` by the input and the weights against
+    central finite differences.
+
+    Args:
+        layer: a layer, or a model, which is then taken as it is: its dtype must be float64. A layer is copied
+            through its config, in float64; its weights are drawn anew.
+        input_shape: without the batch; a list of shapes for several inputs.
+        batch_size: B.
+        training: as in `linearize`.
+        batch_statistics: as in `linearize`.
+        jit: whether the engine runs compiled (XLA; `torch.compile`). The reference never does.
+        reference: `reference(*inputs) -> outputs`, the map whose Jacobian is expected; by default the layer itself.
+        tolerance: relative, of all but the comparisons with finite differences, which are within 1e-6.
+        seed: of inputs, weights and directions.
+
+    Raises:
+        AssertionError: the rule is wrong; the message says in what.
+        RuntimeError: the backend cannot compute in float64.
+
+    Example:
+
+    >>> import keras, jvpreg
+    >>> jvpreg.testing.check_rule(keras.layers.Dense(4, activation="tanh"), (3,))
+    """
+    _require_float64()
+    shapes = [input_shape] if isinstance(input_shape, tuple) else list(input_shape)
+    random = np.random.default_rng(seed)
+    if not isinstance(layer, keras.Model):
+        layer = type(layer).from_config({**layer.get_config(), "dtype": "float64"})
+    inputs = [ops.convert_to_tensor(random.normal(size=(batch_size, *shape))) for shape in shapes]
+    packed = inputs if len(inputs) > 1 else inputs[0]
+    layer(packed)
+    for variable in layer.variables:
+        if "seed" not in variable.path:
+            low = 0.5 if "variance" in variable.path else -0.8
+            variable.assign(random.uniform(low, low + 1.6, size=variable.shape))
+    case = _Case(layer, inputs, training, batch_statistics, reference, random, tolerance)
+    case.check_products(_compiled if jit else lambda function: function)
+    case.check_penalty_gradient(_compiled if jit else lambda function: function)
+
+
+class _Case:
+    """A layer with its inputs and everything that is drawn for one check."""
+
+    def __init__(self, layer, inputs, training, batch_statistics, reference, random, tolerance):
+        self.layer, self.inputs, self.training, self.batch_statistics = layer, inputs, training, batch_statistics
+        self.reference = reference or self._call
+        self.tolerance = tolerance
+        # Every evaluation starts from these, so that seeds and moving averages are the same in each.
+        self.variables = list(layer.variables)
+        self.values = [ops.copy(variable.value) for variable in self.variables]
+        self.u, self.w = ([self._draw(random, x) for x in inputs] for _ in range(2))
+        self.outputs = tree.flatten(self._stateless(self.values, lambda: self._call(*inputs)))
+        self.v = [self._draw(random, y) for y in self.outputs]
+
+    @staticmethod
+    def _draw(random, like):
+        return ops.convert_to_tensor(random.normal(size=like.shape))
+
+    def _call(self, *inputs):
+        takes_training = "training" in self.layer._call_signature.parameters
+        keywords = {"training": self.training} if takes_training else {}
+        return self.layer(list(inputs) if len(inputs) > 1 else inputs[0], **keywords)
+
+    def _stateless(self, values, function):
+        with keras.StatelessScope(state_mapping=list(zip(self.variables, values, strict=True))):
+            return function()
+
+    def _linearize(self, inputs) -> Linearization:
+        packed = list(inputs) if len(inputs) > 1 else inputs[0]
+        return linearize(self.layer, packed, training=self.training, batch_statistics=self.batch_statistics)
+
+    def check_products(self, compiled: Callable) -> None:
+        """Everything that compares products with the Jacobian at one point."""
+        u, w, v, count = self.u, self.w, self.v, len(self.inputs)
+
+        def products(values, inputs, u, w, v):
+            def run():
+                lin = self._linearize(inputs)
+                sum_of_both = [2.0 * a - 3.0 * b for a, b in zip(u, w, strict=True)]
+                complete = lin._push(
+                    [ops.expand_dims(x, 0) for x in lin.inputs],
+                    {name: ops.expand_dims(c, 0) for name, c in lin.intercepts.items()},
+                )
+                two_probes = [ops.stack([a, b]) for a, b in zip(u, w, strict=True)]
+                return [
+                    tree.flatten(result)
+                    for result in (
+                        lin.outputs,
+                        lin.jvp(_pack(u)),
+                        lin.jvp(_pack(two_probes)),
+                        lin.jvp(_pack(sum_of_both)),
+                        lin.vjp(tree.pack_sequence_as(lin.outputs, v)),
+                        [y[0] for y in complete],
+                    )
+                ]
+
+            return self._stateless(values, run)
+
+        results = compiled(products)(self.values, self.inputs, u, w, v)
+        outputs, ju, both, combined, jtv, complete = [[_numpy(leaf) for leaf in result] for result in results]
+
+        def reference(inputs):
+            return tree.flatten(self._stateless(self.values, lambda: self.reference(*inputs)))
+
+        self._compare("the primal", outputs, self.outputs)
+        self._compare("the pullback, against autodiff", jtv, transpose(reference, self.inputs, v))
+        ahead, behind = (
+            reference([x + sign * STEP * a for x, a in zip(self.inputs, u, strict=True)]) for sign in (1, -1)
+        )
+        slopes = [(_numpy(a) - _numpy(b)) / (2 * STEP) for a, b in zip(ahead, behind, strict=True)]
+        self._compare("the pushforward, against finite differences", ju, slopes, 1e-6)
+        pairs = [np.stack([a, b]) for a, b in zip(ju, [y[1] for y in both], strict=True)]
+        self._compare("two probes at once, against one", both, pairs)
+        self._compare("linearity", combined, [2.0 * pair[0] - 3.0 * pair[1] for pair in both])
+        self._compare(
+            "adjointness ⟨J u, v⟩ = ⟨u, Jᵀ v⟩", [_inner(ju, v)], [_inner(u, jtv)], scale=_norm(ju) * _norm(v)
+        )
+        self._compare("completeness f(x) = J x + Σ contributions", complete, self.outputs)
+        assert len(jtv) == count
+
+    def check_penalty_gradient(self, compiled: Callable) -> None:
+        """The gradient of `mean ‖J u‖²` by inputs and weights, along random directions, by finite differences."""
+        trainable = [i for i, variable in enumerate(self.variables) if variable.trainable]
+
+        def penalty(points):
+            inputs, weights = points[: len(self.inputs)], points[len(self.inputs) :]
+            values = list(self.values)
+            for i, weight in zip(trainable, weights, strict=True):
+                values[i] = weight
+
+            def run():
+                products = self._linearize(inputs).jvp(_pack([ops.expand_dims(a, 0) for a in self.u]))
+                return [ops.mean(squared_norm(products))]
+
+            return self._stateless(values, run)
+
+        points = [*self.inputs, *(self.values[i] for i in trainable)]
+        gradient = compiled(lambda points: transpose(penalty, points, [ops.ones((), "float64")]))(points)
+        gradient = [_numpy(part) for part in gradient]
+        random = np.random.default_rng(1)
+        # Each input and each weight by itself, so that an error in one is not lost among the others.
+        for moved in range(len(points)):
+            direction = random.normal(size=points[moved].shape)
+
+            def along(distance, moved=moved, direction=direction):
+                shifted = [x + distance * direction if i == moved else x for i, x in enumerate(points)]
+                return float(_numpy(penalty(shifted)[0]))
+
+            slope = (along(STEP) - along(-STEP)) / (2 * STEP)
+            is_input = moved < len(self.inputs)
+            name = f"input {moved}" if is_input else self.variables[trainable[moved - len(self.inputs)]].path
+            received = np.sum(gradient[moved] * direction)
+            self._compare(
+                f"the penalty's gradient by {name}, against finite differences",
+                [received],
+                [slope],
+                1e-6,
+                # Differences of a penalty are no better than its own rounding over the step.
+                scale=abs(slope) + 1e-4 * (1e-3 + abs(along(0.0))),
+            )
+
+    def _compare(self, what: str, received: Sequence, expected: Sequence, tolerance=None, scale=None) -> None:
+        tolerance = self.tolerance if tolerance is None else tolerance
+        for a, b in itertools.zip_longest(received, expected):
+            a, b = _numpy(a), _numpy(b)
+            assert a.shape == b.shape, f"{self._name}: wrong shape in {what}. Expected {b.shape}. Received: {a.shape}"
+            size = max(_norm([b]), 1e-30) if scale is None else max(scale, 1e-30)
+            error = _norm([a - b]) / size
+            if _norm([b]) == 0 and scale is None:
+                error = _norm([a])
+            assert error <= tolerance, (
+                f"{self._name}: wrong in {what}. Expected a relative error of at most {tolerance:.0e}. "
+                f"Received: {error:.2e}"
+            )
+
+    @property
+    def _name(self) -> str:
+        return f"The rule of `{self.layer.name}` ({type(self.layer).__name__})"
+
+
+def _pack(leaves: list):
+    return leaves[0] if len(leaves) == 1 else leaves
+
+
+def _numpy(tensor) -> np.ndarray:
+    return np.asarray(ops.convert_to_numpy(tensor))
+
+
+def _inner(left: Sequence, right: Sequence) -> float:
+    return float(sum(np.sum(_numpy(a) * _numpy(b)) for a, b in zip(left, right, strict=True)))
+
+
+def _norm(tensors: Sequence) -> float:
+    return float(np.sqrt(sum(np.sum(np.square(_numpy(tensor))) for tensor in tensors)))
+
+
+def _require_float64() -> None:
+    if keras.backend.standardize_dtype(ops.convert_to_tensor(np.zeros(1)).dtype) != "float64":
+        raise RuntimeError(
+            "`check_rule` computes in float64, which this backend has turned off. On JAX, call "
+            '`jax.config.update("jax_enable_x64", True)` first, or set JAX_ENABLE_X64=1.'
+        )
+
+
+def _compiled(function: Callable) -> Callable:
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, jit_compile=True)
+    if backend == "jax":
+        import jax
+
+        return jax.jit(function)
+    import torch
+
+    return torch.compile(function)

@@ -1,0 +1,59 @@
+"""The transpose of a linear map, by the backend's reverse mode: the one place that touches it."""
+
+from collections.abc import Callable, Sequence
+
+import keras
+
+
+def transpose(function: Callable, inputs: Sequence, cotangents: Sequence) -> list:
+    """Applies the transpose of a linear map.
+
+    Args:
+        function: a linear map from a list of tensors to a list of tensors.
+        inputs: tensors with the shapes and dtypes of its inputs; their values do not matter.
+        cotangents: one tensor for each of its outputs.
+
+    Returns:
+        A list like `inputs`: `functionᵀ(cotangents)`.
+    """
+    return _TRANSPOSES[keras.backend.backend()](function, list(inputs), list(cotangents))
+
+
+def _tensorflow(function, inputs, cotangents):
+    import tensorflow as tf
+
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(inputs)
+        outputs = function(inputs)
+    return tape.gradient(
+        outputs, inputs, output_gradients=cotangents, unconnected_gradients=tf.UnconnectedGradients.ZERO
+    )
+
+
+def _jax(function, inputs, cotangents):
+    import jax
+
+    _, pull = jax.vjp(function, inputs)
+    return pull(cotangents)[0]
+
+
+def _torch(function, inputs, cotangents):
+    import torch
+
+    # A penalty in training differentiates what comes out once more; probes and evaluation run under `no_grad`.
+    differentiated = torch.is_grad_enabled()
+    with torch.enable_grad():
+        inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+        outputs = function(inputs)
+        # An output that no input reaches has no graph, and a zero transpose.
+        reached = [(y, v) for y, v in zip(outputs, cotangents, strict=True) if y.requires_grad]
+        if not reached:
+            return [torch.zeros_like(tensor) for tensor in inputs]
+        outputs, cotangents = zip(*reached, strict=True)
+        gradients = torch.autograd.grad(
+            outputs, inputs, cotangents, create_graph=differentiated, allow_unused=True, materialize_grads=True
+        )
+    return list(gradients)
+
+
+_TRANSPOSES = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}
