@@ -20,7 +20,14 @@ ESTIMATORS = {
 }
 
 # By name: importing wandb to know its classes would make it a dependency.
-LOGGERS = {"CSVLogger", "TensorBoard", "WandbMetricsLogger", "WandbCallback", "RemoteMonitor", "SwanLabLogger"}
+LOGGERS = {
+    "CSVLogger",
+    "TensorBoard",
+    "WandbMetricsLogger",
+    "WandbCallback",
+    "RemoteMonitor",
+    "SwanLabLogger",
+}
 
 
 class JacobianProbe(keras.callbacks.Callback):

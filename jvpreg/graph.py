@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops, tree
 
-from jvpreg.registry import Context, Pushforward, find_rule, linear, missing_rule_error, unwrap
+from jvpreg.registry import Context, Pushforward, find_rule, missing_rule_error, unwrap
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,9 @@ class Tracer:
         rule = find_rule(activation)
         if rule is None:
             raise missing_rule_error(activation, name)
-        primal, pushforward = rule.function(activation, value.primal, context=self.context)
-        return self._record(name, activation, (value.slot,), (value.primal,), primal, pushforward)
+        x = _autocast(value.primal, _input_dtype(activation))
+        primal, pushforward = rule.function(activation, x, context=self.context)
+        return self._record(name, activation, (value.slot,), (x,), primal, pushforward)
 
     def _record(self, name, operation, slots, primal_inputs, primal, pushforward) -> Value:
         value = self.value(primal)
@@ -160,10 +161,7 @@ def trace(model, inputs: Sequence, context: Context) -> tuple[Tracer, list[Value
     """
     tracer = Tracer(context)
     values = [tracer.value(tensor) for tensor in inputs]
-    if isinstance(model, keras.Function):
-        outputs = tracer.run(model, values)
-    else:
-        outputs = tracer.run(model, *values)
+    outputs = tracer.run(model, values if isinstance(model, keras.Function) or len(values) > 1 else values[0])
     # A functional model with one output returns it bare, as Keras does.
     if isinstance(outputs, (list, tuple)) and len(outputs) == 1:
         outputs = outputs[0]
@@ -200,6 +198,3 @@ def _record_activity_loss(operation, primal) -> None:
     if regularizer is not None:
         loss = regularizer(primal)
         operation.add_loss(loss / ops.cast(ops.shape(primal)[0], loss.dtype))
-
-
-__all__ = ["Node", "Tracer", "Value", "is_model", "linear", "standardize_inputs", "trace"]

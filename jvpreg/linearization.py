@@ -17,9 +17,7 @@ BatchStatistics = Literal["moving", "frozen", "coupled"]
 _warned_of_head: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
-def linearize(
-    model, x, training: bool = False, batch_statistics: BatchStatistics | None = None
-) -> "Linearization":
+def linearize(model, x, training: bool = False, batch_statistics: BatchStatistics | None = None) -> "Linearization":
     """Runs a model once at `x` and freezes it there: masks, argmaxes, slopes and statistics.
 
     Args:
@@ -150,9 +148,7 @@ class Linearization:
         outputs = tree.flatten(self.outputs)
         cotangents, probed = self._standardize(v, outputs, "v", "the outputs")
         num_probes = next(ops.shape(c)[0] for c in cotangents if c is not None)
-        cotangents = [
-            _zeros(num_probes, y) if c is None else c for c, y in zip(cotangents, outputs, strict=True)
-        ]
+        cotangents = [_zeros(num_probes, y) if c is None else c for c, y in zip(cotangents, outputs, strict=True)]
         products = transpose(self._push, [_zeros(num_probes, x) for x in self.inputs], cotangents)
         structure = self.inputs[0] if len(self.inputs) == 1 else self.inputs
         return self._pack(products, structure, probed)
@@ -290,14 +286,15 @@ def _zeros(num_probes: int, like):
 
 
 def _at_least_float32(tensor):
-    return ops.cast(tensor, keras.backend.result_type(tensor.dtype, "float32"))
+    dtype = keras.backend.standardize_dtype(tensor.dtype)
+    return ops.cast(tensor, "float32") if dtype in ("float16", "bfloat16") else tensor
 
 
 def _check_model(model) -> None:
     if isinstance(model, keras.Model) and not is_model(model):
         raise NotImplementedError(
-            f"`{model.name}` ({type(model).__name__}) has no graph to walk: its `call` is custom. Expected a functional "
-            "or Sequential model, or a layer with a rule. Build it with `keras.Model(inputs, outputs)`, or register "
+            f"`{model.name}` ({type(model).__name__}) has no graph to walk: its `call` is custom. Expected a "
+            "functional or Sequential model, or a layer with a rule. Build it with `keras.Model(inputs, outputs)`, or register "
             "a rule for it with `jvpreg.register_rule`."
         )
     if not isinstance(model, keras.Operation):
@@ -324,8 +321,8 @@ def _warn_of_probabilities(model, last: Node | None) -> None:
     ):
         _warned_of_head.add(model)
         warnings.warn(
-            f"`{model.name}` ends in a {getattr(function, '__name__', 'softmax')} (`{last.name}`): its Jacobian is that "
-            "of the probabilities, which vanishes where the model is sure. For the Jacobian of the logits, leave the "
+            f"`{model.name}` ends in a {getattr(function, '__name__', 'softmax')} (`{last.name}`): its Jacobian is "
+            "that of the probabilities, which vanishes where the model is sure. For the Jacobian of the logits, leave the "
             "activation out and compile with a loss that has `from_logits=True`.",
             stacklevel=3,
         )

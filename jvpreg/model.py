@@ -58,7 +58,12 @@ class JacobianModel(keras.Model):
         # Evaluation draws from a generator of its own: validating must not change what is trained.
         self._evaluation_seed = keras.random.SeedGenerator(seed)
         self._step = self.add_weight(
-            shape=(), initializer="zeros", dtype="int32", trainable=False, name="jacobian_step", autocast=False
+            shape=(),
+            initializer="zeros",
+            dtype="int32",
+            trainable=False,
+            name="jacobian_step",
+            autocast=False,
         )
         self._running = _RunningStep()
         self._trackers: list[PenaltyTracker] = []
@@ -152,7 +157,9 @@ class JacobianModel(keras.Model):
         inputs, outputs = _single(linearization.inputs), linearization.outputs
         if indices is not None:
             inputs, outputs, labels, sample_weight = tree.map_structure(
-                lambda t: ops.take(t, indices, axis=0), (inputs, outputs, labels, sample_weight), none_is_leaf=False
+                lambda t: ops.take(t, indices, axis=0),
+                (inputs, outputs, labels, sample_weight),
+                none_is_leaf=False,
             )
         # The directions are drawn outside the conditional below: a seed must not advance inside a branch.
         seed = self._training_seed if training else self._evaluation_seed

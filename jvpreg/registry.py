@@ -47,6 +47,7 @@ class Pushforward:
         self.couples_examples = couples_examples
 
     def __call__(self, *tangents):
+        """The output's tangent `(P, B, …)` for the inputs' tangents `(P, B, …)`."""
         return self.function(*tangents, *(ops.expand_dims(residual, 0) for residual in self.residuals))
 
     def take(self, indices) -> "Pushforward":

@@ -1,5 +1,6 @@
 """Checks that a pushforward rule is right, for the package's rules and for a user's own."""
 
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -54,7 +55,11 @@ def check_rule(
     >>> import keras, jvpreg
     >>> jvpreg.testing.check_rule(keras.layers.Dense(4, activation="tanh"), (3,))
     """
-    _require_float64()
+    with float64():
+        _check_rule(layer, input_shape, batch_size, training, batch_statistics, jit, reference, tolerance, seed)
+
+
+def _check_rule(layer, input_shape, batch_size, training, batch_statistics, jit, reference, tolerance, seed):
     shapes = [input_shape] if isinstance(input_shape, tuple) else list(input_shape)
     random = np.random.default_rng(seed)
     if not isinstance(layer, keras.Model):
@@ -67,20 +72,60 @@ def check_rule(
             low = 0.5 if "variance" in variable.path else -0.8
             variable.assign(random.uniform(low, low + 1.6, size=variable.shape))
     case = _Case(layer, inputs, training, batch_statistics, reference, random, tolerance)
-    case.check_products(_compiled if jit else lambda function: function)
-    case.check_penalty_gradient(_compiled if jit else lambda function: function)
+    compiled = _compiled if jit else lambda function: function
+    case.check_products(compiled)
+    case.check_penalty_gradient(compiled)
+
+
+@contextlib.contextmanager
+def float64():
+    """A context in which Keras computes in float64: models made in it are of float64, on every backend.
+
+    Raises:
+        RuntimeError: the backend cannot.
+
+    Example:
+
+    >>> import keras, jvpreg
+    >>> with jvpreg.testing.float64():
+    ...     keras.layers.Dense(2).compute_dtype
+    'float64'
+    """
+    # Private, and the only way: but for TensorFlow, Keras' type promotion turns float64 into float32.
+    from keras.src.backend.common.dtypes import BIT64_TO_BIT32_DTYPE as NARROWER
+
+    if keras.backend.standardize_dtype(ops.convert_to_tensor(np.zeros(1)).dtype) != "float64":
+        raise RuntimeError(
+            "Checks are computed in float64, which this backend has turned off. On JAX, call "
+            '`jax.config.update("jax_enable_x64", True)` first, or set JAX_ENABLE_X64=1.'
+        )
+    floatx, policy, narrower = keras.config.floatx(), keras.config.dtype_policy(), NARROWER["float64"]
+    try:
+        keras.config.set_floatx("float64")
+        keras.config.set_dtype_policy("float64")
+        NARROWER["float64"] = "float64"
+        yield
+    finally:
+        keras.config.set_floatx(floatx)
+        keras.config.set_dtype_policy(policy)
+        NARROWER["float64"] = narrower
 
 
 class _Case:
     """A layer with its inputs and everything that is drawn for one check."""
 
     def __init__(self, layer, inputs, training, batch_statistics, reference, random, tolerance):
-        self.layer, self.inputs, self.training, self.batch_statistics = layer, inputs, training, batch_statistics
+        self.layer, self.inputs, self.training, self.batch_statistics = (
+            layer,
+            inputs,
+            training,
+            batch_statistics,
+        )
         self.reference = reference or self._call
         self.tolerance = tolerance
         # Every evaluation starts from these, so that seeds and moving averages are the same in each.
         self.variables = list(layer.variables)
-        self.values = [ops.copy(variable.value) for variable in self.variables]
+        self.values = [ops.stop_gradient(ops.copy(variable.value)) for variable in self.variables]
         self.u, self.w = ([self._draw(random, x) for x in inputs] for _ in range(2))
         self.outputs = tree.flatten(self._stateless(self.values, lambda: self._call(*inputs)))
         self.v = [self._draw(random, y) for y in self.outputs]
@@ -145,9 +190,7 @@ class _Case:
         pairs = [np.stack([a, b]) for a, b in zip(ju, [y[1] for y in both], strict=True)]
         self._compare("two probes at once, against one", both, pairs)
         self._compare("linearity", combined, [2.0 * pair[0] - 3.0 * pair[1] for pair in both])
-        self._compare(
-            "adjointness ⟨J u, v⟩ = ⟨u, Jᵀ v⟩", [_inner(ju, v)], [_inner(u, jtv)], scale=_norm(ju) * _norm(v)
-        )
+        self._compare("adjointness ⟨J u, v⟩ = ⟨u, Jᵀ v⟩", [_inner(ju, v)], [_inner(u, jtv)], scale=_norm(ju) * _norm(v))
         self._compare("completeness f(x) = J x + Σ contributions", complete, self.outputs)
         assert len(jtv) == count
 
@@ -216,7 +259,7 @@ def _pack(leaves: list):
 
 
 def _numpy(tensor) -> np.ndarray:
-    return np.asarray(ops.convert_to_numpy(tensor))
+    return np.asarray(ops.convert_to_numpy(ops.stop_gradient(tensor)))
 
 
 def _inner(left: Sequence, right: Sequence) -> float:
@@ -225,14 +268,6 @@ def _inner(left: Sequence, right: Sequence) -> float:
 
 def _norm(tensors: Sequence) -> float:
     return float(np.sqrt(sum(np.sum(np.square(_numpy(tensor))) for tensor in tensors)))
-
-
-def _require_float64() -> None:
-    if keras.backend.standardize_dtype(ops.convert_to_tensor(np.zeros(1)).dtype) != "float64":
-        raise RuntimeError(
-            "`check_rule` computes in float64, which this backend has turned off. On JAX, call "
-            '`jax.config.update("jax_enable_x64", True)` first, or set JAX_ENABLE_X64=1.'
-        )
 
 
 def _compiled(function: Callable) -> Callable:

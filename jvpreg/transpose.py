@@ -51,7 +51,12 @@ def _torch(function, inputs, cotangents):
             return [torch.zeros_like(tensor) for tensor in inputs]
         outputs, cotangents = zip(*reached, strict=True)
         gradients = torch.autograd.grad(
-            outputs, inputs, cotangents, create_graph=differentiated, allow_unused=True, materialize_grads=True
+            outputs,
+            inputs,
+            cotangents,
+            create_graph=differentiated,
+            allow_unused=True,
+            materialize_grads=True,
         )
     return list(gradients)
 

@@ -12,9 +12,7 @@ from jvpreg.linearization import Linearization
 
 def squared_norm(products):
     """`‖·‖²` of each probe's product with each example: a structure of `(P, B, …)` to `(P, B)`."""
-    return sum(
-        ops.sum(ops.square(ops.reshape(t, (*ops.shape(t)[:2], -1))), axis=-1) for t in tree.flatten(products)
-    )
+    return sum(ops.sum(ops.square(ops.reshape(t, (*ops.shape(t)[:2], -1))), axis=-1) for t in tree.flatten(products))
 
 
 def frobenius_norm(

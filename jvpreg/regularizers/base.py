@@ -72,11 +72,11 @@ class JacobianRegularizer:
 
     def directions(self, inputs, labels, seed):
         """Directions `(P, B, …)` like `inputs`, to be pushed forward; or None."""
-        return None
+        return
 
     def cotangents(self, outputs, labels, seed):
         """Cotangents `(Q, B, …)` like `outputs`, to be pulled back; or None."""
-        return None
+        return
 
     def penalty(self, seen: Seen):
         """The penalty of each example, `(B,)`, from what was seen."""

@@ -55,7 +55,8 @@ class JacobianNorm(JacobianRegularizer):
             )
         if probes not in probes_module.KINDS:
             raise ValueError(
-                f"Invalid value for argument `probes`. Expected one of {list(probes_module.KINDS)}. Received: {probes!r}"
+                f"Invalid value for argument `probes`. Expected one of {list(probes_module.KINDS)}. "
+                f"Received: {probes!r}"
             )
         if side not in ("input", "output"):
             raise ValueError(f'Invalid value for argument `side`. Expected "input" or "output". Received: {side!r}')

@@ -7,7 +7,16 @@ import math
 
 from keras import activations, layers, ops
 
-from jvpreg.registry import Pushforward, elementwise, find_rule, gate, identity, missing_rule_error, register_rule, scale
+from jvpreg.registry import (
+    Pushforward,
+    elementwise,
+    find_rule,
+    gate,
+    identity,
+    missing_rule_error,
+    register_rule,
+    scale,
+)
 
 SELU_SCALE = 1.0507009873554804934193349852946
 SELU_ALPHA = 1.6732632423543772848170429916717
@@ -21,6 +30,11 @@ def _two_pieces(mask, slope) -> Pushforward:
     return Pushforward(lambda tangent, mask: ops.where(mask, tangent, slope * tangent), mask)
 
 
+def _slope_in_use(function, x, **kwargs):
+    """The negative slope that the backend multiplies by: TensorFlow's kernel rounds it to float32."""
+    return -function(-ops.ones((), x.dtype), **kwargs)
+
+
 @register_rule(activations.linear)
 def linear(function, x, context):
     return x, identity()
@@ -30,6 +44,8 @@ def linear(function, x, context):
 def relu(function, x, context, negative_slope=0.0, max_value=None, threshold=0.0):
     y = function(x, negative_slope=negative_slope, max_value=max_value, threshold=threshold)
     above = x > threshold
+    if max_value is None and negative_slope and threshold == 0:
+        return y, _two_pieces(above, _slope_in_use(function, x, negative_slope=negative_slope))
     if max_value is None:
         return y, _two_pieces(above, negative_slope) if negative_slope else gate(above)
     between = ops.logical_and(above, x < max_value)
@@ -49,7 +65,8 @@ def relu6(function, x, context):
 
 @register_rule(activations.leaky_relu)
 def leaky_relu(function, x, context, negative_slope=0.2):
-    return function(x, negative_slope=negative_slope), _two_pieces(x > 0, negative_slope)
+    slope = _slope_in_use(function, x, negative_slope=negative_slope)
+    return function(x, negative_slope=negative_slope), _two_pieces(x > 0, slope)
 
 
 @register_rule(activations.hard_tanh)
@@ -63,7 +80,7 @@ def shrink(function, x, context, threshold=0.5):
 
 
 @register_rule(activations.threshold)
-def threshold(function, x, context, threshold, default_value):
+def threshold(function, x, threshold, default_value, context):
     return function(x, threshold, default_value), gate(x > threshold)
 
 
@@ -200,15 +217,24 @@ def log_softmax(function, x, context, axis=-1):
 
 @register_rule(activations.sparsemax)
 def sparsemax(function, x, context, axis=-1):
+    """The derivative of what Keras computes, `max(x − τ, 0)`.
+
+    Keras takes τ from the sum of all the partial sums of the k supporting entries in descending order, where
+    Martins & Astudillo (2016) take the last one; so an entry of rank r enters τ with the weight (k − r) / k, not 1/k.
+    """
     axis = _from_end(axis, x)
     y = function(x, axis=axis)
+    ranks = ops.argsort(ops.argsort(-x, axis=axis), axis=axis)
+    descending = ops.flip(ops.sort(x, axis=axis), axis=axis)
+    position = ops.cast(ops.argsort(ops.argsort(-descending, axis=axis), axis=axis), x.dtype)
+    supporting = descending - (ops.cumsum(descending, axis=axis) - 1) / (position + 1) > 0
+    size = ops.sum(ops.cast(supporting, x.dtype), axis=axis, keepdims=True)
+    weights = ops.relu(size - ops.cast(ranks, x.dtype)) / size
 
-    def push(tangent, support):
-        inside = ops.where(support, tangent, 0.0)
-        size = ops.sum(ops.cast(support, tangent.dtype), axis=axis, keepdims=True)
-        return ops.where(support, tangent - ops.sum(inside, axis=axis, keepdims=True) / size, 0.0)
+    def push(tangent, kept, weights):
+        return ops.where(kept, tangent - ops.sum(weights * tangent, axis=axis, keepdims=True), 0.0)
 
-    return y, Pushforward(push, y > 0)
+    return y, Pushforward(push, y > 0, weights)
 
 
 @register_rule(activations.glu)

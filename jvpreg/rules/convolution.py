@@ -64,13 +64,12 @@ def separable_convolution(layer, x, context):
     pointwise_kernel = ops.cast(layer.pointwise_kernel, x.dtype)
 
     def convolve(x):
-        x, padding = _causal(layer, x)
         return ops.separable_conv(
             x,
             depthwise_kernel,
             pointwise_kernel,
             strides=layer.strides,
-            padding=padding,
+            padding=layer.padding,
             dilation_rate=layer.dilation_rate,
             data_format=layer.data_format,
         )

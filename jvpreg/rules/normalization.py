@@ -25,9 +25,7 @@ def batch_normalization(layer, x, context):
         mean, variance = _batch_moments(layer, x, context)
     gamma = ops.cast(layer.gamma, dtype) if layer.scale else None
     beta = ops.cast(layer.beta, dtype) if layer.center else None
-    y = ops.batch_normalization(
-        x, mean, variance, axis=layer.axis, offset=beta, scale=gamma, epsilon=layer.epsilon
-    )
+    y = ops.batch_normalization(x, mean, variance, axis=layer.axis, offset=beta, scale=gamma, epsilon=layer.epsilon)
     inverse_deviation = ops.rsqrt(variance + layer.epsilon)
     slope = inverse_deviation if gamma is None else gamma * inverse_deviation
     slope = _along(layer.axis, slope, x)

@@ -57,9 +57,7 @@ def _window_entries(layer, x, outside: float) -> list:
         x = _fit(x, axis, size, (count - 1) * stride + window, outside)
     if windows == strides:
         return _tiles(x, axes, counts, windows)
-    return [
-        x[_strided(x, axes, counts, strides, offsets)] for offsets in itertools.product(*map(range, windows))
-    ]
+    return [x[_strided(x, axes, counts, strides, offsets)] for offsets in itertools.product(*map(range, windows))]
 
 
 def _spatial_axes(layer, x) -> list[int]:

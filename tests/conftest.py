@@ -1,0 +1,24 @@
+"""Float64 where a test asks for it, the same seed for every test, no network."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("JAX_ENABLE_X64", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+import keras
+import pytest
+
+import jvpreg
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    keras.utils.clear_session(free_memory=False)
+    keras.utils.set_random_seed(0)
+
+
+@pytest.fixture
+def float64():
+    with jvpreg.testing.float64():
+        yield
