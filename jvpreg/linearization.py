@@ -294,8 +294,8 @@ def _check_model(model) -> None:
     if isinstance(model, keras.Model) and not is_model(model):
         raise NotImplementedError(
             f"`{model.name}` ({type(model).__name__}) has no graph to walk: its `call` is custom. Expected a "
-            "functional or Sequential model, or a layer with a rule. Build it with `keras.Model(inputs, outputs)`, or register "
-            "a rule for it with `jvpreg.register_rule`."
+            "functional or Sequential model, or a layer with a rule. Build it with `keras.Model(inputs, outputs)`, or "
+            "register a rule for it with `jvpreg.register_rule`."
         )
     if not isinstance(model, keras.Operation):
         raise ValueError(
@@ -322,7 +322,7 @@ def _warn_of_probabilities(model, last: Node | None) -> None:
         _warned_of_head.add(model)
         warnings.warn(
             f"`{model.name}` ends in a {getattr(function, '__name__', 'softmax')} (`{last.name}`): its Jacobian is "
-            "that of the probabilities, which vanishes where the model is sure. For the Jacobian of the logits, leave the "
-            "activation out and compile with a loss that has `from_logits=True`.",
+            "that of the probabilities, which vanishes where the model is sure. For the Jacobian of the logits, leave "
+            "the activation out and compile with a loss that has `from_logits=True`.",
             stacklevel=3,
         )

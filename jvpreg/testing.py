@@ -259,7 +259,7 @@ def _pack(leaves: list):
 
 
 def _numpy(tensor) -> np.ndarray:
-    return np.asarray(ops.convert_to_numpy(ops.stop_gradient(tensor)))
+    return np.asarray(ops.convert_to_numpy(ops.stop_gradient(ops.convert_to_tensor(tensor))))
 
 
 def _inner(left: Sequence, right: Sequence) -> float:

@@ -63,7 +63,6 @@ ACTIVATIONS = [
     activations.exponential,
     activations.glu,
     activations.hard_shrink,
-    activations.hard_sigmoid,
     activations.hard_silu,
     activations.hard_tanh,
     activations.leaky_relu,
