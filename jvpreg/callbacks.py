@@ -180,7 +180,7 @@ class JacobianWandbHistogram(keras.callbacks.Callback):
             name for name in self.probe.metrics if math.isfinite((logs or {}).get(f"{self.probe.prefix}/{name}", 0.0))
         ]
         histograms = {
-            f"{self.probe.prefix}/{name}_histogram": self._wandb.Histogram(values[np.isfinite(values)])
+            f"{self.probe.prefix}/{name}_histogram": self._wandb.Histogram(values[np.isfinite(values)].astype("float64"))
             for name in measured
             if np.isfinite(values := self.probe.values.get(name, np.empty(0))).any()
         }
@@ -193,7 +193,8 @@ class _Measurement(keras.Model):
     """The estimators as a model, so that Keras compiles them on every backend: `x` to one number an example."""
 
     def __init__(self, base, metrics, num_probes, seed):
-        super().__init__(autocast=False)
+        # Named, because the name Keras would make of a private class's is no valid TensorFlow scope.
+        super().__init__(autocast=False, name="measurement")
         self.base = base
         self.arguments = {
             name: {"num_probes": num_probes, "seed": seed} if name == "frobenius_norm" else {"seed": seed}

@@ -139,6 +139,13 @@ class JacobianModel(keras.Model):
         with self._running.step(penalized=bool(self.jacobian_regularizers) and self.jacobian_evaluate):
             return super().test_step(*args, **kwargs)
 
+    def get_metrics_result(self):
+        """As Keras', without the penalties in an evaluation that leaves them out."""
+        results = super().get_metrics_result()
+        if self._running.active and not self._running.penalized:
+            results = {k: v for k, v in results.items() if k not in {tracker.name for tracker in self._trackers}}
+        return results
+
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The loss as compiled, plus `strength × mean(penalty)` of each regularizer."""
         loss = super().compute_loss(x, y, y_pred, sample_weight, training=training)
@@ -282,16 +289,17 @@ class _StopAtNonFinitePenalty(keras.callbacks.Callback):
 class _RunningStep(threading.local):
     """What `train_step`, `call` and `compute_loss` of one step share. tf.distribute runs a thread a replica."""
 
+    active = False
     penalized = False
     linearization: Linearization | None = None
 
     @contextlib.contextmanager
     def step(self, penalized: bool):
-        self.penalized = penalized
+        self.active, self.penalized = True, penalized
         try:
             yield
         finally:
-            self.penalized, self.linearization = False, None
+            self.active, self.penalized, self.linearization = False, False, None
 
 
 def _check_compile_arguments(regularizers, interval, fraction) -> None:

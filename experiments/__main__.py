@@ -1,0 +1,93 @@
+"""The command line: `python -m experiments STUDY --config FILE [--key=value ...]`."""
+
+import os
+import sys
+from argparse import ArgumentError
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from experiments.config import CompareConfig, TrainConfig
+from experiments.errors import ExperimentError
+
+
+class Study(NamedTuple):
+    """A subcommand: the dataclass that types its keys, and what is run with an instance of it."""
+
+    config: type
+    run: Callable[[Any], object]
+
+
+def train(config: TrainConfig) -> object:
+    """Train one model; the import waits for valid keys, because Keras takes seconds to load."""
+    from experiments.train import train
+
+    return train(config)
+
+
+def compare(config: CompareConfig) -> object:
+    """Compare strengths; the import waits as in `train`."""
+    from experiments.compare import compare
+
+    return compare(config)
+
+
+STUDIES = {"train": Study(TrainConfig, train), "compare": Study(CompareConfig, compare)}
+
+
+def benchmark_studies() -> dict[str, Study]:
+    """The studies under `benchmark`, which are loaded only where one is asked for."""
+    import experiments.benchmark as benchmark
+
+    return {"step": Study(benchmark.StepConfig, benchmark.step)}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one study.
+
+    Args:
+        arguments: the words after `python -m experiments`; by default those of the process.
+
+    Returns:
+        The exit status: 0, or 2 after an error that the user can mend.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # TensorFlow's start-up notes would bury the progress bar. It reads this when it is first imported.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        if words[:1] == ["benchmark"]:
+            study, config = parse("python -m experiments benchmark", benchmark_studies(), words[1:])
+        else:
+            study, config = parse("python -m experiments", STUDIES, words)
+        study.run(config)
+    except (ArgumentError, ExperimentError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(program: str, studies: Mapping[str, Study], words: Sequence[str]) -> tuple[Study, Any]:
+    """The study that the words name, and its typed configuration.
+
+    Raises:
+        ArgumentError: where a key is unknown or a value has the wrong type; it names the key.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    note = "`python -m experiments benchmark step` measures the cost of a training step."
+    parser = ArgumentParser(prog=program, description=__doc__, epilog=note, exit_on_error=False)
+    subcommands = parser.add_subcommands(dest="study", metavar="STUDY")
+    for name, study in studies.items():
+        subparser = ArgumentParser(description=study.config.__doc__, exit_on_error=False)
+        subparser.add_argument("--config", action="config", help="A YAML file that holds the keys below.")
+        subparser.add_class_arguments(study.config)
+        subcommands.add_subcommand(name, subparser, help=study.config.__doc__)
+    chosen = parser.instantiate(parser.parse_args(list(words)))
+    keys = vars(chosen[chosen.study])
+    del keys["config"]
+    study = studies[chosen.study]
+    return study, study.config(**keys)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""The `compare` study: the same training at several strengths of the penalty, side by side."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import keras
+from rich.console import Console
+
+from experiments import data, plots, tables, timing
+from experiments.config import CompareConfig, TrainConfig
+from experiments.run_folder import RunFolder
+from experiments.train import train, training_batches
+
+
+def compare(config: CompareConfig) -> dict[str, Any]:
+    """Train the strengths that are not trained yet, then write and print the comparison.
+
+    Args:
+        config: the shared configuration and the strengths.
+
+    Returns:
+        What `comparison.json` holds: a row a run, and the machine that the times are from.
+
+    Raises:
+        ExperimentError: where the folder holds runs of another configuration.
+    """
+    parent = Path(config.folder or f"runs/compare_{config.train.data.name}_{config.train.model.name}")
+    configs = {run_name(strength): run_config(config, strength, parent) for strength in config.strengths}
+    results = {name: finished_or_trained(run) for name, run in configs.items()}
+    folders = {name: RunFolder(Path(run.folder or "")) for name, run in configs.items()}
+    seconds = step_seconds(config, folders)
+    rows = [{"run": name, **result, "seconds_per_step": seconds[name]} for name, result in results.items()]
+    summary = {"rows": rows, "batch_size": config.train.batch_size, "machine": timing.machine()}
+    write(summary, folders, parent)
+    return summary
+
+
+def run_name(strength: float) -> str:
+    """How a run is called in its folder's name, in the table and in the figure."""
+    return f"strength {strength:g}" if strength else "plain"
+
+
+def run_config(config: CompareConfig, strength: float, parent: Path) -> TrainConfig:
+    """The configuration of one run, which goes on where its folder holds an interrupted one."""
+    folder = parent / run_name(strength).replace(" ", "-")
+    return dataclasses.replace(
+        config.train,
+        jacobian=dataclasses.replace(config.train.jacobian, strength=strength),
+        folder=str(folder),
+        resume=RunFolder(folder).holds_run,
+    )
+
+
+def finished_or_trained(config: TrainConfig) -> dict[str, Any]:
+    """The result of a run, trained only where it is not finished."""
+    folder = RunFolder(Path(config.folder or ""))
+    if folder.is_finished:
+        folder.open(config)  # checks that it is the same run
+        return folder.read_result()
+    Console().rule(folder.path.name)
+    return train(config)
+
+
+def step_seconds(config: CompareConfig, folders: dict[str, RunFolder]) -> dict[str, float]:
+    """Seconds a training step of each run, by the run's name.
+
+    Measured after training and in turn: an epoch's time tells as much of the machine's other work.
+    """
+    batches = training_batches(config.train, data.load(config.train.data))
+    models = {name: keras.models.load_model(folder.model) for name, folder in folders.items()}
+    return timing.seconds_per_step(
+        models, batches, rounds=config.timed_steps, steps_per_round=config.train.jacobian.interval
+    )
+
+
+def write(summary: dict[str, Any], folders: dict[str, RunFolder], parent: Path) -> None:
+    """Write comparison.json, comparison.md and comparison.png, and print the table."""
+    (parent / "comparison.json").write_text(json.dumps(summary, indent=2))
+    (parent / "comparison.md").write_text(tables.markdown(summary))
+    robust = {row["run"]: row["robustness"] for row in summary["rows"]}
+    plots.comparison(
+        {name: folder.read_history() for name, folder in folders.items()},
+        noise={name: {"0": report["clean"], **report["noise"]} for name, report in robust.items()},
+        pgd={name: {"0": report["clean"], **report["pgd"]} for name, report in robust.items()},
+        path=parent / "comparison.png",
+    )
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(tables.terminal(summary))
+    console.print(tables.conditions(summary))
+    console.print(f"Figure: {parent / 'comparison.png'}")
+    console.print(f"Table: {parent / 'comparison.md'}")

@@ -1,0 +1,55 @@
+"""A comparison as a table, on the terminal and in Markdown."""
+
+from typing import Any
+
+from rich.table import Table
+
+
+def columns(row: dict[str, Any]) -> dict[str, str]:
+    """One run's figures, by the heading of their column."""
+    robust = row["robustness"]
+    return {
+        "run": row["run"],
+        "test accuracy": _percent(row["test_accuracy"]),
+        "‖J‖_F": f"{row['jacobian/frobenius_norm']:.3g} ± {row['jacobian/frobenius_norm_sem']:.1g}",
+        "σ₁": f"{row['jacobian/top_singular_value']:.3g}",
+        **{f"noise {size}": _percent(value) for size, value in robust["noise"].items()},
+        **{f"FGSM {size}": _percent(value) for size, value in robust["fgsm"].items()},
+        **{f"PGD {size}": _percent(value) for size, value in robust["pgd"].items()},
+        "ms a step": f"{1000 * row['seconds_per_step']:.3g}",
+    }
+
+
+def terminal(summary: dict[str, Any]) -> Table:
+    """The comparison for a rich console, a column a run, which fits where a row a run would not."""
+    rows = [columns(row) for row in summary["rows"]]
+    table = Table()
+    table.add_column()
+    for row in rows:
+        table.add_column(row.pop("run"), justify="right")
+    for heading in rows[0]:
+        table.add_row(heading, *[row[heading] for row in rows])
+    return table
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """The comparison as a Markdown table, with the conditions below it."""
+    rows = [columns(row) for row in summary["rows"]]
+    lines = [list(rows[0]), ["---", *["---:"] * (len(rows[0]) - 1)], *[list(row.values()) for row in rows]]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"{table}\n\n{conditions(summary)}\n"
+
+
+def conditions(summary: dict[str, Any]) -> str:
+    """What the figures mean and where they are from, in a sentence or two."""
+    machine, examples = summary["machine"], summary["rows"][0]["robustness"]["examples"]
+    return (
+        "Accuracies in %; noise (standard deviation), FGSM and PGD (L∞ radius) in pixel units, white = 1, on "
+        f"{examples} test images. Steps of {summary['batch_size']} examples, the medians of steps taken in "
+        f"turn, on {machine['cores']} cores of {machine['processor']}, Keras {machine['keras']}, "
+        f"{machine['backend']}."
+    )
+
+
+def _percent(part: float) -> str:
+    return f"{100 * part:.1f}"

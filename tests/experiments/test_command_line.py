@@ -1,0 +1,82 @@
+"""Keys are typed, and a mistake in one is told by its name, in one line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from experiments.__main__ import STUDIES, main, parse
+from experiments.config import CompareConfig, TrainConfig
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["train", "--epohcs=3"], "epohcs"),
+        (["train", "--epochs=many"], "epochs"),
+        (["train", "--epochs=0"], "epochs"),
+        (["train", "--data.nmae=digits"], "data.nmae"),
+        (["train", "--data.name=mnist"], "data.name"),
+        (["train", "--jacobian.strength=-1"], "jacobian.strength"),
+        (["train", "--jacobian.fraction=0"], "jacobian.fraction"),
+        (["train", "--robustness.noise=[a]"], "robustness.noise"),
+        (["compare", "--train.model.width=wide"], "train.model.width"),
+        (["compare", "--strengths=[0,-1]"], "strengths"),
+        (["nonsense"], "nonsense"),
+        (["train", "--config=missing.yaml"], "missing.yaml"),
+    ],
+)
+def test_a_wrong_word_is_one_line_that_names_it(words, key, capsys):
+    assert main(words) == 2
+    message = capsys.readouterr().err
+    assert key in message
+    assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "key"), [("epohcs: 3", "epohcs"), ("data: {nmae: digits}", "nmae"), ("seed: x", "seed")]
+)
+def test_a_wrong_key_in_a_file_is_named(text, key, tmp_path, capsys):
+    file = tmp_path / "wrong.yaml"
+    file.write_text(text)
+    assert main(["train", f"--config={file}"]) == 2
+    message = capsys.readouterr().err
+    assert key in message
+    assert message.count("\n") == 1
+
+
+def test_the_command_line_overrides_the_file():
+    file = CONFIGS / "digits.yaml"
+    _, config = parse("experiments", STUDIES, ["train", f"--config={file}", "--jacobian.strength=0.5"])
+    assert isinstance(config, TrainConfig)
+    assert config.jacobian.strength == 0.5
+    assert config.model.width == yaml.safe_load(file.read_text())["model"]["width"]
+
+
+def test_every_configuration_in_the_repository_is_valid():
+    files = sorted(CONFIGS.glob("*.yaml"))
+    assert len(files) >= 6
+    for file in files:
+        study = "compare" if "strengths" in yaml.safe_load(file.read_text()) else "train"
+        if "benchmark" not in file.name:
+            _, config = parse("experiments", STUDIES, [study, f"--config={file}"])
+            assert isinstance(config, TrainConfig | CompareConfig)
+
+
+def test_the_sweep_passes_keys_that_exist():
+    sweep = yaml.safe_load((CONFIGS / "sweeps" / "strength.yaml").read_text())
+    config_word = next(word for word in sweep["command"] if word.startswith("--config="))
+    values = {key: choice["values"][-1] for key, choice in sweep["parameters"].items()}
+    words = [f"--{key}={value}" for key, value in values.items()]
+    file = CONFIGS.parent / config_word.removeprefix("--config=")
+    _, config = parse("experiments", STUDIES, ["train", f"--config={file}", *words])
+    assert config.jacobian.strength == values["jacobian.strength"]
+
+
+def test_keys_are_checked_before_keras_is_loaded():
+    code = "import sys, experiments.__main__; sys.exit('keras' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=CONFIGS.parent, check=False).returncode == 0
