@@ -90,6 +90,10 @@ class JacobianProbe(keras.callbacks.Callback):
                 raise ValueError(
                     f"Invalid value for argument `{name}`. Expected an integer, 1 or more. Received: {value!r}"
                 )
+        if not isinstance(num_probes, int) or num_probes < 1:
+            raise ValueError(
+                f"Invalid value for argument `num_probes`. Expected an integer, 1 or more. Received: {num_probes!r}"
+            )
         self.x = x
         self.metrics = list(metrics)
         self.every_epochs = every_epochs
@@ -101,18 +105,24 @@ class JacobianProbe(keras.callbacks.Callback):
         # Keras overlaps batch hooks with the next step for callbacks that say they are safe; one that does nothing is.
         self.async_safe = every_batches is None
         self._measurement: _Measurement | None = None
+        self._batches = 0
 
     def set_model(self, model):
         """Checks the batch against the model, and the order of the callbacks."""
         super().set_model(model)
         base = unwrap(model)
         if self._measurement is None or self._measurement.base is not base:
-            try:
-                standardize_inputs(base, self.x)
-            except ValueError as error:
-                raise ValueError(f"The batch of `JacobianProbe` does not fit the model. {error}") from error
-            self._measurement = _Measurement(base, self.metrics, self.num_probes, self.seed)
+            measurement = _Measurement(base, self.metrics, self.num_probes, self.seed)
+            # What would fail at the end of the first epoch fails here, on one example. On TensorFlow, a model that was
+            # given no input shape is built by its first step only.
+            if base.built:
+                measurement.check(self.x)
+            self._measurement = measurement
         _warn_of_loggers_before(self, inspect.currentframe())
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Starts to count batches."""
+        self._batches = 0
 
     def on_epoch_end(self, epoch, logs=None):
         """Puts the measurement, or NaN, into `logs`."""
@@ -123,7 +133,11 @@ class JacobianProbe(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         """Puts the measurement into the batch's `logs`, when it is due."""
-        if self.every_batches is not None and (batch + 1) % self.every_batches == 0:
+        if self.every_batches is None:
+            return
+        # Under `steps_per_execution` the hook runs after several batches, and seldom right after an n-th one.
+        passed, self._batches = self._batches, batch + 1
+        if self._batches // self.every_batches > passed // self.every_batches:
             summary = self.measure()
             if logs is not None:
                 logs.update(summary)
@@ -203,10 +217,28 @@ class _Measurement(keras.Model):
         self.built = True
         self.compile()
 
+    def check(self, x) -> None:
+        """Measures one example of the batch `x`, uncompiled, and forgets it.
+
+        Raises:
+            NotImplementedError: the model cannot be linearized.
+            ValueError: the batch does not fit the model, or the number of probes does not.
+        """
+        try:
+            standardize_inputs(self.base, x)
+        except ValueError as error:
+            raise ValueError(f"The batch of `JacobianProbe` does not fit the model. {error}") from error
+        # Activity losses of the example must not stay behind in the layers.
+        with keras.StatelessScope():
+            self._estimate(tree.map_structure(lambda leaf: leaf[:1], x))
+
     def call(self, x):
         if any(isinstance(leaf, keras.KerasTensor) for leaf in tree.flatten(x)):
             batch = tree.flatten(x)[0].shape[0]
             return {name: keras.KerasTensor((batch,)) for name in self.arguments}
+        return self._estimate(x)
+
+    def _estimate(self, x) -> dict:
         linearization = linearize(self.base, x, training=False)
         return {
             name: ops.cast(ESTIMATORS[name](linearization, **arguments).value, "float32")

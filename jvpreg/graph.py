@@ -76,7 +76,9 @@ class Tracer:
 
         # Private, and what `clone_model` itself runs on: Keras has no public way to run a graph with other
         # operations that takes shared layers, nested structures and bare operations alike.
-        return model._run_through_graph(inputs, operation_fn=bind)
+        outputs = model._run_through_graph(flatten_inputs(model, inputs, "inputs"), operation_fn=bind)
+        # A model with one output returns it bare, as Keras does.
+        return outputs[0] if isinstance(outputs, (list, tuple)) and len(outputs) == 1 else outputs
 
     def _run_rule(self, operation, args, kwargs, scope: str) -> Value:
         name = self._unique(scope + _name(operation))
@@ -88,6 +90,12 @@ class Tracer:
                 f"`{name}` is quantized ({operation.quantization_mode}), and a rounded layer has no useful Jacobian. "
                 "Linearize the model before it is quantized."
             )
+        if kwargs.get("mask") is not None:
+            raise NotImplementedError(
+                f"`{name}` is called with a mask, which rules do not take. Multiply by the mask before the layer, or "
+                "leave it out."
+            )
+        args, kwargs = self._with_constants(args, kwargs)
         values = [leaf for leaf in tree.flatten((args, kwargs)) if isinstance(leaf, Value)]
         dtype = _input_dtype(operation)
         cast_values = [_autocast(value.primal, dtype) for value in values]
@@ -104,6 +112,20 @@ class Tracer:
             value = self._run_activation(activation, value, f"{name}/activation")
         _record_activity_loss(operation, value.primal)
         return value
+
+    def _with_constants(self, args, kwargs):
+        """The constant tensors among an operation's inputs as values too; no tangent ever reaches their slots."""
+        values = [leaf for leaf in tree.flatten((args, kwargs)) if isinstance(leaf, Value)]
+        batch = ops.shape(values[0].primal)[0]
+
+        def convert(leaf):
+            if isinstance(leaf, Value) or not ops.is_tensor(leaf) or not len(leaf.shape):
+                return leaf
+            # One row stands for the batch: tangents of different batch sizes could not be folded alike.
+            row = leaf.shape[0] == 1
+            return self.value(ops.broadcast_to(leaf, (batch, *leaf.shape[1:])) if row else leaf)
+
+        return tree.map_structure(convert, (args, kwargs))
 
     def _run_activation(self, activation, value: Value, name: str) -> Value:
         rule = find_rule(activation)
@@ -130,27 +152,98 @@ def is_model(operation) -> bool:
     return graph and type(operation).call.__module__.split(".")[0] == "keras"
 
 
+def flatten_inputs(model, structure, argument: str) -> list:
+    """The leaves of a structure like the model's input, in the order of `model.inputs`; a dict goes by name.
+
+    Args:
+        model: a model or layer.
+        structure: a tensor, or a list, tuple or dict of them.
+        argument: what the caller calls the structure, for the error.
+
+    Raises:
+        ValueError: their number or a name does not fit.
+    """
+    graph = _graph(model)
+    if graph is None:
+        return tree.flatten(structure)
+    if isinstance(structure, dict):
+        # Private: the only place where Keras keeps the names of a dict of inputs.
+        struct = graph._inputs_struct
+        names = sorted(struct) if isinstance(struct, dict) else [x.name for x in graph.inputs]
+        missing = [name for name in names if name not in structure]
+        if missing:
+            raise ValueError(
+                f"Invalid value for argument `{argument}`. Expected a dict with the keys {names}, the inputs of "
+                f"`{model.name}`. Received: keys {list(structure)}; add {missing}."
+            )
+        structure = [structure[name] for name in names]
+    leaves = tree.flatten(structure)
+    if len(leaves) != len(graph.inputs):
+        raise ValueError(
+            f"Invalid value for argument `{argument}`. Expected {len(graph.inputs)} tensor(s), one for each input of "
+            f"`{model.name}`. Received: {len(leaves)}. Pass a list in the order of `model.inputs`, or a dict by name."
+        )
+    return leaves
+
+
 def standardize_inputs(model, x) -> list:
-    """The model's inputs as a flat list of tensors, in the order of `model.inputs`.
+    """The model's inputs as a flat list of floating-point tensors, in the order of `model.inputs`.
 
     Raises:
         ValueError: a shape does not fit.
     """
-    if isinstance(model, keras.Function):
-        # Private, and what `Functional.call` runs first: it takes lists, tuples and dicts by name.
-        inputs = model._standardize_inputs(x) if hasattr(model, "_standardize_inputs") else tree.flatten(x)
-        expected = model.inputs
-    else:
-        inputs = [ops.convert_to_tensor(leaf) for leaf in tree.flatten(x)]
-        expected = model.inputs if isinstance(model, keras.Sequential) else [None] * len(inputs)
-    for i, (tensor, spec) in enumerate(zip(inputs, expected, strict=True)):
-        if spec is not None and not _compatible(tensor.shape, spec.shape):
-            raise ValueError(
-                f"Invalid value for argument `x`{f' (input {i})' if len(inputs) > 1 else ''}. Expected shape "
-                f"{_readable(spec.shape)}, as input `{spec.name}` of `{model.name}` has. "
-                f"Received: x with shape {_readable(tensor.shape)}."
-            )
+    leaves = flatten_inputs(model, x, "x")
+    if any(leaf is None for leaf in leaves):
+        raise ValueError("Invalid value for argument `x`. Expected a tensor for each input. Received: None.")
+    graph = _graph(model)
+    expected = [None] * len(leaves) if graph is None else graph.inputs
+    inputs = []
+    for i, (leaf, spec) in enumerate(zip(leaves, expected, strict=True)):
+        tensor = ops.convert_to_tensor(leaf, dtype=None if spec is None else spec.dtype)
+        if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype)):
+            # Bytes of an image: the same numbers as floats, since integers have no tangents.
+            tensor = ops.cast(tensor, keras.config.floatx())
+        if spec is not None:
+            tensor = _adjust_rank(tensor, spec.shape)
+            if not _compatible(tensor.shape, spec.shape):
+                raise ValueError(
+                    f"Invalid value for argument `x`{f' (input {i})' if len(leaves) > 1 else ''}. Expected shape "
+                    f"{_readable(spec.shape)}, as input `{spec.name}` of `{model.name}` has. "
+                    f"Received: x with shape {_readable(tensor.shape)}."
+                )
+        inputs.append(tensor)
+    sizes = {tensor.shape[0] for tensor in inputs if len(tensor.shape) and isinstance(tensor.shape[0], int)}
+    if len(sizes) > 1:
+        raise ValueError(
+            "Invalid value for argument `x`. Expected the same number of examples in every input. "
+            f"Received: x with shapes {[tuple(tensor.shape) for tensor in inputs]}."
+        )
+    if graph is None:
+        _check_input_spec(model, inputs)
     return inputs
+
+
+def _graph(model):
+    """The functional graph of a model, which a Sequential model keeps inside; None for a layer."""
+    model = getattr(model, "_functional", model)
+    return model if isinstance(model, keras.Function) else None
+
+
+def _adjust_rank(tensor, expected):
+    """As Keras: a last axis of size 1 may be left out, or be too many."""
+    if len(tensor.shape) == len(expected) - 1 and expected[-1] == 1:
+        return ops.expand_dims(tensor, -1)
+    if len(tensor.shape) == len(expected) + 1 and tensor.shape[-1] == 1:
+        return ops.squeeze(tensor, -1)
+    return tensor
+
+
+def _check_input_spec(layer, inputs) -> None:
+    try:
+        # Private, and what `Layer.__call__` checks first.
+        layer._assert_input_compatibility(inputs if len(inputs) > 1 else inputs[0])
+    except ValueError as error:
+        raise ValueError(f"Invalid value for argument `x`. {error}") from error
 
 
 def trace(model, inputs: Sequence, context: Context) -> tuple[Tracer, list[Value], Any]:
@@ -161,11 +254,15 @@ def trace(model, inputs: Sequence, context: Context) -> tuple[Tracer, list[Value
     """
     tracer = Tracer(context)
     values = [tracer.value(tensor) for tensor in inputs]
-    outputs = tracer.run(model, values if isinstance(model, keras.Function) or len(values) > 1 else values[0])
-    # A functional model with one output returns it bare, as Keras does.
-    if isinstance(outputs, (list, tuple)) and len(outputs) == 1:
-        outputs = outputs[0]
-    return tracer, values, outputs
+    arguments = values if len(values) > 1 else values[0]
+    if not isinstance(model, keras.Layer):
+        return tracer, values, tracer.run(model, arguments)
+    # Private: within Keras' own call context a model's losses of the last call are cleared, and of this one kept.
+    model._get_call_context()
+    try:
+        return tracer, values, tracer.run(model, arguments)
+    finally:
+        model._maybe_reset_call_context()
 
 
 def _compatible(shape, expected) -> bool:

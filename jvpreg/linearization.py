@@ -1,14 +1,16 @@
 """`linearize`: a model frozen at `x`, and exact products with its Jacobian."""
 
+import dataclasses
+import functools
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import keras
 from keras import ops, tree
 
-from jvpreg.graph import Node, is_model, standardize_inputs, trace
+from jvpreg.graph import Node, flatten_inputs, is_model, standardize_inputs, trace
 from jvpreg.registry import Context, find_rule, missing_rule_error, unwrap
 from jvpreg.transpose import transpose
 
@@ -62,13 +64,15 @@ def linearize(model, x, training: bool = False, batch_statistics: BatchStatistic
         )
     inputs = standardize_inputs(model, x)
     tracer, values, outputs = trace(model, inputs, Context(bool(training), batch_statistics))
-    _warn_of_probabilities(model, tracer.nodes[-1] if tracer.nodes else None)
+    output_slots = [value.slot for value in tree.flatten(outputs)]
+    _warn_of_probabilities(model, [node for node in tracer.nodes if node.output in output_slots])
     return Linearization(
         nodes=tracer.nodes,
         inputs=inputs,
         input_slots=[value.slot for value in values],
         outputs=tree.map_structure(lambda value: value.primal, outputs),
-        output_slots=[value.slot for value in tree.flatten(outputs)],
+        output_slots=output_slots,
+        flatten=functools.partial(flatten_inputs, model),
     )
 
 
@@ -107,12 +111,15 @@ class Linearization:
         nodes: the frozen nodes, in the order in which they ran.
     """
 
-    def __init__(self, nodes: Sequence[Node], inputs: list, input_slots, outputs, output_slots):
+    def __init__(self, nodes: Sequence[Node], inputs: list, input_slots, outputs, output_slots, flatten: Callable):
         self.nodes = list(nodes)
         self.inputs = inputs
         self.outputs = outputs
         self._input_slots = list(input_slots)
         self._output_slots = list(output_slots)
+        self._flatten_inputs = flatten
+        # How a part of a batch gets its intercepts: from the whole.
+        self._whole: Callable[[], dict[str, Any]] | None = None
 
     def jvp(self, u):
         """The pushforward `J u`.
@@ -127,7 +134,7 @@ class Linearization:
         Raises:
             ValueError: a shape does not fit.
         """
-        tangents, probed = self._standardize(u, self.inputs, "u", "x")
+        tangents, probed = self._standardize(self._flatten_inputs(u, "u"), self.inputs, "u", "x")
         products = self._push(tangents)
         return self._pack(products, self.outputs, probed)
 
@@ -147,9 +154,9 @@ class Linearization:
         """
         outputs = tree.flatten(self.outputs)
         cotangents, probed = self._standardize(v, outputs, "v", "the outputs")
-        num_probes = next(ops.shape(c)[0] for c in cotangents if c is not None)
-        cotangents = [_zeros(num_probes, y) if c is None else c for c, y in zip(cotangents, outputs, strict=True)]
-        products = transpose(self._push, [_zeros(num_probes, x) for x in self.inputs], cotangents)
+        leading = next(ops.shape(c)[:2] for c in cotangents if c is not None)
+        cotangents = [_zeros(leading, y) if c is None else c for c, y in zip(cotangents, outputs, strict=True)]
+        products = transpose(self._push, [_zeros(leading, x) for x in self.inputs], cotangents)
         structure = self.inputs[0] if len(self.inputs) == 1 else self.inputs
         return self._pack(products, structure, probed)
 
@@ -162,7 +169,17 @@ class Linearization:
 
         Reference: Srinivas & Fleuret, "Full-Jacobian Representation of Neural Networks", section 3.2.
         """
-        return {node.name: node.primal - self._push_node(node, node.primal_inputs)[0] for node in self.nodes}
+        if self._whole is not None:
+            return self._whole()
+        fed = {*self._input_slots, *(node.output for node in self.nodes)}
+
+        def intercept(node):
+            # A constant among a node's inputs has no tangent: what it adds belongs to the intercept.
+            pairs = zip(node.inputs, node.primal_inputs, strict=True)
+            tangents = [x if slot in fed else ops.zeros_like(x) for slot, x in pairs]
+            return node.primal - self._push_node(node, tangents)[0]
+
+        return {node.name: intercept(node) for node in self.nodes}
 
     def take(self, indices) -> "Linearization":
         """The linearization of the examples at `indices`, an integer vector `(N,)`, only. Nothing is run again.
@@ -179,37 +196,29 @@ class Linearization:
         def cut(tensor):
             return ops.take(tensor, indices, axis=0)
 
-        nodes = [
-            Node(
-                name=node.name,
-                operation=node.operation,
-                inputs=node.inputs,
-                output=node.output,
-                pushforward=node.pushforward.take(indices),
-                primal_inputs=tuple(cut(primal) for primal in node.primal_inputs),
-                primal=cut(node.primal),
-            )
-            for node in self.nodes
-        ]
-        return Linearization(
-            nodes,
+        # Only what is frozen is cut; the primal values inside stay whole, for only their shapes are asked for.
+        part = Linearization(
+            [dataclasses.replace(node, pushforward=node.pushforward.take(indices)) for node in self.nodes],
             [cut(x) for x in self.inputs],
             self._input_slots,
             tree.map_structure(cut, self.outputs),
             self._output_slots,
+            self._flatten_inputs,
         )
+        part._whole = lambda: {name: cut(intercept) for name, intercept in self.intercepts.items()}
+        return part
 
     def _push(self, tangents: Sequence, taps: dict[str, Any] | None = None) -> list:
         """The tangent pass: input tangents `(P, B, …)` (None: zero) and taps by node name, to output tangents."""
         slots = dict(zip(self._input_slots, tangents, strict=True))
         last_use = {slot: i for i, node in enumerate(self.nodes) for slot in node.inputs}
-        num_probes = next(ops.shape(t)[0] for t in [*tangents, *(taps or {}).values()] if t is not None)
+        leading = next(ops.shape(t)[:2] for t in [*tangents, *(taps or {}).values()] if t is not None)
         for i, node in enumerate(self.nodes):
-            arguments = [slots[slot] for slot in node.inputs]
+            arguments = [slots.get(slot) for slot in node.inputs]
             tangent = None
             if any(argument is not None for argument in arguments):
                 pairs = zip(arguments, node.primal_inputs, strict=True)
-                filled = [_zeros(num_probes, primal) if t is None else t for t, primal in pairs]
+                filled = [_zeros(leading, primal) if t is None else t for t, primal in pairs]
                 tangent = self._run_pushforward(node, filled)
             if taps and node.name in taps:
                 tangent = taps[node.name] if tangent is None else tangent + taps[node.name]
@@ -218,7 +227,7 @@ class Linearization:
                 if last_use[slot] == i and slot not in self._output_slots:
                     slots.pop(slot, None)
         pairs = zip(self._output_slots, tree.flatten(self.outputs), strict=True)
-        return [_zeros(num_probes, y) if slots[slot] is None else slots[slot] for slot, y in pairs]
+        return [_zeros(leading, y) if slots[slot] is None else slots[slot] for slot, y in pairs]
 
     def _push_node(self, node: Node, tangents: Sequence):
         """One node's pushforward of tangents without a probe axis, `(B, …)`, with the axis put on."""
@@ -229,13 +238,13 @@ class Linearization:
         # Mixed precision: a tangent has the dtype in which the layer sees its input.
         cast = [ops.cast(t, primal.dtype) for t, primal in zip(tangents, node.primal_inputs, strict=True)]
         tangent = node.pushforward(*cast)
-        expected, received = tuple(node.primal.shape), tuple(tangent.shape)[1:]
+        expected, received = (*cast[0].shape[:2], *node.primal.shape[1:]), tuple(tangent.shape)
         if len(expected) != len(received) or any(
             a is not None and b is not None and a != b for a, b in zip(expected, received, strict=True)
         ):
             raise ValueError(
                 f"The rule of `{node.name}` ({type(node.operation).__name__}) returned a tangent of the wrong shape. "
-                f"Expected (P, {str(expected)[1:-1]}), like its output. Received: {tuple(tangent.shape)}. "
+                f"Expected {expected}, probes first and then like its output. Received: {received}. "
                 "Check the rule with `jvpreg.testing.check_rule`."
             )
         return ops.cast(tangent, node.primal.dtype)
@@ -281,8 +290,9 @@ class Linearization:
         return tree.pack_sequence_as(structure, products)
 
 
-def _zeros(num_probes: int, like):
-    return ops.zeros((num_probes, *ops.shape(like)), dtype=like.dtype)
+def _zeros(leading, like):
+    """Zero tangents of `like` (B, …), with the `leading` axes (P, N) for N examples."""
+    return ops.zeros((*leading, *ops.shape(like)[1:]), dtype=like.dtype)
 
 
 def _at_least_float32(tensor):
@@ -291,7 +301,7 @@ def _at_least_float32(tensor):
 
 
 def _check_model(model) -> None:
-    if isinstance(model, keras.Model) and not is_model(model):
+    if isinstance(model, keras.Model) and not is_model(model) and find_rule(model) is None:
         raise NotImplementedError(
             f"`{model.name}` ({type(model).__name__}) has no graph to walk: its `call` is custom. Expected a "
             "functional or Sequential model, or a layer with a rule. Build it with `keras.Model(inputs, outputs)`, or "
@@ -311,18 +321,20 @@ def _check_model(model) -> None:
         )
 
 
-def _warn_of_probabilities(model, last: Node | None) -> None:
-    if last is None or not isinstance(model, keras.Model) or model in _warned_of_head:
+def _warn_of_probabilities(model, heads: Sequence[Node]) -> None:
+    if not isinstance(model, keras.Model) or model in _warned_of_head:
         return
-    function = getattr(last.operation, "activation", last.operation)
-    if isinstance(function, keras.layers.Softmax) or function in (
-        keras.activations.softmax,
-        keras.activations.sigmoid,
-    ):
-        _warned_of_head.add(model)
-        warnings.warn(
-            f"`{model.name}` ends in a {getattr(function, '__name__', 'softmax')} (`{last.name}`): its Jacobian is "
-            "that of the probabilities, which vanishes where the model is sure. For the Jacobian of the logits, leave "
-            "the activation out and compile with a loss that has `from_logits=True`.",
-            stacklevel=3,
-        )
+    for head in heads:
+        function = getattr(head.operation, "activation", head.operation)
+        if isinstance(function, keras.layers.Softmax) or function in (
+            keras.activations.softmax,
+            keras.activations.sigmoid,
+        ):
+            _warned_of_head.add(model)
+            warnings.warn(
+                f"`{model.name}` ends in a {getattr(function, '__name__', 'softmax')} (`{head.name}`): its Jacobian is "
+                "that of the probabilities, which vanishes where the model is sure. For the Jacobian of the logits, "
+                "leave the activation out and compile with a loss that has `from_logits=True`.",
+                stacklevel=3,
+            )
+            return

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import keras
 from keras import ops, tree
 
+from jvpreg.layers.jacobian_penalty import JacobianPenalty
 from jvpreg.linearization import Linearization, linearize
 from jvpreg.registry import register_wrapper
-from jvpreg.regularizers.base import JacobianRegularizer, penalties, requests
+from jvpreg.regularizers.base import JacobianRegularizer, check_regularizers, penalties, requests
 
 
 @keras.saving.register_keras_serializable(package="jvpreg")
@@ -69,6 +70,11 @@ class JacobianModel(keras.Model):
         self._trackers: list[PenaltyTracker] = []
         self.built = base.built
 
+    def build(self, input_shape):
+        """Builds a base that was given no input shape, for batches of any size."""
+        if not self.base.built:
+            self.base.build(tree.map_shape_structure(lambda shape: (None, *shape[1:]), input_shape))
+
     def call(self, inputs, training=None):
         """What the base model computes; inside a step with penalties, by way of its linearization."""
         if self._running.penalized and not any(isinstance(x, keras.KerasTensor) for x in tree.flatten(inputs)):
@@ -105,13 +111,16 @@ class JacobianModel(keras.Model):
 
         `sample_weight` (and `class_weight`) of shape `(B,)` weigh an example's penalty as they weigh its loss.
         """
-        regularizers = tuple(jacobian_regularizers or ())
+        regularizers = check_regularizers(jacobian_regularizers, "jacobian_regularizers")
         _check_compile_arguments(regularizers, jacobian_interval, jacobian_fraction)
+        _check_penalties_within(self.base, regularizers)
         self.jacobian_regularizers = regularizers
         self.jacobian_interval = jacobian_interval
         self.jacobian_fraction = float(jacobian_fraction)
         self.jacobian_evaluate = bool(jacobian_evaluate)
-        self._trackers = [PenaltyTracker(regularizer.name) for regularizer in regularizers]
+        # Cleared first: Keras would go on reporting what an earlier `compile` tracked.
+        self._trackers.clear()
+        self._trackers.extend(PenaltyTracker(regularizer.name) for regularizer in regularizers)
         super().compile(*args, **kwargs)
 
     def fit(self, x=None, y=None, batch_size=None, epochs=1, verbose="auto", callbacks=None, **kwargs):
@@ -122,10 +131,12 @@ class JacobianModel(keras.Model):
         """
         if self._trackers:
             watch = _StopAtNonFinitePenalty(self._trackers)
+            # First in line: an epoch that went wrong must not be saved as a checkpoint.
             if isinstance(callbacks, keras.callbacks.CallbackList):
-                callbacks.append(watch)
+                watch.set_model(self)
+                others = [c for c in callbacks.callbacks if not isinstance(c, _StopAtNonFinitePenalty)]
+                callbacks.callbacks = [watch, *others]
             else:
-                # First in line: an epoch that went wrong must not be saved as a checkpoint.
                 callbacks = [watch, *tree.flatten(callbacks or [])]
         return super().fit(x, y, batch_size, epochs, verbose, callbacks, **kwargs)
 
@@ -175,33 +186,39 @@ class JacobianModel(keras.Model):
         def compute():
             chosen = linearization if indices is None else linearization.take(indices)
             weights = _example_weights(sample_weight)
-            return ops.stack([_weighted_mean(p, weights) for p in penalties(chosen, asked, labels)])
+            means = ops.stack([_weighted_mean(p, weights) for p in penalties(chosen, asked, labels)])
+            return ops.cast(means, dtype)
 
-        means, active, step = self._run_when_due(compute, training)
+        dtype = keras.backend.result_type(tree.flatten(outputs)[0].dtype, "float32")
+        means, active, step = self._run_when_due(compute, dtype, training)
         for i, tracker in enumerate(self._trackers):
-            tracker.update_state(means[i], active, batch, step)
+            tracker.update_state(means[i], active, batch, step if training else None)
         strengths = ops.convert_to_tensor([r.strength for r in self.jacobian_regularizers], dtype=means.dtype)
         factor = self.jacobian_interval if training else 1
         return factor * ops.sum(strengths * means)
 
-    def _run_when_due(self, compute, training: bool):
-        """The means `(R,)`, whether they were computed (0 or 1), and the number of the training step."""
-        step = ops.convert_to_tensor(self._step)
+    def _run_when_due(self, compute, dtype, training: bool):
+        """The means `(R,)`, whether they were computed (0 or 1), and the number of the training step, from 1."""
+        # A sum, and so a tensor of its own: the variable's value would move with the assignment.
+        step = self._step + 1
         if training:
-            self._step.assign(step + 1)
+            self._step.assign(step)
         if not training or self.jacobian_interval == 1:
             return compute(), 1.0, step
-        due = ops.equal(step % self.jacobian_interval, 0)
+        due = ops.equal((step - 1) % self.jacobian_interval, 0)
         count = len(self.jacobian_regularizers)
-        means = ops.cond(due, compute, lambda: ops.zeros((count,), dtype="float32"))
+        means = ops.cond(due, compute, lambda: ops.zeros((count,), dtype=dtype))
         return means, ops.cast(due, "float32"), step
 
     def _draw_examples(self, batch):
         """Indices of a random part of the batch, `(N,)`."""
         order = ops.argsort(keras.random.uniform((batch,), seed=self._training_seed))
-        size = math.ceil(self.jacobian_fraction * batch) if isinstance(batch, int) else None
-        if size is None:
-            size = ops.cast(ops.ceil(self.jacobian_fraction * ops.cast(batch, "float32")), "int32")
+        # Less a little, so that 0.07 × 100 = 7.000000000000001 is 7.
+        if isinstance(batch, int):
+            size = max(1, math.ceil(self.jacobian_fraction * batch - 1e-3))
+        else:
+            size = ops.ceil(self.jacobian_fraction * ops.cast(batch, "float32") - 1e-3)
+            size = ops.maximum(1, ops.cast(size, "int32"))
         return order[:size]
 
     def get_compile_config(self):
@@ -235,15 +252,20 @@ class JacobianModel(keras.Model):
     def save_own_variables(self, store):
         """Keras does not save the state of seeds; with it, a resumed run draws what it would have drawn."""
         super().save_own_variables(store)
-        store["training_seed"] = ops.convert_to_numpy(self._training_seed.state)
-        store["evaluation_seed"] = ops.convert_to_numpy(self._evaluation_seed.state)
+        for i, state in enumerate(self._seed_states()):
+            store[f"seed_{i}"] = ops.convert_to_numpy(state)
 
     def load_own_variables(self, store):
         """Loads what `save_own_variables` stored."""
         store = {key: store[key] for key in store.keys()}  # noqa: SIM118 -- an h5 store has no __iter__
-        self._training_seed.state.assign(store.pop("training_seed"))
-        self._evaluation_seed.state.assign(store.pop("evaluation_seed"))
+        for i, state in enumerate(self._seed_states()):
+            state.assign(store.pop(f"seed_{i}"))
         super().load_own_variables(store)
+
+    def _seed_states(self) -> list:
+        """The states of the model's seeds and of its base's (dropout): variables that Keras does not call weights."""
+        weights = {id(weight) for weight in self.weights}
+        return [variable for variable in self.variables if id(variable) not in weights]
 
 
 register_wrapper(JacobianModel, lambda model: model.base)
@@ -254,17 +276,27 @@ class PenaltyTracker(keras.metrics.Mean):
 
     def __init__(self, name: str):
         super().__init__(name=name)
-        self.failed_at = self.add_variable(shape=(), initializer="zeros", dtype="int32", name="failed_at")
+        # Of the first replica: under tf.distribute, Keras would add up the replicas' steps.
+        self.failed_at = self.add_variable(
+            shape=(), initializer="zeros", dtype="int32", aggregation="only_first_replica", name="failed_at"
+        )
 
     def update_state(self, mean, active, batch, step):
-        """Adds a step's `mean` over `batch` examples if `active` is 1, and not if it is 0."""
+        """Adds a step's `mean` over `batch` examples if `active` is 1, and not if it is 0.
+
+        `step` is the number of the training step, from 1, so that 0 says that nothing failed; None in evaluation.
+        """
         weight = ops.cast(active, "float32") * ops.cast(batch, "float32")
         # A mean that was not computed is 0, so the product with a weight of 0 is harmless.
         super().update_state(mean, sample_weight=weight)
-        failed_at = ops.convert_to_tensor(self.failed_at)
-        first = ops.logical_and(ops.equal(failed_at, 0), ops.logical_not(ops.isfinite(mean)))
-        # Steps are counted from 1 here, so that 0 says that nothing failed.
-        self.failed_at.assign(ops.where(first, ops.cast(step, "int32") + 1, failed_at))
+        if step is not None:
+            failed_at = ops.convert_to_tensor(self.failed_at)
+            first = ops.logical_and(ops.equal(failed_at, 0), ops.logical_not(ops.isfinite(mean)))
+            self.failed_at.assign(ops.where(first, ops.cast(step, "int32"), failed_at))
+
+    def result(self):
+        """The mean; NaN, and not 0, when the penalty was computed in no step (an epoch shorter than the interval)."""
+        return ops.where(ops.equal(self.count, 0), math.nan, super().result())
 
 
 class _StopAtNonFinitePenalty(keras.callbacks.Callback):
@@ -274,10 +306,16 @@ class _StopAtNonFinitePenalty(keras.callbacks.Callback):
         super().__init__()
         self.trackers = trackers
 
+    def on_train_begin(self, logs=None):
+        for tracker in self.trackers:
+            tracker.failed_at.assign(0)
+
     def on_epoch_end(self, epoch, logs=None):
         for tracker in self.trackers:
             if not math.isfinite((logs or {}).get(tracker.name, 0.0)):
                 assert self.model is not None  # On JAX, reading `model` brings the variables up to date.
+                if float(ops.convert_to_numpy(tracker.count)) == 0:
+                    continue
                 step = int(ops.convert_to_numpy(tracker.failed_at))
                 raise FloatingPointError(
                     f"The penalty `{tracker.name}` was not finite at training step {step} (epoch {epoch + 1}). "
@@ -303,25 +341,34 @@ class _RunningStep(threading.local):
 
 
 def _check_compile_arguments(regularizers, interval, fraction) -> None:
-    for regularizer in regularizers:
-        if not isinstance(regularizer, JacobianRegularizer):
-            raise ValueError(
-                "Invalid value for argument `jacobian_regularizers`. Expected a list of "
-                f"`jvpreg.regularizers.JacobianRegularizer`. Received: {regularizer!r} in the list"
-            )
     names = [regularizer.name for regularizer in regularizers]
     if len(set(names)) < len(names):
         raise ValueError(
             "Invalid value for argument `jacobian_regularizers`. Expected names that differ, since each names a metric "
             f"(pass `name=`). Received: {names}"
         )
+    if "loss" in names:
+        raise ValueError(
+            'Invalid value for argument `name` of a Jacobian regularizer. Expected a name other than "loss", which is '
+            'the total in the logs. Received: name="loss"'
+        )
     if not isinstance(interval, int) or interval < 1:
         raise ValueError(
             f"Invalid value for argument `jacobian_interval`. Expected an integer, 1 or more. Received: {interval!r}"
         )
-    if not 0 < fraction <= 1:
+    if not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
         raise ValueError(
             f"Invalid value for argument `jacobian_fraction`. Expected 0 < fraction <= 1. Received: {fraction!r}"
+        )
+
+
+def _check_penalties_within(base, regularizers) -> None:
+    inner = [layer.name for layer in base._flatten_layers() if isinstance(layer, JacobianPenalty) and layer.regularizers]
+    if regularizers and inner:
+        raise ValueError(
+            f"`{base.name}` holds JacobianPenalty layers ({inner}), whose penalties a step that linearizes the whole "
+            "model would leave out. Expected either `jacobian_regularizers` or JacobianPenalty layers. Received both: "
+            "compile with `jacobian_regularizers=[]`, or take the blocks out of their JacobianPenalty."
         )
 
 

@@ -105,8 +105,10 @@ def _sphere(shape, dtype, seed):
 
 def _orthogonal(shape, dtype, seed):
     num_probes, batch, size = shape
-    # The Q of a Gaussian matrix spans a uniformly random subspace, which is all that an unbiased mean needs.
-    columns, _ = ops.qr(_gaussian((batch, size, num_probes), dtype, seed))
+    # The Q of a Gaussian matrix is uniform over all rotations once R has a positive diagonal (Mezzadri, 2007);
+    # LAPACK's has signs of its own, and directions of a mean that is not zero.
+    columns, triangle = ops.qr(_gaussian((batch, size, num_probes), dtype, seed))
+    columns = columns * ops.expand_dims(ops.sign(ops.diagonal(triangle, axis1=1, axis2=2)), 1)
     return math.sqrt(size) * ops.transpose(columns, (2, 0, 1))
 
 

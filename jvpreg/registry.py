@@ -151,7 +151,7 @@ def register_rule(*operations, activation: str | None = None) -> Callable:
                     f"Invalid value for argument `operations`. Expected an operation without a rule. "
                     f"Received: {_name_of(operation)}, which has the rule `{_RULES[operation].function.__name__}`."
                 )
-            _RULES[operation] = Rule(function, activation)
+        _RULES.update(dict.fromkeys(operations, Rule(function, activation)))
         return function
 
     return decorate

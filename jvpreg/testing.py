@@ -1,7 +1,6 @@
 """Checks that a pushforward rule is right, for the package's rules and for a user's own."""
 
 import contextlib
-import itertools
 from collections.abc import Callable, Sequence
 
 import keras
@@ -30,9 +29,9 @@ def check_rule(
     """Checks a layer's rule, in float64: one line tests a rule that you wrote.
 
     Checks, in this order: the primal against the layer's own call; the pullback against un-jitted autodiff; the
-    pushforward against central finite differences; linearity; adjointness `⟨J u, v⟩ = ⟨u, Jᵀ v⟩`; completeness
-    `f(x) = J x + Σ contributions`; and the gradient of the penalty `‖J u‖²` by the input and the weights against
-    central finite differences.
+    pushforward against central finite differences; several probes against one; linearity; adjointness
+    `⟨J u, v⟩ = ⟨u, Jᵀ v⟩`; completeness `f(x) = J x + Σ contributions`; one example taken out of the batch; and the
+    gradient of the penalty `‖J u‖²` by the input and the weights against central finite differences.
 
     Args:
         layer: a layer, or a model, which is then taken as it is: its dtype must be float64. A layer is copied
@@ -154,12 +153,15 @@ class _Case:
         def products(values, inputs, u, w, v):
             def run():
                 lin = self._linearize(inputs)
+                self._check_shapes("the primal", tree.flatten(lin.outputs), self.outputs)
                 sum_of_both = [2.0 * a - 3.0 * b for a, b in zip(u, w, strict=True)]
                 complete = lin._push(
                     [ops.expand_dims(x, 0) for x in lin.inputs],
                     {name: ops.expand_dims(c, 0) for name, c in lin.intercepts.items()},
                 )
                 two_probes = [ops.stack([a, b]) for a, b in zip(u, w, strict=True)]
+                coupled = any(node.pushforward.couples_examples for node in lin.nodes)
+                last = [] if coupled else lin.take([u[0].shape[0] - 1]).jvp(_pack([a[-1:] for a in u]))
                 return [
                     tree.flatten(result)
                     for result in (
@@ -169,13 +171,14 @@ class _Case:
                         lin.jvp(_pack(sum_of_both)),
                         lin.vjp(tree.pack_sequence_as(lin.outputs, v)),
                         [y[0] for y in complete],
+                        last,
                     )
                 ]
 
             return self._stateless(values, run)
 
         results = compiled(products)(self.values, self.inputs, u, w, v)
-        outputs, ju, both, combined, jtv, complete = [[_numpy(leaf) for leaf in result] for result in results]
+        outputs, ju, both, combined, jtv, complete, last = [[_numpy(leaf) for leaf in result] for result in results]
 
         def reference(inputs):
             return tree.flatten(self._stateless(self.values, lambda: self.reference(*inputs)))
@@ -192,6 +195,8 @@ class _Case:
         self._compare("linearity", combined, [2.0 * pair[0] - 3.0 * pair[1] for pair in both])
         self._compare("adjointness ⟨J u, v⟩ = ⟨u, Jᵀ v⟩", [_inner(ju, v)], [_inner(u, jtv)], scale=_norm(ju) * _norm(v))
         self._compare("completeness f(x) = J x + Σ contributions", complete, self.outputs)
+        if last:
+            self._compare("one example taken out of the batch", last, [y[-1:] for y in ju])
         assert len(jtv) == count
 
     def check_penalty_gradient(self, compiled: Callable) -> None:
@@ -237,9 +242,9 @@ class _Case:
 
     def _compare(self, what: str, received: Sequence, expected: Sequence, tolerance=None, scale=None) -> None:
         tolerance = self.tolerance if tolerance is None else tolerance
-        for a, b in itertools.zip_longest(received, expected):
+        self._check_shapes(what, received, expected)
+        for a, b in zip(received, expected, strict=True):
             a, b = _numpy(a), _numpy(b)
-            assert a.shape == b.shape, f"{self._name}: wrong shape in {what}. Expected {b.shape}. Received: {a.shape}"
             size = max(_norm([b]), 1e-30) if scale is None else max(scale, 1e-30)
             error = _norm([a - b]) / size
             if _norm([b]) == 0 and scale is None:
@@ -248,6 +253,12 @@ class _Case:
                 f"{self._name}: wrong in {what}. Expected a relative error of at most {tolerance:.0e}. "
                 f"Received: {error:.2e}"
             )
+
+    def _check_shapes(self, what: str, received: Sequence, expected: Sequence) -> None:
+        shapes = [[tuple(np.shape(tensor)) for tensor in tensors] for tensors in (received, expected)]
+        assert shapes[0] == shapes[1], (
+            f"{self._name}: wrong shape in {what}. Expected {str(shapes[1])[1:-1]}. Received: {str(shapes[0])[1:-1]}"
+        )
 
     @property
     def _name(self) -> str:
@@ -259,6 +270,9 @@ def _pack(leaves: list):
 
 
 def _numpy(tensor) -> np.ndarray:
+    if isinstance(tensor, (float, np.ndarray, np.generic)):
+        # Not by way of a tensor: backends take a Python float as float32.
+        return np.asarray(tensor)
     return np.asarray(ops.convert_to_numpy(ops.stop_gradient(ops.convert_to_tensor(tensor))))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import keras
-from keras import activations, layers
+from keras import activations, layers, ops
 
 
 @dataclass(frozen=True)
@@ -238,4 +238,146 @@ LAYERS = [
     _row(lambda: layers.AlphaDropout(0.4, seed=1), IMAGE, training=True),
     _row(layers.ActivityRegularization, (4,)),
     *[_activation(function) for function in ACTIVATIONS],
+]
+
+
+# Whole models. They are made in float64, since `check_rule` takes a model as it is.
+
+
+def vgg(pooling=layers.MaxPooling2D, activation="relu"):
+    """Two blocks of convolution, batch normalization and pooling."""
+    block = []
+    for filters in (4, 6):
+        block += [
+            layers.Conv2D(filters, 3, padding="same", use_bias=False),
+            layers.BatchNormalization(),
+            layers.Activation(activation),
+            pooling(2),
+        ]
+    return keras.Sequential([keras.Input((8, 8, 2)), *block, layers.Flatten(), layers.Dense(3)])
+
+
+def residual_block():
+    x = keras.Input((5, 5, 3))
+    y = layers.Conv2D(3, 3, padding="same")(x)
+    y = layers.ReLU()(layers.BatchNormalization()(y))
+    y = layers.BatchNormalization()(layers.Conv2D(3, 3, padding="same")(y))
+    y = layers.ReLU()(layers.Add()([x, y]))
+    return keras.Model(x, layers.Dense(2)(layers.GlobalAveragePooling2D()(y)))
+
+
+def squeeze_and_excite():
+    x = keras.Input((5, 5, 4))
+    y = layers.Conv2D(4, 3, activation="silu")(x)
+    gates = layers.GlobalAveragePooling2D(keepdims=True)(y)
+    gates = layers.Dense(4, activation="sigmoid")(layers.Dense(2, activation="relu")(gates))
+    return keras.Model(x, layers.Dense(2)(layers.GlobalMaxPooling2D()(layers.Multiply()([y, gates]))))
+
+
+def _functional(units, activation="tanh", size=4):
+    x = keras.Input((size,))
+    return keras.Model(x, layers.Dense(units)(layers.Dense(5, activation=activation)(x)))
+
+
+def functional_in_functional():
+    x = keras.Input((4,))
+    return keras.Model(x, layers.Dense(2)(_functional(3)(layers.Dense(4, activation="softplus")(x))))
+
+
+def sequential_in_functional():
+    x = keras.Input((4,))
+    inner = keras.Sequential([layers.Dense(3, activation="relu"), layers.BatchNormalization()])
+    return keras.Model(x, layers.Dense(2)(inner(x)))
+
+
+def twice_nested():
+    inner = keras.Sequential([keras.Input((3,)), layers.Dense(4, activation="elu")])
+    x = keras.Input((3,))
+    middle = keras.Model(x, layers.Add()([inner(x), layers.Dense(4)(x)]))
+    return keras.Sequential([keras.Input((3,)), layers.Dense(3), middle, layers.Dense(2)])
+
+
+def shared_layer():
+    x = keras.Input((4,))
+    shared = layers.Dense(4, activation="tanh")
+    return keras.Model(x, layers.Add()([shared(x), shared(shared(x))]))
+
+
+def shared_sub_model():
+    first, second = keras.Input((4,)), keras.Input((4,))
+    shared = _functional(3, "softplus")
+    return keras.Model([first, second], layers.Multiply()([shared(first), shared(second)]))
+
+
+def several_inputs_and_outputs():
+    first, second = keras.Input((4,), name="zulu"), keras.Input((3,), name="alpha")
+    both = layers.Concatenate()([first, second])
+    hidden = layers.Dense(5, activation="relu")(both)
+    return keras.Model([first, second], [layers.Dense(2)(hidden), layers.Dense(3, activation="tanh")(first)])
+
+
+def input_as_output():
+    x = keras.Input((4,))
+    return keras.Model(x, [x, layers.Dense(2)(x)])
+
+
+def output_twice():
+    x = keras.Input((4,))
+    y = layers.Dense(2, activation="tanh")(x)
+    return keras.Model(x, [y, layers.Dense(2)(y), y])
+
+
+def sub_model_with_an_unused_output():
+    x = keras.Input((4,))
+    two_heads = keras.Model(x, [layers.Dense(3)(x), layers.Dense(2, activation="tanh")(x)])
+    y = keras.Input((4,))
+    return keras.Model(y, two_heads(y)[1])
+
+
+def sequential_without_input():
+    return keras.Sequential([layers.Dense(4, activation="tanh"), layers.Dense(2)])
+
+
+def with_dropout():
+    return keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(8, activation="relu"),
+            layers.Dropout(0.4, seed=3),
+            layers.GaussianDropout(0.2, seed=4),
+            layers.Dense(2),
+        ]
+    )
+
+
+def constant_branch():
+    """A merge with a constant of one row for the whole batch."""
+    x = keras.Input((4,))
+    y = layers.Dense(3, activation="tanh")(x)
+    constant = ops.convert_to_tensor([[0.3, -2.0, 1.5]], dtype=keras.config.floatx())
+    return keras.Model(x, layers.Dense(2)(layers.Average()([y, constant])))
+
+
+def _architecture(make, input_shape, name=None, **arguments):
+    return Case(name or make.__name__.strip("_"), make, input_shape, arguments)
+
+
+ARCHITECTURES = [
+    _architecture(vgg, (8, 8, 2)),
+    _architecture(vgg, (8, 8, 2), "vgg-coupled", training=True, batch_statistics="coupled"),
+    _architecture(residual_block, (5, 5, 3)),
+    _architecture(residual_block, (5, 5, 3), "residual_block-coupled", training=True, batch_statistics="coupled"),
+    _architecture(squeeze_and_excite, (5, 5, 4)),
+    _architecture(functional_in_functional, (4,)),
+    _architecture(sequential_in_functional, (4,)),
+    _architecture(twice_nested, (3,)),
+    _architecture(shared_layer, (4,)),
+    _architecture(shared_sub_model, [(4,), (4,)]),
+    _architecture(several_inputs_and_outputs, [(4,), (3,)]),
+    _architecture(input_as_output, (4,)),
+    _architecture(output_twice, (4,)),
+    _architecture(sub_model_with_an_unused_output, (4,)),
+    _architecture(sequential_without_input, (4,)),
+    _architecture(with_dropout, (6,), training=True),
+    _architecture(constant_branch, (4,)),
 ]

@@ -22,3 +22,9 @@ def seeded():
 def float64():
     with jvpreg.testing.float64():
         yield
+
+
+@pytest.fixture(autouse=True)
+def own_rules(monkeypatch):
+    """A rule that a test registers is gone after it."""
+    monkeypatch.setattr(jvpreg.registry, "_RULES", dict(jvpreg.registry._RULES))

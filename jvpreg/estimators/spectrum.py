@@ -24,6 +24,9 @@ def top_singular_value(linearization: Linearization, num_iterations: int = 10, s
     Returns:
         An `Estimate`; `value` is a lower bound of `σ₁`, within `residual` of a singular value.
 
+    Raises:
+        ValueError: `num_iterations` is less than 1.
+
     Reference: Balestriero & Baraniuk (2021), algorithm 4; Golub & Kahan (1965).
 
     Example:
@@ -34,6 +37,10 @@ def top_singular_value(linearization: Linearization, num_iterations: int = 10, s
     >>> round(float(estimate.value[0]), 4)
     2.4495
     """
+    if not isinstance(num_iterations, int) or num_iterations < 1:
+        raise ValueError(
+            f"Invalid value for argument `num_iterations`. Expected an integer, 1 or more. Received: {num_iterations!r}"
+        )
     inputs, outputs = _space(linearization.inputs), linearization.outputs
     input_size, output_size = probes.dimension(inputs), probes.dimension(outputs)
 

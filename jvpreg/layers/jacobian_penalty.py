@@ -7,7 +7,7 @@ from keras import ops, tree
 
 from jvpreg.linearization import linearize
 from jvpreg.registry import register_wrapper
-from jvpreg.regularizers.base import JacobianRegularizer, penalties, requests
+from jvpreg.regularizers.base import JacobianRegularizer, check_regularizers, penalties, requests
 
 
 @keras.saving.register_keras_serializable(package="jvpreg")
@@ -42,7 +42,7 @@ class JacobianPenalty(keras.layers.Layer):
     ):
         super().__init__(**{"autocast": False, "dtype": block.dtype_policy, **kwargs})
         self.block = block
-        self.regularizers = tuple(regularizers)
+        self.regularizers = check_regularizers(regularizers, "regularizers")
         self.seed = seed
         self._seed_generator = keras.random.SeedGenerator(seed)
 

@@ -92,6 +92,21 @@ class JacobianRegularizer:
         return cls(**config)
 
 
+def check_regularizers(regularizers, argument: str) -> tuple[JacobianRegularizer, ...]:
+    """The regularizers as a tuple; None is an empty one.
+
+    Raises:
+        ValueError: it is not a list of regularizers.
+    """
+    several = isinstance(regularizers, (list, tuple))
+    if regularizers is not None and not (several and all(isinstance(r, JacobianRegularizer) for r in regularizers)):
+        raise ValueError(
+            f"Invalid value for argument `{argument}`. Expected a list of `jvpreg.regularizers.JacobianRegularizer`. "
+            f"Received: {argument}={regularizers!r}"
+        )
+    return tuple(regularizers or ())
+
+
 @dataclass(frozen=True)
 class Request:
     """What one regularizer asks to see: its directions and cotangents, each `(P, B, …)` or None."""
@@ -105,7 +120,7 @@ def requests(regularizers: Sequence[JacobianRegularizer], inputs, outputs, label
     """Draws the directions of every regularizer.
 
     Raises:
-        ValueError: a regularizer asks for nothing.
+        ValueError: a regularizer asks for nothing, or for a product with tensors of the wrong shape.
     """
     drawn = []
     for regularizer in regularizers:
@@ -116,8 +131,29 @@ def requests(regularizers: Sequence[JacobianRegularizer], inputs, outputs, label
                 f"`{regularizer.name}` ({type(regularizer).__name__}) asks for no product with the Jacobian. Expected "
                 "`directions` or `cotangents` to return tensors. Received: None from both."
             )
+        for method, probes, like in (("directions", directions, inputs), ("cotangents", cotangents, outputs)):
+            _check_probes(regularizer, method, probes, like)
         drawn.append(Request(regularizer, directions, cotangents))
     return drawn
+
+
+def _check_probes(regularizer, method: str, probes, like) -> None:
+    """Raises if `probes` are not `(P, B, …)` like the tensors of `like`."""
+    if probes is None:
+        return
+    received = [tuple(probe.shape) for probe in tree.flatten(probes)]
+    expected = [tuple(tensor.shape) for tensor in tree.flatten(like)]
+    # The batch is left to the product itself: in a TensorFlow graph it is not known here.
+    if [shape[2:] if len(shape) > 1 else None for shape in received] != [shape[1:] for shape in expected]:
+        raise ValueError(
+            f"`{method}` of `{regularizer.name}` ({type(regularizer).__name__}) returned tensors of the wrong shape. "
+            f"Expected a leading axis of P probes before {', '.join(map(_readable, expected))}. "
+            f"Received: {', '.join(map(str, received))}. For one probe, use `keras.ops.expand_dims(…, 0)`."
+        )
+
+
+def _readable(shape) -> str:
+    return "(" + ", ".join(["B", *map(str, shape[1:])]) + ")"
 
 
 def penalties(linearization: Linearization, asked: Sequence[Request], labels) -> list:
@@ -129,7 +165,8 @@ def penalties(linearization: Linearization, asked: Sequence[Request], labels) ->
     for request, jvp, vjp in zip(asked, pushed, pulled, strict=True):
         seen = Seen(jvp, vjp, request.directions, request.cotangents, inputs, linearization.outputs, labels)
         penalty = request.regularizer.penalty(seen)
-        if len(penalty.shape) != 1:
+        batch = tree.flatten(linearization.outputs)[0].shape[0]
+        if len(penalty.shape) != 1 or (None not in (batch, penalty.shape[0]) and penalty.shape[0] != batch):
             raise ValueError(
                 f"`{request.regularizer.name}` ({type(request.regularizer).__name__}) returned a penalty of the wrong "
                 f"shape. Expected (B,), one number an example. Received: {tuple(penalty.shape)}"

@@ -3,7 +3,7 @@
 import keras
 from keras import layers, ops
 
-from jvpreg.registry import Pushforward, linear, register_rule
+from jvpreg.registry import Pushforward, register_rule
 
 
 def _along(axis: int, vector, x):
@@ -69,8 +69,15 @@ def _batch_moments(layer, x, context):
     return mean, variance
 
 
-@register_rule(layers.Rescaling, layers.Normalization)
-def shift_and_scale(layer, x, context):
-    # Both are affine with constants that they hold in forms of their own; the slope is what a zero input loses.
-    intercept = layer.call(ops.zeros_like(x[:1]))
-    return layer.call(x), linear(lambda tangent: layer.call(tangent) - intercept)
+@register_rule(layers.Rescaling)
+def rescaling(layer, x, context):
+    slope = ops.cast(layer.scale, x.dtype)
+    if len(slope.shape) > 0 and keras.config.image_data_format() == "channels_first":
+        slope = ops.reshape(slope, (*slope.shape, *[1] * (3 - len(slope.shape))))
+    return layer.call(x), Pushforward(lambda tangent: tangent * slope)
+
+
+@register_rule(layers.Normalization)
+def normalization(layer, x, context):
+    deviation = ops.maximum(ops.sqrt(ops.cast(layer.variance, x.dtype)), keras.config.epsilon())
+    return layer.call(x), Pushforward(lambda t: t * deviation if layer.invert else t / deviation)

@@ -1,0 +1,32 @@
+# Two commands do everything: `make quickstart` and `make test`. Both need Python 3.11 and make, no more.
+PYTHON ?= python3
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+
+.PHONY: quickstart test test-tensorflow test-jax test-torch lint clean
+
+# Train plain and regularized on embedded digits, offline, and print the comparison and where the plot is.
+quickstart: .venv-tensorflow/installed
+	KERAS_BACKEND=tensorflow WANDB_MODE=offline .venv-tensorflow/bin/python -m experiments compare --config configs/quickstart.yaml
+
+# What must pass before a change lands: lint, types, import contract, and the tests on the TensorFlow backend.
+test: lint test-tensorflow
+
+lint: .venv-tensorflow/installed
+	.venv-tensorflow/bin/ruff check .
+	.venv-tensorflow/bin/ruff format --check .
+	.venv-tensorflow/bin/mypy
+	.venv-tensorflow/bin/lint-imports
+
+test-tensorflow test-jax test-torch: test-%: .venv-%/installed
+	KERAS_BACKEND=$* .venv-$*/bin/python -m pytest -n 2 --dist loadfile tests jvpreg
+
+# An environment for each backend; the experiments' data pipeline decodes with TensorFlow, so they are tested there.
+.venv-%/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --upgrade pip
+	.venv-$*/bin/python -m pip install --quiet --group $* --group test --editable .$(if $(filter tensorflow,$*),[experiments])
+	touch $@
+
+clean:
+	rm -rf .venv-* runs

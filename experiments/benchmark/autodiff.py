@@ -1,0 +1,122 @@
+"""The competitors: the same penalty by the backend's own autodiff, with one primal pass a step.
+
+Each product is a function `(model, x, draw) -> (y, product)`: `model` runs once, in training mode, at `x` (B, …);
+`draw(like)` returns one direction like a tensor; the product is `J u` like `y`, or `Jᵀ v` like `x`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import ops
+
+from jvpreg.estimators.norms import squared_norm
+
+Draw = Callable[[Any], Any]
+Product = Callable[[keras.Model, Any, Draw], tuple[Any, Any]]
+
+
+class AutodiffModel(keras.Model):
+    """A model that is trained with `strength × mean ‖product‖²`, through Keras' own train step.
+
+    Args:
+        base: the model.
+        product: computes the model's outputs, and with them a product with the Jacobian.
+        draw: draws a direction.
+        strength: of the penalty.
+    """
+
+    def __init__(self, base: keras.Model, product: Product, draw: Draw, strength: float):
+        super().__init__()
+        self.base, self.product, self.draw, self.strength = base, product, draw, strength
+        self.tracker = keras.metrics.Mean(name="jacobian_norm")
+        self.penalty = None
+        self.built = True
+
+    def call(self, inputs, training=None):
+        """What the base model computes; in training, the penalty beside it, for `compute_loss`."""
+        if not training or isinstance(inputs, keras.KerasTensor):
+            return self.base(inputs, training=training)
+        outputs, product = self.product(self.base, inputs, self.draw)
+        self.penalty = ops.mean(squared_norm(ops.expand_dims(product, 0)))
+        return outputs
+
+    def compute_loss(self, *args, **kwargs):
+        """The loss as compiled, and the penalty of the same step."""
+        loss = super().compute_loss(*args, **kwargs)
+        if self.penalty is None:
+            return loss
+        penalty, self.penalty = self.penalty, None
+        self.tracker.update_state(penalty)
+        return loss + self.strength * penalty
+
+
+class TwiceDifferentiable(keras.layers.BatchNormalization):
+    """Batch normalization whose second derivative is right on TensorFlow.
+
+    The mean of `tf.nn.moments` has no gradient within the variance: to first order that is exact, but the gradient of
+    a penalty on the Jacobian is of second order.
+    """
+
+    def _moments(self, inputs, mask):
+        mean = ops.mean(inputs, axis=self._reduction_axes, keepdims=True)
+        variance = ops.mean(ops.square(inputs - mean), axis=self._reduction_axes)
+        return ops.squeeze(mean, axis=self._reduction_axes), variance
+
+
+def twice_differentiable(model: keras.Model) -> keras.Model:
+    """The same model, with the same weights, for autodiff to differentiate twice."""
+    if keras.backend.backend() != "tensorflow":
+        return model
+
+    def layer(original: keras.Layer) -> keras.Layer:
+        mended = isinstance(original, keras.layers.BatchNormalization)
+        return (TwiceDifferentiable if mended else type(original)).from_config(original.get_config())
+
+    clone = keras.models.clone_model(model, clone_function=layer)
+    clone.set_weights(model.get_weights())
+    return clone
+
+
+def forward(model: keras.Model, x: Any, draw: Draw) -> tuple[Any, Any]:
+    """`J u` by the backend's forward mode, which gives the primal with it."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        with tf.autodiff.ForwardAccumulator(x, draw(x)) as accumulator:
+            y = model(x, training=True)
+        return y, accumulator.jvp(y)
+    import jax
+
+    y, product, state = jax.jvp(_pure(model), (x,), (draw(x),), has_aux=True)
+    _assign(model, state)
+    return y, product
+
+
+def backward(model: keras.Model, x: Any, draw: Draw) -> tuple[Any, Any]:
+    """`Jᵀ v` by the backend's reverse mode on the tape of the primal; Keras differentiates it once more."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        # The weights are the outer tape's business: to watch them here too would record twice as much.
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(x)
+            y = model(x, training=True)
+        return y, tape.gradient(y, x, output_gradients=draw(y))
+    import jax
+
+    y, pull, state = jax.vjp(_pure(model), x, has_aux=True)
+    _assign(model, state)
+    return y, pull(draw(y))[0]
+
+
+def _pure(model: keras.Model) -> Callable[[Any], tuple[Any, Any]]:
+    """The model as JAX wants a function: from `x` to the outputs and the new moving statistics."""
+    weights = [variable.value for variable in model.trainable_variables]
+    state = [variable.value for variable in model.non_trainable_variables]
+    return lambda x: model.stateless_call(weights, state, x, training=True)
+
+
+def _assign(model: keras.Model, state: list[Any]) -> None:
+    for variable, value in zip(model.non_trainable_variables, state, strict=True):
+        variable.assign(value)

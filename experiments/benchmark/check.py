@@ -1,0 +1,93 @@
+"""Whether an entry trains on what it claims to: its penalty and its gradient against a reference."""
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from keras import ops
+
+from experiments.benchmark import entries
+from experiments.benchmark.config import StepConfig
+from experiments.benchmark.entries import Entry
+from experiments.benchmark.reference import Reference
+
+EXAMPLES = 4
+# In float64 and small, so that hardly any ReLU changes sides on the way.
+DIFFERENCE = 1e-8
+
+
+@dataclass(frozen=True)
+class Check:
+    """Relative errors of one step's penalty, and of its gradient by the weights."""
+
+    penalty_error: float
+    gradient_error: float
+
+    @property
+    def error(self) -> float:
+        """The worse of the two; infinite where one is not a number."""
+        worst = max(self.penalty_error, self.gradient_error)
+        return math.inf if math.isnan(self.penalty_error + self.gradient_error) else worst
+
+
+class Checker:
+    """Checks entries against references that it keeps.
+
+    Args:
+        config: which model; how it is compiled.
+    """
+
+    def __init__(self, config: StepConfig):
+        self.config = config
+        self.batch = entries.images(config, EXAMPLES)
+        self.references: dict[str, Reference] = {}
+
+    def check(self, entry: Entry) -> Check | None:
+        """Take steps of an entry as it is timed, but in known directions, until one has a penalty, and compare.
+
+        Returns:
+            The errors; None for the plain step, which has no penalty.
+        """
+        if entry.side is None:
+            return None
+        model = entries.checked_model(entry, self.config)
+        x, labels = self.batch.images(), self.batch.labels
+        weights = [ops.convert_to_numpy(variable) for variable in model.base.trainable_variables]
+        for _ in range(entry.interval):
+            logs = model.train_on_batch(x, labels, return_dict=True)
+            # On JAX, reading `trainable_variables` of the model that was trained brings them up to date.
+            moved = [ops.convert_to_numpy(variable) for variable in model.trainable_variables]
+            gradient = [(np.float64(old) - new) / entry.interval for old, new in zip(weights, moved, strict=True)]
+            if any(np.any(part) for part in gradient):
+                break
+        return self.compare(entry, float(logs["jacobian_norm"]), gradient)
+
+    def compare(self, entry: Entry, penalty: float, gradient: list[np.ndarray]) -> Check:
+        """The errors of a penalty and of its gradient by the weights.
+
+        The gradient is checked along itself: there the slope of the penalty is its norm, if it is right. The
+        examples that a fraction of the batch held are taken to be those whose mean comes closest.
+        """
+        norm = math.sqrt(sum(float(np.sum(part**2)) for part in gradient))
+        here, ahead, behind = (
+            self._reference(entry).penalties(
+                entry.side or "input", entry.num_probes, [distance / (norm or 1.0) * part for part in gradient]
+            )
+            for distance in (0.0, DIFFERENCE, -DIFFERENCE)
+        )
+        parts = itertools.combinations(range(len(here)), math.ceil(entry.fraction * len(here)))
+        part = list(min(parts, key=lambda part: abs(np.mean(here[list(part)]) - penalty)))
+        expected = float(np.mean(here[part]))
+        slope = float(np.mean(ahead[part]) - np.mean(behind[part])) / (2 * DIFFERENCE)
+        return Check(
+            penalty_error=abs(penalty - expected) / expected,
+            gradient_error=abs(norm - slope) / abs(slope) if slope else math.inf,
+        )
+
+    def _reference(self, entry: Entry) -> Reference:
+        derivative = entry.derivative(self.config)
+        assert derivative != "none"
+        if derivative not in self.references:
+            self.references[derivative] = Reference(entries.base_model(self.config), derivative, self.batch.images())
+        return self.references[derivative]

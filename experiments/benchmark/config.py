@@ -1,0 +1,53 @@
+"""The keys of `benchmark step`. Nothing here imports Keras, so that a typing error is told at once."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+
+from experiments.config import ModelConfig
+
+
+@dataclass
+class StepConfig:
+    """Measure what a penalty on the Jacobian adds to a training step, on the backend that KERAS_BACKEND names."""
+
+    model: ModelConfig = field(default_factory=lambda: ModelConfig("vgg6", 32))
+    """The architecture."""
+
+    image_size: PositiveInt = 32
+    """Height and width of the random images."""
+
+    batch_size: PositiveInt = 64
+    """Examples a step."""
+
+    jit_compile: bool = True
+    """Compile by XLA on TensorFlow, by `jax.jit` on JAX. If not: a plain graph on TensorFlow, eager on JAX."""
+
+    batch_normalization: Literal["training", "inference"] = "training"
+    """training: batch statistics, which jvpreg freezes and autodiff moves along, so that the two compute different
+    derivatives. inference: frozen layers on moving statistics, where all compute the same."""
+
+    rounds: PositiveInt = 30
+    """How often each entry is timed, in turn with the others."""
+
+    warmup: NonNegativeInt = 2
+    """Turns of each entry after the first call and before the rounds that count."""
+
+    tolerance: PositiveFloat = 1e-4
+    """Relative error of the penalty, or of its gradient, from which on an entry is wrong and is not timed."""
+
+    memory: bool = True
+    """Measure the peak memory of each entry, in a process of its own."""
+
+    memory_steps: PositiveInt = 3
+    """Steps of which the peak memory is taken."""
+
+    only: list[str] | None = None
+    """Names of the entries to measure beside the plain step; all of them by default."""
+
+    seed: NonNegativeInt = 0
+    """Seed of the images, the weights and the probes."""
+
+    folder: str | None = None
+    """Where the files go; by default runs/benchmark/step-BACKEND-MODE."""

@@ -1,0 +1,27 @@
+"""Directions that a reference can have too, in place of random ones."""
+
+from typing import Any
+
+from keras import ops
+
+from jvpreg.regularizers import JacobianNorm
+
+FREQUENCY = 20.0
+
+
+def known_directions(like: Any, num_probes: int) -> Any:
+    """Directions `(P, B, …)` that follow from `like` (B, …), so that they stay with an example in any batch."""
+    like = ops.stop_gradient(like)
+    return ops.stack([ops.cos(FREQUENCY * (1 + probe) * like) for probe in range(num_probes)])
+
+
+class KnownJacobianNorm(JacobianNorm):
+    """The same penalty in the known directions."""
+
+    def directions(self, inputs, labels, seed):
+        """Of the input, if that is the side."""
+        return known_directions(inputs, self.num_probes) if self.side == "input" else None
+
+    def cotangents(self, outputs, labels, seed):
+        """Of the output, if that is the side."""
+        return known_directions(outputs, self.num_probes) if self.side == "output" else None

@@ -1,0 +1,71 @@
+"""The peak memory of an entry, in a process of its own: `python -m experiments.benchmark.memory NAME SETTINGS`."""
+
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+from experiments.benchmark.config import StepConfig
+from experiments.config import ModelConfig
+
+ROOT = Path(__file__).parents[2]
+KILOBYTE = 1024
+
+
+def peak_bytes(name: str, config: StepConfig) -> int | MemoryError:
+    """Peak memory that an entry's first steps add to what a process holds after its imports.
+
+    Compilation is part of it.
+
+    Args:
+        name: of the entry.
+        config: of the study.
+
+    Returns:
+        Bytes; a MemoryError where the process ran out of memory or was killed.
+
+    Raises:
+        RuntimeError: the process failed in another way.
+    """
+    command = [sys.executable, "-m", "experiments.benchmark.memory", name, json.dumps(dataclasses.asdict(config))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode == 0:
+        return int(done.stdout.split()[-1])
+    from experiments.benchmark.measure import out_of_memory
+
+    last = (done.stderr.strip() or "no message").splitlines()[-1]
+    if done.returncode == -9:
+        return MemoryError("the process was killed, as a system does that runs out of memory")
+    return out_of_memory(RuntimeError(f"The process that measures the memory of {name!r} failed: {last}"))
+
+
+def resident_peak() -> int:
+    """The largest resident size of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            # `ru_maxrss` of a child begins with what its parent held, on Linux; this does not.
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * KILOBYTE
+    unit = 1 if sys.platform == "darwin" else KILOBYTE
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def main(name: str, settings: str) -> None:
+    """Take a few steps of an entry, and print what they added to the peak."""
+    from experiments.benchmark import entries, measure
+
+    keys = json.loads(settings)
+    config = StepConfig(**{**keys, "model": ModelConfig(**keys["model"])})
+    entry = next(entry for entry in entries.ENTRIES if entry.name == name)
+    split = entries.images(config, config.batch_size)
+    before = resident_peak()
+    model = entries.training_model(entry, config)
+    measure.turn(model, (split.images(), split.labels), config.memory_steps)
+    print(resident_peak() - before)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,109 @@
+"""The benchmark as a table, on the terminal and in Markdown, and as a figure."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from experiments.plots import STYLE
+
+COLORS = {"none": "0.55", "jvpreg": "C0", "autodiff": "C1"}
+
+
+def columns(row: dict[str, Any]) -> dict[str, str]:
+    """One entry's figures, by the heading of their column."""
+    wrong = row["status"] == "wrong"
+    timed = row["ratio"] is not None
+    spread = "-".join(f"{quartile:.2f}" for quartile in row["ratio_quartiles"] or ())
+    peak = row["peak_memory_bytes"]
+    return {
+        "step": row["label"],
+        "derivative": row["derivative"],
+        "error": _error(row["penalty_error"]),
+        "of gradient": _error(row["gradient_error"]),
+        "× plain step": f"{row['ratio']:.2f} ({spread})" if timed else row["status"],
+        "ms": f"{1000 * row['seconds']:.1f}" if timed else "",
+        "first s": f"{row['first_call_seconds']:.1f}" if timed else "",
+        "peak MB": f"{peak / 1e6:.0f}" if peak is not None and not wrong else "",
+    }
+
+
+def terminal(summary: dict[str, Any]) -> Table:
+    """The table for a rich console."""
+    rows = [columns(row) for row in summary["entries"]]
+    table = Table()
+    for heading in rows[0]:
+        table.add_column(heading, no_wrap=True, justify="left" if heading in ("step", "derivative") else "right")
+    for row in rows:
+        table.add_row(*row.values(), style="red" if "wrong" in row.values() else None)
+    return table
+
+
+def markdown(summary: dict[str, Any]) -> str:
+    """The table in Markdown, with the conditions below it."""
+    rows = [columns(row) for row in summary["entries"]]
+    aligned = ["---", "---", *["---:"] * (len(rows[0]) - 2)]
+    lines = [list(rows[0]), aligned, *[list(row.values()) for row in rows]]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"{table}\n\n{conditions(summary)}\n"
+
+
+def conditions(summary: dict[str, Any]) -> str:
+    """What the figures mean and where they are from."""
+    settings, machine = summary["settings"], summary["machine"]
+    model = f"{settings['model']['name']} of width {settings['model']['width']}"
+    size = settings["image_size"]
+    return (
+        f"Model {model}, batches of {settings['batch_size']} images of {size}x{size}x3, batch "
+        f"normalization in {settings['batch_normalization']} mode. Ratios to the plain step of the same round, median "
+        f"and quartiles of {settings['rounds']} rounds; interval=4 is the mean of four steps. Derivative: batch "
+        "statistics moving (of inference), frozen (the batch's, constant to the tangent) or coupled (the batch's, "
+        "moved along). Errors are relative, of one step's penalty and of its gradient by the weights, against float64 "
+        f"that is not jitted; above {settings['tolerance']:g} a step is wrong and is not timed. First s: seconds of "
+        "the first call, compilation included. Peak MB: memory over the plain import, compilation included. "
+        f"{machine['backend']} ({summary['mode']}), Keras {machine['keras']}, "
+        f"{machine['cores']} cores of {machine['processor']}."
+    )
+
+
+def figure(summary: dict[str, Any], path: Path) -> None:
+    """Draw the ratios as bars with their quartiles into a PNG file."""
+    rows = summary["entries"]
+    with matplotlib.rc_context({**STYLE, "axes.grid.axis": "x"}):
+        drawing = Figure(figsize=(7.5, 0.42 * len(rows) + 1.3), layout="constrained")
+        axes = drawing.subplots()
+        for place, row in enumerate(rows):
+            if row["ratio"] is None:
+                axes.text(0.03, place, _reason(row), va="center", color="C3")
+                continue
+            lower, upper = row["ratio_quartiles"]
+            spread = [[row["ratio"] - lower], [upper - row["ratio"]]]
+            axes.barh(place, row["ratio"], xerr=spread, height=0.62, color=_color(row), ecolor="0.2", capsize=3)
+            axes.text(upper + 0.04, place, f"{row['ratio']:.2f}", va="center")
+        axes.axvline(1.0, color="0.4", linewidth=1, linestyle=":")
+        axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
+        axes.invert_yaxis()
+        axes.margins(x=0.1)
+        axes.set_xlim(left=0)
+        axes.grid(False, axis="y")
+        axes.set_xlabel("time of a training step, times the plain step (median and quartiles)")
+        axes.set_title(f"{summary['machine']['backend']}, {summary['mode']}", loc="left", fontsize=10)
+        drawing.savefig(path, dpi=150)
+
+
+def _color(row: dict[str, Any]) -> str:
+    if row["derivative"] == "none":
+        return COLORS["none"]
+    return COLORS["jvpreg" if row["label"].startswith("JacobianNorm") else "autodiff"]
+
+
+def _reason(row: dict[str, Any]) -> str:
+    if row["status"] != "wrong":
+        return row["status"]
+    return f"wrong (error {_error(row['penalty_error'])}, of the gradient {_error(row['gradient_error'])})"
+
+
+def _error(error: float | str | None) -> str:
+    return f"{error:.0e}" if isinstance(error, float) else error or ""

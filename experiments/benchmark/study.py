@@ -1,0 +1,139 @@
+"""The `benchmark step` study: correctness first, then times in turn, then memory."""
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import keras
+from rich.console import Console
+
+from experiments import timing
+from experiments.benchmark import entries, measure, memory, report
+from experiments.benchmark.check import Check, Checker
+from experiments.benchmark.config import StepConfig
+from experiments.benchmark.entries import Entry
+from experiments.errors import ExperimentError
+
+
+def run(config: StepConfig) -> dict[str, Any]:
+    """Measure the entries, and write and print what came out.
+
+    Args:
+        config: see `StepConfig`.
+
+    Returns:
+        What `step.json` holds: the settings, the machine, and a row an entry.
+
+    Raises:
+        ExperimentError: where the backend or the name of an entry is not known.
+    """
+    if keras.backend.backend() not in ("tensorflow", "jax"):
+        raise ExperimentError("benchmark step runs on TensorFlow and JAX: set KERAS_BACKEND to one of the two.")
+    chosen = chosen_entries(config)
+    # The table is wider than the 80 columns that a pipe is given.
+    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 110)
+    checker = Checker(config)
+    checks: dict[str, Check | None] = {}
+    for entry in chosen:
+        console.print(f"checking {entry.label}")
+        checks[entry.name] = checker.check(entry)
+    right = [entry for entry in chosen if is_right(checks[entry.name], config)]
+    peaks: dict[str, int | MemoryError] = {}
+    for entry in right if config.memory else []:
+        console.print(f"measuring the memory of {entry.label}")
+        peaks[entry.name] = memory.peak_bytes(entry.name, config)
+    # What fells a process of its own would fell this one.
+    able = [entry for entry in right if not isinstance(peaks.get(entry.name), MemoryError)]
+    console.print(f"timing {config.rounds} rounds of {len(able)} entries")
+    times = measure.timings(able, config)
+    rows = [row(entry, config, checks[entry.name], times.get(entry.name), peaks.get(entry.name)) for entry in chosen]
+    summary = {
+        "study": "benchmark step",
+        "mode": mode(config),
+        "settings": json.loads(json.dumps(dataclasses.asdict(config))),
+        "machine": {**timing.machine(), "memory_gigabytes": round(physical_memory() / 1e9, 1)},
+        "entries": rows,
+    }
+    write(summary, default_folder(config), console)
+    return summary
+
+
+def chosen_entries(config: StepConfig) -> list[Entry]:
+    """The plain step and what `only` names."""
+    names = [entry.name for entry in entries.ENTRIES]
+    for name in config.only or []:
+        if name not in names:
+            raise ExperimentError(f"only: there is no entry {name!r}. Expected names among {', '.join(names)}.")
+    wanted = names if config.only is None else ["plain", *config.only]
+    return [entry for entry in entries.ENTRIES if entry.name in wanted]
+
+
+def is_right(check: Check | None, config: StepConfig) -> bool:
+    """Whether an entry is to be timed; the plain step has nothing to check."""
+    return check is None or check.error <= config.tolerance
+
+
+def row(
+    entry: Entry,
+    config: StepConfig,
+    check: Check | None,
+    times: measure.Timing | MemoryError | None,
+    peak: int | MemoryError | None,
+) -> dict[str, Any]:
+    """What the JSON file says of an entry; what was not measured is null."""
+    failure = next((cause for cause in (times, peak) if isinstance(cause, MemoryError)), None)
+    right = is_right(check, config)
+    measured = dataclasses.asdict(times) if isinstance(times, measure.Timing) else {}
+    return {
+        "name": entry.name,
+        "label": entry.label,
+        "derivative": entry.derivative(config),
+        "steps_per_turn": entry.interval,
+        "status": "wrong" if not right else "out of memory" if failure else "ok",
+        "message": str(failure) if failure else None,
+        "penalty_error": _finite(check.penalty_error) if check else None,
+        "gradient_error": _finite(check.gradient_error) if check else None,
+        "first_call_seconds": measured.get("first_call_seconds"),
+        "seconds": measured.get("seconds"),
+        "ratio": measured.get("ratio"),
+        "ratio_quartiles": measured.get("ratio_quartiles"),
+        "peak_memory_bytes": peak if isinstance(peak, int) else None,
+    }
+
+
+def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
+    """Write step.json, step.md and step.png, and print the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "step.json").write_text(json.dumps(summary, indent=2))
+    (folder / "step.md").write_text(report.markdown(summary))
+    report.figure(summary, folder / "step.png")
+    console.print(report.terminal(summary))
+    console.print(report.conditions(summary))
+    console.print(f"Files: {folder}")
+
+
+def mode(config: StepConfig) -> str:
+    """How steps are compiled, in a word."""
+    if keras.backend.backend() == "jax":
+        return "jit" if config.jit_compile else "eager"
+    return "xla" if config.jit_compile else "graph"
+
+
+def default_folder(config: StepConfig) -> Path:
+    """The folder that is named, or one after the backend, the mode and the batch normalization."""
+    suffix = "" if config.batch_normalization == "training" else f"-{config.batch_normalization}"
+    return Path(config.folder or f"runs/benchmark/step-{keras.backend.backend()}-{mode(config)}{suffix}")
+
+
+def physical_memory() -> int:
+    """Bytes of memory that the machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _finite(error: float) -> float | str:
+    # JSON has no infinity.
+    return error if math.isfinite(error) else "infinite"

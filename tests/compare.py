@@ -1,0 +1,36 @@
+"""What the tests of several modules draw and compare with."""
+
+import numpy as np
+from keras import ops, tree
+
+numpy = ops.convert_to_numpy
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def randomize(model, seed=0):
+    random = np.random.default_rng(seed)
+    for variable in model.variables:
+        if "seed" not in variable.path:
+            low = 0.5 if "variance" in variable.path else -0.8
+            variable.assign(random.uniform(low, low + 1.6, size=variable.shape))
+    return model
+
+
+def norm(tensors):
+    return np.sqrt(sum(np.sum(np.square(numpy(t))) for t in tree.flatten(tensors)))
+
+
+def inner(left, right):
+    return sum(np.sum(numpy(a) * numpy(b)) for a, b in zip(tree.flatten(left), tree.flatten(right), strict=True))
+
+
+def assert_close(received, expected, tolerance=1e-10):
+    received, expected = tree.flatten(received), tree.flatten(expected)
+    assert len(received) == len(expected) > 0
+    for a, b in zip(received, expected, strict=True):
+        a, b = numpy(a), numpy(b)
+        assert a.shape == b.shape
+        assert norm(a - b) <= tolerance * max(norm(b), 1e-30)

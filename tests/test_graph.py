@@ -1,0 +1,311 @@
+"""The walk over a graph: architectures of every shape, random ones, structures, and what is refused."""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+from cases import ARCHITECTURES, residual_block, several_inputs_and_outputs, squeeze_and_excite, vgg
+from compare import assert_close, inner, norm, normal, randomize
+from keras import layers, ops, tree
+
+import jvpreg
+from jvpreg.transpose import transpose
+
+numpy = ops.convert_to_numpy
+
+
+# Architectures.
+
+
+@pytest.mark.parametrize("case", ARCHITECTURES, ids=lambda case: case.id)
+def test_architecture(float64, case):
+    jvpreg.testing.check_rule(case.make(), case.input_shape, **case.arguments)
+
+
+@pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch.compile takes half a minute a model")
+def test_architecture_compiled(float64):
+    jvpreg.testing.check_rule(squeeze_and_excite(), (5, 5, 4), jit=True)
+
+
+def with_frozen_statistics(model, x):
+    """`model` as a function, its batch statistics those of the batch `x`, whatever it is given."""
+    statistics = {}
+
+    def run(inputs):
+        def operation(layer):
+            if not isinstance(layer, layers.BatchNormalization):
+                return layer
+
+            def normalize(y, **kwargs):
+                axes = list(range(len(y.shape) - 1))
+                mean, variance = statistics.setdefault(layer, (ops.mean(y, axes), ops.var(y, axes)))
+                return (y - mean) / ops.sqrt(variance + layer.epsilon) * layer.gamma + layer.beta
+
+            return normalize
+
+        return getattr(model, "_functional", model)._run_through_graph(inputs, operation_fn=operation)
+
+    def reference(*inputs):
+        if not statistics:
+            run([ops.convert_to_tensor(x)])
+        return run(list(inputs))
+
+    return reference
+
+
+@pytest.mark.parametrize("make", [vgg, residual_block])
+def test_training_with_frozen_batch_statistics(float64, make):
+    """The reference holds the statistics of the batch that `check_rule` draws from seed 0."""
+    model = make()
+    x = normal(4, *model.input_shape[1:])
+    reference = with_frozen_statistics(model, x)
+    jvpreg.testing.check_rule(model, x.shape[1:], batch_size=4, training=True, reference=reference)
+
+
+# Random architectures.
+
+SMOOTH_AND_PIECEWISE = ["relu", "relu6", "elu", "selu", "silu", "tanh", "softplus", "mish", "softsign", "hard_silu"]
+
+
+BLOCKS = (
+    *("conv", "strided", "depthwise", "separable", "transposed", "max", "tiled max", "average", "normalize", "prelu"),
+    *("residual", "difference", "concatenate", "gated", "larger", "smaller", "mean", "pad and crop", "upsample"),
+    "dropout",
+)
+
+
+def drawn_blocks(seed):
+    return [str(name) for name in np.random.default_rng(seed).choice(BLOCKS, size=7)]
+
+
+def random_architecture(seed):
+    """Seven random layers or blocks of the rule table on an image, then a head."""
+    random = np.random.default_rng(seed)
+    x = y = keras.Input((6, 6, 2))
+
+    def activation():
+        return str(random.choice(SMOOTH_AND_PIECEWISE))
+
+    def filters():
+        return int(random.integers(2, 5))
+
+    def like(y):
+        return layers.Conv2D(y.shape[-1], 3, padding="same", activation=activation())(y)
+
+    blocks = {
+        "conv": lambda y: layers.Conv2D(filters(), 3, padding="same", activation=activation())(y),
+        "strided": lambda y: layers.Conv2D(filters(), 3, strides=2, padding="same", use_bias=False)(y),
+        "depthwise": lambda y: layers.DepthwiseConv2D(3, padding="same", activation=activation())(y),
+        "separable": lambda y: layers.SeparableConv2D(filters(), 3, padding="same")(y),
+        "transposed": lambda y: layers.Conv2DTranspose(filters(), 3, padding="same", activation=activation())(y),
+        "max": lambda y: layers.MaxPooling2D(3, strides=2, padding="same")(y),
+        "tiled max": lambda y: layers.MaxPooling2D(2, padding="same")(y),
+        "average": lambda y: layers.AveragePooling2D(2, padding="same")(y),
+        "normalize": lambda y: layers.BatchNormalization()(y),
+        "prelu": lambda y: layers.PReLU(shared_axes=[1, 2])(y),
+        "residual": lambda y: layers.Add()([y, like(y)]),
+        "difference": lambda y: layers.Subtract()([like(y), y]),
+        "concatenate": lambda y: layers.Concatenate()([y, layers.Conv2D(2, 1)(y)]),
+        "gated": lambda y: layers.Multiply()([y, layers.Dense(y.shape[-1], activation="sigmoid")(y)]),
+        "larger": lambda y: layers.Maximum()([y, like(y)]),
+        "smaller": lambda y: layers.Minimum()([like(y), y]),
+        "mean": lambda y: layers.Average()([y, like(y), like(y)]),
+        "pad and crop": lambda y: layers.Cropping2D(((0, 1), (1, 0)))(layers.ZeroPadding2D(1)(y)),
+        "upsample": lambda y: layers.AveragePooling2D(2)(layers.UpSampling2D(2)(y)),
+        "dropout": lambda y: layers.Dropout(0.3)(y),
+    }
+    assert tuple(blocks) == BLOCKS
+    for name in drawn_blocks(seed):
+        y = blocks[name](y)
+    heads = [layers.Flatten, layers.GlobalAveragePooling2D, layers.GlobalMaxPooling2D]
+    y = heads[random.integers(len(heads))]()(y)
+    return randomize(keras.Model(x, layers.Dense(3)(y)), seed)
+
+
+def test_random_architectures_draw_from_the_whole_table():
+    assert set(itertools.chain.from_iterable(map(drawn_blocks, range(20)))) == set(BLOCKS)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_architecture(float64, seed):
+    model = random_architecture(seed)
+    x, u, w, v = normal(2, 6, 6, 2), normal(2, 6, 6, 2, seed=1), normal(2, 6, 6, 2, seed=2), normal(2, 3, seed=3)
+    lin = jvpreg.linearize(model, x)
+    assert_close(lin.outputs, model(x, training=False))
+    expected = transpose(lambda inputs: [model(inputs[0])], [ops.convert_to_tensor(x)], [ops.convert_to_tensor(v)])[0]
+    assert_close(lin.vjp(v), expected)
+    ju, jw, both = numpy(lin.jvp(np.stack([u, w, 2 * u - 3 * w])))
+    assert norm(ju) > 0
+    assert abs(inner(ju, v) - inner(u, expected)) <= 1e-10 * norm(ju) * norm(v)
+    assert_close(both, 2 * ju - 3 * jw)
+    taps = {name: c[None] for name, c in lin.intercepts.items()}
+    assert_close(lin._push([lin.inputs[0][None]], taps)[0][0], lin.outputs)
+
+
+# Structures.
+
+
+def test_dicts_go_by_name(float64):
+    """The names are not in alphabetical order, and the shapes of both inputs are the same."""
+    first, second = keras.Input((3,), name="zulu"), keras.Input((3,), name="alpha")
+    double = layers.Rescaling(2.0)(first)
+    outputs = {"why": layers.Subtract()([double, second]), "ex": layers.Rescaling(1.0)(second)}
+    model = keras.Model([first, second], outputs)
+    x = {"alpha": normal(2, 3, seed=1), "zulu": normal(2, 3, seed=2)}
+    lin = jvpreg.linearize(model, x)
+    assert_close(lin.outputs["why"], 2 * x["zulu"] - x["alpha"])
+    for u in (x, [x["zulu"], x["alpha"]], (x["zulu"], x["alpha"])):
+        products = lin.jvp(u)
+        assert sorted(products) == ["ex", "why"]
+        assert_close(products["why"], 2 * x["zulu"] - x["alpha"])
+        assert_close(products["ex"], x["alpha"])
+    assert_close(lin.jvp({"zulu": None, "alpha": x["alpha"]})["why"], -x["alpha"])
+    v = normal(2, 3, seed=3)
+    assert_close(lin.vjp({"why": v, "ex": np.zeros((2, 3))}), [2 * v, -v])
+    assert_close(lin.vjp({"why": None, "ex": v})[1], v)
+
+
+def test_a_model_made_of_a_dict_of_inputs(float64):
+    named = {name: keras.Input((3,), name=name) for name in ("zulu", "alpha")}
+    model = keras.Model(named, layers.Subtract()([named["zulu"], named["alpha"]]))
+    x = {"alpha": normal(2, 3, seed=1), "zulu": normal(2, 3, seed=2)}
+    lin = jvpreg.linearize(model, x)
+    assert_close(lin.outputs, model(x))
+    assert_close(lin.jvp(x), x["zulu"] - x["alpha"])
+
+
+def test_a_sub_model_called_with_a_dict(float64):
+    first, second = keras.Input((3,), name="zulu"), keras.Input((3,), name="alpha")
+    sub_model = keras.Model([first, second], layers.Subtract()([first, second]))
+    p, q = keras.Input((3,)), keras.Input((3,))
+    model = keras.Model([p, q], sub_model({"zulu": p, "alpha": q}))
+    x = [normal(2, 3, seed=1), normal(2, 3, seed=2)]
+    lin = jvpreg.linearize(model, x)
+    assert_close(lin.outputs, model(x))
+    assert_close(lin.jvp(x), x[0] - x[1])
+
+
+@pytest.mark.parametrize("outputs", ["bare", "list of one", "list of two", "dict"])
+def test_outputs_have_the_structure_of_the_models(float64, outputs):
+    x = keras.Input((3,))
+    y, z = layers.Dense(2)(x), layers.Dense(4)(x)
+    made = {"bare": y, "list of one": [y], "list of two": [y, z], "dict": {"z": z, "y": y}}[outputs]
+    model = keras.Model(x, made)
+    lin = jvpreg.linearize(model, normal(2, 3))
+    expected = model(normal(2, 3))
+    tree.assert_same_structure(lin.outputs, expected)
+    tree.assert_same_structure(lin.jvp(normal(2, 3, seed=1)), expected)
+    assert_close(lin.outputs, expected)
+
+
+# Bad input.
+
+
+def _functional():
+    x = keras.Input((3,), name="features")
+    return keras.Model(x, layers.Dense(2)(x), name="small")
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (3,), (1, 4, 3)])
+def test_wrong_shape_of_x(shape):
+    with pytest.raises(ValueError, match=r"`x`. Expected shape \(B, 3\), as input `features` of `small` has. Received"):
+        jvpreg.linearize(_functional(), np.ones(shape))
+
+
+def test_wrong_shape_of_the_input_of_a_layer():
+    layer = layers.Dense(2, name="layer")
+    layer.build((None, 3))
+    with pytest.raises(ValueError, match=r"`x`.*'layer'.*expected axis -1.* value 3, but received.*\(1, 4\)"):
+        jvpreg.linearize(layer, np.ones((1, 4)))
+
+
+def test_wrong_number_of_inputs():
+    model = several_inputs_and_outputs()
+    for x, count in ((normal(2, 4), 1), ([normal(2, 4), normal(2, 3), normal(2, 3)], 3)):
+        with pytest.raises(ValueError, match=f"`x`. Expected 2 tensor.*one for each input.* Received: {count}"):
+            jvpreg.linearize(model, x)
+    with pytest.raises(ValueError, match=r"`x`. Expected the same number of examples.* Received"):
+        jvpreg.linearize(model, [normal(2, 4), normal(3, 3)])
+    with pytest.raises(ValueError, match=r"`x`. Expected a tensor for each input. Received: None"):
+        jvpreg.linearize(model, [normal(2, 4), None])
+    with pytest.raises(ValueError, match=r"`x`. Expected a dict with the keys .* add \['zulu'\]"):
+        jvpreg.linearize(model, {"alpha": normal(2, 3)})
+
+
+class Subclassed(keras.Model):
+    def call(self, x):
+        return 2.0 * x
+
+
+class OverridesCall(keras.Model):
+    """Functional by its constructor, and yet not what its graph says."""
+
+    def call(self, inputs, training=None, mask=None):
+        return 2.0 * super().call(inputs, training=training)
+
+
+def test_models_without_a_graph_to_walk():
+    functional = _functional()
+    overriding = OverridesCall(functional.inputs, functional.outputs)
+    assert isinstance(overriding, keras.Function)
+    for model in (Subclassed(), overriding):
+        model([normal(2, 3)] if model is overriding else normal(2, 3))
+        with pytest.raises(NotImplementedError, match=r"has no graph to walk.*custom.*jvpreg.register_rule"):
+            jvpreg.linearize(model, normal(2, 3))
+        outer = keras.Sequential([keras.Input((3,)), model])
+        with pytest.raises(NotImplementedError, match=f"`{model.name}`.*has no pushforward rule.*register_rule"):
+            jvpreg.linearize(outer, normal(2, 3))
+
+
+def test_a_subclassed_model_may_have_a_rule():
+    @jvpreg.register_rule(Subclassed)
+    def subclassed(model, x, context):
+        return 2.0 * x, jvpreg.linear(lambda tangent: 2.0 * tangent)
+
+    model = Subclassed()
+    x = normal(2, 3).astype("float32")
+    model(x)
+    np.testing.assert_array_equal(numpy(jvpreg.linearize(model, x).jvp(x)), 2 * x)
+    outer = keras.Sequential([keras.Input((3,)), model])
+    np.testing.assert_array_equal(numpy(jvpreg.linearize(outer, x).jvp(x)), 2 * x)
+
+
+class NoRule(layers.Dense):
+    """A subclass does not inherit its parent's rule."""
+
+    def call(self, x):
+        return ops.sin(super().call(x))
+
+
+def test_a_layer_without_a_rule():
+    inner_model = keras.Sequential([keras.Input((3,)), NoRule(2, name="waves")], name="block")
+    x = keras.Input((3,))
+    model = keras.Model(x, inner_model(x))
+    with pytest.raises(NotImplementedError, match=r"`block/waves` \(.*NoRule\) has no pushforward rule.*register_rule"):
+        jvpreg.linearize(model, normal(2, 3))
+    with pytest.raises(NotImplementedError, match=r"`waves` \(.*NoRule\) has no pushforward rule"):
+        jvpreg.linearize(inner_model.layers[0], normal(2, 3))
+    model = keras.Model(x, ops.sin(x))
+    with pytest.raises(NotImplementedError, match=r"`sin.*\(Sin\) has no pushforward rule"):
+        jvpreg.linearize(model, normal(2, 3))
+
+
+def test_an_activation_without_a_rule():
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(2, activation=ops.sin, name="dense")])
+    with pytest.raises(NotImplementedError, match=r"`dense/activation` \(sin\) has no pushforward rule"):
+        jvpreg.linearize(model, normal(2, 3))
+
+
+def test_a_quantized_layer():
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(2, name="rounded")])
+    model.layers[0].quantize("int8")
+    with pytest.raises(NotImplementedError, match=r"`rounded` is quantized \(int8\).* before it is quantized"):
+        jvpreg.linearize(model, normal(2, 4))
+
+
+def test_a_layer_that_is_called_with_a_mask():
+    x, mask = keras.Input((3, 2)), keras.Input((3,), dtype="bool")
+    model = keras.Model([x, mask], layers.GlobalAveragePooling1D(name="pool")(x, mask=mask))
+    with pytest.raises(NotImplementedError, match=r"`pool` is called with a mask, which rules do not take"):
+        jvpreg.linearize(model, [normal(2, 3, 2), np.ones((2, 3), "bool")])

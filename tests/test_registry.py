@@ -1,0 +1,125 @@
+"""Registering rules, and the helpers that rules are made of."""
+
+import keras
+import numpy as np
+import pytest
+from compare import assert_close, normal
+from keras import activations, layers, ops
+
+import jvpreg
+from jvpreg import registry
+
+numpy = ops.convert_to_numpy
+
+
+class Halve(layers.Layer):
+    def call(self, x):
+        return x / 2
+
+
+class HalveMore(Halve):
+    def call(self, x):
+        return x / 4
+
+
+def halve(layer, x, context):
+    return x / 2, jvpreg.linear(lambda tangent: tangent / 2)
+
+
+def test_a_registered_rule_is_used_for_its_exact_class_only():
+    assert registry.find_rule(Halve()) is None
+    assert jvpreg.register_rule(Halve)(halve) is halve
+    assert registry.find_rule(Halve()).function is halve
+    assert registry.find_rule(HalveMore()) is None
+    assert Halve in registry.registered_operations()
+    jvpreg.testing.check_rule(Halve(), (3,))
+
+
+def test_registering_twice():
+    jvpreg.register_rule(Halve)(halve)
+    with pytest.raises(
+        ValueError, match=r"`operations`. Expected an operation without a.* Received: Halve.*`halve`"
+    ):
+        jvpreg.register_rule(Halve)(halve)
+    with pytest.raises(ValueError, match=r"Received: Dense, which has the rule `dense`"):
+        jvpreg.register_rule(HalveMore, layers.Dense)(halve)
+    # All or none.
+    assert registry.find_rule(HalveMore()) is None
+
+
+def test_a_function_has_a_rule_by_itself():
+    assert registry.find_rule(activations.tanh) is not None
+    assert registry.find_rule(ops.tanh) is None
+    assert registry.find_rule(activations.get("silu")) is registry.find_rule(activations.silu)
+
+
+def test_the_rule_of_an_activation_of_ones_own(float64):
+    def cube(x):
+        return x**3
+
+    @registry.elementwise(cube)
+    def slope(x, y):
+        return 3 * x**2
+
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3, activation=cube)])
+    jvpreg.testing.check_rule(model, (4,))
+
+
+def test_a_wrapper_is_looked_through():
+    class Wrapper(layers.Layer):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def call(self, x):
+            return self.inner(x)
+
+    registry.register_wrapper(Wrapper, lambda wrapper: wrapper.inner)
+    try:
+        relu = layers.ReLU()
+        assert registry.unwrap(Wrapper(Wrapper(relu))) is relu
+        x = normal(2, 3).astype("float32")
+        model = keras.Sequential([keras.Input((3,)), Wrapper(relu)])
+        np.testing.assert_array_equal(numpy(jvpreg.linearize(model, x).jvp(x)), np.maximum(x, 0))
+    finally:
+        del registry._WRAPPERS[Wrapper]
+
+
+def test_fold_and_unfold_are_inverse():
+    tangent = ops.convert_to_tensor(normal(2, 3, 4, 5))
+    folded = registry.fold(tangent)
+    assert tuple(folded.shape) == (6, 4, 5)
+    np.testing.assert_array_equal(numpy(registry.unfold(folded, 2)), numpy(tangent))
+    # Probe by probe: the second probe's first example stands after the first probe's last one.
+    np.testing.assert_array_equal(numpy(folded[3]), numpy(tangent[1, 0]))
+
+
+def test_linear_sees_all_probes_as_one_batch():
+    seen = []
+
+    def double(tangent):
+        seen.append(tuple(tangent.shape))
+        return 2.0 * tangent
+
+    tangent = normal(2, 3, 4)
+    assert_close(jvpreg.linear(double)(ops.convert_to_tensor(tangent)), 2 * tangent)
+    assert seen == [(6, 4)]
+
+
+def test_gate_drops_what_is_not_finite():
+    """A select, not a product: 0 × inf would be NaN."""
+    mask = ops.convert_to_tensor([[True, False]])
+    tangent = ops.convert_to_tensor([[[2.0, np.inf]]])
+    np.testing.assert_array_equal(numpy(jvpreg.gate(mask)(tangent)), [[[2.0, 0.0]]])
+
+
+def test_residuals_broadcast_over_probes_and_are_taken():
+    slope = normal(4, 3)
+    tangents = normal(2, 4, 3, seed=1)
+    pushforward = jvpreg.scale(ops.convert_to_tensor(slope))
+    assert_close(pushforward(ops.convert_to_tensor(tangents)), tangents * slope)
+    part = pushforward.take([2, 0])
+    assert_close(part(ops.convert_to_tensor(tangents[:, [2, 0]])), (tangents * slope)[:, [2, 0]])
+    assert not part.couples_examples
+    coupled = jvpreg.Pushforward(lambda tangent: tangent, couples_examples=True)
+    assert coupled.take([0]).couples_examples
