@@ -21,11 +21,11 @@ lint: .venv-tensorflow/installed
 test-tensorflow test-jax test-torch: test-%: .venv-%/installed
 	KERAS_BACKEND=$* .venv-$*/bin/python -m pytest -n 2 --dist loadfile tests jvpreg
 
-# An environment for each backend; the experiments' data pipeline decodes with TensorFlow, so they are tested there.
+# An environment for each backend, without the others: nothing may import what its users do not have.
 .venv-%/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --upgrade pip
-	.venv-$*/bin/python -m pip install --quiet --group $* --group test --editable .$(if $(filter tensorflow,$*),[experiments])
+	.venv-$*/bin/python -m pip install --quiet --group $* --group test --editable .[experiments]
 	touch $@
 
 clean:

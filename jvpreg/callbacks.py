@@ -3,7 +3,7 @@
 import inspect
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import keras
 import numpy as np
@@ -14,7 +14,7 @@ from jvpreg.graph import standardize_inputs
 from jvpreg.linearization import linearize
 from jvpreg.registry import unwrap
 
-ESTIMATORS = {
+ESTIMATORS: dict[str, Callable[..., estimators.Estimate]] = {
     "frobenius_norm": estimators.frobenius_norm,
     "top_singular_value": estimators.top_singular_value,
 }
@@ -190,14 +190,12 @@ class JacobianWandbHistogram(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         """Logs a histogram for each metric measured in this epoch."""
-        measured = [
-            name for name in self.probe.metrics if math.isfinite((logs or {}).get(f"{self.probe.prefix}/{name}", 0.0))
-        ]
-        histograms = {
-            f"{self.probe.prefix}/{name}_histogram": self._wandb.Histogram(values[np.isfinite(values)].astype("float64"))
-            for name in measured
-            if np.isfinite(values := self.probe.values.get(name, np.empty(0))).any()
-        }
+        histograms = {}
+        for name in self.probe.metrics:
+            key = f"{self.probe.prefix}/{name}"
+            if math.isfinite((logs or {}).get(key, math.nan)):
+                # In float64: NumPy cannot bin float32 values that differ by little.
+                histograms[f"{key}_histogram"] = self._wandb.Histogram(self.probe.values[name].astype("float64"))
         if histograms:
             # No step and no commit: WandbMetricsLogger counts steps by its own calls.
             self._wandb.log(histograms, commit=False)

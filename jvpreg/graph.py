@@ -59,7 +59,7 @@ class Tracer:
         """Runs one operation on `Value`s: a whole model is walked, anything else goes to its rule."""
         operation = unwrap(operation)
         if is_model(operation):
-            return self._run_model(operation, *args, scope=scope)
+            return self._run_model(operation, args[0] if args else kwargs["inputs"], scope)
         return self._run_rule(operation, args, kwargs, scope)
 
     def _run_model(self, model, inputs, scope: str):
@@ -275,7 +275,7 @@ def _readable(shape) -> str:
 
 
 def _name(operation) -> str:
-    return getattr(operation, "name", None) or getattr(operation, "__name__", repr(operation))
+    return getattr(operation, "name", None) or operation.__name__
 
 
 def _input_dtype(operation) -> str | None:

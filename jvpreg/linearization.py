@@ -260,7 +260,8 @@ class Linearization:
             )
         if all(vector is None for vector in flat):
             raise ValueError(f"Invalid value for argument `{name}`. Expected at least one tensor. Received: None.")
-        tangents, ranks = [], set()
+        tangents: list = []
+        ranks = set()
         for vector, x in zip(flat, like, strict=True):
             if vector is None:
                 tangents.append(None)

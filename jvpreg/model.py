@@ -71,8 +71,8 @@ class JacobianModel(keras.Model):
         self.built = base.built
 
     def build(self, input_shape):
-        """Builds a base that was given no input shape, for batches of any size."""
-        if not self.base.built:
+        """Builds a Sequential base that was given no input shape, for batches of any size."""
+        if isinstance(self.base, keras.Sequential) and not self.base.built:
             self.base.build(tree.map_shape_structure(lambda shape: (None, *shape[1:]), input_shape))
 
     def call(self, inputs, training=None):
@@ -363,7 +363,8 @@ def _check_compile_arguments(regularizers, interval, fraction) -> None:
 
 
 def _check_penalties_within(base, regularizers) -> None:
-    inner = [layer.name for layer in base._flatten_layers() if isinstance(layer, JacobianPenalty) and layer.regularizers]
+    blocks = [layer for layer in base._flatten_layers() if isinstance(layer, JacobianPenalty)]
+    inner = [block.name for block in blocks if block.regularizers]
     if regularizers and inner:
         raise ValueError(
             f"`{base.name}` holds JacobianPenalty layers ({inner}), whose penalties a step that linearizes the whole "

@@ -210,7 +210,7 @@ class NeverBegins(keras.callbacks.Callback):
 
 @pytest.mark.parametrize("x", [np.ones((4, 5), "float32"), np.ones((4, 6, 1, 2), "float32")])
 def test_a_batch_that_does_not_fit_is_told_before_training_begins(x):
-    with pytest.raises(ValueError, match="batch of `JacobianProbe` does not fit the model. .* Expected shape \\(B, 6\\)"):
+    with pytest.raises(ValueError, match=r"`JacobianProbe` does not fit the model. .* Expected shape \(B, 6\)"):
         fit(make_model(), JacobianProbe(x), NeverBegins())
 
 
@@ -245,7 +245,7 @@ def test_tensorboard_sees_it(tmp_path):
 def test_the_histogram_needs_a_run():
     pytest.importorskip("wandb")
     probe = JacobianProbe(data(10)[0])
-    with pytest.raises(RuntimeError, match="call `wandb.init\\(\\)` before `fit`"):
+    with pytest.raises(RuntimeError, match=r"call `wandb.init\(\)` before `fit`"):
         fit(make_model(), probe, JacobianWandbHistogram(probe))
 
 

@@ -151,9 +151,9 @@ def test_one_seed_draws_one_number():
 
 def test_bad_arguments():
     lin = linearized(MATRICES["wide"])
-    with pytest.raises(ValueError, match="`num_probes`. Expected at least 2: one probe has no standard error"):
+    with pytest.raises(ValueError, match=r"`num_probes`. Expected at least 2: one probe has no standard error"):
         frobenius_norm(lin, num_probes=1)
     with pytest.raises(ValueError, match="`side`"):
         frobenius_norm(lin, side="both")
-    with pytest.raises(ValueError, match="`num_iterations`. Expected an integer, 1 or more. Received: 0"):
+    with pytest.raises(ValueError, match=r"`num_iterations`. Expected an integer, 1 or more. Received: 0"):
         top_singular_value(lin, num_iterations=0)

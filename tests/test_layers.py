@@ -158,5 +158,5 @@ def test_a_single_layer_is_a_block_too():
 
 @pytest.mark.parametrize("regularizers", [JacobianNorm(0.1), [JacobianNorm], "l2"])
 def test_regularizers_that_are_none(regularizers):
-    with pytest.raises(ValueError, match="argument `regularizers`. Expected a list of"):
+    with pytest.raises(ValueError, match=r"argument `regularizers`. Expected a list of"):
         JacobianPenalty(layers.Dense(3), regularizers)
