@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from cases import residual_block, several_inputs_and_outputs, squeeze_and_excite, vgg
+from cases import residual_block, several_inputs_and_outputs
 from compare import assert_close, norm, normal, randomize
 from keras import layers, ops
 
@@ -14,25 +14,32 @@ numpy = ops.convert_to_numpy
 BACKEND = keras.backend.backend()
 
 
+def gated():
+    """A mask, statistics, a slope and a product, on four features."""
+    x = keras.Input((4,))
+    y = layers.BatchNormalization()(layers.Dense(5, activation="relu")(x))
+    return keras.Model(x, layers.Dense(3)(layers.Multiply()([y, layers.Dense(5, activation="sigmoid")(y)])))
+
+
 # The arguments of the products, and what they return.
 
 
 def test_probe_axis(float64):
-    model = randomize(vgg())
-    x, u = normal(2, 8, 8, 2), normal(5, 2, 8, 8, 2, seed=1)
+    model = randomize(gated())
+    x, u = normal(2, 4), normal(5, 2, 4, seed=1)
     lin = jvpreg.linearize(model, x)
     assert tuple(lin.jvp(u).shape) == (5, 2, 3)
     assert tuple(lin.jvp(u[:1]).shape) == (1, 2, 3)
     assert tuple(lin.jvp(u[0]).shape) == (2, 3)
     assert_close(lin.jvp(u), np.stack([numpy(lin.jvp(one)) for one in u]))
     v = normal(4, 2, 3, seed=2)
-    assert tuple(lin.vjp(v).shape) == (4, 2, 8, 8, 2)
+    assert tuple(lin.vjp(v).shape) == (4, 2, 4)
     assert_close(lin.vjp(v), np.stack([numpy(lin.vjp(one)) for one in v]))
 
 
 def test_jvp_and_vjp_return_the_outputs_too(float64):
-    model = randomize(vgg())
-    x, u, v = normal(2, 8, 8, 2), normal(2, 8, 8, 2, seed=1), normal(2, 3, seed=2)
+    model = randomize(gated())
+    x, u, v = normal(2, 4), normal(2, 4, seed=1), normal(2, 3, seed=2)
     lin = jvpreg.linearize(model, x)
     y, ju = jvpreg.jvp(model, x, u)
     assert_close([y, ju], [lin.outputs, lin.jvp(u)])
@@ -236,8 +243,8 @@ def test_small_tangents_keep_their_digits_where_inputs_are_shifted():
 
 
 def test_take(float64):
-    model = randomize(squeeze_and_excite())
-    x, u, v = normal(5, 5, 5, 4), normal(3, 5, 5, 5, 4, seed=1), normal(5, 2, seed=2)
+    model = randomize(gated())
+    x, u, v = normal(5, 4), normal(3, 5, 4, seed=1), normal(5, 3, seed=2)
     lin = jvpreg.linearize(model, x, training=True)
     part = lin.take([3, 1])
     assert_close(part.outputs, numpy(lin.outputs)[[3, 1]])
@@ -355,8 +362,8 @@ def test_losses_within_a_call_are_kept():
 
 def test_linearize_inside_jit():
     traces = []
-    model = randomize(vgg())
-    x, u = normal(2, 8, 8, 2).astype("float32"), normal(3, 2, 8, 8, 2, seed=1).astype("float32")
+    model = randomize(gated())
+    x, u = normal(2, 4).astype("float32"), normal(3, 2, 4, seed=1).astype("float32")
 
     def products(x, u):
         traces.append(1)
@@ -459,9 +466,7 @@ def test_wrong_number_of_tensors(two_inputs, small):
 
 def test_mismatched_probes(two_inputs):
     for u in ([normal(5, 2, 4), normal(6, 2, 3)], [normal(5, 2, 4), normal(2, 3)]):
-        with pytest.raises(
-            ValueError, match=r"`u`. Expected the same number of probes in every tensor. Received"
-        ):
+        with pytest.raises(ValueError, match=r"`u`. Expected the same number of probes in every tensor. Received"):
             two_inputs.jvp(u)
 
 
@@ -513,7 +518,7 @@ def test_a_probability_head_among_several_outputs_warns():
 
 def test_no_warning_without_a_probability_head(recwarn):
     jvpreg.linearize(_head("tanh"), normal(2, 3))
-    jvpreg.linearize(squeeze_and_excite(), normal(2, 5, 5, 4))
+    jvpreg.linearize(gated(), normal(2, 4))
     # A layer by itself is not a head.
     jvpreg.linearize(layers.Softmax(), normal(2, 3))
     assert not list(recwarn)
@@ -537,6 +542,6 @@ def test_a_rule_that_returns_the_wrong_shape(push, received):
         return x, registry.Pushforward(push)
 
     lin = jvpreg.linearize(keras.Sequential([keras.Input((3,)), Wrong(name="wrong")]), normal(4, 3))
-    message = rf"rule of `wrong` \(Wrong\).*wrong shape. Expected \(1, 4, 3\), probes first and then like its output. Received: {received}"
+    message = rf"rule of `wrong` \(Wrong\).*wrong shape. Expected \(1, 4, 3\), probes first.* Received: {received}"
     with pytest.raises(ValueError, match=message):
         lin.jvp(normal(4, 3))

@@ -37,9 +37,7 @@ def test_a_registered_rule_is_used_for_its_exact_class_only():
 
 def test_registering_twice():
     jvpreg.register_rule(Halve)(halve)
-    with pytest.raises(
-        ValueError, match=r"`operations`. Expected an operation without a.* Received: Halve.*`halve`"
-    ):
+    with pytest.raises(ValueError, match=r"`operations`. Expected an operation without a.* Received: Halve.*`halve`"):
         jvpreg.register_rule(Halve)(halve)
     with pytest.raises(ValueError, match=r"Received: Dense, which has the rule `dense`"):
         jvpreg.register_rule(HalveMore, layers.Dense)(halve)

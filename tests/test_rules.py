@@ -9,7 +9,7 @@ from cases import LAYERS, Case
 from keras import activations, layers, ops
 
 import jvpreg
-from jvpreg.registry import registered_operations
+from jvpreg.registry import _RULES, registered_operations
 
 # Activations with a test of their own below.
 TESTED_APART = {activations.threshold, activations.gelu, activations.hard_sigmoid}
@@ -17,7 +17,10 @@ TESTED_APART = {activations.threshold, activations.gelu, activations.hard_sigmoi
 
 def test_every_rule_has_a_row():
     covered = {case.operation for case in LAYERS} | TESTED_APART
-    missing = [operation for operation in registered_operations() if operation not in covered]
+    # Other tests, and doctests, register rules of their own.
+    ours = [op for op in registered_operations() if _RULES[op].function.__module__.startswith("jvpreg.rules.")]
+    missing = [operation for operation in ours if operation not in covered]
+    assert len(ours) > 90
     assert LAYERS
     assert not missing
 
