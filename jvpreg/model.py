@@ -4,6 +4,7 @@ import contextlib
 import math
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import ops, tree
@@ -43,6 +44,8 @@ class JacobianModel(keras.Model):
     >>> sorted(history.history)
     ['jacobian_norm', 'loss']
     """
+
+    train_function: Any
 
     def __init__(self, base: keras.Model, seed: int | None = None, **kwargs):
         if not isinstance(base, keras.Model) or isinstance(base, JacobianModel):
@@ -140,6 +143,34 @@ class JacobianModel(keras.Model):
                 callbacks = [watch, *tree.flatten(callbacks or [])]
         return super().fit(x, y, batch_size, epochs, verbose, callbacks, **kwargs)
 
+    def make_train_function(self, force=False):
+        """As Keras'. With an interval, a function for the steps with penalties and one for those without.
+
+        The choice is made on the host, which counts the steps itself: inside a compiled step it would be a
+        conditional, and XLA on CPU runs the convolutions of a branch several times slower. Where one function takes
+        several steps, where nothing is compiled, and on Torch, the conditional it is.
+        """
+        alone = self.run_eagerly or self.steps_per_execution > 1 or keras.backend.backend() == "torch"
+        if not self.jacobian_regularizers or self.jacobian_interval == 1 or alone:
+            return super().make_train_function(force)
+        if self.train_function is None or force:
+            functions = {due: self._train_function_when(due) for due in (True, False)}
+            self.train_function = _alternate(functions, self.jacobian_interval, first=int(self._step))
+        return self.train_function
+
+    def _train_function_when(self, due: bool):
+        def train_step(*args, **kwargs):
+            with self._running.scheduled(due):
+                return type(self).train_step(self, *args, **kwargs)
+
+        # Keras compiles the attribute, and JAX would take one method for the same function twice.
+        self.train_step = train_step  # type: ignore[method-assign]
+        try:
+            super().make_train_function(force=True)
+        finally:
+            del self.train_step
+        return self.train_function
+
     def train_step(self, *args, **kwargs):
         """One step of `fit`, as Keras does it on this backend."""
         with self._running.step(penalized=bool(self.jacobian_regularizers)):
@@ -205,10 +236,11 @@ class JacobianModel(keras.Model):
             self._step.assign(step)
         if not training or self.jacobian_interval == 1:
             return compute(), 1.0, step
+        nothing = ops.zeros((len(self.jacobian_regularizers),), dtype=dtype)
+        if self._running.due is not None:
+            return (compute(), 1.0, step) if self._running.due else (nothing, 0.0, step)
         due = ops.equal((step - 1) % self.jacobian_interval, 0)
-        count = len(self.jacobian_regularizers)
-        means = ops.cond(due, compute, lambda: ops.zeros((count,), dtype=dtype))
-        return means, ops.cast(due, "float32"), step
+        return ops.cond(due, compute, lambda: nothing), ops.cast(due, "float32"), step
 
     def _draw_examples(self, batch):
         """Indices of a random part of the batch, `(N,)`."""
@@ -329,7 +361,16 @@ class _RunningStep(threading.local):
 
     active = False
     penalized = False
+    due: bool | None = None
     linearization: Linearization | None = None
+
+    @contextlib.contextmanager
+    def scheduled(self, due: bool):
+        self.due = due
+        try:
+            yield
+        finally:
+            self.due = None
 
     @contextlib.contextmanager
     def step(self, penalized: bool):
@@ -338,6 +379,19 @@ class _RunningStep(threading.local):
             yield
         finally:
             self.active, self.penalized, self.linearization = False, False, None
+
+
+def _alternate(functions: dict, interval: int, first: int):
+    """Runs `functions[True]` every `interval`-th time and `functions[False]` else; `first` steps were taken before."""
+    step = first
+
+    def train_function(*args):
+        nonlocal step
+        result = functions[step % interval == 0](*args)
+        step += 1  # Only now: at the end of the data there was no step.
+        return result
+
+    return train_function
 
 
 def _check_compile_arguments(regularizers, interval, fraction) -> None:

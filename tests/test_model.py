@@ -12,6 +12,8 @@ from jvpreg.estimators.norms import squared_norm
 from jvpreg.regularizers import JacobianNorm, JacobianRegularizer
 
 TORCH = keras.backend.backend() == "torch"
+# What is counted runs in every step where the step is eager. On JAX, whose eager steps are slow, a trace is counted.
+COUNTED = {"run_eagerly": keras.backend.backend() != "jax"}
 # On JAX, uncompiled is eager; torch.compile takes minutes for its first step.
 COMPILATIONS = {
     "tensorflow": [{"jit_compile": False}, {"jit_compile": True}, {"run_eagerly": True}],
@@ -199,7 +201,7 @@ def test_the_primal_and_the_tangent_pass_run_once_for_all_regularizers():
     counter = Counting()
     base = keras.Sequential([keras.Input((6,)), layers.Dense(4), counter, layers.Dense(3)])
     regularizers = [AlongOnes(0.1), JacobianNorm(0.1), JacobianNorm(0.1, num_probes=3, name="three")]
-    model = compiled(base, regularizers, run_eagerly=True)
+    model = compiled(base, regularizers, **COUNTED)
     x, y = data()
     counter.primal_runs = counter.tangent_runs = 0
     model.train_on_batch(x, y)
@@ -452,7 +454,7 @@ def test_a_fraction_takes_the_labels_and_weights_of_its_examples():
         {"policy": "mixed_bfloat16"},
         {"policy": "mixed_float16"},
     ],
-    ids=str,
+    ids=lambda options: "-".join(options),
 )
 def test_interval_and_fraction_together_in_fit(arguments):
     arguments = dict(arguments)
@@ -528,7 +530,7 @@ def test_evaluation_reports_the_penalty_and_counts_it():
 def test_evaluation_can_leave_the_penalty_out(linearizations):
     x, y = data(8)
     base = noisy_base()
-    model = compiled(base, [JacobianNorm(0.3)], jacobian_evaluate=False, run_eagerly=True)
+    model = compiled(base, [JacobianNorm(0.3)], jacobian_evaluate=False, **COUNTED)
     logs = model.evaluate(x, y, verbose=0, return_dict=True)
     np.testing.assert_allclose(logs["loss"], plain_loss(base, x, y).mean(), rtol=1e-5)
     assert set(logs) == {"loss"}
@@ -540,7 +542,7 @@ def test_evaluation_can_leave_the_penalty_out(linearizations):
 
 def test_prediction_never_linearizes(linearizations):
     x, y = data(8)
-    model = compiled(noisy_base(), [JacobianNorm(0.3)], run_eagerly=True)
+    model = compiled(noisy_base(), [JacobianNorm(0.3)], **COUNTED)
     model.predict(x, verbose=0)
     model.predict_on_batch(x)
     model(x)
@@ -648,7 +650,7 @@ def test_penalties_in_layers_and_in_compile_do_not_mix():
 def test_a_head_of_probabilities_warns_once():
     base = keras.Sequential([keras.Input((6,)), layers.Dense(3, activation="softmax", name="head")])
     x, y = data(8)
-    model = compiled(base, [AlongOnes(0.1)], loss=keras.losses.SparseCategoricalCrossentropy(), run_eagerly=True)
+    model = compiled(base, [AlongOnes(0.1)], loss=keras.losses.SparseCategoricalCrossentropy())
     with pytest.warns(UserWarning, match="ends in a softmax \\(`head") as caught:
         model.fit(x, y, batch_size=4, epochs=2, validation_data=(x, y), verbose=0)
     assert len([w for w in caught if "softmax" in str(w.message)]) == 1
