@@ -11,7 +11,9 @@ from jvpreg.estimators.norms import squared_norm
 from jvpreg.linearization import Linearization, linearize
 from jvpreg.transpose import transpose
 
+# Of the differences, in float64. A penalty is larger than the products in it, so its rounding asks for a longer step.
 STEP = 1e-6
+PENALTY_STEP = 1e-5
 
 
 def check_rule(
@@ -227,7 +229,7 @@ class _Case:
                 shifted = [x + distance * direction if i == moved else x for i, x in enumerate(points)]
                 return float(_numpy(penalty(shifted)[0]))
 
-            slope = (along(STEP) - along(-STEP)) / (2 * STEP)
+            slope = (along(PENALTY_STEP) - along(-PENALTY_STEP)) / (2 * PENALTY_STEP)
             is_input = moved < len(self.inputs)
             name = f"input {moved}" if is_input else self.variables[trainable[moved - len(self.inputs)]].path
             received = np.sum(gradient[moved] * direction)

@@ -236,7 +236,7 @@ def test_a_model_without_a_graph_is_told_before_training_begins():
 
 
 def test_tensorboard_sees_it(tmp_path):
-    pytest.importorskip("tensorboard")
+    pytest.importorskip("tensorflow")
     fit(make_model(), JacobianProbe(data(10)[0]), keras.callbacks.TensorBoard(tmp_path))
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*tfevents*"))
     assert all(f"epoch_{key}".encode() in written for key in KEYS)

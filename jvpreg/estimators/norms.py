@@ -45,8 +45,8 @@ def frobenius_norm(
     >>> import keras, numpy as np, jvpreg
     >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, kernel_initializer="ones")])
     >>> estimate = jvpreg.estimators.frobenius_norm(jvpreg.linearize(model, np.zeros((1, 3))))
-    >>> round(float(estimate.value[0]), 4), float(estimate.sem[0])
-    (2.4495, 0.0)
+    >>> [round(float(keras.ops.convert_to_numpy(part)[0]), 4) for part in (estimate.value, estimate.sem)]
+    [2.4495, 0.0]
     """
     if side not in ("input", "output", None):
         raise ValueError(f'Invalid value for argument `side`. Expected "input", "output" or None. Received: {side!r}')

@@ -34,7 +34,7 @@ def top_singular_value(linearization: Linearization, num_iterations: int = 10, s
     >>> import keras, numpy as np, jvpreg
     >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, kernel_initializer="ones")])
     >>> estimate = jvpreg.estimators.top_singular_value(jvpreg.linearize(model, np.zeros((1, 3))))
-    >>> round(float(estimate.value[0]), 4)
+    >>> round(float(keras.ops.convert_to_numpy(estimate.value)[0]), 4)
     2.4495
     """
     if not isinstance(num_iterations, int) or num_iterations < 1:
