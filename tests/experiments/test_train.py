@@ -125,6 +125,7 @@ def test_a_killed_run_continues_to_where_it_would_have_come(tmp_path):
     assert 0 < done < config.epochs
     assert not folder.is_finished
 
+    time.sleep(1.1)  # W&B names the parts of an offline run by the second in which they began
     resumed = train(dataclasses.replace(config, resume=True))
     rows = wandb_records.history(folder.path / "wandb")[done - config.epochs :]
     assert [row["epoch/epoch"] for row in rows] == list(range(done, config.epochs))
