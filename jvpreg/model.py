@@ -155,7 +155,8 @@ class JacobianModel(keras.Model):
             return super().make_train_function(force)
         if self.train_function is None or force:
             functions = {due: self._train_function_when(due) for due in (True, False)}
-            self.train_function = _alternate(functions, self.jacobian_interval, first=int(ops.convert_to_numpy(self._step)))
+            taken = int(ops.convert_to_numpy(self._step))
+            self.train_function = _alternate(functions, self.jacobian_interval, first=taken)
         return self.train_function
 
     def _train_function_when(self, due: bool):
