@@ -90,12 +90,24 @@ def split(vectors, like):
     return tree.pack_sequence_as(like, parts)
 
 
+def _random(distribution: str, shape, dtype, seed):
+    """As `keras.random.normal` and `keras.random.uniform`, but on TensorFlow by the same generator under XLA."""
+    if keras.backend.backend() != "tensorflow":
+        return getattr(keras.random, distribution)(shape, dtype=dtype, seed=seed)
+    import tensorflow as tf
+
+    # Left to itself, XLA takes Threefry on a CPU: 44 ms for the probes of 64 CIFAR images on two cores, and Philox 2.
+    state = seed.next() if isinstance(seed, keras.random.SeedGenerator) else tf.constant([seed, 0], "int64")
+    state = tf.cast(tf.math.floormod(state, tf.int32.max - 1), "int32")
+    return getattr(tf.random, f"stateless_{distribution}")(shape, state, dtype=dtype, alg="philox")
+
+
 def _gaussian(shape, dtype, seed):
-    return keras.random.normal(shape, dtype=dtype, seed=seed)
+    return _random("normal", shape, dtype, seed)
 
 
 def _rademacher(shape, dtype, seed):
-    return ops.where(keras.random.uniform(shape, seed=seed) < 0.5, ops.ones((), dtype), -ops.ones((), dtype))
+    return ops.where(_random("uniform", shape, "float32", seed) < 0.5, ops.ones((), dtype), -ops.ones((), dtype))
 
 
 def _sphere(shape, dtype, seed):
