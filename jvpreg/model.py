@@ -80,10 +80,19 @@ class JacobianModel(keras.Model):
 
     def call(self, inputs, training=None):
         """What the base model computes; inside a step with penalties, by way of its linearization."""
-        if self._running.penalized and not any(isinstance(x, keras.KerasTensor) for x in tree.flatten(inputs)):
+        symbolic = any(isinstance(x, keras.KerasTensor) for x in tree.flatten(inputs))
+        if self._running.penalized and not symbolic and not self._is_plain_step():
             self._running.linearization = linearize(self.base, inputs, training=bool(training))
             return self._running.linearization.outputs
         return self.base(inputs, training=training)
+
+    def _is_plain_step(self) -> bool:
+        """Whether the step is known to have no penalty, and the base model is the faster way to take it.
+
+        Under XLA and on JAX it is not: there the engine's max pooling has the cheaper gradient.
+        """
+        compiled_by_xla = keras.backend.backend() != "tensorflow" or self.jit_compile
+        return self._running.due is False and not compiled_by_xla
 
     def compute_output_shape(self, input_shape):
         """The base model's."""
@@ -194,6 +203,8 @@ class JacobianModel(keras.Model):
         loss = super().compute_loss(x, y, y_pred, sample_weight, training=training)
         linearization, self._running.linearization = self._running.linearization, None
         if linearization is None:
+            if self._running.penalized and self._is_plain_step():
+                self._step.assign(self._step + 1)
             return loss
         penalty = self._penalty(linearization, y, sample_weight, training)
         # Private, and Keras' own hook for losses beside the compiled one: under tf.distribute it divides by the
