@@ -1,66 +1,72 @@
 """The walk over a Keras graph: it runs every operation's rule once and records the frozen nodes in order."""
 
+import contextlib
+import inspect
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import keras
 from keras import ops, tree
 
-from jvpreg.registry import Context, Pushforward, find_rule, missing_rule_error, unwrap
+# Private: the scope in which `Layer.__call__` casts weights. A public one there is not.
+from keras.src.backend.common.variables import AutocastScope
 
-
-@dataclass(frozen=True)
-class Value:
-    """A primal value `(B, …)` on its way through the graph, and the slot that holds its tangent."""
-
-    primal: Any
-    slot: int
-
-
-@dataclass(frozen=True)
-class Node:
-    """One operation, frozen at `x`.
-
-    Attributes:
-        name: path of the layer within the model; a layer's second use is `name:1`, its activation `name/activation`.
-        operation: the layer or function.
-        inputs: slots of the tangents it takes.
-        output: slot of the tangent it gives.
-        pushforward: the frozen operation.
-        primal_inputs: its inputs at `x`, each `(B, …)`.
-        primal: its output at `x`, `(B, …)`.
-    """
-
-    name: str
-    operation: Any
-    inputs: tuple[int, ...]
-    output: int
-    pushforward: Pushforward
-    primal_inputs: tuple[Any, ...]
-    primal: Any
+from jvpreg.autodiff import fall_back
+from jvpreg.frozen import FrozenGraph, Node, Value
+from jvpreg.registry import Context, Declined, find_rule, identity, missing_rule_error, unwrap
 
 
 @dataclass
 class Tracer:
-    """Runs a model once, rule by rule, and records its nodes in the order in which they ran."""
+    """Runs a model once, rule by rule, and records its nodes in the order in which they ran.
+
+    Attributes:
+        context: how it runs.
+        nodes: what was recorded.
+        variables: variables that operations took as an input, each with its value.
+        fallbacks: names of the nodes that were left to autodiff, each with the reason.
+    """
 
     context: Context
     nodes: list[Node] = field(default_factory=list)
+    variables: list[tuple[Any, Value]] = field(default_factory=list)
+    fallbacks: dict[str, str] = field(default_factory=dict)
     num_slots: int = 0
     _uses: dict[str, int] = field(default_factory=dict)
+    # Of the layer that is opened up: the dtype to which it casts its weights.
+    _weight_dtype: str | None = None
 
-    def value(self, primal) -> Value:
+    def value(self, primal, batched: bool = True) -> Value:
         """A new value with a slot of its own."""
         self.num_slots += 1
-        return Value(primal, self.num_slots - 1)
+        return Value(primal, self.num_slots - 1, batched)
 
-    def run(self, operation, *args, scope: str = "", **kwargs):
-        """Runs one operation on `Value`s: a whole model is walked, anything else goes to its rule."""
+    def run(self, operation, *args, scope: str = "", kind: str | None = None, **kwargs):
+        """Runs one operation on `Value`s: by its rule, or opened up into smaller ones, or else by autodiff."""
         operation = unwrap(operation)
         if is_model(operation):
             return self._run_model(operation, args[0] if args else kwargs["inputs"], scope)
-        return self._run_rule(operation, args, kwargs, scope)
+        return self._run_named(operation, args, kwargs, self._unique(scope + (kind or _name(operation))))
+
+    def _run_named(self, operation, args, kwargs, name: str):
+        if getattr(operation, "quantization_mode", None) is not None:
+            raise NotImplementedError(
+                f"`{name}` is quantized ({operation.quantization_mode}), and a rounded layer has no useful Jacobian. "
+                "Linearize the model before it is quantized."
+            )
+        rule = find_rule(operation)
+        if rule is not None:
+            try:
+                return self._run_rule(rule, operation, args, kwargs, name)
+            except Declined:
+                pass
+        try:
+            graph, weights = self._open(operation, args, kwargs)
+        except Exception as error:  # Whatever a call of one's own raises when it is given symbols for tensors.
+            return self._run_by_autodiff(operation, args, kwargs, name, error)
+        return self._run_opened(graph, weights, operation, args, kwargs, name)
 
     def _run_model(self, model, inputs, scope: str):
         if isinstance(model, keras.Sequential):
@@ -68,82 +74,199 @@ class Tracer:
             for layer in model.layers:
                 value = self.run(layer, value, scope=f"{scope}{_name(layer)}/" if is_model(unwrap(layer)) else scope)
             return value
-
-        def bind(operation):
-            nested = is_model(unwrap(operation))
-            inner = f"{scope}{_name(operation)}/" if nested else scope
-            return lambda *args, **kwargs: self.run(operation, *args, scope=inner, **kwargs)
-
-        # Private, and what `clone_model` itself runs on: Keras has no public way to run a graph with other
-        # operations that takes shared layers, nested structures and bare operations alike.
-        outputs = model._run_through_graph(flatten_inputs(model, inputs, "inputs"), operation_fn=bind)
+        outputs = self._walk(model, flatten_inputs(model, inputs, "inputs"), scope)
         # A model with one output returns it bare, as Keras does.
         return outputs[0] if isinstance(outputs, (list, tuple)) and len(outputs) == 1 else outputs
 
-    def _run_rule(self, operation, args, kwargs, scope: str) -> Value:
-        name = self._unique(scope + _name(operation))
-        rule = find_rule(operation)
-        if rule is None:
-            raise missing_rule_error(operation, name)
-        if getattr(operation, "quantization_mode", None) is not None:
+    def _walk(self, graph, values: list, scope: str, opened: bool = False):
+        def bind(operation):
+            nested = is_model(unwrap(operation))
+            inner = f"{scope}{_name(operation)}/" if nested else scope
+            # Opened up anew each time, an operation is numbered anew by Keras: it goes by its kind.
+            kind = _kind(operation) if opened and not isinstance(operation, keras.Layer) else None
+            return lambda *args, **kwargs: self.run(operation, *args, scope=inner, kind=kind, **kwargs)
+
+        # Private, and what `clone_model` itself runs on: Keras has no public way to run a graph with other
+        # operations that takes shared layers, nested structures and bare operations alike.
+        return graph._run_through_graph(values, operation_fn=bind)
+
+    def _run_rule(self, rule, operation, args, kwargs, name: str):
+        args, kwargs = self._as_values(operation, args, kwargs)
+        values, args, kwargs = self._primals(operation, args, kwargs)
+        kwargs = {key: value for key, value in kwargs.items() if key != "training" and value is not None}
+        if "mask" in kwargs and "mask" not in inspect.signature(rule.function).parameters:
             raise NotImplementedError(
-                f"`{name}` is quantized ({operation.quantization_mode}), and a rounded layer has no useful Jacobian. "
-                "Linearize the model before it is quantized."
+                f"`{name}` is called with a mask, which its rule does not take. Multiply by the mask before the layer, "
+                "or leave it out."
             )
-        if kwargs.get("mask") is not None:
-            raise NotImplementedError(
-                f"`{name}` is called with a mask, which rules do not take. Multiply by the mask before the layer, or "
-                "leave it out."
-            )
-        args, kwargs = self._with_constants(args, kwargs)
-        values = [leaf for leaf in tree.flatten((args, kwargs)) if isinstance(leaf, Value)]
-        dtype = _input_dtype(operation)
-        cast_values = [_autocast(value.primal, dtype) for value in values]
-        primals = iter(cast_values)
-        args, kwargs = tree.map_structure(
-            lambda leaf: next(primals) if isinstance(leaf, Value) else leaf, (args, kwargs)
-        )
-        kwargs = {key: value for key, value in kwargs.items() if key not in ("training", "mask")}
-        primal, pushforward = rule.function(operation, *args, context=self.context, **kwargs)
-        slots = tuple(value.slot for value in values)
-        value = self._record(name, operation, slots, tuple(cast_values), primal, pushforward)
+        context = replace(self.context, run=self._run_inner)
+        primal, pushforward = rule.function(operation, *args, context=context, **kwargs)
+        outputs = self._record(name, operation, values, primal, pushforward)
         activation = getattr(operation, rule.activation) if rule.activation else None
         if activation is not None and activation is not keras.activations.linear:
-            value = self._run_activation(activation, value, f"{name}/activation")
-        _record_activity_loss(operation, value.primal)
-        return value
+            outputs = self._run_activation(activation, outputs, f"{name}/activation")
+        _record_activity_loss(operation, tree.flatten(outputs)[0].primal)
+        return outputs
 
-    def _with_constants(self, args, kwargs):
-        """The constant tensors among an operation's inputs as values too; no tangent ever reaches their slots."""
+    def _run_inner(self, operation, *inputs, **kwargs):
+        """What a rule asks for by `context.run`: another operation, as one pushforward."""
+        inner = Tracer(self.context, fallbacks=self.fallbacks)
+        values = tree.map_structure(inner.value, inputs)
+        outputs = inner.run(operation, *values, **kwargs)
+        graph = inner.frozen(tree.flatten(values), tree.flatten(outputs))
+        return tree.map_structure(lambda value: value.primal, outputs), graph.as_pushforward()
+
+    def frozen(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> FrozenGraph:
+        """What was recorded, from `inputs` to `outputs`."""
+        return FrozenGraph(self.nodes, inputs, outputs, self.variables)
+
+    def _open(self, layer, args, kwargs):
+        """A layer's `call`, or a function, as a graph of smaller operations: by a call with symbols for its tensors."""
+        if isinstance(layer, keras.Operation) and not isinstance(layer, keras.Layer):
+            raise NotImplementedError(f"`{_name(layer)}` is an operation without a rule")
+        dtype = _input_dtype(layer)
+
+        def symbol(leaf):
+            return _symbol(_autocast(leaf.primal, dtype)) if isinstance(leaf, Value) else leaf
+
+        symbols = tree.map_structure(symbol, (args, kwargs))
+        inputs = [leaf for leaf in tree.flatten(symbols) if isinstance(leaf, keras.KerasTensor)]
+        # With symbols for its own weights too, what is made of them is part of the graph.
+        owned = {key: value for key, value in _attributes(layer).items() if isinstance(value, keras.Variable)}
+        try:
+            with _symbols_for_weights(layer, owned, dtype) as weights:
+                return keras.Function([*inputs, *weights], self._call(layer, symbols, dtype)), list(owned.values())
+        except Exception:
+            # A call that reads `weight.value`, or assigns to it.
+            return keras.Function(inputs, self._call(layer, symbols, dtype)), []
+
+    def _call(self, layer, symbols, dtype):
+        """The symbolic outputs of a layer's own `call`."""
+        args, kwargs = symbols
+        if not isinstance(layer, keras.Layer):
+            return layer(*args)
+        # What Keras passes itself, whether a call takes it or not.
+        takes = layer._call_signature.parameters
+        kwargs = {key: value for key, value in kwargs.items() if key not in ("training", "mask") or key in takes}
+        if "training" in takes:
+            kwargs["training"] = self.context.training
+        losses = len(layer.losses)
+        with AutocastScope(dtype):
+            outputs = layer.call(*args, **kwargs)
+        outputs = tree.map_structure(lambda leaf: leaf, outputs)
+        leaves = tree.flatten(outputs)
+        if not leaves or not all(isinstance(leaf, keras.KerasTensor) for leaf in leaves):
+            raise NotImplementedError(f"`call` of `{layer.name}` returned something else than tensors")
+        if len(layer.losses) != losses:
+            layer._clear_losses()
+            raise NotImplementedError(f"`call` of `{layer.name}` adds a loss")
+        return outputs
+
+    def _run_opened(self, graph, weights, layer, args, kwargs, name: str):
+        dtype = _input_dtype(layer)
         values = [leaf for leaf in tree.flatten((args, kwargs)) if isinstance(leaf, Value)]
-        batch = ops.shape(values[0].primal)[0]
+        outer, self._weight_dtype = self._weight_dtype, dtype
+        try:
+            inputs = [*(self._cast(value, dtype, name) for value in values), *map(self._weight, weights)]
+            outputs = self._walk(graph, inputs, f"{name}/", opened=True)
+        finally:
+            self._weight_dtype = outer
+        _record_activity_loss(layer, tree.flatten(outputs)[0].primal)
+        return outputs
+
+    def _cast(self, value: Value, dtype, name: str) -> Value:
+        """The value in the dtype in which a layer sees its input (mixed precision)."""
+        primal = _autocast(value.primal, dtype)
+        if primal is value.primal or primal.dtype == value.primal.dtype:
+            return value
+        return self._record(self._unique(f"{name}/cast"), ops.cast, [replace(value, primal=primal)], primal, identity())
+
+    def _run_by_autodiff(self, operation, args, kwargs, name: str, error: Exception):
+        if self.context.fallback == "error":
+            raise missing_rule_error(operation, name) from error
+        self.fallbacks[name] = type(operation).__name__
+        args, kwargs = self._as_values(operation, args, kwargs)
+        values, args, kwargs = self._primals(operation, args, kwargs)
+        if isinstance(operation, keras.Layer) and "training" in operation._call_signature.parameters:
+            kwargs["training"] = self.context.training
+        primal, pushforward = fall_back(operation, args, kwargs, [value.primal for value in values])
+        return self._record(name, operation, values, primal, pushforward)
+
+    def _primals(self, operation, args, kwargs):
+        """The `Value`s among the arguments as the operation sees them, and the arguments with their primals."""
+        dtype = _input_dtype(operation)
+        leaves = [leaf for leaf in tree.flatten((args, kwargs)) if isinstance(leaf, Value)]
+        values = [replace(value, primal=_autocast(value.primal, dtype)) for value in leaves]
+        primals = iter(values)
+        args, kwargs = tree.map_structure(
+            lambda leaf: next(primals).primal if isinstance(leaf, Value) else leaf, (args, kwargs)
+        )
+        return values, args, kwargs
+
+    def _as_values(self, operation, args, kwargs):
+        """The weights and constants among an operation's inputs as values too; no tangent ever reaches a constant."""
+        batched = [leaf.primal for leaf in tree.flatten((args, kwargs)) if isinstance(leaf, Value) and leaf.batched]
 
         def convert(leaf):
-            if isinstance(leaf, Value) or not ops.is_tensor(leaf) or not len(leaf.shape):
+            if isinstance(leaf, Value):
                 return leaf
-            # One row stands for the batch: tangents of different batch sizes could not be folded alike.
+            if isinstance(leaf, keras.Variable):
+                return self._weight(leaf)
+            if not ops.is_tensor(leaf) or not len(leaf.shape):
+                return leaf
+            if not isinstance(operation, keras.Layer) or not batched:
+                return self.value(leaf, batched=False)
+            # For a layer one row stands for the batch: tangents of different batch sizes could not be folded alike.
             row = leaf.shape[0] == 1
-            return self.value(ops.broadcast_to(leaf, (batch, *leaf.shape[1:])) if row else leaf)
+            return self.value(ops.broadcast_to(leaf, (ops.shape(batched[0])[0], *leaf.shape[1:])) if row else leaf)
 
         return tree.map_structure(convert, (args, kwargs))
 
-    def _run_activation(self, activation, value: Value, name: str) -> Value:
-        rule = find_rule(activation)
-        if rule is None:
-            raise missing_rule_error(activation, name)
-        x = _autocast(value.primal, _input_dtype(activation))
-        primal, pushforward = rule.function(activation, x, context=self.context)
-        return self._record(name, activation, (value.slot,), (x,), primal, pushforward)
-
-    def _record(self, name, operation, slots, primal_inputs, primal, pushforward) -> Value:
-        value = self.value(primal)
-        self.nodes.append(Node(name, operation, slots, value.slot, pushforward, primal_inputs, primal))
+    def _weight(self, variable) -> Value:
+        """The value of a weight that an operation takes as an input: the same one at each use in one dtype."""
+        with AutocastScope(self._weight_dtype):
+            primal = ops.convert_to_tensor(variable.value)
+        for known, value in self.variables:
+            if known is variable and value.primal.dtype == primal.dtype:
+                return value
+        value = self.value(primal, batched=False)
+        self.variables.append((variable, value))
         return value
+
+    def _run_activation(self, activation, value: Value, name: str) -> Value:
+        return self._run_named(activation, (value,), {}, name)
+
+    def _record(self, name, operation, inputs: Sequence[Value], primal, pushforward):
+        batched = any(value.batched for value in inputs)
+        outputs = tree.map_structure(lambda leaf: self.value(leaf, batched), primal)
+        self.nodes.append(Node(name, operation, tuple(inputs), tuple(tree.flatten(outputs)), pushforward))
+        return outputs
 
     def _unique(self, name: str) -> str:
         uses = self._uses.get(name, 0)
         self._uses[name] = uses + 1
         return f"{name}:{uses}" if uses else name
+
+
+def _symbol(tensor) -> keras.KerasTensor:
+    return keras.KerasTensor(tuple(tensor.shape), dtype=keras.backend.standardize_dtype(tensor.dtype))
+
+
+@contextlib.contextmanager
+def _symbols_for_weights(layer, owned: dict[str, Any], dtype):
+    """A context in which a layer's attributes hold symbols in place of the weights that it owns."""
+    with AutocastScope(dtype):
+        symbols = {key: _symbol(ops.convert_to_tensor(variable.value)) for key, variable in owned.items()}
+    try:
+        # Past the layer's own `__setattr__`, which would track them.
+        _attributes(layer).update(symbols)
+        yield list(symbols.values())
+    finally:
+        _attributes(layer).update(owned)
+
+
+def _attributes(layer) -> dict[str, Any]:
+    return vars(layer) if isinstance(layer, keras.Layer) else {}
 
 
 def is_model(operation) -> bool:
@@ -246,15 +369,19 @@ def _check_input_spec(layer, inputs) -> None:
         raise ValueError(f"Invalid value for argument `x`. {error}") from error
 
 
-def trace(model, inputs: Sequence, context: Context) -> tuple[Tracer, list[Value], Any]:
-    """Runs `model` once on the flat list of `inputs` `(B, …)`.
+def trace(model, x, inputs: Sequence, context: Context) -> tuple[Tracer, list[Value], Any]:
+    """Runs `model` once on the flat list of `inputs` `(B, …)`, which the user gave as the structure `x`.
 
     Returns:
         The tracer with its nodes, the values of the inputs, and the output values in the model's own structure.
     """
     tracer = Tracer(context)
     values = [tracer.value(tensor) for tensor in inputs]
-    arguments = values if len(values) > 1 else values[0]
+    if is_model(model):
+        arguments = values if len(values) > 1 else values[0]
+    else:
+        graph = _graph(model)
+        arguments = tree.pack_sequence_as(x if graph is None else graph._inputs_struct, values)
     if not isinstance(model, keras.Layer):
         return tracer, values, tracer.run(model, arguments)
     # Private: within Keras' own call context a model's losses of the last call are cleared, and of this one kept.
@@ -272,6 +399,11 @@ def _compatible(shape, expected) -> bool:
 
 def _readable(shape) -> str:
     return "(" + ", ".join(["B", *("?" if size is None else str(size) for size in tuple(shape)[1:])]) + ")"
+
+
+def _kind(operation) -> str:
+    """The name of an operation's class, as Keras would write it: `reduce_max` of a `ReduceMax`."""
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(operation).__name__).lower()
 
 
 def _name(operation) -> str:

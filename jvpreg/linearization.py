@@ -1,41 +1,52 @@
 """`linearize`: a model frozen at `x`, and exact products with its Jacobian."""
 
-import dataclasses
 import functools
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import keras
 from keras import ops, tree
 
-from jvpreg.graph import Node, flatten_inputs, is_model, standardize_inputs, trace
-from jvpreg.registry import Context, find_rule, missing_rule_error, unwrap
+from jvpreg.frozen import FrozenGraph, Node
+from jvpreg.graph import flatten_inputs, standardize_inputs, trace
+from jvpreg.registry import Context, unwrap
 from jvpreg.transpose import transpose
 
 BatchStatistics = Literal["moving", "frozen", "coupled"]
+Fallback = Literal["warn", "allow", "error"]
 
 _warned_of_head: "weakref.WeakSet[Any]" = weakref.WeakSet()
+_warned_of_fallback: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
-def linearize(model, x, training: bool = False, batch_statistics: BatchStatistics | None = None) -> "Linearization":
+def linearize(
+    model,
+    x,
+    training: bool = False,
+    batch_statistics: BatchStatistics | None = None,
+    fallback: Fallback = "warn",
+) -> "Linearization":
     """Runs a model once at `x` and freezes it there: masks, argmaxes, slopes and statistics.
 
     Args:
-        model: a functional or Sequential Keras model, or a layer that has a rule, built.
+        model: a Keras model or layer, built. A subclassed one, or one without a rule, is opened up: its `call` is
+            traced into smaller operations.
         x: the model's input, `(B, …)`, or a structure of inputs such as the model takes.
         training: whether dropout is active and moving averages are updated (once, by this call).
         batch_statistics: what batch normalization uses. `"moving"`: its moving averages (the default when not
             training). `"frozen"`: the statistics of this batch, held constant for the tangents but not for the
             weights (the default in training). `"coupled"`: the same, moving with the batch: the true derivative of
             the batch map, in which one example's tangent depends on the others'.
+        fallback: what to do with an operation that has no rule and cannot be opened up. `"warn"`: leave that node to
+            the backend's autodiff, and say so once; `"allow"`: say nothing; `"error"`: raise.
 
     Returns:
         A `Linearization`: `.outputs`, `.jvp(u)`, `.vjp(v)`, `.intercepts`.
 
     Raises:
-        NotImplementedError: an operation has no rule, or the model has no graph.
+        NotImplementedError: an operation has no rule, and `fallback` is `"error"`; or it can have none.
         ValueError: an argument does not fit.
 
     Derivatives are those of the output as it is; a model that ends in softmax or sigmoid gets one warning, since
@@ -62,16 +73,22 @@ def linearize(model, x, training: bool = False, batch_statistics: BatchStatistic
             'Invalid value for argument `batch_statistics`. Expected "moving", "frozen", "coupled" or None. '
             f"Received: batch_statistics={batch_statistics!r}"
         )
+    if fallback not in ("warn", "allow", "error"):
+        raise ValueError(
+            'Invalid value for argument `fallback`. Expected "warn", "allow" or "error". '
+            f"Received: fallback={fallback!r}"
+        )
     inputs = standardize_inputs(model, x)
-    tracer, values, outputs = trace(model, inputs, Context(bool(training), batch_statistics))
-    output_slots = [value.slot for value in tree.flatten(outputs)]
-    _warn_of_probabilities(model, [node for node in tracer.nodes if node.output in output_slots])
+    tracer, values, outputs = trace(model, x, inputs, Context(bool(training), batch_statistics, fallback))
+    if tracer.fallbacks and fallback == "warn":
+        _warn_of_fallback(model, tracer.fallbacks)
+    graph = tracer.frozen(values, tree.flatten(outputs))
+    ends = {value.slot for value in graph.outputs}
+    _warn_of_probabilities(model, [node for node in graph.nodes if any(v.slot in ends for v in node.outputs)])
     return Linearization(
-        nodes=tracer.nodes,
+        graph=graph,
         inputs=inputs,
-        input_slots=[value.slot for value in values],
         outputs=tree.map_structure(lambda value: value.primal, outputs),
-        output_slots=output_slots,
         flatten=functools.partial(flatten_inputs, model),
     )
 
@@ -111,32 +128,72 @@ class Linearization:
         nodes: the frozen nodes, in the order in which they ran.
     """
 
-    def __init__(self, nodes: Sequence[Node], inputs: list, input_slots, outputs, output_slots, flatten: Callable):
-        self.nodes = list(nodes)
+    def __init__(self, graph: FrozenGraph, inputs: list, outputs, flatten: Callable):
         self.inputs = inputs
         self.outputs = outputs
-        self._input_slots = list(input_slots)
-        self._output_slots = list(output_slots)
+        self._graph = graph
         self._flatten_inputs = flatten
         # How a part of a batch gets its intercepts: from the whole.
         self._whole: Callable[[], dict[str, Any]] | None = None
 
-    def jvp(self, u):
-        """The pushforward `J u`.
+    @property
+    def nodes(self) -> list[Node]:
+        """The frozen nodes, in the order in which they ran."""
+        return self._graph.nodes
+
+    @property
+    def weights(self) -> list:
+        """The variables that `jvp` can perturb, in the order of their first use."""
+        return self._graph.weights
+
+    def jvp(self, u=None, weights: Mapping | Sequence | None = None):
+        """The pushforward: `J u`, and the derivative along directions of the weights.
 
         Args:
             u: a tangent like `x`, or with a leading probe axis, `(P, B, …)`; a structure of them for several
                 inputs, where None stands for zero.
+            weights: tangents of weights, like each weight or with the same leading probe axis: a dict by the
+                variables' paths, or a list of pairs `(variable, tangent)`, since Keras' variables cannot be keys.
+                Layers before the first one with a tangent cost nothing.
 
         Returns:
-            `J u`, like the outputs, with a leading probe axis if `u` has one. In float32 at least.
+            `J u + d/dε f(x; W + ε U)`, like the outputs, with a leading probe axis if `u` has one. In float32 at
+            least.
 
         Raises:
-            ValueError: a shape does not fit.
+            ValueError: a shape does not fit, or a weight is not one of the model's.
+
+        Reference: Balestriero & Baraniuk (2021), equation 12 and appendix E, for the weights.
         """
-        tangents, probed = self._standardize(self._flatten_inputs(u, "u"), self.inputs, "u", "x")
-        products = self._push(tangents)
+        if u is None and not weights:
+            raise ValueError("Invalid value for argument `u`. Expected a tangent, or `weights`. Received: neither.")
+        given, along = self._weight_tangents(weights or {})
+        flat = [None] * len(self.inputs) if u is None else self._flatten_inputs(u, "u")
+        names = [("u", "x")] * len(self.inputs) + [("weights", f"`{variable.path}`") for variable, _ in given]
+        like = [*self.inputs, *(ops.convert_to_tensor(variable) for variable, _ in given)]
+        if u is not None:
+            _check_count(flat, self.inputs, "u", "x")
+        tangents, probed = _standardize([*flat, *(tangent for _, tangent in given)], like, names)
+        count = len(self.inputs)
+        products = self._push(tangents[:count], weights=dict(zip(along, tangents[count:], strict=True)))
         return self._pack(products, self.outputs, probed)
+
+    def _weight_tangents(self, weights) -> tuple[list[tuple[Any, Any]], list[int]]:
+        """The variables with their tangents, and the variables' ids."""
+        known = self.weights
+        pairs = list(weights.items()) if isinstance(weights, Mapping) else list(weights)
+        found = []
+        for key, tangent in pairs:
+            matches = [v for v in known if (v.path == key if isinstance(key, str) else v is key)]
+            name = key if isinstance(key, str) else getattr(key, "path", key)
+            if len(matches) != 1:
+                raise ValueError(
+                    "Invalid value for argument `weights`. Expected weights of the linearized model: "
+                    f"{[v.path for v in known]}. Received: {name!r}"
+                    + (f", the path of {len(matches)} weights: pass a list of (variable, tangent)." if matches else ".")
+                )
+            found.append((matches[0], tangent))
+        return found, [id(variable) for variable, _ in found]
 
     def vjp(self, v):
         """The pullback `Jᵀ v`.
@@ -153,7 +210,9 @@ class Linearization:
             ValueError: a shape does not fit.
         """
         outputs = tree.flatten(self.outputs)
-        cotangents, probed = self._standardize(v, outputs, "v", "the outputs")
+        flat = tree.flatten(v)
+        _check_count(flat, outputs, "v", "the outputs")
+        cotangents, probed = _standardize(flat, outputs, [("v", "the outputs")] * len(outputs))
         leading = next(ops.shape(c)[:2] for c in cotangents if c is not None)
         cotangents = [_zeros(leading, y) if c is None else c for c, y in zip(cotangents, outputs, strict=True)]
         products = transpose(self._push, [_zeros(leading, x) for x in self.inputs], cotangents)
@@ -169,17 +228,7 @@ class Linearization:
 
         Reference: Srinivas & Fleuret, "Full-Jacobian Representation of Neural Networks", section 3.2.
         """
-        if self._whole is not None:
-            return self._whole()
-        fed = {*self._input_slots, *(node.output for node in self.nodes)}
-
-        def intercept(node):
-            # A constant among a node's inputs has no tangent: what it adds belongs to the intercept.
-            pairs = zip(node.inputs, node.primal_inputs, strict=True)
-            tangents = [x if slot in fed else ops.zeros_like(x) for slot, x in pairs]
-            return node.primal - self._push_node(node, tangents)[0]
-
-        return {node.name: intercept(node) for node in self.nodes}
+        return self._graph.intercepts() if self._whole is None else self._whole()
 
     def take(self, indices) -> "Linearization":
         """The linearization of the examples at `indices`, an integer vector `(N,)`, only. Nothing is run again.
@@ -187,108 +236,76 @@ class Linearization:
         Raises:
             ValueError: the linearization couples the examples of the batch.
         """
-        if any(node.pushforward.couples_examples for node in self.nodes):
+        if self._graph.couples_examples:
             raise ValueError(
-                'A linearization with `batch_statistics="coupled"` cannot be cut: each example\'s tangent depends '
-                'on the whole batch. Use "frozen" or "moving".'
+                "A linearization that couples the examples of a batch cannot be cut: each example's tangent depends on "
+                'the whole batch. Use `batch_statistics="frozen"` or "moving", and no operation that mixes examples.'
             )
 
         def cut(tensor):
             return ops.take(tensor, indices, axis=0)
 
-        # Only what is frozen is cut; the primal values inside stay whole, for only their shapes are asked for.
         part = Linearization(
-            [dataclasses.replace(node, pushforward=node.pushforward.take(indices)) for node in self.nodes],
+            self._graph.take(indices),
             [cut(x) for x in self.inputs],
-            self._input_slots,
             tree.map_structure(cut, self.outputs),
-            self._output_slots,
             self._flatten_inputs,
         )
         part._whole = lambda: {name: cut(intercept) for name, intercept in self.intercepts.items()}
         return part
 
-    def _push(self, tangents: Sequence, taps: dict[str, Any] | None = None) -> list:
+    def _push(self, tangents: Sequence, taps: dict[str, Any] | None = None, weights=None) -> list:
         """The tangent pass: input tangents `(P, B, …)` (None: zero) and taps by node name, to output tangents."""
-        slots = dict(zip(self._input_slots, tangents, strict=True))
-        last_use = {slot: i for i, node in enumerate(self.nodes) for slot in node.inputs}
-        leading = next(ops.shape(t)[:2] for t in [*tangents, *(taps or {}).values()] if t is not None)
-        for i, node in enumerate(self.nodes):
-            arguments = [slots.get(slot) for slot in node.inputs]
-            tangent = None
-            if any(argument is not None for argument in arguments):
-                pairs = zip(arguments, node.primal_inputs, strict=True)
-                filled = [_zeros(leading, primal) if t is None else t for t, primal in pairs]
-                tangent = self._run_pushforward(node, filled)
-            if taps and node.name in taps:
-                tangent = taps[node.name] if tangent is None else tangent + taps[node.name]
-            slots[node.output] = tangent
-            for slot in node.inputs:
-                if last_use[slot] == i and slot not in self._output_slots:
-                    slots.pop(slot, None)
-        pairs = zip(self._output_slots, tree.flatten(self.outputs), strict=True)
-        return [_zeros(leading, y) if slots[slot] is None else slots[slot] for slot, y in pairs]
-
-    def _push_node(self, node: Node, tangents: Sequence):
-        """One node's pushforward of tangents without a probe axis, `(B, …)`, with the axis put on."""
-        return self._run_pushforward(node, [ops.expand_dims(tangent, 0) for tangent in tangents])
-
-    @staticmethod
-    def _run_pushforward(node: Node, tangents: Sequence):
-        # Mixed precision: a tangent has the dtype in which the layer sees its input.
-        cast = [ops.cast(t, primal.dtype) for t, primal in zip(tangents, node.primal_inputs, strict=True)]
-        tangent = node.pushforward(*cast)
-        expected, received = (*cast[0].shape[:2], *node.primal.shape[1:]), tuple(tangent.shape)
-        if len(expected) != len(received) or any(
-            a is not None and b is not None and a != b for a, b in zip(expected, received, strict=True)
-        ):
-            raise ValueError(
-                f"The rule of `{node.name}` ({type(node.operation).__name__}) returned a tangent of the wrong shape. "
-                f"Expected {expected}, probes first and then like its output. Received: {received}. "
-                "Check the rule with `jvpreg.testing.check_rule`."
-            )
-        return ops.cast(tangent, node.primal.dtype)
-
-    @staticmethod
-    def _standardize(vectors, like: list, name: str, like_name: str) -> tuple[list, bool]:
-        """Flat tangents `(P, B, …)` with the dtypes of `like`, and whether the probe axis was there."""
-        flat = tree.flatten(vectors)
-        if len(flat) != len(like):
-            raise ValueError(
-                f"Invalid value for argument `{name}`. Expected {len(like)} tensor(s), one for each of {like_name}. "
-                f"Received: {len(flat)}."
-            )
-        if all(vector is None for vector in flat):
-            raise ValueError(f"Invalid value for argument `{name}`. Expected at least one tensor. Received: None.")
-        tangents: list = []
-        ranks = set()
-        for vector, x in zip(flat, like, strict=True):
-            if vector is None:
-                tangents.append(None)
-                continue
-            tangent = ops.convert_to_tensor(vector, dtype=x.dtype)
-            extra = len(tangent.shape) - len(x.shape)
-            shape = tuple(tangent.shape)[extra:] if extra >= 0 else ()
-            fits = all(a is None or b is None or a == b for a, b in zip(shape, x.shape, strict=False))
-            if extra not in (0, 1) or not fits:
-                raise ValueError(
-                    f"Invalid value for argument `{name}`. Expected shape {tuple(x.shape)}, like {like_name}, or "
-                    f"(P, {str(tuple(x.shape))[1:-1]}) with a leading axis of P probes. "
-                    f"Received: {name} with shape {tuple(tangent.shape)}."
-                )
-            ranks.add(extra)
-            tangents.append(tangent if extra else ops.expand_dims(tangent, 0))
-        if len(ranks) > 1 or len({t.shape[0] for t in tangents if t is not None}) > 1:
-            raise ValueError(
-                f"Invalid value for argument `{name}`. Expected the same number of probes in every tensor. "
-                f"Received: shapes {[tuple(v.shape) for v in flat if v is not None]}."
-            )
-        return tangents, ranks == {1}
+        batch = ops.shape(self.inputs[0])[0]
+        part = None if self._whole is None else batch
+        products = self._graph.push(tangents, part, taps=taps, weights=weights)
+        given = [*tangents, *(taps or {}).values(), *(weights or {}).values()]
+        probes = next(ops.shape(t)[0] for t in given if t is not None)
+        pairs = zip(products, tree.flatten(self.outputs), strict=True)
+        return [_zeros((probes, batch), y) if product is None else product for product, y in pairs]
 
     @staticmethod
     def _pack(products: list, structure, probed: bool):
         products = [_at_least_float32(product if probed else product[0]) for product in products]
         return tree.pack_sequence_as(structure, products)
+
+
+def _check_count(flat: list, like: list, name: str, like_name: str) -> None:
+    if len(flat) != len(like):
+        raise ValueError(
+            f"Invalid value for argument `{name}`. Expected {len(like)} tensor(s), one for each of {like_name}. "
+            f"Received: {len(flat)}."
+        )
+    if all(vector is None for vector in flat):
+        raise ValueError(f"Invalid value for argument `{name}`. Expected at least one tensor. Received: None.")
+
+
+def _standardize(flat: list, like: list, names: list[tuple[str, str]]) -> tuple[list, bool]:
+    """Flat tangents `(P, …)` with the dtypes of `like`, and whether the probe axis was there."""
+    tangents: list = []
+    given: dict[int, list] = {0: [], 1: []}
+    for vector, x, (name, like_name) in zip(flat, like, names, strict=True):
+        if vector is None:
+            tangents.append(None)
+            continue
+        tangent = ops.convert_to_tensor(vector, dtype=x.dtype)
+        extra = len(tangent.shape) - len(x.shape)
+        shape = tuple(tangent.shape)[extra:] if extra >= 0 else ()
+        fits = all(a is None or b is None or a == b for a, b in zip(shape, x.shape, strict=False))
+        if extra not in (0, 1) or not fits:
+            raise ValueError(
+                f"Invalid value for argument `{name}`. Expected shape {tuple(x.shape)}, like {like_name}, or "
+                f"(P, {str(tuple(x.shape))[1:-1]}) with a leading axis of P probes. "
+                f"Received: {name} with shape {tuple(tangent.shape)}."
+            )
+        tangents.append(tangent if extra else ops.expand_dims(tangent, 0))
+        given[extra].append(tuple(tangent.shape))
+    if (given[0] and given[1]) or len({shape[0] for shape in given[1]}) > 1:
+        raise ValueError(
+            f"Invalid value for argument `{names[0][0]}`. Expected the same number of probes in every tensor. "
+            f"Received: shapes {[*given[0], *given[1]]}."
+        )
+    return tangents, bool(given[1])
 
 
 def _zeros(leading, like):
@@ -302,24 +319,29 @@ def _at_least_float32(tensor):
 
 
 def _check_model(model) -> None:
-    if isinstance(model, keras.Model) and not is_model(model) and find_rule(model) is None:
-        raise NotImplementedError(
-            f"`{model.name}` ({type(model).__name__}) has no graph to walk: its `call` is custom. Expected a "
-            "functional or Sequential model, or a layer with a rule. Build it with `keras.Model(inputs, outputs)`, or "
-            "register a rule for it with `jvpreg.register_rule`."
-        )
     if not isinstance(model, keras.Operation):
         raise ValueError(
             "Invalid value for argument `model`. Expected a Keras model or layer. "
             f"Received: model={model!r} (of type {type(model).__name__})"
         )
-    if not is_model(model) and find_rule(model) is None:
-        raise missing_rule_error(model, model.name)
     if not getattr(model, "built", True):
         raise ValueError(
             f"Invalid value for argument `model`. Expected a built model. Received: `{model.name}`, which has no "
             "weights yet. Call it on a batch, or give it a `keras.Input`, first."
         )
+
+
+def _warn_of_fallback(model, fallbacks: dict[str, str]) -> None:
+    if model in _warned_of_fallback:
+        return
+    _warned_of_fallback.add(model)
+    names = ", ".join(f"`{name}` ({kind})" for name, kind in fallbacks.items())
+    warnings.warn(
+        f"No pushforward rule for {names}: these nodes are left to the backend's autodiff, which runs them again for "
+        "each probe and is not always right under XLA. Register a rule with `jvpreg.register_rule`, or pass "
+        '`fallback="allow"` to `linearize` if this is as it should be.',
+        stacklevel=3,
+    )
 
 
 def _warn_of_probabilities(model, heads: Sequence[Node]) -> None:

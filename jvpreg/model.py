@@ -24,12 +24,11 @@ class JacobianModel(keras.Model):
     model, trained, to deploy.
 
     Args:
-        base: a functional or Sequential Keras model.
+        base: a Keras model; a subclassed one is opened up, see `jvpreg.linearize`.
         seed: of the random directions.
         **kwargs: of `keras.Model`: `name`.
 
     Raises:
-        NotImplementedError: `base` has no graph, or a layer without a rule (when it is first trained).
         ValueError: `base` is not a model.
 
     Example:
@@ -74,9 +73,9 @@ class JacobianModel(keras.Model):
         self.built = base.built
 
     def build(self, input_shape):
-        """Builds a Sequential base that was given no input shape, for batches of any size."""
-        if isinstance(self.base, keras.Sequential) and not self.base.built:
-            self.base.build(tree.map_shape_structure(lambda shape: (None, *shape[1:]), input_shape))
+        """Builds a base that was given no input shape, for batches of any size."""
+        if not self.base.built:
+            self.base(tree.map_shape_structure(lambda shape: keras.KerasTensor((None, *shape[1:])), input_shape))
 
     def call(self, inputs, training=None):
         """What the base model computes; inside a step with penalties, by way of its linearization."""

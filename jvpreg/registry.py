@@ -8,8 +8,9 @@ Shapes, in this file and in every rule: a primal value is `(B, …)`, its tangen
 probes. What is frozen per example (a mask, an argmax, a slope) has no probe axis: it is never repeated `P` times.
 """
 
+import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,39 +25,62 @@ class Context:
     Attributes:
         training: whether dropout is active and moving averages are updated.
         batch_statistics: `"moving"`, `"frozen"` or `"coupled"`: see `jvpreg.linearize`.
+        fallback: `"warn"`, `"allow"` or `"error"`: see `jvpreg.linearize`.
+        run: `run(operation, *inputs) -> (outputs, Pushforward)` linearizes another operation, for the rule of a
+            wrapper or of a layer that repeats another one.
     """
 
     training: bool = False
     batch_statistics: str = "moving"
+    fallback: str = "warn"
+    run: Callable | None = None
 
 
 class Pushforward:
     """A node frozen at `x`: a linear map from the tangents of its inputs to the tangent of its output.
 
     Args:
-        function: `function(*tangents, *residuals) -> tangent`, linear in the tangents, which are `(P, B, …)`.
-            It may close over weights and over statistics of the whole batch.
-        *residuals: what is frozen per example, each `(B, …)`. `function` sees them as `(1, B, …)`, so that they
+        function: `function(*tangents, *residuals) -> tangent`, linear in the tangents, which are `(P, B, …)`; a tuple
+            of tangents for several outputs. It may close over weights and over statistics of the whole batch.
+        *residuals: what is frozen per example, each `(B, …)`. The functions see them as `(1, B, …)`, so that they
             broadcast over the probes.
+        weights: a pair for each variable that can be perturbed too: the variable (or None, which is left out) and
+            `part(tangent, *residuals) -> tangent`, linear in the variable's tangent `(P, *variable.shape)`. What it
+            returns need only broadcast to `(P, B, …)`.
+        batch_axes: for each residual, its axis of the examples; by default the first one.
         couples_examples: whether one example's tangent depends on another's.
+        takes_none: whether the function takes None for an input without a tangent; else it is given zeros.
     """
 
-    def __init__(self, function: Callable, *residuals: Any, couples_examples: bool = False):
+    def __init__(
+        self,
+        function: Callable,
+        *residuals: Any,
+        weights: Iterable[tuple[Any, Callable]] = (),
+        batch_axes: Sequence[int] | None = None,
+        couples_examples: bool = False,
+        takes_none: bool = False,
+    ):
         self.function = function
         self.residuals = residuals
+        self.batch_axes = tuple(batch_axes or [0] * len(residuals))
+        self.weights = [(variable, part) for variable, part in weights if variable is not None]
         self.couples_examples = couples_examples
+        self.takes_none = takes_none
 
     def __call__(self, *tangents):
         """The output's tangent `(P, B, …)` for the inputs' tangents `(P, B, …)`."""
-        return self.function(*tangents, *(ops.expand_dims(residual, 0) for residual in self.residuals))
+        return self.function(*tangents, *self.broadcast_residuals())
 
-    def take(self, indices) -> "Pushforward":
-        """The same map for the examples at `indices` (an integer vector) only."""
-        return Pushforward(
-            self.function,
-            *(ops.take(residual, indices, axis=0) for residual in self.residuals),
-            couples_examples=self.couples_examples,
-        )
+    def map_residuals(self, function: Callable) -> "Pushforward":
+        """The same map with `function(residual, batch_axis)` for each residual."""
+        mapped = copy.copy(self)
+        mapped.residuals = tuple(map(function, self.residuals, self.batch_axes))
+        return mapped
+
+    def broadcast_residuals(self) -> list:
+        """The residuals with an axis for the probes, `(1, B, …)`."""
+        return [ops.expand_dims(residual, 0) for residual in self.residuals]
 
 
 def linear(function: Callable) -> Pushforward:
@@ -71,6 +95,35 @@ def linear(function: Callable) -> Pushforward:
         return unfold(function(*(fold(tangent) for tangent in tangents)), num_probes)
 
     return Pushforward(push)
+
+
+def affine(function: Callable, x, weights: Iterable[tuple[Any, Callable]]) -> Pushforward:
+    """As `linear`, for an operation with weights, in which it is linear too.
+
+    `weights` pairs each variable (or None, which is left out) with `part(tangent, x)`: what the operation returns with
+    one tangent of the variable, `(*shape,)`, in its place, at the input `x` (B, …), and without the other weights.
+    """
+    push = linear(function).function
+
+    def probed(part):
+        return lambda tangent, x: ops.stack([part(row, x[0]) for row in ops.unstack(tangent)])
+
+    parts = [(variable, probed(part)) for variable, part in weights]
+    return Pushforward(lambda tangent, x: push(tangent), x, weights=parts)
+
+
+def each_probe(function: Callable) -> Callable:
+    """A linear `function` of one tensor of any axes, as a map of `(P, …)` to `(P, …)`.
+
+    For operations whose first axis need not be the batch, so that probes cannot be folded into it.
+    """
+
+    def push(tangent):
+        if tangent.shape[0] == 1:
+            return ops.expand_dims(function(tangent[0]), 0)
+        return ops.stack([function(row) for row in ops.unstack(tangent)])
+
+    return push
 
 
 def scale(slope) -> Pushforward:
@@ -101,6 +154,10 @@ def unfold(tangent, num_probes):
     shape = ops.shape(tangent)
     static = isinstance(shape[0], int)
     return ops.reshape(tangent, (num_probes, shape[0] // num_probes if static else -1, *shape[1:]))
+
+
+class Declined(Exception):  # noqa: N818 -- no error: the engine has other ways
+    """Raised by a rule for arguments that it does not cover: the operation is then treated as one without a rule."""
 
 
 @dataclass(frozen=True)

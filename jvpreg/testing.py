@@ -31,9 +31,9 @@ def check_rule(
     """Checks a layer's rule, in float64: one line tests a rule that you wrote.
 
     Checks, in this order: the primal against the layer's own call; the pullback against un-jitted autodiff; the
-    pushforward against central finite differences; several probes against one; linearity; adjointness
-    `⟨J u, v⟩ = ⟨u, Jᵀ v⟩`; completeness `f(x) = J x + Σ contributions`; one example taken out of the batch; and the
-    gradient of the penalty `‖J u‖²` by the input and the weights against central finite differences.
+    pushforward, and that of each weight, against central finite differences; several probes against one; linearity;
+    adjointness `⟨J u, v⟩ = ⟨u, Jᵀ v⟩`; completeness `f(x) = J x + Σ contributions`; one example taken out of the
+    batch; and the gradient of the penalty `‖J u‖²` by the input and the weights against central finite differences.
 
     Args:
         layer: a layer, or a model, which is then taken as it is: its dtype must be float64. A layer is copied
@@ -75,6 +75,7 @@ def _check_rule(layer, input_shape, batch_size, training, batch_statistics, jit,
     case = _Case(layer, inputs, training, batch_statistics, reference, random, tolerance)
     compiled = _compiled if jit else lambda function: function
     case.check_products(compiled)
+    case.check_weights(compiled)
     case.check_penalty_gradient(compiled)
 
 
@@ -162,7 +163,7 @@ class _Case:
                     {name: ops.expand_dims(c, 0) for name, c in lin.intercepts.items()},
                 )
                 two_probes = [ops.stack([a, b]) for a, b in zip(u, w, strict=True)]
-                coupled = any(node.pushforward.couples_examples for node in lin.nodes)
+                coupled = lin._graph.couples_examples
                 last = [] if coupled else lin.take([u[0].shape[0] - 1]).jvp(_pack([a[-1:] for a in u]))
                 return [
                     tree.flatten(result)
@@ -200,6 +201,49 @@ class _Case:
         if last:
             self._compare("one example taken out of the batch", last, [y[-1:] for y in ju])
         assert len(jtv) == count
+
+    def check_weights(self, compiled: Callable) -> None:
+        """The pushforward of each weight that the rules know, by itself and beside an input tangent."""
+        known = {
+            id(variable) for variable in self._stateless(self.values, lambda: self._linearize(self.inputs).weights)
+        }
+        indices = [i for i, variable in enumerate(self.variables) if id(variable) in known]
+        random = np.random.default_rng(2)
+        tangents = [ops.convert_to_tensor(random.normal(size=(2, *self.variables[i].shape))) for i in indices]
+        zeros = [ops.zeros((2, *x.shape), "float64") for x in self.inputs]
+
+        def products(values, inputs, u, tangents):
+            def run():
+                lin = self._linearize(inputs)
+                pairs = [(self.variables[i], tangent) for i, tangent in zip(indices, tangents, strict=True)]
+                alone = [tree.flatten(lin.jvp(weights=[pair])) for pair in pairs]
+                u_twice = [ops.stack([zero[0], a]) for zero, a in zip(zeros, u, strict=True)]
+                return alone, tree.flatten(lin.jvp(_pack(u_twice), weights=pairs)), tree.flatten(lin.jvp(_pack(u)))
+
+            return self._stateless(values, run)
+
+        if not indices:
+            return
+        alone, together, ju = compiled(products)(self.values, self.inputs, self.u, tangents)
+        total = [np.zeros(np.shape(leaf)) for leaf in together]
+        for i, tangent, received in zip(indices, tangents, alone, strict=True):
+            slopes = []
+            for probe in range(2):
+                ahead, behind = ([*self.values] for _ in range(2))
+                ahead[i], behind[i] = (self.values[i] + sign * STEP * tangent[probe] for sign in (1, -1))
+                pair = [
+                    tree.flatten(self._stateless(values, lambda: self.reference(*self.inputs)))
+                    for values in (ahead, behind)
+                ]
+                slopes.append([(_numpy(a) - _numpy(b)) / (2 * STEP) for a, b in zip(*pair, strict=True)])
+            expected = [np.stack(rows) for rows in zip(*slopes, strict=True)]
+            name = f"the pushforward of {self.variables[i].path}, against finite differences"
+            # Differences of the outputs are no better than the outputs' own rounding over the step.
+            self._compare(name, received, expected, 1e-6, scale=_norm(expected) + 1e-2 * _norm(self.outputs))
+            total = [a + _numpy(b) for a, b in zip(total, received, strict=True)]
+        for total_part, product in zip(total, ju, strict=True):
+            total_part[1] += _numpy(product)
+        self._compare("an input's and the weights' tangents at once, against each by itself", together, total)
 
     def check_penalty_gradient(self, compiled: Callable) -> None:
         """The gradient of `mean ‖J u‖²` by inputs and weights, along random directions, by finite differences."""

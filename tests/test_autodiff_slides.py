@@ -66,7 +66,7 @@ def neuron():
 
 def test_local_gradients_of_the_neuron(float64):
     lin = jvpreg.linearize(neuron(), WEIGHTS)
-    q, v, p, loss = (node.primal for node in lin.nodes)
+    q, v, p, loss = (node.outputs[0].primal for node in lin.nodes)
     assert_close([q, v], [np.array([[-1.0]])] * 2)
     assert round(float(numpy(p)[0, 0]), 2) == 0.27 == round(1 / 3.7, 2)
     assert_close(loss, np.array([[np.log1p(np.e)]]))

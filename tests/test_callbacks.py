@@ -219,19 +219,14 @@ def test_too_few_probes_are_told_before_training_begins():
         fit(make_model(), JacobianProbe(data(4)[0], num_probes=1), NeverBegins())
 
 
-def test_a_model_without_a_graph_is_told_before_training_begins():
-    class Custom(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.dense = layers.Dense(3)
-
-        def call(self, x):
-            return self.dense(x)
-
-    model = Custom()
-    model(np.ones((1, 6), "float32"))
-    model.compile("sgd", make_model().loss)
-    with pytest.raises(NotImplementedError, match="has no graph to walk"):
+def test_a_model_that_cannot_be_linearized_is_told_before_training_begins():
+    model = make_model()
+    for layer in model.layers:
+        if isinstance(layer, layers.Dense):
+            layer.quantize("int8")
+            break
+    model.compile("sgd", model.loss)
+    with pytest.raises(NotImplementedError, match="is quantized"):
         fit(model, JacobianProbe(data(4)[0]), NeverBegins())
 
 

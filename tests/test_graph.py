@@ -275,17 +275,20 @@ class OverridesCall(keras.Model):
         return 2.0 * super().call(inputs, training=training)
 
 
-def test_models_without_a_graph_to_walk():
+def test_a_subclassed_model_is_opened_up(float64):
+    model = Subclassed()
+    model(normal(2, 3))
+    jvpreg.testing.check_rule(model, (3,))
+    jvpreg.testing.check_rule(keras.Sequential([keras.Input((3,)), model]), (3,))
+
+
+def test_a_functional_model_with_a_call_of_its_own_is_opened_up():
     functional = _functional()
     overriding = OverridesCall(functional.inputs, functional.outputs)
     assert isinstance(overriding, keras.Function)
-    for model in (Subclassed(), overriding):
-        model([normal(2, 3)] if model is overriding else normal(2, 3))
-        with pytest.raises(NotImplementedError, match=r"has no graph to walk.*custom.*jvpreg.register_rule"):
-            jvpreg.linearize(model, normal(2, 3))
-        outer = keras.Sequential([keras.Input((3,)), model])
-        with pytest.raises(NotImplementedError, match=f"`{model.name}`.*has no pushforward rule.*register_rule"):
-            jvpreg.linearize(outer, normal(2, 3))
+    x, u = normal(2, 3), normal(2, 3, seed=1)
+    products = [jvpreg.linearize(model, [x], fallback="error").jvp([u]) for model in (functional, overriding)]
+    assert_close(products[1], 2 * numpy(products[0]), 1e-6)
 
 
 def test_a_subclassed_model_may_have_a_rule():
@@ -308,23 +311,68 @@ class NoRule(layers.Dense):
         return ops.sin(super().call(x))
 
 
-def test_a_layer_without_a_rule():
+def test_a_layer_without_a_rule_is_opened_up(float64):
     inner_model = keras.Sequential([keras.Input((3,)), NoRule(2, name="waves")], name="block")
     x = keras.Input((3,))
-    model = keras.Model(x, inner_model(x))
-    with pytest.raises(NotImplementedError, match=r"`block/waves` \(.*NoRule\) has no pushforward rule.*register_rule"):
-        jvpreg.linearize(model, normal(2, 3))
-    with pytest.raises(NotImplementedError, match=r"`waves` \(.*NoRule\) has no pushforward rule"):
-        jvpreg.linearize(inner_model.layers[0], normal(2, 3))
-    model = keras.Model(x, ops.sin(x))
-    with pytest.raises(NotImplementedError, match=r"`sin.*\(Sin\) has no pushforward rule"):
-        jvpreg.linearize(model, normal(2, 3))
+    model = keras.Model(x, ops.sin(inner_model(x)))
+    jvpreg.testing.check_rule(model, (3,))
+    lin = jvpreg.linearize(model, normal(2, 3), fallback="error")
+    names = ["block/waves/matmul", "block/waves/add", "block/waves/sin"]
+    assert [node.name for node in lin.nodes][:3] == names
+    assert list(jvpreg.linearize(model, normal(2, 3)).intercepts)[:3] == names
+    assert {weight.name for weight in lin.weights} == {"kernel", "bias"}
 
 
-def test_an_activation_without_a_rule():
-    model = keras.Sequential([keras.Input((3,)), layers.Dense(2, activation=ops.sin, name="dense")])
-    with pytest.raises(NotImplementedError, match=r"`dense/activation` \(sin\) has no pushforward rule"):
-        jvpreg.linearize(model, normal(2, 3))
+class Opaque(layers.Layer):
+    """Its `call` needs values: nothing but autodiff can linearize it."""
+
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(shape[-1],), initializer="ones")
+        self.calls = self.add_weight(shape=(), initializer="zeros", trainable=False)
+
+    def call(self, x):
+        if isinstance(x, keras.KerasTensor):
+            raise TypeError("expected a tensor")
+        self.calls.assign(self.calls + 1)
+        return ops.sin(self.scale * x)
+
+    def compute_output_shape(self, shape):
+        return shape
+
+
+@pytest.mark.filterwarnings("ignore:No pushforward rule")
+@pytest.mark.parametrize("jit", [False, True])
+def test_what_cannot_be_opened_up_is_left_to_autodiff(jit):
+    if jit and keras.backend.backend() == "torch":
+        pytest.skip("slow, and its warnings are errors here")
+    jvpreg.testing.check_rule(Opaque(), (3,), jit=jit)
+
+
+def test_autodiff_is_announced_once_or_forbidden():
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(3), Opaque(name="opaque")])
+    x = normal(2, 3)
+    with pytest.warns(
+        UserWarning, match=r"No pushforward rule for `opaque` \(Opaque\).*jvpreg.register_rule.*fallback"
+    ):
+        lin = jvpreg.linearize(model, x)
+    # The primal ran once, and tangents leave the layer's state alone.
+    lin.jvp(x)
+    assert float(model.layers[-1].calls) == 1
+    jvpreg.linearize(model, x)  # says nothing any more
+    jvpreg.linearize(keras.models.clone_model(model), x, fallback="allow")
+    with pytest.raises(NotImplementedError, match=r"`opaque` \(.*Opaque\) has no pushforward rule.*register_rule"):
+        jvpreg.linearize(model, x, fallback="error")
+    with pytest.raises(ValueError, match=r'`fallback`\. Expected "warn", "allow" or "error"'):
+        jvpreg.linearize(model, x, fallback="never")
+
+
+def test_an_activation_without_a_rule_is_opened_up(float64):
+    for activation in (ops.sin, lambda x: ops.tanh(x) ** 2):
+        model = keras.Sequential(
+            [keras.Input((3,)), layers.Dense(2, activation=activation, name="dense"), layers.Activation(activation)]
+        )
+        jvpreg.testing.check_rule(model, (3,))
+    assert "dense/activation/tanh" in jvpreg.linearize(model, normal(2, 3), fallback="error").intercepts
 
 
 def test_a_quantized_layer():
@@ -337,5 +385,5 @@ def test_a_quantized_layer():
 def test_a_layer_that_is_called_with_a_mask():
     x, mask = keras.Input((3, 2)), keras.Input((3,), dtype="bool")
     model = keras.Model([x, mask], layers.GlobalAveragePooling1D(name="pool")(x, mask=mask))
-    with pytest.raises(NotImplementedError, match=r"`pool` is called with a mask, which rules do not take"):
+    with pytest.raises(NotImplementedError, match=r"`pool` is called with a mask, which its rule does not take"):
         jvpreg.linearize(model, [normal(2, 3, 2), np.ones((2, 3), "bool")])

@@ -225,7 +225,9 @@ def test_frozen_masks_are_booleans():
     )
     model.add(layers.LeakyReLU())
     lin = jvpreg.linearize(model, normal(3, 4, 4, 2))
-    residuals = [residual for node in lin.nodes for residual in node.pushforward.residuals]
+    # The convolution keeps its input too, for tangents of its kernel; the next layer's backpropagation has it anyway.
+    frozen = [node for node in lin.nodes if not isinstance(node.operation, layers.Conv2D)]
+    residuals = [residual for node in frozen for residual in node.pushforward.residuals]
     assert len(residuals) == 1 + 3 + 1
     assert {keras.backend.standardize_dtype(residual.dtype) for residual in residuals} == {"bool"}
 

@@ -2,22 +2,28 @@
 
 from jvpreg.rules import (
     activations,
+    attention,
     convolution,
     core,
     merging,
     normalization,
+    ops,
     pooling,
+    recurrent,
     regularization,
     reshaping,
 )
 
 __all__ = [
     "activations",
+    "attention",
     "convolution",
     "core",
     "merging",
     "normalization",
+    "ops",
     "pooling",
+    "recurrent",
     "regularization",
     "reshaping",
 ]

@@ -8,12 +8,12 @@ import math
 from keras import activations, layers, ops
 
 from jvpreg.registry import (
+    Declined,
     Pushforward,
     elementwise,
     find_rule,
     gate,
     identity,
-    missing_rule_error,
     register_rule,
     scale,
 )
@@ -262,7 +262,7 @@ def apply_activation(function, x, context, path):
     """Runs the rule of an activation, given as a function of `keras.activations` or as a layer."""
     rule = find_rule(function)
     if rule is None:
-        raise missing_rule_error(function, path)
+        raise Declined(f"`{path}` has an activation without a rule")
     return rule.function(function, x, context=context)
 
 
@@ -293,7 +293,14 @@ def elu_layer(layer, x, context):
 @register_rule(layers.PReLU)
 def prelu(layer, x, context):
     alpha = ops.cast(layer.alpha, x.dtype)
-    return layer.call(x), Pushforward(lambda t, mask: ops.where(mask, t, alpha * t), x > 0)
+
+    def push(tangent, x):
+        return ops.where(x > 0, tangent, alpha * tangent)
+
+    def part(u, x):
+        return ops.expand_dims(u, 1) * ops.minimum(x, 0)
+
+    return layer.call(x), Pushforward(push, x, weights=[(layer.alpha, part)])
 
 
 @register_rule(layers.Softmax)

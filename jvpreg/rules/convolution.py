@@ -2,15 +2,21 @@
 
 from keras import layers, ops
 
-from jvpreg.registry import linear, register_rule
+from jvpreg.registry import affine, register_rule
+from jvpreg.rules.core import kernel_parts
 
 
-def _affine(layer, x, convolve):
+def _affine(layer, x, convolve, weights):
+    """`convolve(x, *kernels)` with a bias; `weights` are the parts `(variable, part(u, x))` of the kernels."""
+
+    def spread(bias):
+        channels = (1, -1, *[1] * layer.rank) if layer.data_format == "channels_first" else (-1,)
+        return ops.reshape(ops.cast(bias, x.dtype), channels)
+
     y = convolve(x)
     if layer.bias is not None:
-        channels = (1, -1, *[1] * layer.rank) if layer.data_format == "channels_first" else (-1,)
-        y = ops.add(y, ops.reshape(ops.cast(layer.bias, x.dtype), channels))
-    return y, linear(convolve)
+        y = ops.add(y, spread(layer.bias))
+    return y, affine(convolve, x, [*weights, (layer.bias, lambda u, x: spread(u))])
 
 
 def _causal(layer, x):
@@ -25,66 +31,61 @@ def _causal(layer, x):
 
 @register_rule(layers.Conv1D, layers.Conv2D, layers.Conv3D, activation="activation")
 def convolution(layer, x, context):
-    kernel = ops.cast(layer.kernel, x.dtype)
-
-    def convolve(x):
+    def convolve(x, kernel=layer.kernel):
         x, padding = _causal(layer, x)
         return ops.conv(
             x,
-            kernel,
+            ops.cast(kernel, x.dtype),
             strides=list(layer.strides),
             padding=padding,
             dilation_rate=layer.dilation_rate,
             data_format=layer.data_format,
         )
 
-    return _affine(layer, x, convolve)
+    return _affine(layer, x, convolve, kernel_parts(layer, lambda u, x: convolve(x, u)))
 
 
 @register_rule(layers.DepthwiseConv1D, layers.DepthwiseConv2D, activation="activation")
 def depthwise_convolution(layer, x, context):
-    kernel = ops.cast(layer.kernel, x.dtype)
-
-    def convolve(x):
+    def convolve(x, kernel=layer.kernel):
         return ops.depthwise_conv(
             x,
-            kernel,
+            ops.cast(kernel, x.dtype),
             strides=layer.strides,
             padding=layer.padding,
             dilation_rate=layer.dilation_rate,
             data_format=layer.data_format,
         )
 
-    return _affine(layer, x, convolve)
+    return _affine(layer, x, convolve, [(layer.kernel, lambda u, x: convolve(x, u))])
 
 
 @register_rule(layers.SeparableConv1D, layers.SeparableConv2D, activation="activation")
 def separable_convolution(layer, x, context):
-    depthwise_kernel = ops.cast(layer.depthwise_kernel, x.dtype)
-    pointwise_kernel = ops.cast(layer.pointwise_kernel, x.dtype)
-
-    def convolve(x):
+    def convolve(x, depthwise_kernel=layer.depthwise_kernel, pointwise_kernel=layer.pointwise_kernel):
         return ops.separable_conv(
             x,
-            depthwise_kernel,
-            pointwise_kernel,
+            ops.cast(depthwise_kernel, x.dtype),
+            ops.cast(pointwise_kernel, x.dtype),
             strides=layer.strides,
             padding=layer.padding,
             dilation_rate=layer.dilation_rate,
             data_format=layer.data_format,
         )
 
-    return _affine(layer, x, convolve)
+    weights = [
+        (layer.depthwise_kernel, lambda u, x: convolve(x, depthwise_kernel=u)),
+        (layer.pointwise_kernel, lambda u, x: convolve(x, pointwise_kernel=u)),
+    ]
+    return _affine(layer, x, convolve, weights)
 
 
 @register_rule(layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose, activation="activation")
 def transposed_convolution(layer, x, context):
-    kernel = ops.cast(layer.kernel, x.dtype)
-
-    def convolve(x):
+    def convolve(x, kernel=layer.kernel):
         return ops.conv_transpose(
             x,
-            kernel,
+            ops.cast(kernel, x.dtype),
             strides=list(layer.strides),
             padding=layer.padding,
             output_padding=layer.output_padding,
@@ -92,4 +93,4 @@ def transposed_convolution(layer, x, context):
             data_format=layer.data_format,
         )
 
-    return _affine(layer, x, convolve)
+    return _affine(layer, x, convolve, [(layer.kernel, lambda u, x: convolve(x, u))])

@@ -2,7 +2,20 @@
 
 from keras import layers, ops
 
-from jvpreg.registry import identity, linear, register_rule
+from jvpreg.registry import affine, identity, register_rule
+
+
+def kernel_parts(layer, apply) -> list:
+    """The parts `apply(u, x)` of a layer's kernel, and of the two factors whose product LoRA adds to it."""
+    # Private: `layer.kernel` is the sum of the two, which is not a variable.
+    parts = [(layer._kernel, apply)]
+    if layer.lora_enabled:
+        weight, left, right = layer.lora_alpha / layer.lora_rank, layer.lora_kernel_a, layer.lora_kernel_b
+        parts += [
+            (left, lambda u, x: apply(weight * ops.matmul(u, right), x)),
+            (right, lambda u, x: apply(weight * ops.matmul(left, u), x)),
+        ]
+    return parts
 
 
 @register_rule(layers.Dense, activation="activation")
@@ -11,7 +24,8 @@ def dense(layer, x, context):
     y = ops.matmul(x, kernel)
     if layer.bias is not None:
         y = ops.add(y, ops.cast(layer.bias, x.dtype))
-    return y, linear(lambda tangent: ops.matmul(tangent, kernel))
+    weights = [*kernel_parts(layer, lambda u, x: ops.matmul(x, ops.cast(u, x.dtype))), (layer.bias, lambda u, x: u)]
+    return y, affine(lambda tangent: ops.matmul(tangent, kernel), x, weights)
 
 
 @register_rule(layers.Identity)

@@ -1,23 +1,29 @@
-"""Batch normalization in its three modes, and the layers that shift and scale by constants."""
+"""Batch normalization in its three modes, normalization within an example, and shifts and scales by constants."""
 
 import keras
 from keras import layers, ops
 
-from jvpreg.registry import Pushforward, register_rule
+# Private: the operations' classes, by which a graph's nodes are known, have no public names.
+from keras.src.ops import nn
+
+from jvpreg.registry import Declined, Pushforward, register_rule
 
 
 def _along(axis: int, vector, x):
-    """A per-channel `vector` (C,), shaped to broadcast along `axis` of `x` and of tangents of `x`."""
+    """A per-channel `vector` (C,), shaped to broadcast along `axis` of `x` and of tangents of `x`.
+
+    A tangent (P, C) of such a vector keeps its probe axis, and gets one for the batch.
+    """
     shape = [1] * (len(x.shape) - 1)
-    shape[axis - 1 if axis > 0 else axis] = -1
-    return ops.reshape(vector, shape)
+    shape[axis - 1 if axis > 0 else axis] = vector.shape[-1]
+    return ops.reshape(vector, shape if len(vector.shape) == 1 else (vector.shape[0], 1, *shape))
 
 
 @register_rule(layers.BatchNormalization)
 def batch_normalization(layer, x, context):
     # As Keras: statistics and the affine map in float32 at least, whatever the compute dtype.
     dtype = keras.backend.result_type(x.dtype, "float32")
-    dtype_out, x = x.dtype, ops.cast(x, dtype)
+    original, dtype_out, x = x, x.dtype, ops.cast(x, dtype)
     mode = context.batch_statistics if layer.trainable else "moving"
     if mode == "moving":
         mean, variance = ops.cast(layer.moving_mean, dtype), ops.cast(layer.moving_variance, dtype)
@@ -33,11 +39,24 @@ def batch_normalization(layer, x, context):
     def push(tangent):
         return ops.cast(ops.cast(tangent, dtype) * slope, tangent.dtype)
 
-    y = ops.cast(y, dtype_out)
-    if mode != "coupled":
-        return y, Pushforward(push)
+    def standardize(x):
+        return (ops.cast(x, dtype) - _along(layer.axis, mean, x)) * _along(layer.axis, inverse_deviation, x)
 
-    standardized = (x - _along(layer.axis, mean, x)) * _along(layer.axis, inverse_deviation, x)
+    def along(u, x):
+        return _along(layer.axis, ops.cast(u, dtype), x[0])
+
+    y = ops.cast(y, dtype_out)
+    weights = [(layer.gamma, lambda u, x: along(u, x) * standardize(x[0])), (layer.beta, along)]
+    if mode == "moving":
+        half = -0.5 * _along(layer.axis, inverse_deviation, x)
+        weights += [
+            (layer.moving_mean, lambda u, x: -slope * along(u, x)),
+            (layer.moving_variance, lambda u, x: along(u, x) * slope * half * standardize(x[0])),
+        ]
+    if mode != "coupled":
+        return y, Pushforward(lambda tangent, x: push(tangent), original, weights=weights)
+
+    standardized = standardize(x)
     channel = layer.axis % len(x.shape)
     # Every axis of a tangent (P, B, …) but the probes and the channels.
     reduced = [axis + 1 for axis in range(len(x.shape)) if axis != channel]
@@ -49,7 +68,11 @@ def batch_normalization(layer, x, context):
         deviation_moved = ops.mean(standardized * wide, axis=reduced, keepdims=True)
         return ops.cast(slope * (wide - mean_moved - standardized * deviation_moved), tangent.dtype)
 
-    return y, Pushforward(push_coupled, standardized, couples_examples=True)
+    weights = [
+        (layer.gamma, lambda u, standardized: _along(layer.axis, ops.cast(u, dtype), x) * standardized),
+        (layer.beta, lambda u, standardized: _along(layer.axis, ops.cast(u, dtype), x)),
+    ]
+    return y, Pushforward(push_coupled, standardized, weights=weights, couples_examples=True)
 
 
 def _batch_moments(layer, x, context):
@@ -81,3 +104,77 @@ def rescaling(layer, x, context):
 def normalization(layer, x, context):
     deviation = ops.maximum(ops.sqrt(ops.cast(layer.variance, x.dtype)), keras.config.epsilon())
     return layer.call(x), Pushforward(lambda t: t * deviation if layer.invert else t / deviation)
+
+
+# ---------------------------------------------------------------- within an example
+
+
+def _standardized(x, axes, epsilon, center: bool):
+    """`(x − mean) / deviation` over the axes, and the deviation's inverse; the mean is 0 if not `center`.
+
+    The moments are not those of `ops.moments`: on TensorFlow, the mean within that variance has no gradient, which is
+    right to first order, and wrong for the gradient of a penalty on a tangent.
+    """
+    centered = x - ops.mean(x, axis=axes, keepdims=True) if center else x
+    inverse = ops.rsqrt(ops.mean(ops.square(centered), axis=axes, keepdims=True) + epsilon)
+    return centered * inverse, inverse
+
+
+def _push_standardized(tangent, y, inverse, axes, center: bool):
+    """The tangent of `_standardized`, whose value is `y`; the axes are counted from the end."""
+    if center:
+        tangent = tangent - ops.mean(tangent, axis=axes, keepdims=True)
+    return inverse * (tangent - y * ops.mean(y * tangent, axis=axes, keepdims=True))
+
+
+@register_rule(nn.LayerNorm, nn.RMSNorm)
+def layer_normalization(operation, x, gamma=None, beta=None, context=None, **kwargs):
+    """`γ (x − mean) / deviation + β` over the last axes, of which γ and β have the shape."""
+    gamma = kwargs.get("scale", gamma)
+    center = isinstance(operation, nn.LayerNorm)
+    if center and operation.rms_scaling:
+        raise Declined("the deprecated `rms_scaling`")
+    axes = [operation.axis] if isinstance(operation.axis, int) else list(operation.axis)
+    axes = [axis % len(x.shape) - len(x.shape) for axis in axes]
+    dtype = keras.backend.result_type(x.dtype, "float32")
+    wide = ops.cast(x, dtype)
+    epsilon = keras.config.epsilon() if operation.epsilon is None else operation.epsilon
+    standardized, inverse = _standardized(wide, axes, epsilon, center)
+
+    def spread(vector, leading: int):
+        """A weight's values along `axes`, or its tangent with `leading` = 1 axis for the probes."""
+        shape = [x.shape[axis] if axis in axes else 1 for axis in range(-len(x.shape), 0)]
+        return ops.reshape(ops.cast(vector, dtype), (*vector.shape[:leading], *shape))
+
+    y = standardized if gamma is None else standardized * spread(gamma, 0)
+    y = y if beta is None else y + spread(beta, 0)
+    given = [tensor for tensor in (gamma, beta) if tensor is not None]
+
+    def push(tangent, *arguments):
+        weight_tangents, (standardized, inverse) = arguments[: len(given)], arguments[len(given) :]
+        images = []
+        if tangent is not None:
+            image = _push_standardized(ops.cast(tangent, dtype), standardized, inverse, axes, center)
+            images.append(image if gamma is None else image * spread(gamma, 0))
+        for weight, moved in zip(given, weight_tangents, strict=True):
+            if moved is not None:
+                images.append(spread(moved, 1) * (standardized if weight is gamma else ops.ones_like(standardized)))
+        return ops.cast(sum(images[1:], images[0]), x.dtype)
+
+    return ops.cast(y, x.dtype), Pushforward(push, standardized, inverse, takes_none=True)
+
+
+@register_rule(nn.Moments)
+def moments(operation, x, context):
+    axes = [operation.axes] if isinstance(operation.axes, int) else list(operation.axes)
+    axes = [axis % len(x.shape) - len(x.shape) for axis in axes]
+    keepdims = operation.keepdims
+    centered = x - ops.mean(x, axis=axes, keepdims=True)
+
+    def push(tangent, centered):
+        mean = ops.mean(tangent, axis=axes, keepdims=keepdims)
+        return mean, 2 * ops.mean(centered * tangent, axis=axes, keepdims=keepdims)
+
+    mean = ops.mean(x, axis=axes, keepdims=keepdims)
+    variance = ops.mean(ops.square(centered), axis=axes, keepdims=keepdims)
+    return (mean, variance), Pushforward(push, centered, couples_examples=-len(x.shape) in axes)

@@ -1,0 +1,73 @@
+"""The backend's forward autodiff, for an operation that has no rule and cannot be opened up."""
+
+from collections.abc import Sequence
+
+import keras
+from keras import ops, tree
+
+from jvpreg.registry import Pushforward
+
+
+def fall_back(operation, args, kwargs, primals: Sequence):
+    """An operation's output, and its pushforward by `keras.ops.jvp`, which runs the operation again for each probe.
+
+    Args:
+        operation: a layer or operation.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        primals: the tensors among the arguments, in their order.
+    """
+    layer = operation if isinstance(operation, keras.Layer) else None
+    variables = list(layer.variables) if layer else []
+    trainable = [variable for variable in variables if variable.trainable]
+    # What the primal pass is about to change: seeds and statistics, as every repetition must find them again.
+    state = [(v, ops.convert_to_tensor(v) + 0) for v in variables if not v.trainable]
+    dtypes = [tensor.dtype for tensor in primals]
+    found = {id(tensor) for tensor in primals}
+
+    def run(tensors, weights=()):
+        remaining = iter(tensors)
+        a, k = tree.map_structure(lambda leaf: next(remaining) if id(leaf) in found else leaf, (args, kwargs))
+        with keras.StatelessScope(state_mapping=[*state, *weights]):
+            outputs = operation(*a, **k)
+        return tree.flatten(outputs)
+
+    outputs = operation(*args, **kwargs)
+    count = len(primals)
+
+    def push(*arguments):
+        tangents, frozen = arguments[:count], [residual[0] for residual in arguments[count:]]
+        moving = [i for i, tangent in enumerate(tangents) if tangent is not None]
+
+        def along(*moved):
+            tensors = list(frozen)
+            for i, tensor in zip(moving, moved, strict=True):
+                tensors[i] = tensor
+            return run(tensors)
+
+        rows = zip(*(ops.unstack(tangents[i]) for i in moving), strict=True)
+        return _stack([_jvp(along, [frozen[i] for i in moving], list(row)) for row in rows])
+
+    def part(tangent, *residuals, variable):
+        frozen = [residual[0] for residual in residuals]
+        value = ops.convert_to_tensor(variable) + 0  # On TensorFlow, a variable converts to itself.
+        return _stack([_jvp(lambda w: run(frozen, [(variable, w)]), [value], [row]) for row in ops.unstack(tangent)])
+
+    def part_of(variable):
+        return lambda tangent, *residuals: part(tangent, *residuals, variable=variable)
+
+    weights = [(variable, part_of(variable)) for variable in trainable]
+    floating = [keras.backend.is_float_dtype(keras.backend.standardize_dtype(dtype)) for dtype in dtypes]
+    assert any(floating) or weights
+    return outputs, Pushforward(push, *primals, weights=weights, takes_none=True)
+
+
+def _jvp(function, primals: list, tangents: list) -> list:
+    outputs, products = ops.jvp(function, tuple(primals), tuple(tangents))
+    pairs = zip(tree.flatten(outputs), tree.flatten(products), strict=True)
+    return [ops.zeros_like(y) if product is None else product for y, product in pairs]
+
+
+def _stack(rows: list):
+    stacked = [ops.stack(parts) for parts in zip(*rows, strict=True)]
+    return stacked[0] if len(stacked) == 1 else stacked

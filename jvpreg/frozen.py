@@ -1,0 +1,263 @@
+"""A graph frozen at `x`: its nodes in the order in which they ran, and the tangent pass over them."""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from keras import ops
+
+from jvpreg.registry import Pushforward
+
+
+@dataclass(frozen=True)
+class Value:
+    """A primal value on its way through the graph, and the slot that holds its tangent.
+
+    Attributes:
+        primal: `(B, …)`, or any shape if it is not batched.
+        slot: of its tangent, `(P, *primal.shape)`.
+        batched: whether it follows from an input of the graph; else it is a weight, a constant, or made of them.
+    """
+
+    primal: Any
+    slot: int
+    batched: bool = True
+
+
+@dataclass(frozen=True)
+class Node:
+    """One operation, frozen at `x`.
+
+    Attributes:
+        name: path of the layer within the model; a layer's second use is `name:1`, its activation `name/activation`.
+        operation: the layer, operation or function.
+        inputs: its inputs, in the dtype in which it sees them.
+        outputs: its outputs.
+        pushforward: the frozen operation; None if no tangent passes through it (an argmax, a comparison).
+    """
+
+    name: str
+    operation: Any
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    pushforward: Pushforward | None
+
+    @property
+    def output_names(self) -> list[str]:
+        """The node's name for its output, or `name[i]` for each of several."""
+        several = len(self.outputs) > 1
+        return [f"{self.name}[{i}]" if several else self.name for i in range(len(self.outputs))]
+
+    def take(self, indices) -> "Node":
+        """The node for the examples at `indices` only. Its primal values stay whole: only their shapes matter."""
+        if self.pushforward is None:
+            return self
+
+        def cut(residual, axis):
+            return residual if self.is_constant(residual) else ops.take(residual, indices, axis=axis)
+
+        return replace(self, pushforward=self.pushforward.map_residuals(cut))
+
+    def is_constant(self, residual) -> bool:
+        """Whether a residual is the same for all examples: a weight or constant, or of a node that takes only them."""
+        batched = any(value.batched for value in self.inputs)
+        return not batched or any(residual is value.primal for value in self.inputs if not value.batched)
+
+
+class FrozenGraph:
+    """Nodes, and where tangents enter and leave them.
+
+    Args:
+        nodes: in the order in which they ran.
+        inputs: values of the graph's inputs.
+        outputs: values of its outputs.
+        variables: variables that operations take as an input, each with the value that stands for it.
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        inputs: Sequence[Value],
+        outputs: Sequence[Value],
+        variables: Sequence[tuple[Any, Value]],
+    ):
+        self.nodes = list(nodes)
+        self.inputs = list(inputs)
+        self.outputs = list(outputs)
+        self.variables = list(variables)
+
+    @property
+    def couples_examples(self) -> bool:
+        """Whether one example's tangent depends on another's."""
+        return any(node.pushforward is not None and node.pushforward.couples_examples for node in self.nodes)
+
+    @property
+    def weights(self) -> list:
+        """The variables that can be perturbed, in the order of their first use."""
+        owned = [variable for node in self.nodes if node.pushforward for variable, _ in node.pushforward.weights]
+        found = {id(variable): variable for variable in [v for v, _ in self.variables] + owned}
+        return list(found.values())
+
+    def take(self, indices) -> "FrozenGraph":
+        """The graph for the examples at `indices` only."""
+        return FrozenGraph([node.take(indices) for node in self.nodes], self.inputs, self.outputs, self.variables)
+
+    def push(
+        self,
+        tangents: Sequence,
+        batch: Any = None,
+        *,
+        taps: Mapping[str, Any] | None = None,
+        weights: Mapping[int, Any] | None = None,
+        residuals: Iterator | None = None,
+    ) -> list:
+        """The tangent pass.
+
+        Args:
+            tangents: one for each input, `(P, B, …)`; None for zero.
+            batch: B, where the graph is that of a part of a batch; None for the whole batch, whose shapes are known.
+            taps: tangents added at nodes' outputs, by name.
+            weights: tangents `(P, …)` of variables, by their `id`.
+            residuals: other residuals for the nodes, in their order, with the probe axis and but for those that are
+                constant; by default their own.
+
+        Returns:
+            A tangent for each output; None where it is zero.
+        """
+        taps, weights = taps or {}, weights or {}
+        given = [*tangents, *taps.values(), *weights.values()]
+        leading = (next(ops.shape(t)[0] for t in given if t is not None), batch)
+        slots = {value.slot: tangent for value, tangent in zip(self.inputs, tangents, strict=True)}
+        slots |= {value.slot: weights[id(variable)] for variable, value in self.variables if id(variable) in weights}
+        last_use = {value.slot: i for i, node in enumerate(self.nodes) for value in node.inputs}
+        kept = {value.slot for value in self.outputs}
+        for i, node in enumerate(self.nodes):
+            own = None
+            if residuals is not None and node.pushforward is not None:
+                own = [
+                    ops.expand_dims(residual, 0) if node.is_constant(residual) else next(residuals)
+                    for residual in node.pushforward.residuals
+                ]
+            images = self._push_node(node, [slots.get(value.slot) for value in node.inputs], weights, leading, own)
+            for j, name in enumerate(node.output_names):
+                image = images[j] if images else None
+                if name in taps:
+                    image = taps[name] if image is None else image + taps[name]
+                slots[node.outputs[j].slot] = image
+            for value in node.inputs:
+                if last_use[value.slot] == i and value.slot not in kept:
+                    slots.pop(value.slot, None)
+        return [slots.get(value.slot) for value in self.outputs]
+
+    def intercepts(self) -> dict[str, Any]:
+        """`y − pushforward(x)` at every output of every node, by name."""
+        fed = {value.slot for value in self.inputs} | {value.slot for node in self.nodes for value in node.outputs}
+        result = {}
+        for node in self.nodes:
+            # A constant among a node's inputs has no tangent: what it adds belongs to the intercept.
+            tangents = [ops.expand_dims(v.primal, 0) if v.slot in fed and v.batched else None for v in node.inputs]
+            images = self._push_node(node, tangents, {}, (1, None), None)
+            for j, (name, value) in enumerate(zip(node.output_names, node.outputs, strict=True)):
+                if value.batched:
+                    result[name] = value.primal if not images else value.primal - images[j][0]
+        return result
+
+    def as_pushforward(self) -> Pushforward:
+        """The whole graph as the pushforward of one operation, with the residuals of all its nodes."""
+        found = [
+            (residual, axis)
+            for node in self.nodes
+            if node.pushforward is not None
+            for residual, axis in zip(node.pushforward.residuals, node.pushforward.batch_axes, strict=True)
+            if not node.is_constant(residual)
+        ]
+        residuals, axes = [residual for residual, _ in found], [axis for _, axis in found]
+        count = len(self.inputs)
+
+        def push_all(tangents, leading, residuals, weights=None):
+            images = self.push(tangents, leading[1], residuals=iter(residuals), weights=weights)
+            pairs = zip(images, self.outputs, strict=True)
+            filled = [ops.zeros(_shape(leading, v), v.primal.dtype) if t is None else t for t, v in pairs]
+            return filled[0] if len(filled) == 1 else tuple(filled)
+
+        def push(*arguments):
+            tangents = arguments[:count]
+            probes, batch, *_ = next(ops.shape(tangent) for tangent in tangents if tangent is not None)
+            return push_all(tangents, (probes, None if self.couples_examples else batch), arguments[count:])
+
+        def part(tangent, *residuals, key):
+            batch = None if self.couples_examples or not residuals else ops.shape(residuals[0])[1 + axes[0]]
+            return push_all([None] * count, (tangent.shape[0], batch), residuals, {key: tangent})
+
+        parts = [(variable, functools.partial(part, key=id(variable))) for variable in self.weights]
+        return Pushforward(
+            push,
+            *residuals,
+            weights=parts,
+            batch_axes=axes,
+            couples_examples=self.couples_examples,
+            takes_none=True,
+        )
+
+    def _push_node(self, node: Node, tangents: Sequence, weights: Mapping[int, Any], leading, residuals) -> list | None:
+        """The tangents of one node's outputs; None if they are all zero."""
+        pushforward = node.pushforward
+        if pushforward is None:
+            return None
+        residuals = pushforward.broadcast_residuals() if residuals is None else residuals
+        images: list[Sequence] = []
+        if any(tangent is not None for tangent in tangents):
+            if not pushforward.takes_none:
+                pairs = zip(tangents, node.inputs, strict=True)
+                filled = [ops.zeros(_shape(leading, v), v.primal.dtype) if t is None else t for t, v in pairs]
+            else:
+                filled = list(tangents)
+            # Mixed precision: a tangent has the dtype in which the layer sees its input.
+            cast = [
+                None if t is None else ops.cast(t, v.primal.dtype) for t, v in zip(filled, node.inputs, strict=True)
+            ]
+            images.append(_tuple(pushforward.function(*cast, *residuals)))
+        for variable, part in pushforward.weights:
+            if id(variable) in weights:
+                image = _tuple(part(weights[id(variable)], *residuals))
+                images.append([_spread(t, leading, v) for t, v in zip(image, node.outputs, strict=True)])
+        if not images:
+            return None
+        return [
+            _checked(node, functools.reduce(ops.add, parts), leading, value)
+            for parts, value in zip(zip(*images, strict=True), node.outputs, strict=True)
+        ]
+
+
+def _shape(leading, value: Value) -> tuple:
+    """Of a value's tangents, for `leading` = (P, B): B is None for the whole batch, whose primal shapes are known."""
+    probes, batch = leading
+    shape = ops.shape(value.primal)
+    return (probes, *shape) if batch is None or not value.batched else (probes, batch, *shape[1:])
+
+
+def _checked(node: Node, tangent, leading, value: Value):
+    """The tangent in the dtype of its output, once it has its shape."""
+    expected, received = _shape(leading, value), tuple(tangent.shape)
+    pairs = zip(expected, received, strict=False)
+    if len(expected) != len(received) or any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs):
+        raise ValueError(
+            f"The rule of `{node.name}` ({type(node.operation).__name__}) returned a tangent of the wrong shape. "
+            f"Expected {expected}, probes first and then like its output. Received: {received}. "
+            "Check the rule with `jvpreg.testing.check_rule`."
+        )
+    return ops.cast(tangent, value.primal.dtype)
+
+
+def _spread(tangent, leading, value: Value):
+    """A weight's part, which need only broadcast, with all of its axes."""
+    shape = _shape(leading, value)
+    missing = len(shape) - len(tangent.shape)
+    if missing:
+        tangent = ops.reshape(tangent, (tangent.shape[0], *[1] * missing, *tangent.shape[1:]))
+    return ops.broadcast_to(tangent, shape)
+
+
+def _tuple(images) -> tuple:
+    return tuple(images) if isinstance(images, (list, tuple)) else (images,)

@@ -1,0 +1,65 @@
+"""Attention. The layers are opened up into their projections, and this operation between them."""
+
+import math
+
+import keras
+from keras import ops
+
+# Private: the operations' classes, by which a graph's nodes are known, have no public names.
+from keras.src.ops import nn
+
+from jvpreg.registry import Declined, Pushforward, register_rule
+
+
+@register_rule(nn.DotProductAttention)
+def dot_product_attention(operation, query, key, value, context, bias=None, mask=None, scale=None):
+    """`softmax(scale · q kᵀ) v`, with frozen probabilities: queries (B, T, N, H), keys and values (B, S, M, H)."""
+    if operation.attn_logits_soft_cap is not None:
+        raise Declined("a soft cap of the logits")
+    if bias is not None:
+        raise Declined("a bias")
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    groups = query.shape[2] // key.shape[2]
+
+    # Index legend: b batch, t and s positions of queries and of keys, m heads of keys, g queries' heads for each, h
+    # channels; p probes.
+    def grouped(heads):
+        shape = ops.shape(heads)
+        return ops.reshape(heads, (*shape[:-2], key.shape[2], groups, shape[-1]))
+
+    logits = scale * ops.einsum("btmgh,bsmh->bmgts", grouped(query), key)
+    if operation.is_causal:
+        kept = ops.arange(logits.shape[-2])[:, None] >= ops.arange(logits.shape[-1])
+        mask = kept if mask is None else ops.logical_and(kept, mask)
+    if mask is not None:
+        mask = ops.cast(mask, "bool")
+        if len(mask.shape) == 4:
+            mask = (
+                ops.expand_dims(mask, 2)
+                if mask.shape[1] == 1
+                else ops.reshape(mask, (-1, key.shape[2], groups, *mask.shape[2:]))
+            )
+        logits = ops.where(mask, logits, -1e30 if keras.backend.standardize_dtype(logits.dtype) != "float16" else -6e4)
+    probabilities = ops.softmax(logits)
+
+    def merged(heads):
+        shape = ops.shape(heads)
+        return ops.reshape(heads, (*shape[:-3], query.shape[2], shape[-1]))
+
+    def push(query_tangent, key_tangent, value_tangent, query, key, value, probabilities):
+        images = []
+        moved = []
+        if query_tangent is not None:
+            moved.append(ops.einsum("pbtmgh,bsmh->pbmgts", grouped(query_tangent), key[0]))
+        if key_tangent is not None:
+            moved.append(ops.einsum("btmgh,pbsmh->pbmgts", grouped(query[0]), key_tangent))
+        if moved:
+            logits_tangent = scale * sum(moved[1:], moved[0])
+            mean = ops.sum(probabilities * logits_tangent, axis=-1, keepdims=True)
+            images.append(ops.einsum("pbmgts,bsmh->pbtmgh", probabilities * (logits_tangent - mean), value[0]))
+        if value_tangent is not None:
+            images.append(ops.einsum("bmgts,pbsmh->pbtmgh", probabilities[0], value_tangent))
+        return merged(sum(images[1:], images[0]))
+
+    y = merged(ops.einsum("bmgts,bsmh->btmgh", probabilities, value))
+    return y, Pushforward(push, query, key, value, probabilities, takes_none=True)

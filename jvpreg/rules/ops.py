@@ -1,0 +1,434 @@
+"""The operations of `keras.ops`, as they stand between the layers of a graph, or within a layer that is opened up.
+
+Here the first axis of a value need not be the batch, and some inputs are weights or constants of any shape: a tangent
+is `(P, *primal.shape)`, and operations of several inputs sum one linear map for each input that has a tangent.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import keras
+from keras import activations, ops
+
+# Private: the operations' classes, by which a graph's nodes are known, have no public names.
+from keras.src.activations.activations import ReLU
+from keras.src.ops import core, image, nn
+from keras.src.ops import math as math_ops
+from keras.src.ops import numpy as numpy_ops
+
+from jvpreg.registry import Declined, Pushforward, each_probe, find_rule, fold, gate, register_rule, scale, unfold
+
+# ---------------------------------------------------------------- one input, entry by entry
+
+SLOPES: dict[type, Callable] = {
+    numpy_ops.Absolute: lambda x, y: ops.sign(x),
+    numpy_ops.Negative: lambda x, y: -ops.ones_like(x),
+    numpy_ops.Reciprocal: lambda x, y: -y * y,
+    numpy_ops.Square: lambda x, y: 2 * x,
+    numpy_ops.Sqrt: lambda x, y: 0.5 / y,
+    math_ops.Rsqrt: lambda x, y: -0.5 * y / x,
+    numpy_ops.Exp: lambda x, y: y,
+    numpy_ops.Exp2: lambda x, y: math.log(2) * y,
+    numpy_ops.Expm1: lambda x, y: y + 1,
+    numpy_ops.Log: lambda x, y: 1 / x,
+    numpy_ops.Log2: lambda x, y: 1 / (math.log(2) * x),
+    numpy_ops.Log10: lambda x, y: 1 / (math.log(10) * x),
+    numpy_ops.Log1p: lambda x, y: 1 / (1 + x),
+    numpy_ops.Sin: lambda x, y: ops.cos(x),
+    numpy_ops.Cos: lambda x, y: -ops.sin(x),
+    numpy_ops.Tan: lambda x, y: 1 + y * y,
+    numpy_ops.Arcsin: lambda x, y: ops.rsqrt((1 - x) * (1 + x)),
+    numpy_ops.Arccos: lambda x, y: -ops.rsqrt((1 - x) * (1 + x)),
+    numpy_ops.Arctan: lambda x, y: 1 / (1 + x * x),
+    numpy_ops.Sinh: lambda x, y: ops.cosh(x),
+    numpy_ops.Cosh: lambda x, y: ops.sinh(x),
+    numpy_ops.Tanh: lambda x, y: (1 - y) * (1 + y),
+    numpy_ops.Arcsinh: lambda x, y: ops.rsqrt(1 + x * x),
+    numpy_ops.Arccosh: lambda x, y: ops.rsqrt((x - 1) * (x + 1)),
+    numpy_ops.Arctanh: lambda x, y: 1 / ((1 - x) * (1 + x)),
+    math_ops.Erf: lambda x, y: (2 / math.sqrt(math.pi)) * ops.exp(-x * x),
+}
+
+
+@register_rule(*SLOPES)
+def elementwise(operation, x, context):
+    y = operation.call(x)
+    return y, scale(SLOPES[type(operation)](x, y))
+
+
+# The operations that are activations too, with the arguments that they hold.
+ACTIVATIONS: dict[type, tuple] = {
+    nn.Relu: (activations.relu,),
+    nn.Relu6: (activations.relu6,),
+    nn.LeakyRelu: (activations.leaky_relu, "negative_slope"),
+    nn.Elu: (activations.elu, "alpha"),
+    nn.Celu: (activations.celu, "alpha"),
+    nn.Selu: (activations.selu,),
+    nn.Gelu: (activations.gelu, "approximate"),
+    nn.Silu: (activations.silu,),
+    nn.HardSilu: (activations.hard_silu,),
+    nn.Sigmoid: (activations.sigmoid,),
+    nn.HardSigmoid: (activations.hard_sigmoid,),
+    nn.LogSigmoid: (activations.log_sigmoid,),
+    nn.Softplus: (activations.softplus,),
+    nn.Softsign: (activations.softsign,),
+    nn.Softmax: (activations.softmax, "axis"),
+    nn.LogSoftmax: (activations.log_softmax, "axis"),
+    nn.Squareplus: (activations.squareplus, "b"),
+    nn.TanhShrink: (activations.tanh_shrink,),
+    nn.HardTanh: (activations.hard_tanh,),
+    nn.Glu: (activations.glu, "axis"),
+}
+
+
+def _as_activation(function, operation, names, x, context):
+    rule = find_rule(function)
+    assert rule is not None  # tests/test_rules.py holds every activation to it.
+    return rule.function(function, x, context=context, **{name: getattr(operation, name) for name in names})
+
+
+@register_rule(*ACTIVATIONS)
+def activation(operation, x, context):
+    function, *names = ACTIVATIONS[type(operation)]
+    return _as_activation(function, operation, names, x, context)
+
+
+@register_rule(ReLU)
+def relu(operation, x, context):
+    return _as_activation(activations.relu, operation, ("negative_slope", "max_value", "threshold"), x, context)
+
+
+@register_rule(numpy_ops.Clip)
+def clip(operation, x, context):
+    return operation.call(x), gate(ops.logical_and(x > operation.x_min, x < operation.x_max))
+
+
+# ---------------------------------------------------------------- one input, linear: entries moved about, or summed
+
+
+def _moves_the_batch(operation, x) -> bool:
+    """Whether the operation may take the first axis from its place, so that examples cannot be told apart after it."""
+    rank = len(x.shape)
+    if isinstance(operation, (numpy_ops.Transpose,)):
+        return operation.axes is None or operation.axes[0] % rank != 0
+    if isinstance(operation, numpy_ops.Swapaxes):
+        return 0 in (operation.axis1 % rank, operation.axis2 % rank)
+    axis = getattr(operation, "axis", -1)
+    axes = range(rank) if axis is None else [axis] if isinstance(axis, int) else axis
+    reduces = isinstance(operation, (numpy_ops.Sum, numpy_ops.Mean, numpy_ops.Max, numpy_ops.Min, numpy_ops.Amax))
+    return reduces and 0 in [a % rank for a in axes]
+
+
+@register_rule(
+    numpy_ops.Cumsum,
+    numpy_ops.Diagonal,
+    numpy_ops.Diff,
+    numpy_ops.ExpandDims,
+    numpy_ops.Flip,
+    numpy_ops.Mean,
+    numpy_ops.Moveaxis,
+    numpy_ops.Ravel,
+    numpy_ops.Repeat,
+    numpy_ops.Roll,
+    numpy_ops.Rot90,
+    numpy_ops.Squeeze,
+    numpy_ops.Sum,
+    numpy_ops.Swapaxes,
+    numpy_ops.Tile,
+    numpy_ops.Transpose,
+    numpy_ops.Tril,
+    numpy_ops.Triu,
+    numpy_ops.Copy,
+    nn.AveragePool,
+    nn.AdaptiveAveragePool,
+    image.Resize,
+)
+def linear(operation, x, context):
+    push = each_probe(operation.call)
+    return operation.call(x), Pushforward(push, couples_examples=_moves_the_batch(operation, x))
+
+
+@register_rule(numpy_ops.Reshape)
+def reshape(operation, x, context):
+    shape = list(operation.newshape)
+    # A call that reads off its batch must not fix it: the tangents may be those of a part of the batch.
+    if shape and shape[0] == x.shape[0] and -1 not in shape:
+        shape[0] = -1
+    return operation.call(x), Pushforward(each_probe(lambda tangent: ops.reshape(tangent, shape)))
+
+
+@register_rule(numpy_ops.BroadcastTo)
+def broadcast_to(operation, x, context):
+    rank, shape = len(operation.shape), tuple(operation.shape)
+
+    def push(tangent):
+        tangent = _align(tangent, rank)
+        kept = shape[0] == x.shape[0] and len(x.shape) == rank
+        return ops.broadcast_to(tangent, (*ops.shape(tangent)[: 2 if kept else 1], *shape[1 if kept else 0 :]))
+
+    return operation.call(x), Pushforward(push)
+
+
+@register_rule(core.Cast, core.ConvertToTensor)
+def cast(operation, x, context):
+    y = operation.call(x)
+    floats = [keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype)) for tensor in (x, y)]
+    return y, Pushforward(operation.call) if all(floats) else None
+
+
+@register_rule(numpy_ops.Pad)
+def pad(operation, x, context, constant_values=None):
+    return operation.call(x, constant_values), Pushforward(each_probe(operation.call))
+
+
+@register_rule(numpy_ops.GetItem)
+def get_item(operation, x, key, context):
+    return operation.call(x, key), Pushforward(each_probe(lambda tangent: operation.call(tangent, key)))
+
+
+@register_rule(numpy_ops.Split, core.Unstack)
+def split(operation, x, context):
+    def push(tangent):
+        rows = [operation.call(row) for row in ops.unstack(tangent)]
+        return tuple(ops.stack(parts) for parts in zip(*rows, strict=True))
+
+    return tuple(operation.call(x)), Pushforward(push)
+
+
+@register_rule(numpy_ops.Take, numpy_ops.TakeAlongAxis)
+def take(operation, x, indices, context):
+    def push(tangent, _, x, indices):
+        return each_probe(lambda row: operation.call(row, indices[0]))(tangent)
+
+    if not ops.is_tensor(indices):
+        return operation.call(x, indices), Pushforward(each_probe(lambda row: operation.call(row, indices)))
+    return operation.call(x, indices), Pushforward(push, x, indices, takes_none=True)
+
+
+# ---------------------------------------------------------------- several inputs
+
+
+def _is_number(operand) -> bool:
+    return isinstance(operand, (int, float))
+
+
+def _align(tangent, rank: int):
+    """A tangent (P, …) with axes of size 1 after the probes until it has `rank` more: as its primal broadcasts."""
+    missing = rank + 1 - len(tangent.shape)
+    if missing <= 0:
+        return tangent
+    shape = ops.shape(tangent)
+    return ops.reshape(tangent, (shape[0], *[1] * missing, *shape[1:]))
+
+
+def _partials(operands, parts: list[Callable], y, *residuals) -> Pushforward:
+    """The pushforward of an operation of two broadcast operands, as one map `part(tangent, *residuals)` for each.
+
+    The residuals are the operands themselves, or have the output's shape. A number among the operands has no tangent.
+    """
+    rank = len(y.shape)
+    parts = [part for part, operand in zip(parts, operands, strict=True) if not _is_number(operand)]
+    kept = [residual for residual in residuals if not _is_number(residual)]
+
+    def push(*arguments):
+        tangents, frozen = arguments[: len(parts)], iter(arguments[len(parts) :])
+        values = [residual if _is_number(residual) else next(frozen) for residual in residuals]
+        like = next(frozen, None)
+        images = [part(_align(t, rank), *values) for part, t in zip(parts, tangents, strict=True) if t is not None]
+        image = functools.reduce(ops.add, images)
+        return image if like is None else ops.add(image, ops.zeros_like(like, dtype=image.dtype))
+
+    # Where a tangent may be smaller than the output, it is spread over it.
+    smaller = any(not _is_number(a) and tuple(a.shape) != tuple(y.shape) for a in operands)
+    return Pushforward(push, *kept, *([y] if smaller else []), takes_none=True)
+
+
+@register_rule(numpy_ops.Add, numpy_ops.Subtract)
+def add(operation, a, b, context):
+    sign = 1 if isinstance(operation, numpy_ops.Add) else -1
+    y = operation.call(a, b)
+    return y, _partials((a, b), [lambda t: t, lambda t: sign * t], y)
+
+
+@register_rule(numpy_ops.Multiply)
+def multiply(operation, a, b, context):
+    y = operation.call(a, b)
+    return y, _partials((a, b), [lambda t, a, b: t * b, lambda t, a, b: t * a], y, a, b)
+
+
+@register_rule(numpy_ops.Divide, numpy_ops.TrueDivide)
+def divide(operation, a, b, context):
+    y = operation.call(a, b)
+    return y, _partials((a, b), [lambda t, b, y: t / b, lambda t, b, y: -t * y / b], y, b, y)
+
+
+@register_rule(numpy_ops.Power)
+def power(operation, a, b, context):
+    y = operation.call(a, b)
+    by_base = b * operation.call(a, b - 1)
+    by_exponent = 0.0 if _is_number(b) else y * ops.log(ops.where(a > 0, a, ops.ones_like(a)))
+    parts = [lambda t, by_base, by_exponent: t * by_base, lambda t, by_base, by_exponent: t * by_exponent]
+    return y, _partials((a, b), parts, y, by_base, by_exponent)
+
+
+@register_rule(numpy_ops.Maximum, numpy_ops.Minimum)
+def select(operation, a, b, context):
+    y = operation.call(a, b)
+    # A tie goes to the first operand.
+    first = ops.broadcast_to(ops.equal(y, a), ops.shape(y))
+    parts = [lambda t, first: ops.where(first, t, 0.0), lambda t, first: ops.where(first, 0.0, t)]
+    return y, _partials((a, b), parts, y, first)
+
+
+@register_rule(numpy_ops.Logaddexp)
+def logaddexp(operation, a, b, context):
+    y = operation.call(a, b)
+    share = ops.exp(a - y)
+    return y, _partials((a, b), [lambda t, share: t * share, lambda t, share: t * (1 - share)], y, share)
+
+
+@register_rule(numpy_ops.Where)
+def where(operation, condition, a, b, context):
+    y = operation.call(condition, a, b)
+    chosen = ops.broadcast_to(ops.cast(condition, "bool"), ops.shape(y))
+    parts = [lambda t, c: 0.0 * t, lambda t, c: ops.where(c, t, 0.0), lambda t, c: ops.where(c, 0.0, t)]
+    return y, _partials((condition, a, b), parts, y, chosen)
+
+
+@register_rule(numpy_ops.Matmul, numpy_ops.Einsum, numpy_ops.Tensordot, numpy_ops.Dot)
+def contract(operation, *operands, context):
+    """A product of tensors, linear in each of them while the others are frozen."""
+    count = len(operands)
+
+    def push(*arguments):
+        tangents, frozen = arguments[:count], [operand[0] for operand in arguments[count:]]
+
+        def replaced(i):
+            return lambda tangent: operation.call(*frozen[:i], tangent, *frozen[i + 1 :])
+
+        images = [each_probe(replaced(i))(t) for i, t in enumerate(tangents) if t is not None]
+        return functools.reduce(ops.add, images)
+
+    return operation.call(*operands), Pushforward(push, *operands, takes_none=True)
+
+
+@register_rule(nn.Conv, nn.DepthwiseConv, nn.ConvTranspose)
+def convolution(operation, x, kernel, context):
+    def push(x_tangent, kernel_tangent, x, kernel):
+        images = []
+        if x_tangent is not None:
+            images.append(unfold(operation.call(fold(x_tangent), kernel[0]), ops.shape(x_tangent)[0]))
+        if kernel_tangent is not None:
+            images.append(each_probe(lambda t: operation.call(x[0], t))(kernel_tangent))
+        return functools.reduce(ops.add, images)
+
+    return operation.call(x, kernel), Pushforward(push, x, kernel, takes_none=True)
+
+
+@register_rule(numpy_ops.Concatenate, numpy_ops.Stack, numpy_ops.Hstack, numpy_ops.Vstack)
+def join(operation, tensors, context):
+    def push(*tangents):
+        return ops.stack([operation.call(list(row)) for row in zip(*map(ops.unstack, tangents), strict=True)])
+
+    return operation.call(tensors), Pushforward(push)
+
+
+# ---------------------------------------------------------------- along an axis
+
+
+def _reduced_axes(operation, x) -> list[int]:
+    """The axes that are reduced, counted from the end, where a probe axis does not shift them."""
+    axis = operation.axis
+    axes = range(len(x.shape)) if axis is None else [axis] if isinstance(axis, int) else axis
+    return [a % len(x.shape) - len(x.shape) for a in axes]
+
+
+@register_rule(numpy_ops.Max, numpy_ops.Amax, numpy_ops.Min, numpy_ops.Amin)
+def extremum(operation, x, context):
+    axes = _reduced_axes(operation, x)
+    y = operation.call(x)
+    wide = y if operation.keepdims else ops.expand_dims(y, sorted(axes))
+    winners = ops.cast(ops.equal(x, wide), x.dtype)
+    # Among equals the tangent is the mean, as the backends' gradients have it.
+    shares = winners / ops.sum(winners, axis=axes, keepdims=True)
+
+    def push(tangent, shares):
+        return ops.sum(shares * tangent, axis=axes, keepdims=operation.keepdims)
+
+    return y, Pushforward(push, shares, couples_examples=_moves_the_batch(operation, x))
+
+
+@register_rule(numpy_ops.Var, numpy_ops.Std)
+def variance(operation, x, context):
+    axes = _reduced_axes(operation, x)
+    y = operation.call(x)
+    centered = x - ops.mean(x, axis=axes, keepdims=True)
+    factor = 2.0 if isinstance(operation, numpy_ops.Var) else 1.0
+
+    def push(tangent, centered, *deviation):
+        image = factor * ops.mean(centered * tangent, axis=axes, keepdims=operation.keepdims)
+        return image / deviation[0] if deviation else image
+
+    return y, Pushforward(push, centered, *([] if factor == 2 else [y]))
+
+
+@register_rule(math_ops.Logsumexp)
+def logsumexp(operation, x, context):
+    axes = _reduced_axes(operation, x)
+    y = operation.call(x)
+    wide = y if operation.keepdims else ops.expand_dims(y, sorted(axes))
+
+    def push(tangent, shares):
+        return ops.sum(shares * tangent, axis=axes, keepdims=operation.keepdims)
+
+    return y, Pushforward(push, ops.exp(x - wide))
+
+
+@register_rule(nn.Normalize)
+def normalize(operation, x, context):
+    """`x / max(‖x‖₂, ε)`."""
+    if operation.order != 2:
+        raise Declined("a norm of another order than 2")
+    axes = _reduced_axes(operation, x)
+    floor = keras.config.epsilon() if operation.epsilon is None else operation.epsilon
+    squares = ops.sum(ops.square(x), axis=axes, keepdims=True)
+    inverse = ops.rsqrt(ops.maximum(squares, floor**2))
+    y = operation.call(x)
+    above = ops.cast(squares > floor**2, x.dtype)
+
+    def push(tangent, y, inverse, above):
+        return inverse * (tangent - above * y * ops.sum(y * tangent, axis=axes, keepdims=True))
+
+    return y, Pushforward(push, y, inverse, above)
+
+
+# ---------------------------------------------------------------- no tangent
+
+
+@register_rule(
+    core.StopGradient,
+    nn.OneHot,
+    numpy_ops.Argmax,
+    numpy_ops.Argmin,
+    numpy_ops.Argsort,
+    numpy_ops.Ceil,
+    numpy_ops.Equal,
+    numpy_ops.Floor,
+    numpy_ops.Greater,
+    numpy_ops.GreaterEqual,
+    numpy_ops.Isfinite,
+    numpy_ops.Less,
+    numpy_ops.LessEqual,
+    numpy_ops.LogicalAnd,
+    numpy_ops.LogicalNot,
+    numpy_ops.LogicalOr,
+    numpy_ops.NotEqual,
+    numpy_ops.OnesLike,
+    numpy_ops.Round,
+    numpy_ops.Sign,
+    numpy_ops.ZerosLike,
+)
+def constant(operation, *inputs, context, **kwargs):
+    """Piecewise constant, or by intent without a derivative."""
+    return operation.call(*inputs, **kwargs), None
