@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import keras
 from keras import ops
 
 from jvpreg.registry import Pushforward
@@ -152,14 +153,16 @@ class FrozenGraph:
 
     def intercepts(self) -> dict[str, Any]:
         """`y − pushforward(x)` at every output of every node, by name."""
-        fed = {value.slot for value in self.inputs} | {value.slot for node in self.nodes for value in node.outputs}
+        made = [value for node in self.nodes for value in node.outputs]
+        # What is not a float (an index, a comparison) has no tangent, and no intercept.
+        fed = {value.slot for value in [*self.inputs, *made] if value.batched and _is_float(value.primal)}
         result = {}
         for node in self.nodes:
             # A constant among a node's inputs has no tangent: what it adds belongs to the intercept.
-            tangents = [ops.expand_dims(v.primal, 0) if v.slot in fed and v.batched else None for v in node.inputs]
+            tangents = [ops.expand_dims(v.primal, 0) if v.slot in fed else None for v in node.inputs]
             images = self._push_node(node, tangents, {}, (1, None), None)
             for j, (name, value) in enumerate(zip(node.output_names, node.outputs, strict=True)):
-                if value.batched:
+                if value.slot in fed:
                     result[name] = value.primal if not images else value.primal - images[j][0]
         return result
 
@@ -257,6 +260,10 @@ def _spread(tangent, leading, value: Value):
     if missing:
         tangent = ops.reshape(tangent, (tangent.shape[0], *[1] * missing, *tangent.shape[1:]))
     return ops.broadcast_to(tangent, shape)
+
+
+def _is_float(tensor) -> bool:
+    return keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype))
 
 
 def _tuple(images) -> tuple:

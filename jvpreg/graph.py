@@ -56,6 +56,11 @@ class Tracer:
                 f"`{name}` is quantized ({operation.quantization_mode}), and a rounded layer has no useful Jacobian. "
                 "Linearize the model before it is quantized."
             )
+        if isinstance(operation, keras.layers.Masking) or getattr(operation, "mask_zero", False):
+            raise NotImplementedError(
+                f"`{name}` ({type(operation).__name__}) makes a mask, which is not followed through the graph. "
+                "Multiply by the mask where it matters, or leave it out."
+            )
         rule = find_rule(operation)
         if rule is not None:
             try:

@@ -213,9 +213,9 @@ class Linearization:
         flat = tree.flatten(v)
         _check_count(flat, outputs, "v", "the outputs")
         cotangents, probed = _standardize(flat, outputs, [("v", "the outputs")] * len(outputs))
-        leading = next(ops.shape(c)[:2] for c in cotangents if c is not None)
-        cotangents = [_zeros(leading, y) if c is None else c for c, y in zip(cotangents, outputs, strict=True)]
-        products = transpose(self._push, [_zeros(leading, x) for x in self.inputs], cotangents)
+        probes = next(ops.shape(c)[0] for c in cotangents if c is not None)
+        cotangents = [_zeros(probes, y) if c is None else c for c, y in zip(cotangents, outputs, strict=True)]
+        products = transpose(self._push, [_zeros(probes, x) for x in self.inputs], cotangents)
         structure = self.inputs[0] if len(self.inputs) == 1 else self.inputs
         return self._pack(products, structure, probed)
 
@@ -256,13 +256,12 @@ class Linearization:
 
     def _push(self, tangents: Sequence, taps: dict[str, Any] | None = None, weights=None) -> list:
         """The tangent pass: input tangents `(P, B, …)` (None: zero) and taps by node name, to output tangents."""
-        batch = ops.shape(self.inputs[0])[0]
-        part = None if self._whole is None else batch
+        part = None if self._whole is None else ops.shape(self.inputs[0])[0]
         products = self._graph.push(tangents, part, taps=taps, weights=weights)
         given = [*tangents, *(taps or {}).values(), *(weights or {}).values()]
         probes = next(ops.shape(t)[0] for t in given if t is not None)
         pairs = zip(products, tree.flatten(self.outputs), strict=True)
-        return [_zeros((probes, batch), y) if product is None else product for product, y in pairs]
+        return [_zeros(probes, y) if product is None else product for product, y in pairs]
 
     @staticmethod
     def _pack(products: list, structure, probed: bool):
@@ -308,9 +307,9 @@ def _standardize(flat: list, like: list, names: list[tuple[str, str]]) -> tuple[
     return tangents, bool(given[1])
 
 
-def _zeros(leading, like):
-    """Zero tangents of `like` (B, …), with the `leading` axes (P, N) for N examples."""
-    return ops.zeros((*leading, *ops.shape(like)[1:]), dtype=like.dtype)
+def _zeros(probes, like):
+    """Zero tangents (P, B, …) of `like` (B, …)."""
+    return ops.zeros((probes, *ops.shape(like)), dtype=like.dtype)
 
 
 def _at_least_float32(tensor):

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import keras
 from keras import activations, layers, ops
 
+import jvpreg
+
 
 @dataclass(frozen=True)
 class Case:
@@ -56,6 +58,21 @@ def _activation(function):
     return Case(f"Dense-{function.__name__}", lambda: layers.Dense(6, activation=function), (5,), operation=function)
 
 
+def _call(operation, make, shapes, name=None, **arguments):
+    """A row for what is called with several tensors, or is no layer: within a functional model of its own."""
+
+    def model():
+        with jvpreg.testing.float64():
+            inputs = [keras.Input(shape) for shape in shapes]
+            return keras.Model(inputs, make(*inputs))
+
+    return Case(name or operation.__name__, model, shapes if len(shapes) > 1 else shapes[0], arguments, operation)
+
+
+def _dense(units):
+    return layers.Dense(units, activation="tanh", dtype="float64")
+
+
 # Activations whose arguments have no default are only reachable through `Activation` with a function of one's own.
 ACTIVATIONS = [
     activations.celu,
@@ -87,9 +104,198 @@ ACTIVATIONS = [
     activations.tanh_shrink,
 ]
 
+# Random in training, the identity at inference.
+AUGMENTATIONS = [
+    layers.CutMix,
+    layers.MixUp,
+    lambda: layers.RandomBrightness(0.5),
+    lambda: layers.RandomColorDegeneration(0.5),
+    layers.RandomColorJitter,
+    lambda: layers.RandomContrast(0.5),
+    layers.RandomElasticTransform,
+    layers.RandomErasing,
+    layers.RandomFlip,
+    layers.RandomGaussianBlur,
+    layers.RandomGrayscale,
+    lambda: layers.RandomHue(0.5),
+    layers.RandomInvert,
+    layers.RandomPerspective,
+    lambda: layers.RandomPosterization(4),
+    lambda: layers.RandomSaturation(0.5),
+    lambda: layers.RandomSharpness(0.5),
+    layers.RandomShear,
+    lambda: layers.RandomTranslation(0.5, 0.5),
+    lambda: layers.RandomZoom(0.5),
+]
+AUGMENTATIONS_IN_FLOAT32 = [layers.AugMix, layers.RandAugment, lambda: layers.RandomRotation(0.5)]
+
 IMAGE = (6, 7, 3)
 SEQUENCE = (7, 3)
 VOLUME = (4, 5, 4, 2)
+
+
+def _positive(x):
+    return ops.exp(0.3 * x)
+
+
+def _bounded(x):
+    return 0.9 * ops.tanh(x)
+
+
+def _operations():
+    """A row for every operation of `keras.ops` that has a rule: the last one of each function is what is tested."""
+    unary = {
+        "absolute": ops.absolute,
+        "add-a-number": lambda x: x + 2.0,
+        "subtract-from-a-number": lambda x: 2.0 - x,
+        "arccos": lambda x: ops.arccos(_bounded(x)),
+        "arccosh": lambda x: ops.arccosh(1 + _positive(x)),
+        "arcsin": lambda x: ops.arcsin(_bounded(x)),
+        "arcsinh": ops.arcsinh,
+        "arctan": ops.arctan,
+        "arctanh": lambda x: ops.arctanh(_bounded(x)),
+        "average-pool": lambda x: ops.average_pool(x, 2),
+        "broadcast-to": lambda x: ops.broadcast_to(x[:, :1], (3, 4, 3)),
+        "cast": lambda x: ops.cast(ops.cast(x, "int32"), "float64"),
+        "clip": lambda x: ops.clip(x, -0.5, 0.5),
+        "copy": ops.copy,
+        "cos": ops.cos,
+        "cosh": ops.cosh,
+        "cumsum": lambda x: ops.cumsum(x, axis=1),
+        "diagonal": lambda x: ops.diagonal(x, axis1=1, axis2=2),
+        "diff": lambda x: ops.diff(x, axis=1),
+        "divide-a-number": lambda x: 2.0 / _positive(x),
+        "erf": ops.erf,
+        "exp": ops.exp,
+        "exp2": ops.exp2,
+        "expand-dims": lambda x: ops.expand_dims(x, 1),
+        "expm1": ops.expm1,
+        "flip": lambda x: ops.flip(x, axis=1),
+        "get-item": lambda x: x[:, ::2, None, 1],
+        "log": lambda x: ops.log(_positive(x)),
+        "log10": lambda x: ops.log10(_positive(x)),
+        "log1p": lambda x: ops.log1p(_positive(x)),
+        "log2": lambda x: ops.log2(_positive(x)),
+        "logsumexp": lambda x: ops.logsumexp(x, axis=(1, 2)),
+        "max": lambda x: ops.max(x, axis=-1),
+        "amax": lambda x: ops.amax(x, axis=1, keepdims=True),
+        "min": lambda x: ops.min(x, axis=(1, 2), keepdims=True),
+        "amin": lambda x: ops.amin(x, axis=1),
+        "mean": lambda x: ops.mean(x, axis=1, keepdims=True),
+        "moveaxis": lambda x: ops.moveaxis(x, 1, 2),
+        "multiply-by-a-number": lambda x: 3.0 * x,
+        "negative": ops.negative,
+        "normalize": lambda x: ops.normalize(x, axis=1),
+        "pad": lambda x: ops.pad(x, ((0, 0), (1, 2), (0, 0))),
+        "power": lambda x: _positive(x) ** 1.5,
+        "power-of-two": lambda x: ops.power(x, 2),
+        "ravel": lambda x: ops.ravel(x),
+        "reciprocal": lambda x: ops.reciprocal(_positive(x)),
+        "repeat": lambda x: ops.repeat(x, 2, axis=1),
+        "reshape": lambda x: ops.reshape(x, (-1, 12)),
+        "roll": lambda x: ops.roll(x, 1, axis=1),
+        "rot90": lambda x: ops.rot90(x, axes=(1, 2)),
+        "rsqrt": lambda x: ops.rsqrt(_positive(x)),
+        "sin": ops.sin,
+        "sinh": ops.sinh,
+        "sqrt": lambda x: ops.sqrt(_positive(x)),
+        "square": ops.square,
+        "squeeze": lambda x: ops.squeeze(x[:, :1], axis=1),
+        "std": lambda x: ops.std(x, axis=1),
+        "sum": lambda x: ops.sum(x, axis=(1, 2)),
+        "swapaxes": lambda x: ops.swapaxes(x, 1, 2),
+        "take": lambda x: ops.take(x, [2, 0], axis=1),
+        "tan": lambda x: ops.tan(_bounded(x)),
+        "tanh": ops.tanh,
+        "tile": lambda x: ops.tile(x, (1, 2, 1)),
+        "transpose": lambda x: ops.transpose(x, (0, 2, 1)),
+        "transpose-with-the-batch": lambda x: ops.transpose(x),
+        "tril": ops.tril,
+        "triu": ops.triu,
+        "var": lambda x: ops.var(x, axis=(1, 2)),
+        "where": lambda x: ops.where(x > 0.1, x, 2 * x),
+        "relu": ops.relu,
+        "relu6": ops.relu6,
+        "leaky-relu": lambda x: ops.leaky_relu(x, 0.25),
+        "elu": ops.elu,
+        "celu": ops.celu,
+        "selu": ops.selu,
+        "silu": ops.silu,
+        "hard-silu": ops.hard_silu,
+        "sigmoid": ops.sigmoid,
+        "log-sigmoid": ops.log_sigmoid,
+        "softplus": ops.softplus,
+        "softsign": ops.softsign,
+        "softmax": ops.softmax,
+        "log-softmax": ops.log_softmax,
+        "squareplus": ops.squareplus,
+        "convert-to-tensor": ops.convert_to_tensor,
+        "tanh-shrink": ops.tanh_shrink,
+        "hard-tanh": ops.hard_tanh,
+        "glu": lambda x: ops.glu(x, axis=1),
+        "layer-normalization": ops.layer_normalization,
+        "rms-normalization": ops.rms_normalization,
+        "split": lambda x: ops.split(x, 2, axis=1),
+        "unstack": lambda x: ops.unstack(x, axis=1),
+        "moments": lambda x: ops.moments(x, axes=[1]),
+        "relu-with-arguments": lambda x: activations.relu(x, negative_slope=0.25, threshold=0.1),
+        "adaptive-average-pool": lambda x: ops.adaptive_average_pool(x, (2,)),
+    }
+    binary = {
+        "add": (ops.add, (4, 3), (1, 3)),
+        "subtract": (ops.subtract, (4, 3), (1, 3)),
+        "multiply": (ops.multiply, (4, 3), (4, 1)),
+        "divide": (lambda x, y: ops.divide(x, _positive(y)), (4, 3), (4, 3)),
+        "true-divide": (lambda x, y: ops.true_divide(x, _positive(y)), (4, 3), (4, 3)),
+        "maximum": (ops.maximum, (4, 3), (4, 3)),
+        "minimum": (ops.minimum, (4, 3), (4, 3)),
+        "power-of-both": (lambda x, y: ops.power(_positive(x), y), (4, 3), (4, 3)),
+        "logaddexp": (ops.logaddexp, (4, 3), (4, 3)),
+        "matmul": (ops.matmul, (4, 3), (3, 2)),
+        "einsum": (lambda x, y: ops.einsum("bij,bkj->bik", x, y), (4, 3), (2, 3)),
+        "tensordot": (lambda x, y: ops.tensordot(x, y[0], axes=1), (4, 3), (3, 2)),
+        "dot": (lambda x, y: ops.dot(x, y[0]), (4, 3), (3, 2)),
+        "concatenate": (lambda x, y: ops.concatenate([x, y], axis=1), (4, 3), (2, 3)),
+        "stack": (lambda x, y: ops.stack([x, y], axis=1), (4, 3), (4, 3)),
+        "hstack": (lambda x, y: ops.hstack([x, y]), (4, 3), (2, 3)),
+        "vstack": (lambda x, y: ops.vstack([x, y]), (4, 3), (4, 3)),
+        "take-along-axis": (lambda x, y: ops.take_along_axis(x, ops.argsort(y, axis=1), axis=1), (4, 3), (4, 3)),
+    }
+    rows = [(name, function, [(4, 3)]) for name, function in unary.items()]
+    rows += [(name, function, [left, right]) for name, (function, left, right) in binary.items()]
+    return [_operation(*row) for row in rows]
+
+
+class WithKernel(layers.Layer):
+    """A layer of one's own, with a weight of shape (2, 3, 3) that an operation takes as an input."""
+
+    def __init__(self, operation="conv", **kwargs):
+        super().__init__(**kwargs)
+        self.operation = operation
+
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=(2, 3, 3))
+
+    def call(self, x):
+        return getattr(ops, self.operation)(x, self.kernel, 1, data_format="channels_last")
+
+    def get_config(self):
+        return {**super().get_config(), "operation": self.operation}
+
+
+def _own_convolution(name):
+    symbols = keras.KerasTensor((3, 4, 3)), keras.KerasTensor((2, 3, 3))
+    operation = type(getattr(ops, name)(*symbols, 1)._keras_history.operation)
+    return Case(f"ops-{name}", lambda: WithKernel(name), (4, 3), operation=operation)
+
+
+def _operation(name, function, shapes):
+    symbols = [keras.KerasTensor((3, *shape), dtype="float64") for shape in shapes]
+    operation = type(keras.tree.flatten(function(*symbols))[0]._keras_history.operation)
+    return _call(operation, function, shapes, f"ops-{name}")
+
+
+OPERATIONS = _operations()
 
 LAYERS = [
     _row(lambda: layers.Dense(4), (3,)),
@@ -238,7 +444,93 @@ LAYERS = [
     _row(lambda: layers.AlphaDropout(0.4, seed=1), IMAGE, training=True),
     _row(layers.ActivityRegularization, (4,)),
     *[_activation(function) for function in ACTIVATIONS],
+    _row(lambda: layers.EinsumDense("abc,cd->abd", (None, 4), bias_axes="d", activation="tanh"), (5, 3)),
+    _call(layers.Lambda, lambda x: layers.Lambda(lambda y: ops.tanh(y) * 2)(x), [(4,)]),
+    _row(lambda: layers.LayerNormalization(), (5, 3)),
+    _row(lambda: layers.LayerNormalization(axis=(1, 2), scale=False), (5, 3), "LayerNormalization-two-axes"),
+    _row(lambda: layers.GroupNormalization(2), (5, 4)),
+    _row(lambda: layers.GroupNormalization(-1), (5, 4), "GroupNormalization-of-instances"),
+    _row(layers.RMSNormalization, (5, 3)),
+    _row(layers.UnitNormalization, (5, 3)),
+    _row(lambda: layers.SpectralNormalization(_dense(3)), (4,)),
+    _row(lambda: layers.TimeDistributed(_dense(3)), SEQUENCE),
+    _row(lambda: layers.Bidirectional(layers.LSTM(2, return_sequences=True, dtype="float64"), dtype="float64"), (4, 3)),
+    _row(lambda: layers.SimpleRNN(3), (4, 3)),
+    _row(
+        lambda: layers.SimpleRNN(3, activation="relu", return_sequences=True, go_backwards=True),
+        (4, 3),
+        "SimpleRNN-back",
+    ),
+    _row(lambda: layers.LSTM(3), (4, 3)),
+    _row(lambda: layers.LSTM(3, return_state=True, return_sequences=True, use_bias=False), (4, 3), "LSTM-with-states"),
+    _row(lambda: layers.LSTM(3, dropout=0.3, recurrent_dropout=0.3, seed=2), (4, 3), "LSTM-dropout", training=True),
+    _row(lambda: layers.GRU(3, return_sequences=True), (4, 3)),
+    _row(lambda: layers.GRU(3, reset_after=False), (4, 3), "GRU-reset-before"),
+    _call(layers.RNN, lambda x: layers.RNN([layers.GRUCell(3), layers.LSTMCell(2)])(x), [(4, 3)]),
+    _call(
+        layers.LSTM,
+        lambda x, h, c: layers.LSTM(3, return_sequences=True)(x, initial_state=[h, c]),
+        [(4, 3), (3,), (3,)],
+        "LSTM-from-a-state",
+    ),
+    Case("LSTMCell", lambda: layers.RNN(layers.LSTMCell(2, dtype="float64")), (3, 2), operation=layers.LSTMCell),
+    Case("GRUCell", lambda: layers.RNN(layers.GRUCell(2, dtype="float64")), (3, 2), operation=layers.GRUCell),
+    Case(
+        "SimpleRNNCell",
+        lambda: layers.RNN(layers.SimpleRNNCell(2, dtype="float64")),
+        (3, 2),
+        operation=layers.SimpleRNNCell,
+    ),
+    _call(
+        layers.StackedRNNCells,
+        lambda x: layers.RNN(layers.StackedRNNCells([layers.SimpleRNNCell(2), layers.SimpleRNNCell(3)]))(x),
+        [(3, 2)],
+    ),
+    _row(lambda: layers.ConvLSTM1D(2, 2), (3, 4, 2)),
+    _row(lambda: layers.ConvLSTM2D(2, 2, return_sequences=True), (2, 3, 3, 1)),
+    _row(lambda: layers.ConvLSTM3D(1, 2), (2, 2, 3, 2, 1)),
+    _call(layers.Attention, lambda x, y: layers.Attention()([x, y]), [(4, 3), (3, 3)]),
+    _call(layers.AdditiveAttention, lambda x, y: layers.AdditiveAttention()([x, y]), [(4, 3), (3, 3)]),
+    _row(lambda: layers.AdaptiveAveragePooling1D(3), SEQUENCE),
+    _row(lambda: layers.AdaptiveAveragePooling2D((2, 3)), IMAGE),
+    _row(lambda: layers.AdaptiveMaxPooling1D(3), SEQUENCE),
+    _row(lambda: layers.AdaptiveMaxPooling2D((2, 3)), IMAGE),
+    _row(lambda: layers.AdaptiveMaxPooling3D(2), VOLUME, float32_on_tensorflow=True),
+    _row(lambda: layers.AdaptiveAveragePooling3D(2), VOLUME, float32_on_tensorflow=True),
+    _row(lambda: layers.CenterCrop(4, 4), IMAGE),
+    _row(lambda: layers.RandomCrop(4, 4), IMAGE),
+    _call(layers.Pipeline, lambda x: layers.Pipeline([layers.Rescaling(0.5), layers.CenterCrop(4, 4)])(x), [IMAGE]),
+    _row(lambda: layers.STFTSpectrogram(mode="real", frame_length=8, frame_step=4, fft_length=8), (32, 1)),
+    *[_row(make, IMAGE) for make in AUGMENTATIONS],
+    *[_row(make, IMAGE, float32_on_tensorflow=True) for make in AUGMENTATIONS_IN_FLOAT32],
+    *OPERATIONS,
+    *[_own_convolution(name) for name in ("conv", "depthwise_conv", "conv_transpose")],
 ]
+
+# What has no tangent, or none that means anything, and why.
+MEANINGLESS = {
+    layers.Layer: "abstract",
+    layers.Wrapper: "abstract",
+    layers.InputLayer: "computes nothing",
+    layers.Masking: "makes a mask, which is not followed: an error",
+    layers.CategoryEncoding: "of integers",
+    layers.Discretization: "piecewise constant",
+    layers.HashedCrossing: "of integers or strings",
+    layers.Hashing: "of integers or strings",
+    layers.IntegerLookup: "of integers",
+    layers.StringLookup: "of strings",
+    layers.TextVectorization: "of strings",
+    layers.MaxNumBoundingBoxes: "of bounding boxes",
+    layers.MelSpectrogram: "Keras computes it in float32, with constants of its own: left to autodiff",
+    layers.AutoContrast: "a function of the image's histogram",
+    layers.ContrastLimitedAdaptiveHistogramEqualization: "a function of the image's histogram",
+    layers.Equalization: "a function of the image's histogram",
+    layers.Solarization: "of the bytes of an image",
+    layers.TFSMLayer: "another framework's code: left to autodiff",
+    layers.FlaxLayer: "another framework's code: left to autodiff",
+    layers.JaxLayer: "another framework's code: left to autodiff",
+    layers.TorchModuleWrapper: "another framework's code: left to autodiff",
+}
 
 
 # Whole models. They are made in float64, since `check_rule` takes a model as it is.

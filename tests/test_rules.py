@@ -1,26 +1,40 @@
 """Every rule, in float64, against autodiff and finite differences: see `jvpreg.testing.check_rule`."""
 
+import inspect
 import math
 
 import keras
 import numpy as np
 import pytest
-from cases import LAYERS, Case
+from cases import LAYERS, MEANINGLESS, Case
+from compare import normal, numpy
 from keras import activations, layers, ops
 
 import jvpreg
 from jvpreg.registry import _RULES, registered_operations
 
 # Activations with a test of their own below.
-TESTED_APART = {activations.threshold, activations.gelu, activations.hard_sigmoid}
+TESTED_APART = {
+    activations.threshold,
+    activations.gelu,
+    activations.hard_sigmoid,
+    layers.Embedding,
+    layers.GroupQueryAttention,
+    layers.MultiHeadAttention,
+    layers.ReversibleEmbedding,
+    layers.Resizing,
+}
+OPERATIONS_TESTED_APART = {"Gelu", "HardSigmoid", "DotProductAttention", "Resize"}
 
 
 def test_every_rule_has_a_row():
     covered = {case.operation for case in LAYERS} | TESTED_APART
     # Other tests, and doctests, register rules of their own.
     ours = [op for op in registered_operations() if _RULES[op].function.__module__.startswith("jvpreg.rules.")]
-    missing = [operation for operation in ours if operation not in covered]
-    assert len(ours) > 90
+    # Without a tangent there is nothing to check: see test_operations_without_a_tangent.
+    ours = [op for op in ours if _RULES[op].function is not jvpreg.rules.ops.constant]
+    missing = [op for op in ours if op not in covered and op.__name__ not in OPERATIONS_TESTED_APART]
+    assert len(ours) > 200
     assert LAYERS
     assert not missing
 
@@ -38,6 +52,30 @@ def activations_of_keras():
         for name, function in vars(keras.activations).items()
         if callable(function) and name not in ("get", "serialize", "deserialize")
     ]
+
+
+def test_every_layer_of_keras_is_covered_or_meaningless():
+    classes = {value for value in vars(layers).values() if inspect.isclass(value) and issubclass(value, layers.Layer)}
+    covered = {case.operation for case in LAYERS} | TESTED_APART
+    assert len(classes) > 130
+    assert not [layer.__name__ for layer in classes if layer not in covered and layer not in MEANINGLESS]
+    assert not [layer.__name__ for layer in covered if layer in MEANINGLESS]
+
+
+def test_no_row_is_left_to_autodiff():
+    """And every trainable weight can be perturbed."""
+    for case in LAYERS:
+        layer = case.make()
+        if case.float32_on_tensorflow or case.channels_first:
+            continue
+        shapes = [case.input_shape] if isinstance(case.input_shape, tuple) else case.input_shape
+        dtype = "float64" if isinstance(layer, keras.Model) else layer.compute_dtype
+        inputs = [ops.cast(np.random.default_rng(0).normal(size=(3, *shape)), dtype) for shape in shapes]
+        if not layer.built:
+            layer(inputs if len(inputs) > 1 else inputs[0])
+        lin = jvpreg.linearize(layer, inputs if len(inputs) > 1 else inputs[0], fallback="error")
+        known = {id(variable) for variable in lin.weights}
+        assert all(id(variable) in known for variable in layer.trainable_variables), case.id
 
 
 def _skip_if_unavailable(case: Case):
@@ -92,6 +130,98 @@ def test_frozen_batch_statistics_are_constant_to_the_tangent_but_not_to_the_weig
     jvpreg.testing.check_rule(
         layer, (4, 3), training=True, batch_statistics="frozen", batch_size=6, reference=reference
     )
+
+
+def _attention_written_out(layer, query, value, causal=False):
+    """With a softmax in float64, where Keras' own is in float32."""
+    q, k, v = layer._query_dense(query), layer._key_dense(value), layer._value_dense(value)
+    k, v = (ops.repeat(heads, q.shape[2] // heads.shape[2], axis=2) for heads in (k, v))
+    logits = ops.einsum("btnh,bsnh->bnts", q, k) / math.sqrt(q.shape[-1])
+    if causal:
+        logits = logits + np.where(np.tri(q.shape[1], k.shape[1]) > 0, 0.0, -1e30)
+    return layer._output_dense(ops.einsum("bnts,bsnh->btnh", ops.softmax(logits), v))
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments"),
+    [
+        (lambda: layers.MultiHeadAttention(2, 3, value_dim=4), {}),
+        (lambda: layers.MultiHeadAttention(2, 3), {"use_causal_mask": True}),
+        (lambda: layers.GroupQueryAttention(3, 4, 2), {}),
+    ],
+    ids=["MultiHeadAttention", "MultiHeadAttention-causal", "GroupQueryAttention"],
+)
+def test_attention(float64, make, arguments):
+    layer = make()
+    query, value = keras.Input((4, 5)), keras.Input((4, 5))
+    model = keras.Model([query, value], layer(query, value, **arguments))
+
+    def reference(query, value):
+        return _attention_written_out(layer, query, value, causal=bool(arguments))
+
+    jvpreg.testing.check_rule(model, [(4, 5), (4, 5)], reference=reference, tolerance=1e-7)
+
+
+def test_attention_with_a_mask_is_exact_in_its_products(float64):
+    """Beyond Keras' float32 softmax, which bounds the comparison above: against differences of the engine's primal."""
+    layer = layers.MultiHeadAttention(2, 3)
+    x, mask = keras.Input((4, 5)), keras.Input((4, 4), dtype="bool")
+    model = keras.Model([x, mask], layer(x, x, attention_mask=mask))
+    points, u = normal(3, 4, 5), normal(3, 4, 5, seed=1)
+    kept = np.random.default_rng(0).random((3, 4, 4)) < 0.7
+    kept[:, :, 0] = True
+
+    def outputs(x):
+        return numpy(jvpreg.linearize(model, [x, kept]).outputs)
+
+    step = 1e-6
+    slope = (outputs(points + step * u) - outputs(points - step * u)) / (2 * step)
+    product = numpy(jvpreg.linearize(model, [points, kept]).jvp([u, None]))
+    np.testing.assert_allclose(product, slope, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(outputs(points), numpy(model([points, kept])), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [lambda: layers.Embedding(7, 3), lambda: layers.ReversibleEmbedding(7, 3)])
+def test_embedding_has_tangents_of_its_table_only(float64, make):
+    layer = make()
+    words = np.array([[1, 5, 1], [0, 6, 2]])
+    layer(words)
+    lin = jvpreg.linearize(layer, words, fallback="error")
+    np.testing.assert_array_equal(numpy(lin.outputs), numpy(layer(words)))
+    table = layer.trainable_variables[0]
+    moved = normal(2, *table.shape)
+    np.testing.assert_array_equal(numpy(lin.jvp(weights=[(table, moved)])), moved[:, words])
+    assert not np.any(numpy(lin.jvp(np.ones(words.shape))))
+
+
+def test_operations_without_a_tangent(float64):
+    x = keras.Input((4,))
+    one_hot = ops.one_hot(ops.argmax(x, axis=-1), 4, dtype="float64")
+    y = ops.stop_gradient(x) * x + one_hot * x + ops.floor(x) + ops.cast(ops.round(x) > 0, "float64")
+    model = keras.Model(x, y)
+    point, u = normal(3, 4), normal(3, 4, seed=1)
+    expected = (point + (point == point.max(-1, keepdims=True))) * u
+    np.testing.assert_allclose(numpy(jvpreg.linearize(model, point).jvp(u)), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "nearest"])
+def test_resizing_in_float32(interpolation):
+    """Linear, and in float32 on TensorFlow: against the layer itself."""
+    layer = layers.Resizing(3, 5, interpolation=interpolation)
+    x, u = (normal(2, 6, 7, 3, seed=seed).astype("float32") for seed in (0, 1))
+    layer(x)
+    lin = jvpreg.linearize(layer, x, fallback="error")
+    for received, expected in ((lin.outputs, layer(x)), (lin.jvp(u), layer(u))):
+        np.testing.assert_allclose(numpy(received), numpy(expected), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [lambda: layers.Masking(), lambda: layers.Embedding(4, 2, mask_zero=True)])
+def test_a_layer_that_makes_a_mask(make):
+    model = make()
+    x = np.ones((2, 3), "float32")
+    model(x)
+    with pytest.raises(NotImplementedError, match=r"makes a mask, which is not followed"):
+        jvpreg.linearize(model, x)
 
 
 def test_max_pooling_tie_goes_to_the_first_entry():

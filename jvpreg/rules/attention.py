@@ -46,7 +46,8 @@ def dot_product_attention(operation, query, key, value, context, bias=None, mask
         shape = ops.shape(heads)
         return ops.reshape(heads, (*shape[:-3], query.shape[2], shape[-1]))
 
-    def push(query_tangent, key_tangent, value_tangent, query, key, value, probabilities):
+    def push(query_tangent, key_tangent, value_tangent, *others):
+        query, key, value, probabilities = others[-4:]  # Before them the tangent of a mask, which is None.
         images = []
         moved = []
         if query_tangent is not None:

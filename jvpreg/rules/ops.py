@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 
 import keras
-from keras import activations, ops
+from keras import activations, ops, tree
 
 # Private: the operations' classes, by which a graph's nodes are known, have no public names.
 from keras.src.activations.activations import ReLU
@@ -107,17 +107,20 @@ def clip(operation, x, context):
 # ---------------------------------------------------------------- one input, linear: entries moved about, or summed
 
 
-def _moves_the_batch(operation, x) -> bool:
-    """Whether the operation may take the first axis from its place, so that examples cannot be told apart after it."""
-    rank = len(x.shape)
-    if isinstance(operation, (numpy_ops.Transpose,)):
-        return operation.axes is None or operation.axes[0] % rank != 0
-    if isinstance(operation, numpy_ops.Swapaxes):
-        return 0 in (operation.axis1 % rank, operation.axis2 % rank)
-    axis = getattr(operation, "axis", -1)
-    axes = range(rank) if axis is None else [axis] if isinstance(axis, int) else axis
-    reduces = isinstance(operation, (numpy_ops.Sum, numpy_ops.Mean, numpy_ops.Max, numpy_ops.Min, numpy_ops.Amax))
-    return reduces and 0 in [a % rank for a in axes]
+def _mixes_examples(operation, x) -> bool:
+    """Whether the operation works along the first axis, or takes it from its place: examples are not apart after it."""
+    if isinstance(operation, numpy_ops.Transpose):
+        return operation.axes is None or operation.axes[0] != 0
+    if isinstance(operation, numpy_ops.Tile):
+        repeats = operation.repeats
+        return not isinstance(repeats, int) and len(repeats) >= len(x.shape) and repeats[-len(x.shape)] != 1
+    if isinstance(operation, numpy_ops.Ravel):
+        return True
+    rank = len(x.shape) + isinstance(operation, (numpy_ops.ExpandDims, numpy_ops.Stack))
+    named = ("axis", "axes", "axis1", "axis2", "source", "destination")
+    given = [getattr(operation, name) for name in named if hasattr(operation, name)]
+    # No axis means all of them, or the flat tensor.
+    return any(axes is None or 0 in [axis % rank for axis in tree.flatten(axes)] for axes in given)
 
 
 @register_rule(
@@ -146,7 +149,7 @@ def _moves_the_batch(operation, x) -> bool:
 )
 def linear(operation, x, context):
     push = each_probe(operation.call)
-    return operation.call(x), Pushforward(push, couples_examples=_moves_the_batch(operation, x))
+    return operation.call(x), Pushforward(push, couples_examples=_mixes_examples(operation, x))
 
 
 @register_rule(numpy_ops.Reshape)
@@ -179,12 +182,16 @@ def cast(operation, x, context):
 
 @register_rule(numpy_ops.Pad)
 def pad(operation, x, context, constant_values=None):
-    return operation.call(x, constant_values), Pushforward(each_probe(operation.call))
+    mixes = tuple(tree.flatten(operation.pad_width[0])) not in ((0,), (0, 0))
+    return operation.call(x, constant_values), Pushforward(each_probe(operation.call), couples_examples=mixes)
 
 
 @register_rule(numpy_ops.GetItem)
 def get_item(operation, x, key, context):
-    return operation.call(x, key), Pushforward(each_probe(lambda tangent: operation.call(tangent, key)))
+    first = key[0] if isinstance(key, (tuple, list)) and key else key
+    whole = first is Ellipsis or (isinstance(first, slice) and first == slice(None))
+    push = each_probe(lambda tangent: operation.call(tangent, key))
+    return operation.call(x, key), Pushforward(push, couples_examples=not whole)
 
 
 @register_rule(numpy_ops.Split, core.Unstack)
@@ -193,7 +200,7 @@ def split(operation, x, context):
         rows = [operation.call(row) for row in ops.unstack(tangent)]
         return tuple(ops.stack(parts) for parts in zip(*rows, strict=True))
 
-    return tuple(operation.call(x)), Pushforward(push)
+    return tuple(operation.call(x)), Pushforward(push, couples_examples=_mixes_examples(operation, x))
 
 
 @register_rule(numpy_ops.Take, numpy_ops.TakeAlongAxis)
@@ -202,7 +209,8 @@ def take(operation, x, indices, context):
         return each_probe(lambda row: operation.call(row, indices[0]))(tangent)
 
     if not ops.is_tensor(indices):
-        return operation.call(x, indices), Pushforward(each_probe(lambda row: operation.call(row, indices)))
+        fixed = each_probe(lambda row: operation.call(row, indices))
+        return operation.call(x, indices), Pushforward(fixed, couples_examples=_mixes_examples(operation, x))
     return operation.call(x, indices), Pushforward(push, x, indices, takes_none=True)
 
 
@@ -331,7 +339,8 @@ def join(operation, tensors, context):
     def push(*tangents):
         return ops.stack([operation.call(list(row)) for row in zip(*map(ops.unstack, tangents), strict=True)])
 
-    return operation.call(tensors), Pushforward(push)
+    mixes = isinstance(operation, numpy_ops.Vstack) or _mixes_examples(operation, tensors[0])
+    return operation.call(tensors), Pushforward(push, couples_examples=mixes)
 
 
 # ---------------------------------------------------------------- along an axis
@@ -356,7 +365,7 @@ def extremum(operation, x, context):
     def push(tangent, shares):
         return ops.sum(shares * tangent, axis=axes, keepdims=operation.keepdims)
 
-    return y, Pushforward(push, shares, couples_examples=_moves_the_batch(operation, x))
+    return y, Pushforward(push, shares, couples_examples=_mixes_examples(operation, x))
 
 
 @register_rule(numpy_ops.Var, numpy_ops.Std)

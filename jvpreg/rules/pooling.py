@@ -127,3 +127,36 @@ def global_max_pooling(layer, x, context):
         return ops.expand_dims(picked, [a + 1 for a in axes]) if layer.keepdims else picked
 
     return layer.call(x), Pushforward(push, winner)
+
+
+@register_rule(layers.AdaptiveMaxPooling1D, layers.AdaptiveMaxPooling2D, layers.AdaptiveMaxPooling3D)
+def adaptive_max_pooling(layer, x, context):
+    """One axis after the other, since the windows are boxes: along each, the winners of its windows are frozen."""
+    sizes = [layer.output_size] if isinstance(layer.output_size, int) else list(layer.output_size)
+    stages, winners, best = [], [], x
+    for axis, count in zip(_spatial_axes(layer, x), sizes, strict=True):
+        size = best.shape[axis]
+        windows = [slice(i * size // count, -(-(i + 1) * size // count)) for i in range(count)]
+        indices = [ops.argmax(best[_at(axis, window)], axis=axis, keepdims=True) for window in windows]
+        best = ops.concatenate([ops.max(best[_at(axis, window)], axis=axis, keepdims=True) for window in windows], axis)
+        stages.append((axis, windows))
+        winners.append(ops.concatenate(indices, axis))
+
+    def push(tangent, *winners):
+        for (axis, windows), winner in zip(stages, winners, strict=True):
+            picked = []
+            for i, window in enumerate(windows):
+                entries = tangent[_at(axis + 1, window)]
+                shape = [1] * len(entries.shape)
+                shape[axis + 1] = -1
+                positions = ops.reshape(ops.arange(entries.shape[axis + 1], dtype=winner.dtype), shape)
+                chosen = ops.where(ops.equal(positions, winner[_at(axis + 1, slice(i, i + 1))]), entries, 0.0)
+                picked.append(ops.sum(chosen, axis=axis + 1, keepdims=True))
+            tangent = ops.concatenate(picked, axis + 1)
+        return tangent
+
+    return best, Pushforward(push, *winners)
+
+
+def _at(axis: int, window: slice) -> tuple:
+    return (slice(None),) * axis + (window,)

@@ -30,6 +30,9 @@ def recurrent(layer, sequences, context, initial_state=None):
     states = initial_state if given else layer.get_initial_state(batch_size=ops.shape(sequences)[0])
     states = list(states) if isinstance(states, (list, tuple)) else [states]
     states = tree.map_structure(lambda state: ops.cast(state, cell.compute_dtype), states)
+    # A cell's dropout masks are constants of it, and so not cut with the examples.
+    cells = [cell, *getattr(cell, "cells", [])]
+    masked = context.training and any(getattr(c, "dropout", 0) or getattr(c, "recurrent_dropout", 0) for c in cells)
     num_given = len(tree.flatten(states)) if given else 0
     steps = _time_first(sequences, 0)
     steps = ops.flip(steps, axis=0) if layer.go_backwards else steps
@@ -103,7 +106,7 @@ def recurrent(layer, sequences, context, initial_state=None):
         *residuals,
         weights=[(variable, part_of(part)) for variable, part in frozen.weights],
         batch_axes=[axis + 1 for axis in frozen.batch_axes],
-        couples_examples=frozen.couples_examples,
+        couples_examples=frozen.couples_examples or masked,
         takes_none=True,
     )
 

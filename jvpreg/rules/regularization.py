@@ -1,11 +1,11 @@
-"""The dropout family: one draw, shared by the primal and all of its tangents."""
+"""What acts in training only. The dropout family draws once, for the primal and all of its tangents."""
 
 import math
 
 import keras
 from keras import layers, ops
 
-from jvpreg.registry import Pushforward, gate, identity, linear, register_rule, scale
+from jvpreg.registry import Declined, Pushforward, gate, identity, linear, register_rule, scale
 
 
 def _drop(layer, x, noise_shape):
@@ -73,3 +73,34 @@ def alpha_dropout(layer, x, context):
 def activity_regularization(layer, x, context):
     # The engine records activity losses for every layer.
     return layer.call(x), linear(layer.call)
+
+
+@register_rule(
+    layers.AugMix,
+    layers.CutMix,
+    layers.MixUp,
+    layers.RandAugment,
+    layers.RandomBrightness,
+    layers.RandomColorDegeneration,
+    layers.RandomColorJitter,
+    layers.RandomContrast,
+    layers.RandomElasticTransform,
+    layers.RandomErasing,
+    layers.RandomFlip,
+    layers.RandomGaussianBlur,
+    layers.RandomGrayscale,
+    layers.RandomHue,
+    layers.RandomInvert,
+    layers.RandomPerspective,
+    layers.RandomPosterization,
+    layers.RandomRotation,
+    layers.RandomSaturation,
+    layers.RandomSharpness,
+    layers.RandomShear,
+    layers.RandomTranslation,
+    layers.RandomZoom,
+)
+def augmentation(layer, x, context):
+    if context.training:
+        raise Declined("a random transformation of the images")
+    return x, identity()

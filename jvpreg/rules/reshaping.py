@@ -2,7 +2,7 @@
 
 from keras import layers
 
-from jvpreg.registry import linear, register_rule
+from jvpreg.registry import Declined, linear, register_rule
 
 
 @register_rule(
@@ -13,6 +13,8 @@ from jvpreg.registry import linear, register_rule
     layers.Cropping1D,
     layers.Cropping2D,
     layers.Cropping3D,
+    layers.CenterCrop,
+    layers.Resizing,
     layers.ZeroPadding1D,
     layers.ZeroPadding2D,
     layers.ZeroPadding3D,
@@ -22,3 +24,10 @@ from jvpreg.registry import linear, register_rule
 )
 def rearrange(layer, x, context):
     return layer.call(x), linear(layer.call)
+
+
+@register_rule(layers.RandomCrop)
+def random_crop(layer, x, context):
+    if context.training:
+        raise Declined("a random crop")
+    return layer.call(x, training=False), linear(lambda tangent: layer.call(tangent, training=False))
