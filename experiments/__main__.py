@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from experiments.config import CompareConfig, TrainConfig
 from experiments.errors import ExperimentError
+from experiments.verify import VerifyConfig, verify
 
 
 class Study(NamedTuple):
@@ -33,7 +34,11 @@ def compare(config: CompareConfig) -> object:
     return compare(config)
 
 
-STUDIES = {"train": Study(TrainConfig, train), "compare": Study(CompareConfig, compare)}
+STUDIES = {
+    "train": Study(TrainConfig, train),
+    "compare": Study(CompareConfig, compare),
+    "verify": Study(VerifyConfig, verify),
+}
 
 
 def benchmark_studies() -> dict[str, Study]:

@@ -1,9 +1,10 @@
 """jvpreg: the input-output Jacobian of a Keras model, to see and to train with."""
 
-from jvpreg import callbacks, estimators, layers, probes, regularizers, rules, testing
+from jvpreg import callbacks, clone, estimators, layers, probes, regularizers, rules, testing
 from jvpreg.linearization import Linearization, jvp, linearize, vjp
 from jvpreg.model import JacobianModel
-from jvpreg.registry import Pushforward, gate, linear, register_rule, scale
+from jvpreg.registry import Pushforward, affine, elementwise, gate, linear, register_rule, scale
+from jvpreg.tangent_model import TangentModel
 
 __version__ = "0.1.0"
 
@@ -11,7 +12,11 @@ __all__ = [
     "JacobianModel",
     "Linearization",
     "Pushforward",
+    "TangentModel",
+    "affine",
     "callbacks",
+    "clone",
+    "elementwise",
     "estimators",
     "gate",
     "jvp",

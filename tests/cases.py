@@ -277,7 +277,7 @@ class WithKernel(layers.Layer):
         self.kernel = self.add_weight(shape=(2, 3, 3))
 
     def call(self, x):
-        return getattr(ops, self.operation)(x, self.kernel, 1, data_format="channels_last")
+        return getattr(ops, self.operation)(x, self.kernel, 1, padding="valid", data_format="channels_last")
 
     def get_config(self):
         return {**super().get_config(), "operation": self.operation}
