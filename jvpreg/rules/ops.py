@@ -321,7 +321,7 @@ def contract(operation, *operands, context):
     return operation.call(*operands), Pushforward(push, *operands, takes_none=True)
 
 
-@register_rule(nn.Conv, nn.DepthwiseConv, nn.ConvTranspose)
+@register_rule(nn.Conv, nn.DepthwiseConv)
 def convolution(operation, x, kernel, context):
     def push(x_tangent, kernel_tangent, x, kernel):
         images = []
