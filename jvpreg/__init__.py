@@ -1,7 +1,7 @@
 """jvpreg: the input-output Jacobian of a Keras model, to see and to train with."""
 
 from jvpreg import callbacks, clone, estimators, layers, probes, regularizers, rules, testing
-from jvpreg.linearization import Linearization, jvp, linearize, vjp
+from jvpreg.linearization import Linearization, jacobian, jvp, linearize, vjp, weight_jvp
 from jvpreg.model import JacobianModel
 from jvpreg.registry import Pushforward, affine, elementwise, gate, linear, register_rule, scale
 from jvpreg.tangent_model import TangentModel
@@ -19,6 +19,7 @@ __all__ = [
     "elementwise",
     "estimators",
     "gate",
+    "jacobian",
     "jvp",
     "layers",
     "linear",
@@ -30,4 +31,5 @@ __all__ = [
     "scale",
     "testing",
     "vjp",
+    "weight_jvp",
 ]

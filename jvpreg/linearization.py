@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import keras
+import numpy as np
 from keras import ops, tree
 
+from jvpreg import probes
 from jvpreg.frozen import FrozenGraph, Node
 from jvpreg.graph import flatten_inputs, standardize_inputs, trace
 from jvpreg.registry import Context, unwrap
@@ -119,6 +121,35 @@ def vjp(model, x, v, **kwargs):
     return linearization.outputs, linearization.vjp(v)
 
 
+def weight_jvp(model, x, weights, **kwargs):
+    """`f(x)` and `d/dε f(x; W + ε U)`. Weights as in `Linearization.jvp`, keyword arguments as in `linearize`.
+
+    Example:
+
+    >>> import keras, numpy as np, jvpreg
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    >>> kernel, bias = model.trainable_variables
+    >>> y, moved = jvpreg.weight_jvp(model, np.ones((1, 3)), [(kernel, np.ones((3, 2))), (bias, np.ones(2))])
+    >>> moved.tolist() if hasattr(moved, "tolist") else moved.numpy().tolist()
+    [[4.0, 4.0]]
+    """
+    linearization = linearize(model, x, **kwargs)
+    return linearization.outputs, linearization.jvp(weights=weights)
+
+
+def jacobian(model, x, chunk_size: int = 64, **kwargs):
+    """The whole Jacobian `(B, *output, *input)`. As `Linearization.jacobian`, keyword arguments as in `linearize`.
+
+    Example:
+
+    >>> import keras, numpy as np, jvpreg
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    >>> tuple(jvpreg.jacobian(model, np.zeros((5, 3))).shape)
+    (5, 2, 3)
+    """
+    return linearize(model, x, **kwargs).jacobian(chunk_size)
+
+
 class Linearization:
     """A model frozen at `x`: `u ↦ J u`, `v ↦ Jᵀ v`, and what `f(x)` has beside `J x`. Made by `linearize`.
 
@@ -213,9 +244,7 @@ class Linearization:
         flat = tree.flatten(v)
         _check_count(flat, outputs, "v", "the outputs")
         cotangents, probed = _standardize(flat, outputs, [("v", "the outputs")] * len(outputs))
-        probes = next(ops.shape(c)[0] for c in cotangents if c is not None)
-        cotangents = [_zeros(probes, y) if c is None else c for c, y in zip(cotangents, outputs, strict=True)]
-        products = transpose(self._push, [_zeros(probes, x) for x in self.inputs], cotangents)
+        products = self._pull(cotangents)
         structure = self.inputs[0] if len(self.inputs) == 1 else self.inputs
         return self._pack(products, structure, probed)
 
@@ -254,14 +283,134 @@ class Linearization:
         part._whole = lambda: {name: cut(intercept) for name, intercept in self.intercepts.items()}
         return part
 
+    def jacobian(self, chunk_size: int = 64):
+        """The whole Jacobian of each example, one chunk of rows or of columns after the other, whichever are fewer.
+
+        Args:
+            chunk_size: how many products are made at once, which bounds the memory: that of as many tangent passes.
+
+        Returns:
+            `(B, *output, *input)`; for several outputs or inputs, a list over outputs of lists over inputs.
+
+        Raises:
+            ValueError: the chunk size is not a positive integer, or the examples of the batch are coupled.
+
+        Reference: Balestriero & Baraniuk (2021), proposition 1.
+        """
+        if not isinstance(chunk_size, int) or chunk_size < 1:
+            raise ValueError(
+                "Invalid value for argument `chunk_size`. Expected an integer, 1 or more. "
+                f"Received: chunk_size={chunk_size!r}"
+            )
+        if self._graph.couples_examples:
+            raise ValueError(
+                "A linearization that couples the examples of a batch has no Jacobian of each. Use "
+                '`batch_statistics="frozen"` or "moving", and no operation that mixes examples.'
+            )
+        outputs = tree.flatten(self.outputs)
+        sizes = [probes.dimension(self.inputs), probes.dimension(outputs)]
+        by_rows = sizes[1] <= sizes[0]
+        space, product = (outputs, self._pull) if by_rows else (self.inputs, self._push)
+        batch = ops.shape(self.inputs[0])[0]
+        chunks = []
+        for start in range(0, min(sizes), chunk_size):
+            rows = ops.one_hot(ops.arange(start, min(start + chunk_size, min(sizes))), min(sizes), dtype=space[0].dtype)
+            directions = ops.broadcast_to(ops.expand_dims(rows, 1), (rows.shape[0], batch, rows.shape[1]))
+            images = product(tree.flatten(probes.split(directions, space)))
+            chunks.append(ops.concatenate([ops.reshape(t, (*ops.shape(t)[:2], -1)) for t in images], axis=-1))
+        # (rows, B, inputs) or (columns, B, outputs) to (B, outputs, inputs).
+        matrix = ops.transpose(ops.concatenate(chunks), (1, 0, 2) if by_rows else (1, 2, 0))
+        blocks, row = [], 0
+        for y in outputs:
+            height, column = probes.dimension(y), 0
+            blocks.append([])
+            for x in self.inputs:
+                width = probes.dimension(x)
+                block = matrix[:, row : row + height, column : column + width]
+                blocks[-1].append(ops.reshape(block, (*ops.shape(y), *x.shape[1:])))
+                column += width
+            row += height
+        return blocks[0][0] if len(outputs) == len(self.inputs) == 1 else blocks
+
+    def affine_map(self, chunk_size: int = 64):
+        """The slope `A = J` and the intercept `b = f(x) − J x` of each example.
+
+        Where the model is piecewise affine, `A x + b` is the model itself in the whole region that holds `x`.
+
+        Args:
+            chunk_size: as in `jacobian`.
+
+        Returns:
+            `A`, as `jacobian` returns it, and `b`, like the outputs.
+
+        Reference: Balestriero & Baraniuk (2021), proposition 1.
+        """
+        slope = self.jacobian(chunk_size)
+        at_x = self._push([ops.expand_dims(x, 0) for x in self.inputs])
+        intercepts = [y - ju[0] for y, ju in zip(tree.flatten(self.outputs), at_x, strict=True)]
+        return slope, tree.pack_sequence_as(self.outputs, intercepts)
+
+    def linear_operator(self, example: int = 0):
+        """The Jacobian (K, D) of one example as a `scipy.sparse.linalg.LinearOperator`, for `svds`, `eigs` or `lsqr`.
+
+        Several inputs or outputs are one long vector each, in their order. Nothing is materialized.
+
+        Args:
+            example: its index in the batch.
+
+        Raises:
+            ValueError: there is no such example.
+        """
+        from scipy.sparse.linalg import LinearOperator
+
+        batch = int(ops.shape(self.inputs[0])[0])
+        if not -batch <= example < batch:
+            raise ValueError(
+                f"Invalid value for argument `example`. Expected an index of a batch of {batch}. "
+                f"Received: example={example!r}"
+            )
+        part = self if batch == 1 else self.take([example % batch])
+        outputs = tree.flatten(part.outputs)
+
+        def multiply(vectors, space, product):
+            """`vectors` (n,) or (n, P), as NumPy has them, by way of P probes."""
+            columns = np.reshape(vectors, (len(vectors), -1))
+            rows = ops.convert_to_tensor(np.ascontiguousarray(columns.T)[:, None], dtype=space[0].dtype)
+            images = product(tree.flatten(probes.split(rows, space)))
+            parts = [np.reshape(ops.convert_to_numpy(ops.stop_gradient(t)), (columns.shape[1], -1)) for t in images]
+            return np.concatenate(parts, axis=1).T.reshape(-1, *np.shape(vectors)[1:])
+
+        def forward(vectors):
+            return multiply(vectors, part.inputs, part._push)
+
+        def backward(vectors):
+            return multiply(vectors, outputs, part._pull)
+
+        return LinearOperator(
+            (probes.dimension(outputs), probes.dimension(part.inputs)),
+            matvec=forward,
+            rmatvec=backward,
+            matmat=forward,
+            rmatmat=backward,
+            dtype=keras.backend.standardize_dtype(part.inputs[0].dtype),
+        )
+
+    def _pull(self, cotangents: Sequence) -> list:
+        """The transpose of the tangent pass: cotangents `(P, B, …)` of every output, to those of the inputs."""
+        count = next(ops.shape(c)[0] for c in cotangents if c is not None)
+        filled = [
+            _zeros(count, y) if c is None else c for c, y in zip(cotangents, tree.flatten(self.outputs), strict=True)
+        ]
+        return transpose(self._push, [_zeros(count, x) for x in self.inputs], filled)
+
     def _push(self, tangents: Sequence, taps: dict[str, Any] | None = None, weights=None) -> list:
         """The tangent pass: input tangents `(P, B, …)` (None: zero) and taps by node name, to output tangents."""
         part = None if self._whole is None else ops.shape(self.inputs[0])[0]
         products = self._graph.push(tangents, part, taps=taps, weights=weights)
         given = [*tangents, *(taps or {}).values(), *(weights or {}).values()]
-        probes = next(ops.shape(t)[0] for t in given if t is not None)
+        count = next(ops.shape(t)[0] for t in given if t is not None)
         pairs = zip(products, tree.flatten(self.outputs), strict=True)
-        return [_zeros(probes, y) if product is None else product for product, y in pairs]
+        return [_zeros(count, y) if product is None else product for product, y in pairs]
 
     @staticmethod
     def _pack(products: list, structure, probed: bool):
@@ -307,9 +456,9 @@ def _standardize(flat: list, like: list, names: list[tuple[str, str]]) -> tuple[
     return tangents, bool(given[1])
 
 
-def _zeros(probes, like):
+def _zeros(num_probes, like):
     """Zero tangents (P, B, …) of `like` (B, …)."""
-    return ops.zeros((probes, *ops.shape(like)), dtype=like.dtype)
+    return ops.zeros((num_probes, *ops.shape(like)), dtype=like.dtype)
 
 
 def _at_least_float32(tensor):

@@ -106,7 +106,7 @@ def affine(function: Callable, x, weights: Iterable[tuple[Any, Callable]]) -> Pu
     push = linear(function).function
 
     def probed(part):
-        return lambda tangent, x: ops.stack([part(row, x[0]) for row in ops.unstack(tangent)])
+        return lambda tangent, x: ops.stack([part(ops.cast(row, x.dtype), x[0]) for row in ops.unstack(tangent)])
 
     parts = [(variable, probed(part)) for variable, part in weights]
     return Pushforward(lambda tangent, x: push(tangent), x, weights=parts)

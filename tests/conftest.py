@@ -29,3 +29,7 @@ def float64():
 def own_rules(monkeypatch):
     """A rule that a test registers is gone after it."""
     monkeypatch.setattr(jvpreg.registry, "_RULES", dict(jvpreg.registry._RULES))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=200, help="how many random graphs tests/test_fuzz.py checks")

@@ -24,7 +24,7 @@ def dense(layer, x, context):
     y = ops.matmul(x, kernel)
     if layer.bias is not None:
         y = ops.add(y, ops.cast(layer.bias, x.dtype))
-    weights = [*kernel_parts(layer, lambda u, x: ops.matmul(x, ops.cast(u, x.dtype))), (layer.bias, lambda u, x: u)]
+    weights = [*kernel_parts(layer, lambda u, x: ops.matmul(x, u)), (layer.bias, lambda u, x: u)]
     return y, affine(lambda tangent: ops.matmul(tangent, kernel), x, weights)
 
 

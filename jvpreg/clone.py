@@ -1,0 +1,168 @@
+"""The clone of Balestriero & Baraniuk (2021) in its literal form, for networks written by hand in `keras.ops`.
+
+A batch `h` is a concatenation `[x, u_1 … u_P, 0]` of parts of B examples: `((P+2)·B, …)`. What is affine takes it as it
+is. A nonlinearity takes its state (a mask, a winner, statistics) from the part of `x` and applies it to all parts. The
+network of both is `f_x`, the clone of `f` at `x`, and `J u = f_x(u) − f_x(0)`.
+
+`num_probes` is P throughout, or None for one direction without a probe axis. No autodiff, no graph and no rule is
+needed. Where there is a Keras model, `jvpreg.linearize` is better: it runs P + 1 examples for each of `x`, not P + 2,
+and loses no digits to a difference of outputs.
+
+Reference: Balestriero & Baraniuk (2021), "Fast Jacobian-Vector Product for Deep Networks", section 3 and appendix F.
+Equation 10 is meant as `f(x) − f_x(x − u)`; the difference that is taken here is that of appendix G.
+
+Example:
+
+>>> import numpy as np
+>>> from keras import ops
+>>> from jvpreg import clone
+>>> weights, bias = np.array([[1.0, 2.0], [1.0, -2.0]], "float32"), np.array([0.5, 0.5], "float32")
+>>> def network(h):
+...     return clone.activation(ops.matmul(h, weights) + bias)
+>>> x, u = np.array([[1.0, 2.0]], "float32"), np.array([[3.0, 4.0]], "float32")
+>>> y, ju = clone.unstack(network(clone.stack(x, u)))
+>>> ops.convert_to_numpy(y).tolist(), ops.convert_to_numpy(ju).tolist()
+([[3.5, 0.0]], [[7.0, 0.0]])
+"""
+
+import itertools
+
+import keras
+from keras import ops
+
+
+def stack(x, u):
+    """The batch `[x, u, 0]`.
+
+    Args:
+        x: where the network is cloned, `(B, …)`.
+        u: a direction like `x`, or P of them, `(P, B, …)`.
+
+    Returns:
+        `((P+2)·B, …)`, in the dtype of `x`; integers become floats.
+
+    Raises:
+        ValueError: `u` does not fit `x`.
+
+    Reference: Balestriero & Baraniuk (2021), section 3.2, step 2.
+    """
+    x = ops.convert_to_tensor(x)
+    if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(x.dtype)):
+        x = ops.cast(x, keras.config.floatx())
+    u = ops.convert_to_tensor(u, dtype=x.dtype)
+    if tuple(x.shape) not in (tuple(u.shape), tuple(u.shape)[1:]):
+        raise ValueError(
+            f"Invalid value for argument `u`. Expected shape {tuple(x.shape)}, like x, or "
+            f"(P, {str(tuple(x.shape))[1:-1]}) with a leading axis of P probes. "
+            f"Received: u with shape {tuple(u.shape)}."
+        )
+    return ops.concatenate([x, ops.reshape(u, (-1, *ops.shape(x)[1:])), ops.zeros_like(x)])
+
+
+def unstack(h, num_probes: int | None = None):
+    """What a network returned for `stack(x, u)`, as `f(x)` and `J u`.
+
+    Args:
+        h: `((P+2)·B, …)`.
+        num_probes: P, or None.
+
+    Returns:
+        `f(x)`, `(B, …)`, and `J u`, `(P, B, …)`, or `(B, …)` if `num_probes` is None.
+
+    Raises:
+        ValueError: the batch does not divide into P + 2 parts; so in every function below.
+
+    Reference: Balestriero & Baraniuk (2021), section 3.2, step 3.
+    """
+    parts = _split(h, num_probes)
+    products = parts[1:-1] - parts[-1:]
+    return parts[0], products[0] if num_probes is None else products
+
+
+def activation(h, negative_slope: float = 0.0, num_probes: int | None = None):
+    """A piecewise-linear activation of `h`, `((P+2)·B, …)`: slope 1 where `x > 0` and `negative_slope` elsewhere.
+
+    ReLU by default, leaky ReLU for `negative_slope > 0`, the absolute value for −1.
+
+    Reference: Balestriero & Baraniuk (2021), equation 8 and algorithm 1.
+    """
+    parts = _split(h, num_probes)
+    return _join(ops.where(parts[:1] > 0, parts, negative_slope * parts if negative_slope else 0.0))
+
+
+def max_pool(h, pool_size, strides=None, padding: str = "valid", data_format=None, num_probes: int | None = None):
+    """Max pooling of `h`, `((P+2)·B, *spatial, C)`, by the winners of `x`; a tie goes to the first entry.
+
+    Other arguments as in `keras.ops.max_pool`. The spatial sizes must be known.
+
+    Reference: Balestriero & Baraniuk (2021), appendix C and algorithm 3.
+    """
+    parts = _split(h, num_probes)
+    rank = len(parts.shape) - 3
+    windows = (pool_size,) * rank if isinstance(pool_size, int) else tuple(pool_size)
+    strides = windows if strides is None else (strides,) * rank if isinstance(strides, int) else tuple(strides)
+    first = 3 if (data_format or keras.config.image_data_format()) == "channels_first" else 2
+    widths, lengths = [(0, 0)] * len(parts.shape), []
+    for axis, window, stride in zip(range(first, first + rank), windows, strides, strict=True):
+        size = parts.shape[axis]
+        count = -(-size // stride) if padding == "same" else (size - window) // stride + 1
+        lengths.append((count - 1) * stride + 1)
+        missing = max(lengths[-1] + window - 1 - size, 0)
+        widths[axis] = (missing // 2, missing - missing // 2)
+    # The same in every part: only what wins for `x` is ever read.
+    parts = ops.pad(parts, widths, constant_values=-float("inf"))
+
+    def entry(offsets):
+        cuts = [slice(start, start + n, step) for start, n, step in zip(offsets, lengths, strides, strict=True)]
+        return parts[(slice(None),) * first + tuple(cuts)]
+
+    best, *rest = map(entry, itertools.product(*map(range, windows)))
+    for challenger in rest:
+        best = ops.where(challenger[:1] > best[:1], challenger, best)
+    return _join(best)
+
+
+def dropout(h, rate: float, seed=None, num_probes: int | None = None):
+    """Dropout of `h`, `((P+2)·B, …)`, by one mask `(B, …)`; leave it out, or pass `rate=0`, outside training.
+
+    Other arguments as in `keras.random.dropout`: from the same seed, the mask is that of `dropout(x, …)`.
+
+    Reference: Balestriero & Baraniuk (2021), algorithm 3.
+    """
+    parts = _split(h, num_probes)
+    return _join(parts * keras.random.dropout(ops.ones_like(parts[0]), rate, seed=seed)) if rate else h
+
+
+def batch_normalization(
+    h, mean=None, variance=None, axis=-1, offset=None, scale=None, epsilon=1e-3, num_probes: int | None = None
+):
+    """Batch normalization of `h`, `((P+2)·B, …)`, by the statistics of `x`, which are frozen: no tangent moves them.
+
+    Other arguments as in `keras.ops.batch_normalization`, but `mean` and `variance`, both `(C,)`: given, they are the
+    moving averages; by default they are those of the part of `x`, as in training.
+
+    Reference: Balestriero & Baraniuk (2021), appendix F, which in training differentiates the statistics as well.
+    """
+    if (mean is None) != (variance is None):
+        raise ValueError("Invalid value for argument `mean`. Expected it together with `variance`. Received: one.")
+    x = _split(h, num_probes)[0]
+    if mean is None:
+        mean, variance = ops.moments(x, [a for a in range(len(x.shape)) if a != axis % len(x.shape)])
+    return ops.batch_normalization(h, mean, variance, axis, offset=offset, scale=scale, epsilon=epsilon)
+
+
+def _split(h, num_probes):
+    """((P+2)·B, …) to (P+2, B, …)."""
+    h = ops.convert_to_tensor(h)
+    count = (1 if num_probes is None else num_probes) + 2
+    if isinstance(h.shape[0], int) and h.shape[0] % count:
+        raise ValueError(
+            f"Invalid value for argument `h`. Expected a batch of {count}·B examples, as `clone.stack` makes it for "
+            f"num_probes={num_probes}. Received: h with shape {tuple(h.shape)}."
+        )
+    return ops.reshape(h, (count, -1, *ops.shape(h)[1:]))
+
+
+def _join(parts):
+    """(P+2, B, …) to ((P+2)·B, …)."""
+    return ops.reshape(parts, (-1, *ops.shape(parts)[2:]))

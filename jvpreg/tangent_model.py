@@ -1,0 +1,131 @@
+"""`TangentModel`: outputs and Jacobian-vector product as one Keras model, to deploy where there is no autodiff."""
+
+import keras
+from keras import tree
+
+from jvpreg.graph import flatten_inputs
+from jvpreg.linearization import linearize
+from jvpreg.registry import unwrap
+
+
+@keras.saving.register_keras_serializable(package="jvpreg")
+class TangentModel(keras.Model):
+    """Maps `[x, u]` to `(f(x), J u)`, in inference: one forward pass, to save and to export as any model.
+
+    What `export` writes has the inputs `x` and `u`, or `x_name` and `u_name` for each `keras.Input` of several. It
+    holds no autodiff: an operation without a rule is an error.
+
+    Args:
+        base: a Keras model, built; of a `JacobianModel`, the plain model in it. The weights are its own.
+        **kwargs: of `keras.Model`: `name`.
+
+    Raises:
+        ValueError: `base` is not a model, or not built.
+
+    Example:
+
+    >>> import keras, numpy as np, jvpreg
+    >>> base = keras.Sequential([keras.Input((8,)), keras.layers.Dense(16, activation="relu"), keras.layers.Dense(3)])
+    >>> tangent = jvpreg.TangentModel(base)
+    >>> y, ju = tangent([np.ones((4, 8)), np.ones((4, 8))])
+    >>> tuple(y.shape), tuple(ju.shape)
+    ((4, 3), (4, 3))
+    """
+
+    def __init__(self, base: keras.Model, **kwargs):
+        base = unwrap(base)
+        if not isinstance(base, keras.Model) or isinstance(base, TangentModel) or not base.built:
+            raise ValueError(
+                "Invalid value for argument `base`. Expected a Keras model, built. "
+                f"Received: base={base!r} (of type {type(base).__name__})"
+            )
+        # `base` casts its own inputs; a second cast here would round what it is given.
+        super().__init__(**{"autocast": False, "dtype": base.dtype_policy, **kwargs})
+        self.base = base
+        # A base without a graph has no known inputs: Keras records those of the first call, for `export`.
+        self.built = bool(getattr(base, "inputs", None))
+
+    def call(self, inputs):
+        """`(f(x), J u)` for `inputs` = `[x, u]`.
+
+        Args:
+            inputs: a list of `x`, like the base model's input, `(B, …)` or a structure of them, and `u`, like `x`.
+
+        Returns:
+            A tuple of `f(x)` and `J u`, each in the base model's own structure. `J u` is in float32 at least.
+
+        Raises:
+            NotImplementedError: an operation has no rule.
+            ValueError: `inputs` is no pair, or a shape does not fit.
+        """
+        x, u = self._split(inputs)
+        linearization = linearize(self.base, x, fallback="error")
+        return linearization.outputs, linearization.jvp(u)
+
+    def compute_output_spec(self, inputs, **kwargs):
+        """The base model's outputs twice, the second time in float32 at least."""
+        x, _ = self._split(inputs)
+        outputs = self.base.compute_output_spec(x)
+        return outputs, tree.map_structure(_tangent_spec, outputs)
+
+    def export(self, filepath, format="tf_saved_model", verbose=None, input_signature=None, **kwargs):
+        """As `keras.Model.export`, with inputs that are named and have the dtypes that the base model expects."""
+        input_signature = self._input_signature() if input_signature is None else input_signature
+        super().export(filepath, format, verbose=verbose, input_signature=input_signature, **kwargs)
+
+    def _input_signature(self) -> list | None:
+        """One argument, `[x, u]`; None, for Keras to infer it from the first call, if the base model has no graph."""
+        if not getattr(self.base, "inputs", None):
+            return None
+        several = len(self.base.inputs) > 1
+        floatx = keras.config.floatx()
+
+        def spec(tensor, prefix, dtype):
+            name = f"{prefix}_{tensor.name}" if several else prefix
+            return keras.InputSpec(shape=(None, *tensor.shape[1:]), dtype=dtype, name=name)
+
+        def tangent(tensor):
+            return spec(tensor, "u", tensor.dtype if keras.backend.is_float_dtype(tensor.dtype) else floatx)
+
+        # A Sequential model keeps its one input in a list.
+        structure = self.base.input if isinstance(self.base, keras.Function) else self.base.inputs[0]
+        primals = tree.map_structure(lambda tensor: spec(tensor, "x", tensor.dtype), structure)
+        return [[primals, tree.map_structure(tangent, structure)]]
+
+    def _split(self, inputs) -> tuple:
+        """`x` and `u`, of the same shapes."""
+        if not isinstance(inputs, (list, tuple)) or len(inputs) != 2:
+            received = f"{len(inputs)} of them" if isinstance(inputs, (list, tuple)) else f"{type(inputs).__name__}"
+            raise ValueError(
+                "Invalid value for argument `inputs`. Expected a pair [x, u], each like the input of "
+                f"`{self.base.name}`. Received: {received}."
+            )
+        x, u = inputs
+        pairs = zip(flatten_inputs(self.base, x, "x"), flatten_inputs(self.base, u, "u"), strict=True)
+        for primal, tangent in pairs:
+            if not _alike(tuple(primal.shape), tuple(tangent.shape)):
+                raise ValueError(
+                    f"Invalid value for argument `u`. Expected shape {tuple(primal.shape)}, like x. Received: u with "
+                    f"shape {tuple(tangent.shape)}. For several directions at once, use `jvpreg.linearize`."
+                )
+        return x, u
+
+    def get_config(self):
+        """The base model."""
+        return {"base": keras.saving.serialize_keras_object(self.base), "name": self.name}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """The model that `get_config` described."""
+        base = keras.saving.deserialize_keras_object(config["base"], custom_objects=custom_objects)
+        return cls(**{**config, "base": base})
+
+
+def _alike(shape: tuple, other: tuple) -> bool:
+    pairs = zip(shape, other, strict=False)
+    return len(shape) == len(other) and all(a is None or b is None or a == b for a, b in pairs)
+
+
+def _tangent_spec(output):
+    half = output.dtype in ("float16", "bfloat16")
+    return keras.KerasTensor(output.shape, "float32" if half else output.dtype)
