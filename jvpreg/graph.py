@@ -189,7 +189,8 @@ class Tracer:
     def _run_by_autodiff(self, operation, args, kwargs, name: str, error: Exception):
         if self.context.fallback == "error":
             raise missing_rule_error(operation, name) from error
-        self.fallbacks[name] = type(operation).__name__
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        self.fallbacks[name] = f"{type(operation).__name__}: {reason}"
         args, kwargs = self._as_values(operation, args, kwargs)
         values, args, kwargs = self._primals(operation, args, kwargs)
         if isinstance(operation, keras.Layer) and "training" in operation._call_signature.parameters:

@@ -320,7 +320,8 @@ class Linearization:
             chunks.append(ops.concatenate([ops.reshape(t, (*ops.shape(t)[:2], -1)) for t in images], axis=-1))
         # (rows, B, inputs) or (columns, B, outputs) to (B, outputs, inputs).
         matrix = ops.transpose(ops.concatenate(chunks), (1, 0, 2) if by_rows else (1, 2, 0))
-        blocks, row = [], 0
+        blocks: list[list] = []
+        row = 0
         for y in outputs:
             height, column = probes.dimension(y), 0
             blocks.append([])

@@ -203,47 +203,51 @@ class _Case:
         assert len(jtv) == count
 
     def check_weights(self, compiled: Callable) -> None:
-        """The pushforward of each weight that the rules know, by itself and beside an input tangent."""
+        """The pushforward of each weight that the rules know, a probe each; of the input; and of all of them at once."""
         known = {
             id(variable) for variable in self._stateless(self.values, lambda: self._linearize(self.inputs).weights)
         }
         indices = [i for i, variable in enumerate(self.variables) if id(variable) in known]
+        if not indices:
+            return
+        count = len(indices)
         random = np.random.default_rng(2)
-        tangents = [ops.convert_to_tensor(random.normal(size=(2, *self.variables[i].shape))) for i in indices]
-        zeros = [ops.zeros((2, *x.shape), "float64") for x in self.inputs]
+        moved = [random.normal(size=self.variables[i].shape) for i in indices]
+
+        def probes(tangent, own: int):
+            """`tangent` in the probe that is its own, and in the last one."""
+            stacked = np.zeros((count + 2, *np.shape(tangent)))
+            stacked[own] = stacked[-1] = tangent
+            return ops.convert_to_tensor(stacked)
+
+        u = [probes(_numpy(a), count) for a in self.u]
+        tangents = [probes(tangent, k) for k, tangent in enumerate(moved)]
 
         def products(values, inputs, u, tangents):
             def run():
-                lin = self._linearize(inputs)
                 pairs = [(self.variables[i], tangent) for i, tangent in zip(indices, tangents, strict=True)]
-                alone = [tree.flatten(lin.jvp(weights=[pair])) for pair in pairs]
-                u_twice = [ops.stack([zero[0], a]) for zero, a in zip(zeros, u, strict=True)]
-                return alone, tree.flatten(lin.jvp(_pack(u_twice), weights=pairs)), tree.flatten(lin.jvp(_pack(u)))
+                return tree.flatten(self._linearize(inputs).jvp(_pack(u), weights=pairs))
 
             return self._stateless(values, run)
 
-        if not indices:
-            return
-        alone, together, ju = compiled(products)(self.values, self.inputs, self.u, tangents)
-        total = [np.zeros(np.shape(leaf)) for leaf in together]
-        for i, tangent, received in zip(indices, tangents, alone, strict=True):
-            slopes = []
-            for probe in range(2):
-                ahead, behind = ([*self.values] for _ in range(2))
-                ahead[i], behind[i] = (self.values[i] + sign * STEP * tangent[probe] for sign in (1, -1))
-                pair = [
-                    tree.flatten(self._stateless(values, lambda: self.reference(*self.inputs)))
-                    for values in (ahead, behind)
-                ]
-                slopes.append([(_numpy(a) - _numpy(b)) / (2 * STEP) for a, b in zip(*pair, strict=True)])
-            expected = [np.stack(rows) for rows in zip(*slopes, strict=True)]
+        received = [_numpy(leaf) for leaf in compiled(products)(self.values, self.inputs, u, tangents)]
+        for k, (i, tangent) in enumerate(zip(indices, moved, strict=True)):
+            pair = []
+            for sign in (1, -1):
+                values = list(self.values)
+                values[i] = self.values[i] + sign * STEP * tangent
+                outputs = self._stateless(values, lambda: self.reference(*self.inputs))
+                pair.append([_numpy(leaf) for leaf in tree.flatten(outputs)])
+            slopes = [(ahead - behind) / (2 * STEP) for ahead, behind in zip(*pair, strict=True)]
             name = f"the pushforward of {self.variables[i].path}, against finite differences"
             # Differences of the outputs are no better than the outputs' own rounding over the step.
-            self._compare(name, received, expected, 1e-6, scale=_norm(expected) + 1e-2 * _norm(self.outputs))
-            total = [a + _numpy(b) for a, b in zip(total, received, strict=True)]
-        for total_part, product in zip(total, ju, strict=True):
-            total_part[1] += _numpy(product)
-        self._compare("an input's and the weights' tangents at once, against each by itself", together, total)
+            scale = _norm(slopes) + 1e-2 * _norm(self.outputs)
+            self._compare(name, [leaf[k] for leaf in received], slopes, 1e-6, scale)
+        self._compare(
+            "the tangents of the input and the weights at once, against each by itself",
+            [leaf[-1] for leaf in received],
+            [np.sum(leaf[:-1], axis=0) for leaf in received],
+        )
 
     def check_penalty_gradient(self, compiled: Callable) -> None:
         """The gradient of `mean ‖J u‖²` by inputs and weights, along random directions, by finite differences."""

@@ -5,7 +5,7 @@ layers with several inputs. A registered rule without a row here fails `test_rul
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import keras
 from keras import activations, layers, ops
@@ -26,6 +26,7 @@ class Case:
         channels_first: whether it needs a backend that has channels-first kernels on CPU (TensorFlow has none).
         float32_on_tensorflow: whether TensorFlow has no float64 kernel for it on CPU.
         random: whether it draws random numbers, which TensorFlow draws otherwise under XLA than without.
+        compiled: whether it is checked compiled too. Recurrent layers take half a minute each, so one of each kind is.
     """
 
     id: str
@@ -36,9 +37,10 @@ class Case:
     channels_first: bool = False
     float32_on_tensorflow: bool = False
     random: bool = False
+    compiled: bool = True
 
 
-def _row(make, input_shape, name=None, channels_first=False, float32_on_tensorflow=False, **arguments):
+def _row(make, input_shape, name=None, channels_first=False, float32_on_tensorflow=False, compiled=True, **arguments):
     kind = type(make())
     random = "seed_generator" in vars(make()) and bool(arguments.get("training"))
     return Case(
@@ -50,6 +52,7 @@ def _row(make, input_shape, name=None, channels_first=False, float32_on_tensorfl
         channels_first,
         float32_on_tensorflow,
         random,
+        compiled,
     )
 
 
@@ -66,7 +69,8 @@ def _call(operation, make, shapes, name=None, **arguments):
             inputs = [keras.Input(shape) for shape in shapes]
             return keras.Model(inputs, make(*inputs))
 
-    return Case(name or operation.__name__, model, shapes if len(shapes) > 1 else shapes[0], arguments, operation)
+    shape = shapes if len(shapes) > 1 else shapes[0]
+    return Case(name or operation.__name__, model, shape, arguments, operation)
 
 
 def _dense(units):
@@ -295,6 +299,45 @@ def _operation(name, function, shapes):
     return _call(operation, function, shapes, f"ops-{name}")
 
 
+MORE_RECURRENT = [
+    _row(lambda: layers.Bidirectional(layers.LSTM(2, return_sequences=True, dtype="float64"), dtype="float64"), (4, 3)),
+    _row(
+        lambda: layers.Bidirectional(layers.GRU(2, dtype="float64"), "mul", dtype="float64"),
+        (4, 3),
+        "Bidirectional-product",
+    ),
+    _row(
+        lambda: layers.SimpleRNN(3, activation="relu", return_sequences=True, go_backwards=True),
+        (4, 3),
+        "SimpleRNN-back",
+    ),
+    _row(lambda: layers.LSTM(3, return_state=True, return_sequences=True, use_bias=False), (4, 3), "LSTM-with-states"),
+    _row(lambda: layers.LSTM(3, dropout=0.3, recurrent_dropout=0.3, seed=2), (4, 3), "LSTM-dropout", training=True),
+    _row(lambda: layers.GRU(3, reset_after=False), (4, 3), "GRU-reset-before"),
+    _call(layers.RNN, lambda x: layers.RNN([layers.GRUCell(3), layers.LSTMCell(2)])(x), [(4, 3)]),
+    _call(
+        layers.LSTM,
+        lambda x, h, c: layers.LSTM(3, return_sequences=True)(x, initial_state=[h, c]),
+        [(4, 3), (3,), (3,)],
+        "LSTM-from-a-state",
+    ),
+    Case("LSTMCell", lambda: layers.RNN(layers.LSTMCell(2, dtype="float64")), (3, 2), operation=layers.LSTMCell),
+    Case("GRUCell", lambda: layers.RNN(layers.GRUCell(2, dtype="float64")), (3, 2), operation=layers.GRUCell),
+    Case(
+        "SimpleRNNCell",
+        lambda: layers.RNN(layers.SimpleRNNCell(2, dtype="float64")),
+        (3, 2),
+        operation=layers.SimpleRNNCell,
+    ),
+    _call(
+        layers.StackedRNNCells,
+        lambda x: layers.RNN(layers.StackedRNNCells([layers.SimpleRNNCell(2), layers.SimpleRNNCell(3)]))(x),
+        [(3, 2)],
+    ),
+    _row(lambda: layers.ConvLSTM2D(2, 2, return_sequences=True), (2, 3, 3, 1)),
+    _row(lambda: layers.ConvLSTM3D(1, 2), (2, 2, 3, 2, 1)),
+]
+
 OPERATIONS = _operations()
 
 LAYERS = [
@@ -454,41 +497,11 @@ LAYERS = [
     _row(layers.UnitNormalization, (5, 3)),
     _row(lambda: layers.SpectralNormalization(_dense(3)), (4,)),
     _row(lambda: layers.TimeDistributed(_dense(3)), SEQUENCE),
-    _row(lambda: layers.Bidirectional(layers.LSTM(2, return_sequences=True, dtype="float64"), dtype="float64"), (4, 3)),
-    _row(lambda: layers.SimpleRNN(3), (4, 3)),
-    _row(
-        lambda: layers.SimpleRNN(3, activation="relu", return_sequences=True, go_backwards=True),
-        (4, 3),
-        "SimpleRNN-back",
-    ),
-    _row(lambda: layers.LSTM(3), (4, 3)),
-    _row(lambda: layers.LSTM(3, return_state=True, return_sequences=True, use_bias=False), (4, 3), "LSTM-with-states"),
-    _row(lambda: layers.LSTM(3, dropout=0.3, recurrent_dropout=0.3, seed=2), (4, 3), "LSTM-dropout", training=True),
-    _row(lambda: layers.GRU(3, return_sequences=True), (4, 3)),
-    _row(lambda: layers.GRU(3, reset_after=False), (4, 3), "GRU-reset-before"),
-    _call(layers.RNN, lambda x: layers.RNN([layers.GRUCell(3), layers.LSTMCell(2)])(x), [(4, 3)]),
-    _call(
-        layers.LSTM,
-        lambda x, h, c: layers.LSTM(3, return_sequences=True)(x, initial_state=[h, c]),
-        [(4, 3), (3,), (3,)],
-        "LSTM-from-a-state",
-    ),
-    Case("LSTMCell", lambda: layers.RNN(layers.LSTMCell(2, dtype="float64")), (3, 2), operation=layers.LSTMCell),
-    Case("GRUCell", lambda: layers.RNN(layers.GRUCell(2, dtype="float64")), (3, 2), operation=layers.GRUCell),
-    Case(
-        "SimpleRNNCell",
-        lambda: layers.RNN(layers.SimpleRNNCell(2, dtype="float64")),
-        (3, 2),
-        operation=layers.SimpleRNNCell,
-    ),
-    _call(
-        layers.StackedRNNCells,
-        lambda x: layers.RNN(layers.StackedRNNCells([layers.SimpleRNNCell(2), layers.SimpleRNNCell(3)]))(x),
-        [(3, 2)],
-    ),
-    _row(lambda: layers.ConvLSTM1D(2, 2), (3, 4, 2)),
-    _row(lambda: layers.ConvLSTM2D(2, 2, return_sequences=True), (2, 3, 3, 1)),
-    _row(lambda: layers.ConvLSTM3D(1, 2), (2, 2, 3, 2, 1)),
+    _row(lambda: layers.SimpleRNN(3), (3, 3)),
+    _row(lambda: layers.LSTM(3), (3, 3)),
+    _row(lambda: layers.GRU(3, return_sequences=True), (3, 3)),
+    _row(lambda: layers.ConvLSTM1D(2, 2), (2, 4, 2), compiled=False),
+    *[replace(case, compiled=False) for case in MORE_RECURRENT],
     _call(layers.Attention, lambda x, y: layers.Attention()([x, y]), [(4, 3), (3, 3)]),
     _call(layers.AdditiveAttention, lambda x, y: layers.AdditiveAttention()([x, y]), [(4, 3), (3, 3)]),
     _row(lambda: layers.AdaptiveAveragePooling1D(3), SEQUENCE),

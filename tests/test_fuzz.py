@@ -17,7 +17,7 @@ from jvpreg.transpose import transpose
 NAMED: dict[int, str] = {}
 
 BATCH = 2
-# No GELU and no leaky ReLU: TensorFlow and Torch hold constants of theirs in float32, so autodiff itself is off by 1e-8.
+# No GELU, no leaky ReLU: TensorFlow and Torch hold constants of theirs in float32; autodiff itself is off by 1e-8.
 
 
 def pytest_generate_tests(metafunc):

@@ -225,9 +225,9 @@ def test_matrices_of_what_has_none():
     with pytest.raises(ValueError, match="couples the examples of a batch has no Jacobian of each"):
         lin.jacobian()
     lin = jvpreg.linearize(model, normal(3, 8, 8, 2))
-    with pytest.raises(ValueError, match="`chunk_size`. Expected an integer, 1 or more. Received: chunk_size=0"):
+    with pytest.raises(ValueError, match=r"`chunk_size`\. Expected an integer, 1 or more. Received: chunk_size=0"):
         lin.jacobian(0)
-    with pytest.raises(ValueError, match="`example`. Expected an index of a batch of 3. Received: example=3"):
+    with pytest.raises(ValueError, match=r"`example`\. Expected an index of a batch of 3. Received: example=3"):
         lin.linear_operator(3)
 
 

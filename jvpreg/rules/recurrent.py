@@ -7,7 +7,7 @@ stacked over the steps, so a tangent pass is a scan of linear maps, without auto
 import keras
 from keras import layers, ops, tree
 
-from jvpreg.registry import Pushforward, register_rule
+from jvpreg.registry import Declined, Pushforward, register_rule
 
 
 @register_rule(
@@ -109,6 +109,24 @@ def recurrent(layer, sequences, context, initial_state=None):
         couples_examples=frozen.couples_examples or masked,
         takes_none=True,
     )
+
+
+@register_rule(layers.Bidirectional)
+def bidirectional(layer, sequences, context):
+    """As the layer's own call, but for the kernels that run both directions at once, which nothing can open up."""
+    if layer.return_state:
+        raise Declined("states that are returned")
+
+    def call(sequences):
+        forward, backward = layer.forward_layer(sequences), layer.backward_layer(sequences)
+        if layer.return_sequences:
+            backward = ops.flip(backward, axis=1)
+        merge = {"sum": ops.add, "mul": ops.multiply, None: lambda *both: both}
+        merge["concat"] = lambda *both: ops.concatenate(both, axis=-1)
+        merge["ave"] = lambda *both: ops.add(*both) / 2
+        return merge[layer.merge_mode](forward, backward)
+
+    return context.run(call, sequences)
 
 
 def _scan(step, carried, inputs, like: list):
