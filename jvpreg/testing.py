@@ -203,7 +203,7 @@ class _Case:
         assert len(jtv) == count
 
     def check_weights(self, compiled: Callable) -> None:
-        """The pushforward of each weight that the rules know, a probe each; of the input; and of all of them at once."""
+        """The pushforward of each weight that the rules know, a probe each; of the input; and of all at once."""
         known = {
             id(variable) for variable in self._stateless(self.values, lambda: self._linearize(self.inputs).weights)
         }

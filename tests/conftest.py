@@ -32,4 +32,6 @@ def own_rules(monkeypatch):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fuzz", type=int, default=200, help="how many random graphs tests/test_fuzz.py checks")
+    # JAX compiles every operation of every graph.
+    default = 40 if keras.backend.backend() == "jax" else 200
+    parser.addoption("--fuzz", type=int, default=default, help="how many random graphs tests/test_fuzz.py checks")

@@ -59,7 +59,7 @@ def dot_product_attention(operation, query, key, value, context, bias=None, mask
             mean = ops.sum(probabilities * logits_tangent, axis=-1, keepdims=True)
             images.append(ops.einsum("pbmgts,bsmh->pbtmgh", probabilities * (logits_tangent - mean), value[0]))
         if value_tangent is not None:
-            images.append(ops.einsum("bmgts,pbsmh->pbtmgh", probabilities[0], value_tangent))
+            images.append(ops.einsum("bmgts,pbsmh->pbtmgh", ops.squeeze(probabilities, 0), value_tangent))
         return merged(sum(images[1:], images[0]))
 
     y = merged(ops.einsum("bmgts,bsmh->btmgh", probabilities, value))
