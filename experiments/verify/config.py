@@ -1,0 +1,37 @@
+"""The keys of `verify`. Nothing here imports Keras, so that a typing error is told at once."""
+
+from dataclasses import dataclass
+
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+
+
+@dataclass
+class VerifyConfig:
+    """Hold the products of whole architectures against autodiff in float64, on the backend that KERAS_BACKEND names."""
+
+    only: list[str] | None = None
+    """Names of the architectures, as keras.applications has them, or RNN and UNet; all of them by default."""
+
+    jit: bool = True
+    """Compile in float32 too: XLA on TensorFlow and JAX, torch.compile on Torch."""
+
+    batch_size: PositiveInt = 2
+    """Examples at which the Jacobians are taken."""
+
+    time_limit: PositiveInt = 600
+    """Seconds that an architecture may take; its row says what was not measured by then."""
+
+    tolerance: PositiveFloat = 1e-9
+    """Relative error in float64 above which a row is wrong."""
+
+    float32_tolerance: PositiveFloat = 1e-3
+    """Relative error in float32 above which a row is wrong, where autodiff without jit stays below it."""
+
+    seed: NonNegativeInt = 0
+    """Seed of the weights, the inputs and the directions."""
+
+    folder: str | None = None
+    """Where the files go; by default runs/verify-BACKEND."""
+
+    resume: bool = False
+    """Keep the rows of the folder that are ok, and measure the others."""

@@ -1,0 +1,104 @@
+"""The errors of one architecture, figure by figure."""
+
+import re
+import time
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+
+import jvpreg
+from experiments.verify import weights
+from experiments.verify.architectures import Architecture
+from experiments.verify.config import VerifyConfig
+from experiments.verify.products import Products
+
+FLOAT64 = ("jvp", "vjp", "weight_jvp", "completeness")
+FLOAT32 = ("float32_autodiff", "float32_jvpreg")
+JIT = ("jit_autodiff", "jit_jvpreg")
+FIGURES = (*FLOAT64, *FLOAT32, *JIT)
+
+
+def figures(architecture: Architecture, config: VerifyConfig) -> Iterator[dict[str, Any]]:
+    """Parts of a row as they are measured, so that what is there is kept if the rest takes too long.
+
+    An error is `‖received − expected‖ / ‖expected‖`. Expected is autodiff without jit in float64, of the same
+    weights, inputs and directions, all of which float32 can hold.
+    """
+    start = time.perf_counter()
+    random = np.random.default_rng(config.seed)
+    keras.utils.set_random_seed(config.seed)
+    model = architecture.make(architecture.input_shape)
+    weights.draw(model, random)
+    x = weights.inputs(model, config.batch_size, random)
+    u = random.normal(size=x.shape).astype("float32")
+    yield {"parameters": model.count_params()}
+    with jvpreg.testing.float64():
+        exact = architecture.make(architecture.input_shape)
+        exact.set_weights(model.get_weights())
+        expected = yield from _figures_in_float64(Products(exact, x), u, random)
+    del exact
+    yield from _figures_in_float32(Products(model, x), FLOAT32, u, expected)
+    if config.jit:
+        yield from _figures_in_float32(Products(model, x, jit=True), JIT, u, expected)
+    yield {"seconds": time.perf_counter() - start}
+
+
+def _figures_in_float64(
+    products: Products, u: np.ndarray, random: np.random.Generator
+) -> Generator[dict[str, Any], None, np.ndarray]:
+    """The figures without jit; returns autodiff's `J u`, which float32 is held against."""
+    expected = products.autodiff_jvp(u)
+    yield {"jacobian": float(np.linalg.norm(expected) / np.linalg.norm(u))}
+    # Whatever else fails, this says of which node.
+    lin = products.linearize(products.x)
+    kernel = middle_kernel(lin.weights)
+    yield {"nodes": len(lin.nodes), "fallbacks": 0, "weight": kernel.path}
+    direction = random.normal(size=kernel.shape)
+    v = random.normal(size=expected.shape)
+    yield from _figure("jvp", lambda: error(products.jvp(u), expected))
+    yield from _figure("vjp", lambda: error(products.vjp(v), products.autodiff_vjp(v)))
+    yield from _figure(
+        "weight_jvp",
+        lambda: error(products.weight_jvp(kernel, direction), products.autodiff_weight_jvp(kernel, direction)),
+    )
+    yield from _figure("completeness", lambda: error(products.completion(), products.outputs()))
+    return expected
+
+
+def _figures_in_float32(
+    products: Products, names: tuple[str, str], u: np.ndarray, expected: np.ndarray
+) -> Iterator[dict[str, Any]]:
+    by_autodiff, by_jvpreg = names
+    yield from _figure(by_jvpreg, lambda: error(products.jvp(u), expected))
+    yield from _figure(by_autodiff, lambda: error(products.autodiff_jvp(u), expected))
+
+
+def middle_kernel(variables: list) -> Any:
+    """The kernel that stands in the middle of those a model uses."""
+    kernels = [variable for variable in variables if variable.name.endswith("kernel")]
+    return kernels[len(kernels) // 2]
+
+
+def error(received: np.ndarray, expected: np.ndarray) -> float:
+    """`‖received − expected‖ / ‖expected‖`."""
+    assert received.shape == expected.shape
+    return float(np.linalg.norm(np.float64(received) - expected) / np.linalg.norm(expected))
+
+
+def _figure(name: str, measured: Callable[[], float]) -> Iterator[dict[str, Any]]:
+    """The figure; or why there is none, so that the others go on."""
+    try:
+        yield {name: measured()}
+    except Exception as cause:
+        yield {f"{name}_failure": reason(cause)}
+
+
+def reason(cause: BaseException) -> str:
+    """An exception in a line: without the traceback that TensorFlow puts before it, and Keras' list of arguments."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(cause)).partition("Arguments received by")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no message"]
+    inner = [place for place, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception): ", line)]
+    lines = lines[inner[-1] :] if inner else [f"{type(cause).__name__}: {lines[0]}", *lines[1:]]
+    return " ".join(lines[:2])[:300]

@@ -1,0 +1,95 @@
+"""The `verify` study: a row an architecture, written as soon as it is there."""
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import keras
+from rich.console import Console
+
+from experiments import timing
+from experiments.config import as_plain_dict
+from experiments.errors import ExperimentError
+from experiments.verify import architectures, process, report
+from experiments.verify.architectures import Architecture
+from experiments.verify.config import VerifyConfig
+
+
+def run(config: VerifyConfig) -> dict[str, Any]:
+    """Verify the architectures, and write and print what came out.
+
+    Args:
+        config: see `VerifyConfig`.
+
+    Returns:
+        What `verify.json` holds: the settings, the machine, and a row an architecture.
+
+    Raises:
+        ExperimentError: where the name of an architecture is not known.
+    """
+    chosen = chosen_architectures(config)
+    # The table is wider than the 80 columns that a pipe is given.
+    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 180)
+    folder = Path(config.folder or f"runs/verify-{keras.backend.backend()}")
+    settings = as_plain_dict(config)
+    summary: dict[str, Any] = {
+        "study": "verify",
+        "command": command(config),
+        "settings": settings,
+        "machine": timing.machine(),
+        "rows": kept_rows(folder) if config.resume else [],
+    }
+    kept = {row["name"] for row in summary["rows"]}
+    for architecture in chosen:
+        if architecture.name in kept:
+            continue
+        console.print(f"verifying {architecture.name}")
+        row = {
+            "name": architecture.name,
+            "input_shape": architecture.input_shape,
+            **process.measured(architecture.name, config),
+        }
+        summary["rows"].append({**row, "status": report.status(row, settings)})
+        write(summary, folder)
+    summary["rows"].sort(key=lambda row: [a.name for a in architectures.ARCHITECTURES].index(row["name"]))
+    write(summary, folder)
+    console.print(report.terminal(summary))
+    for paragraph in [report.conditions(summary), *report.notes(summary)]:
+        console.print(paragraph)
+    console.print(f"Files: {folder}")
+    return summary
+
+
+def chosen_architectures(config: VerifyConfig) -> list[Architecture]:
+    """What `only` names."""
+    names = [architecture.name for architecture in architectures.ARCHITECTURES]
+    for name in config.only or []:
+        if name not in names:
+            raise ExperimentError(f"only: there is no architecture {name!r}. Expected names among {', '.join(names)}.")
+    return [a for a in architectures.ARCHITECTURES if config.only is None or a.name in config.only]
+
+
+def kept_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of an interrupted run that are ok."""
+    file = folder / "verify.json"
+    return [row for row in json.loads(file.read_text())["rows"] if row["status"] == "ok"] if file.exists() else []
+
+
+def write(summary: dict[str, Any], folder: Path) -> None:
+    """Write verify.json and verify.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "verify.json").write_text(json.dumps(summary, indent=2))
+    (folder / "verify.md").write_text(report.markdown(summary))
+
+
+def command(config: VerifyConfig) -> str:
+    """The command line of a run."""
+    settings, default = as_plain_dict(config), as_plain_dict(VerifyConfig())
+    words = [
+        shlex.quote(f"--{key}={json.dumps(value)}")
+        for key, value in settings.items()
+        if value != default[key] and key not in ("folder", "resume")
+    ]
+    return " ".join([f"KERAS_BACKEND={keras.backend.backend()} python -m experiments verify", *words])
