@@ -6,7 +6,7 @@ import math
 import keras
 import numpy as np
 import pytest
-from cases import LAYERS, MEANINGLESS, Case
+from cases import LAYERS, MEANINGLESS, skip_if_unavailable
 from compare import normal, numpy
 from keras import activations, layers, ops
 
@@ -78,26 +78,10 @@ def test_no_row_is_left_to_autodiff():
         assert all(id(variable) in known for variable in layer.trainable_variables), case.id
 
 
-def _skip_if_unavailable(case: Case):
-    if case.channels_first and keras.backend.backend() == "tensorflow":
-        pytest.skip("TensorFlow has no channels-first kernels on CPU")
-    if case.float32_on_tensorflow and keras.backend.backend() == "tensorflow":
-        pytest.skip("TensorFlow has no float64 kernel: see test_pooling_of_volumes_in_float32")
-
-
 @pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.id)
 def test_rule(case):
-    _skip_if_unavailable(case)
+    skip_if_unavailable(case)
     jvpreg.testing.check_rule(case.make(), case.input_shape, **case.arguments)
-
-
-@pytest.mark.skipif(keras.backend.backend() == "torch", reason="see test_rule_compiled_by_torch")
-@pytest.mark.parametrize("case", [case for case in LAYERS if case.compiled], ids=lambda case: case.id)
-def test_rule_compiled(case):
-    _skip_if_unavailable(case)
-    if case.random and keras.backend.backend() == "tensorflow":
-        pytest.skip("under XLA, TensorFlow draws other numbers from the same seed")
-    jvpreg.testing.check_rule(case.make(), case.input_shape, jit=True, **case.arguments)
 
 
 def test_threshold_activation():
