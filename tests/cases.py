@@ -27,7 +27,7 @@ class Case:
         channels_first: whether it needs a backend that has channels-first kernels on CPU (TensorFlow has none).
         float32_on_tensorflow: whether TensorFlow has no float64 kernel for it on CPU.
         random: whether it draws random numbers, which TensorFlow draws otherwise under XLA than without.
-        compiled: whether it is checked compiled too. Of recurrent layers, which take half a minute each, one of each kind is.
+        compiled: whether it is checked compiled too. Of recurrent layers, which take long, one of each kind is.
     """
 
     id: str
