@@ -158,7 +158,6 @@ class Tracer:
         losses = len(layer.losses)
         with AutocastScope(dtype):
             outputs = layer.call(*args, **kwargs)
-        outputs = tree.map_structure(lambda leaf: leaf, outputs)
         leaves = tree.flatten(outputs)
         if not leaves or not all(isinstance(leaf, keras.KerasTensor) for leaf in leaves):
             raise NotImplementedError(f"`call` of `{layer.name}` returned something else than tensors")

@@ -1,4 +1,4 @@
-"""The gradient of a Jacobian penalty through a normalization: ours is right where TensorFlow's autodiff is silently wrong.
+"""The gradient of a penalty through a normalization: ours is right where TensorFlow's autodiff is silently wrong.
 
 `tf.nn.moments` takes the mean within the variance for a constant: exact to first order, wrong to second.
 """
