@@ -214,7 +214,7 @@ def _operations():
         "tanh": ops.tanh,
         "tile": lambda x: ops.tile(x, (1, 2, 1)),
         "transpose": lambda x: ops.transpose(x, (0, 2, 1)),
-        "transpose-with-the-batch": lambda x: ops.transpose(x),
+        "transpose-with-the-batch": lambda x: ops.transpose(x, (2, 1, 0)),
         "tril": ops.tril,
         "triu": ops.triu,
         "var": lambda x: ops.var(x, axis=(1, 2)),

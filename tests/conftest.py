@@ -19,6 +19,23 @@ def seeded():
     keras.utils.set_random_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def compiled_programs():
+    """Counts the tests since JAX last dropped its compiled programs."""
+    return {"tests": 0}
+
+
+@pytest.fixture(autouse=True)
+def few_compiled_programs(compiled_programs):
+    """Each program that JAX keeps holds memory maps, of which Linux allows a process 65,530: beyond, it crashes."""
+    yield
+    compiled_programs["tests"] += 1
+    if keras.backend.backend() == "jax" and compiled_programs["tests"] % 60 == 0:
+        import jax
+
+        jax.clear_caches()
+
+
 @pytest.fixture
 def float64():
     with jvpreg.testing.float64():

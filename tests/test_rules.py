@@ -122,7 +122,7 @@ def _attention_written_out(layer, query, value, causal=False):
     k, v = (ops.repeat(heads, q.shape[2] // heads.shape[2], axis=2) for heads in (k, v))
     logits = ops.einsum("btnh,bsnh->bnts", q, k) / math.sqrt(q.shape[-1])
     if causal:
-        logits = logits + np.where(np.tri(q.shape[1], k.shape[1]) > 0, 0.0, -1e30)
+        logits = logits + ops.convert_to_tensor(np.where(np.tri(q.shape[1], k.shape[1]) > 0, 0.0, -1e30))
     return layer._output_dense(ops.einsum("bnts,bsnh->btnh", ops.softmax(logits), v))
 
 
