@@ -159,7 +159,7 @@ def _operations():
         "arcsinh": ops.arcsinh,
         "arctan": ops.arctan,
         "arctanh": lambda x: ops.arctanh(_bounded(x)),
-        "average-pool": lambda x: ops.average_pool(x, 2),
+        "average-pool": lambda x: ops.average_pool(x, (2,), 2, data_format="channels_last"),
         "broadcast-to": lambda x: ops.broadcast_to(x[:, :1], (3, 4, 3)),
         "cast": lambda x: ops.cast(ops.cast(x, "int32"), "float64"),
         "clip": lambda x: ops.clip(x, -0.5, 0.5),
