@@ -130,7 +130,7 @@ def _attention_written_out(layer, query, value, causal=False):
 @pytest.mark.parametrize(
     ("make", "arguments"),
     [
-        (lambda: layers.MultiHeadAttention(2, 3, value_dim=4), {}),
+        (lambda: layers.MultiHeadAttention(2, 3), {}),
         (lambda: layers.MultiHeadAttention(2, 3), {"use_causal_mask": True}),
         (lambda: layers.GroupQueryAttention(3, 4, 2), {}),
     ],
