@@ -22,7 +22,6 @@ def fall_back(operation, args, kwargs, primals: Sequence):
     trainable = [variable for variable in variables if variable.trainable]
     # What the primal pass is about to change: seeds and statistics, as every repetition must find them again.
     state = [(v, ops.convert_to_tensor(v) + 0) for v in variables if not v.trainable]
-    dtypes = [tensor.dtype for tensor in primals]
     found = {id(tensor) for tensor in primals}
 
     def run(tensors, weights=()):
@@ -57,8 +56,6 @@ def fall_back(operation, args, kwargs, primals: Sequence):
         return lambda tangent, *residuals: part(tangent, *residuals, variable=variable)
 
     weights = [(variable, part_of(variable)) for variable in trainable]
-    floating = [keras.backend.is_float_dtype(keras.backend.standardize_dtype(dtype)) for dtype in dtypes]
-    assert any(floating) or weights
     return outputs, Pushforward(push, *primals, weights=weights, takes_none=True)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from jvpreg.registry import Pushforward
+from jvpreg.registry import Pushforward, align
 
 
 @dataclass(frozen=True)
@@ -256,10 +256,7 @@ def _checked(node: Node, tangent, leading, value: Value):
 def _spread(tangent, leading, value: Value):
     """A weight's part, which need only broadcast, with all of its axes."""
     shape = _shape(leading, value)
-    missing = len(shape) - len(tangent.shape)
-    if missing:
-        tangent = ops.reshape(tangent, (tangent.shape[0], *[1] * missing, *tangent.shape[1:]))
-    return ops.broadcast_to(tangent, shape)
+    return ops.broadcast_to(align(tangent, len(shape)), shape)
 
 
 def _is_float(tensor) -> bool:

@@ -126,6 +126,15 @@ def each_probe(function: Callable) -> Callable:
     return push
 
 
+def align(tangent, rank: int):
+    """A tangent (P, …) with axes of size 1 after the probes until it has `rank` axes, as its primal broadcasts."""
+    missing = rank - len(tangent.shape)
+    if missing <= 0:
+        return tangent
+    shape = ops.shape(tangent)
+    return ops.reshape(tangent, (shape[0], *[1] * missing, *shape[1:]))
+
+
 def scale(slope) -> Pushforward:
     """The pushforward of a smooth elementwise operation; `slope` is its derivative at `x`, `(B, …)`."""
     return Pushforward(lambda tangent, slope: tangent * ops.cast(slope, tangent.dtype), slope)
@@ -173,12 +182,12 @@ _WRAPPERS: dict[type, Callable] = {}
 
 
 def register_rule(*operations, activation: str | None = None) -> Callable:
-    """Registers a rule for operations: layer classes, or activation functions.
+    """Registers a rule for operations: classes of layers or of `keras.ops` nodes, or activation functions.
 
     Lookup is by exact class: a subclass that overrides `call` never silently inherits its parent's rule.
 
     Args:
-        *operations: classes of `keras.Layer`, or functions of `keras.activations`.
+        *operations: classes of `keras.Layer` or `keras.Operation`, or functions of `keras.activations`.
         activation: name of the attribute that holds the layer's fused activation. The rule then leaves the
             activation out; the engine runs it as a node of its own, so a layer's bias and its activation's
             intercept stay apart.

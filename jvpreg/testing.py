@@ -73,10 +73,10 @@ def _check_rule(layer, input_shape, batch_size, training, batch_statistics, jit,
             low = 0.5 if "variance" in variable.path else -0.8
             variable.assign(random.uniform(low, low + 1.6, size=variable.shape))
     case = _Case(layer, inputs, training, batch_statistics, reference, random, tolerance)
-    compiled = _compiled if jit else lambda function: function
-    case.check_products(compiled)
-    case.check_weights(compiled)
-    case.check_penalty_gradient(compiled)
+    run = compiled if jit else lambda function: function
+    case.check_products(run)
+    case.check_weights(run)
+    case.check_penalty_gradient(run)
 
 
 @contextlib.contextmanager
@@ -334,7 +334,8 @@ def _norm(tensors: Sequence) -> float:
     return float(np.sqrt(sum(np.sum(np.square(_numpy(tensor))) for tensor in tensors)))
 
 
-def _compiled(function: Callable) -> Callable:
+def compiled(function: Callable) -> Callable:
+    """The function, compiled by the backend: XLA on TensorFlow and JAX, `torch.compile` on Torch."""
     backend = keras.backend.backend()
     if backend == "tensorflow":
         import tensorflow as tf

@@ -10,6 +10,7 @@ import keras
 from keras import ops
 
 import jvpreg
+from jvpreg.testing import compiled
 from jvpreg.transpose import transpose
 
 
@@ -89,19 +90,3 @@ class Products:
         product = self.compiled(stateless)(self.values, self.x, *tensors)
         assert keras.backend.standardize_dtype(product.dtype) == self.dtype
         return ops.convert_to_numpy(ops.stop_gradient(product))
-
-
-def compiled(function: Callable) -> Callable:
-    """The function, compiled by the backend."""
-    backend = keras.backend.backend()
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        return tf.function(function, jit_compile=True)
-    if backend == "jax":
-        import jax
-
-        return jax.jit(function)
-    import torch
-
-    return torch.compile(function)

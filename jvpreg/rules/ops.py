@@ -17,7 +17,18 @@ from keras.src.ops import core, image, nn
 from keras.src.ops import math as math_ops
 from keras.src.ops import numpy as numpy_ops
 
-from jvpreg.registry import Declined, Pushforward, each_probe, find_rule, fold, gate, register_rule, scale, unfold
+from jvpreg.registry import (
+    Declined,
+    Pushforward,
+    align,
+    each_probe,
+    find_rule,
+    fold,
+    gate,
+    register_rule,
+    scale,
+    unfold,
+)
 
 # ---------------------------------------------------------------- one input, entry by entry
 
@@ -166,7 +177,7 @@ def broadcast_to(operation, x, context):
     rank, shape = len(operation.shape), tuple(operation.shape)
 
     def push(tangent):
-        tangent = _align(tangent, rank)
+        tangent = align(tangent, rank + 1)
         kept = shape[0] == x.shape[0] and len(x.shape) == rank
         return ops.broadcast_to(tangent, (*ops.shape(tangent)[: 2 if kept else 1], *shape[1 if kept else 0 :]))
 
@@ -221,15 +232,6 @@ def _is_number(operand) -> bool:
     return isinstance(operand, (int, float))
 
 
-def _align(tangent, rank: int):
-    """A tangent (P, …) with axes of size 1 after the probes until it has `rank` more: as its primal broadcasts."""
-    missing = rank + 1 - len(tangent.shape)
-    if missing <= 0:
-        return tangent
-    shape = ops.shape(tangent)
-    return ops.reshape(tangent, (shape[0], *[1] * missing, *shape[1:]))
-
-
 def _partials(operands, parts: list[Callable], y, *residuals) -> Pushforward:
     """The pushforward of an operation of two broadcast operands, as one map `part(tangent, *residuals)` for each.
 
@@ -243,7 +245,7 @@ def _partials(operands, parts: list[Callable], y, *residuals) -> Pushforward:
         tangents, frozen = arguments[: len(parts)], iter(arguments[len(parts) :])
         values = [residual if _is_number(residual) else next(frozen) for residual in residuals]
         like = next(frozen, None)
-        images = [part(_align(t, rank), *values) for part, t in zip(parts, tangents, strict=True) if t is not None]
+        images = [part(align(t, rank + 1), *values) for part, t in zip(parts, tangents, strict=True) if t is not None]
         image = functools.reduce(ops.add, images)
         return image if like is None else ops.add(image, ops.zeros_like(like, dtype=image.dtype))
 

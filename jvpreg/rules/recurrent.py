@@ -7,7 +7,7 @@ stacked over the steps, so a tangent pass is a scan of linear maps, without auto
 import keras
 from keras import layers, ops, tree
 
-from jvpreg.registry import Declined, Pushforward, register_rule
+from jvpreg.registry import Declined, Pushforward, align, register_rule
 
 
 @register_rule(
@@ -61,7 +61,7 @@ def recurrent(layer, sequences, context, initial_state=None):
             frozen_now = [ops.expand_dims(residual, 0) for residual in frozen_now]
             images = frozen.function(x, *carried, *frozen_now)
             if part is not None:
-                images = [a + _like(b, a) for a, b in zip(images, part(u, *frozen_now), strict=True)]
+                images = [a + align(b, len(a.shape)) for a, b in zip(images, part(u, *frozen_now), strict=True)]
             return list(images[1:]), [images[0]]
 
         inputs = residuals if x_tangents is None else (x_tangents, residuals)
@@ -150,9 +150,3 @@ def _scan(step, carried, inputs, like: list):
 def _time_first(tensor, axis: int):
     """(B, T, …) as (T, B, …), or (P, B, T, …) as (T, P, B, …): the time is the second axis from `axis`."""
     return ops.moveaxis(tensor, axis + 1, 0)
-
-
-def _like(image, tangent):
-    """A weight's part of a step, which need only broadcast, in the shape of the tangent that it is added to."""
-    missing = len(tangent.shape) - len(image.shape)
-    return ops.reshape(image, (image.shape[0], *[1] * missing, *image.shape[1:])) if missing else image
