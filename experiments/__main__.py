@@ -45,7 +45,10 @@ def benchmark_studies() -> dict[str, Study]:
     """The studies under `benchmark`, which are loaded only where one is asked for."""
     import experiments.benchmark as benchmark
 
-    return {"step": Study(benchmark.StepConfig, benchmark.step)}
+    return {
+        "step": Study(benchmark.StepConfig, benchmark.step),
+        "weights": Study(benchmark.WeightsConfig, benchmark.weights),
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,7 +82,10 @@ def parse(program: str, studies: Mapping[str, Study], words: Sequence[str]) -> t
         ArgumentError: where a key is unknown or a value has the wrong type; it names the key.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    note = "`python -m experiments benchmark step` measures the cost of a training step."
+    note = (
+        "`python -m experiments benchmark step` measures the cost of a training step, and `benchmark weights` that of "
+        "products along weights."
+    )
     parser = ArgumentParser(prog=program, description=__doc__, epilog=note, exit_on_error=False)
     subcommands = parser.add_subcommands(dest="study", metavar="STUDY")
     for name, study in studies.items():

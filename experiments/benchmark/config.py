@@ -1,4 +1,4 @@
-"""The keys of `benchmark step`. Nothing here imports Keras, so that a typing error is told at once."""
+"""The keys of the benchmarks. Nothing here imports Keras, so that a typing error is told at once."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,8 +9,8 @@ from experiments.config import ModelConfig
 
 
 @dataclass
-class StepConfig:
-    """Measure what a penalty on the Jacobian adds to a training step, on the backend that KERAS_BACKEND names."""
+class BenchmarkConfig:
+    """What is measured, and how often."""
 
     model: ModelConfig = field(default_factory=lambda: ModelConfig("vgg6", 32))
     """The architecture."""
@@ -19,14 +19,10 @@ class StepConfig:
     """Height and width of the random images."""
 
     batch_size: PositiveInt = 64
-    """Examples a step."""
+    """Examples a step, or a call."""
 
     jit_compile: bool = True
     """Compile by XLA on TensorFlow, by `jax.jit` on JAX. If not: a plain graph on TensorFlow, eager on JAX."""
-
-    batch_normalization: Literal["training", "inference"] = "training"
-    """training: batch statistics, which jvpreg freezes and autodiff moves along, so that the two compute different
-    derivatives. inference: frozen layers on moving statistics, where all compute the same."""
 
     rounds: PositiveInt = 30
     """How often each entry is timed, in turn with the others."""
@@ -35,7 +31,22 @@ class StepConfig:
     """Turns of each entry after the first call and before the rounds that count."""
 
     tolerance: PositiveFloat = 1e-4
-    """Relative error of the penalty, or of its gradient, from which on an entry is wrong and is not timed."""
+    """Relative error (of a product; of a penalty or its gradient) above which an entry is wrong and is not timed."""
+
+    seed: NonNegativeInt = 0
+    """Seed of the images, the weights and the directions."""
+
+    folder: str | None = None
+    """Where the files go; by default runs/benchmark/STUDY-BACKEND-MODE."""
+
+
+@dataclass
+class StepConfig(BenchmarkConfig):
+    """Measure what a penalty on the Jacobian adds to a training step, on the backend that KERAS_BACKEND names."""
+
+    batch_normalization: Literal["training", "inference"] = "training"
+    """training: batch statistics, which jvpreg freezes and autodiff moves along, so that the two compute different
+    derivatives. inference: frozen layers on moving statistics, where all compute the same."""
 
     memory: bool = True
     """Measure the peak memory of each entry, in a process of its own."""
@@ -46,8 +57,10 @@ class StepConfig:
     only: list[str] | None = None
     """Names of the entries to measure beside the plain step; all of them by default."""
 
-    seed: NonNegativeInt = 0
-    """Seed of the images, the weights and the probes."""
 
-    folder: str | None = None
-    """Where the files go; by default runs/benchmark/step-BACKEND-MODE."""
+@dataclass
+class WeightsConfig(BenchmarkConfig):
+    """Measure what a product along each kernel of a model costs, on the backend that KERAS_BACKEND names."""
+
+    num_probes: PositiveInt = 1
+    """Directions of each weight, pushed at once."""

@@ -10,7 +10,7 @@ from keras import ops
 import jvpreg
 from experiments import models
 from experiments.benchmark import autodiff
-from experiments.benchmark.config import StepConfig
+from experiments.benchmark.config import BenchmarkConfig, StepConfig
 from experiments.benchmark.directions import KnownJacobianNorm, known_directions
 from experiments.benchmark.reference import Derivative
 from experiments.data import Dataset, Split
@@ -61,18 +61,23 @@ ENTRIES = (
 )
 
 
-def base_model(config: StepConfig) -> keras.Model:
+def plain_model(config: BenchmarkConfig) -> keras.Model:
     """The plain model, not compiled; always the same one for a seed."""
     keras.utils.set_random_seed(config.seed)
     split = images(config, config.batch_size)
-    model = models.build(config.model, Dataset("random", split, split, num_classes=10))
+    return models.build(config.model, Dataset("random", split, split, num_classes=10))
+
+
+def base_model(config: StepConfig) -> keras.Model:
+    """The plain model with its batch normalization in the mode that is measured."""
+    model = plain_model(config)
     if config.batch_normalization == "inference":
         for layer in model.layers:
             layer.trainable = not isinstance(layer, keras.layers.BatchNormalization)
     return model
 
 
-def images(config: StepConfig, number: int) -> Split:
+def images(config: BenchmarkConfig, number: int) -> Split:
     """Random images and labels."""
     generator = np.random.default_rng(config.seed)
     size = config.image_size

@@ -1,15 +1,19 @@
-"""The time of a training step of each entry, taken in turn, and what counts as running out of memory."""
+"""The times of several entries, taken in turn, and what counts as running out of memory."""
 
+import dataclasses
+import functools
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-
-import keras
+from typing import Any
 
 from experiments.benchmark import entries
-from experiments.benchmark.config import StepConfig
+from experiments.benchmark.config import BenchmarkConfig, StepConfig
 from experiments.benchmark.entries import Entry
+
+Step = Callable[[], object]
+"""Takes one step, and waits for what it computes."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +23,7 @@ class Timing:
     Attributes:
         first_call_seconds: of the first call, tracing and compilation included.
         seconds: a step, the median over the rounds.
-        ratio: to the plain step of the same round, the median.
+        ratio: to the unit, an entry, in the same round; the median.
         ratio_quartiles: the first and the third.
     """
 
@@ -30,48 +34,79 @@ class Timing:
 
 
 def timings(chosen: list[Entry], config: StepConfig) -> dict[str, Timing | MemoryError]:
-    """Time the entries in turn, so that a busy machine is busy for all of them.
+    """Time a training step of the entries, in units of the plain step, which is to be among them."""
+    makers = {entry.name: functools.partial(training_step, entry, config) for entry in chosen}
+    return in_turn(makers, "plain", config, {entry.name: entry.interval for entry in chosen})
+
+
+def training_step(entry: Entry, config: StepConfig) -> Step:
+    """A training step of the entry's model; it returns its loss, and so is waited for."""
+    split = entries.images(config, config.batch_size)
+    batch = split.images(), split.labels
+    model = entries.training_model(entry, config)
+    return lambda: model.train_on_batch(*batch)
+
+
+def in_turn(
+    makers: Mapping[str, Callable[[], Step]],
+    unit: str,
+    config: BenchmarkConfig,
+    steps: Mapping[str, int] | None = None,
+) -> dict[str, Timing | MemoryError]:
+    """Time entries in turn, so that a busy machine is busy for all of them.
 
     Args:
-        chosen: the entries, the plain step among them.
-        config: the model and the number of rounds.
+        makers: return the step of each entry, by name.
+        unit: the entry whose step is the unit.
+        config: the number of rounds.
+        steps: how many steps of an entry are one turn; by default 1.
 
     Returns:
         By name; a MemoryError for an entry that ran out of memory, which then takes no further turn.
     """
-    split = entries.images(config, config.batch_size)
-    batch = split.images(), split.labels
-    models: dict[str, keras.Model] = {}
+    steps = steps or {}
+    made: dict[str, Step] = {}
     failures: dict[str, MemoryError] = {}
     first_calls: dict[str, float] = {}
     seconds: dict[str, list[float]] = {}
-    for entry in chosen:
+    for name, make in makers.items():
         try:
-            model = entries.training_model(entry, config)
-            first_calls[entry.name] = turn(model, batch, steps=1)
-            models[entry.name], seconds[entry.name] = model, []
+            step = make()
+            first_calls[name] = turn(step)
+            made[name], seconds[name] = step, []
         except Exception as error:
-            failures[entry.name] = out_of_memory(error)
+            failures[name] = out_of_memory(error)
     for number in range(config.warmup + config.rounds):
-        for entry in chosen:
-            if entry.name in models:
+        for name in makers:
+            if name in made:
                 try:
-                    taken = turn(models[entry.name], batch, entry.interval) / entry.interval
+                    taken = turn(made[name], steps.get(name, 1)) / steps.get(name, 1)
                 except Exception as error:
-                    failures[entry.name] = out_of_memory(error)
-                    del models[entry.name]
+                    failures[name] = out_of_memory(error)
+                    del made[name]
                     continue
                 if number >= config.warmup:
-                    seconds[entry.name].append(taken)
-    return {**failures, **{name: _summary(first_calls[name], seconds, name) for name in models}}
+                    seconds[name].append(taken)
+    return {**failures, **{name: _summary(first_calls[name], seconds[name], seconds[unit]) for name in made}}
 
 
-def turn(model: keras.Model, batch: tuple, steps: int) -> float:
-    """Seconds that so many training steps take; each returns its loss, and so is waited for."""
+def turn(step: Step, steps: int = 1) -> float:
+    """Seconds that so many steps take."""
     start = time.perf_counter()
     for _ in range(steps):
-        model.train_on_batch(*batch)
+        step()
     return time.perf_counter() - start
+
+
+def outcome(right: bool, times: Timing | MemoryError | None, *others: object) -> dict[str, Any]:
+    """What the JSON file says of an entry's time, and why there is none; what was not measured is null."""
+    failure = next((cause for cause in (times, *others) if isinstance(cause, MemoryError)), None)
+    measured = dataclasses.asdict(times) if isinstance(times, Timing) else {}
+    return {
+        "status": "wrong" if not right else "out of memory" if failure else "ok",
+        "message": str(failure) if failure else None,
+        **{field.name: measured.get(field.name) for field in dataclasses.fields(Timing)},
+    }
 
 
 def out_of_memory(error: Exception) -> MemoryError:
@@ -87,10 +122,9 @@ def out_of_memory(error: Exception) -> MemoryError:
     raise error
 
 
-def _summary(first_call: float, seconds: Mapping[str, list[float]], name: str) -> Timing:
-    ratios = [taken / plain for taken, plain in zip(seconds[name], seconds["plain"], strict=True)]
-    lower, median, upper = quartiles(ratios)
-    return Timing(first_call, statistics.median(seconds[name]), median, (lower, upper))
+def _summary(first_call: float, seconds: list[float], units: list[float]) -> Timing:
+    lower, median, upper = quartiles([taken / unit for taken, unit in zip(seconds, units, strict=True)])
+    return Timing(first_call, statistics.median(seconds), median, (lower, upper))
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:

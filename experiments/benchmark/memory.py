@@ -60,10 +60,8 @@ def main(name: str, settings: str) -> None:
     keys = json.loads(settings)
     config = StepConfig(**{**keys, "model": ModelConfig(**keys["model"])})
     entry = next(entry for entry in entries.ENTRIES if entry.name == name)
-    split = entries.images(config, config.batch_size)
     before = resident_peak()
-    model = entries.training_model(entry, config)
-    measure.turn(model, (split.images(), split.labels), config.memory_steps)
+    measure.turn(measure.training_step(entry, config), config.memory_steps)
     print(resident_peak() - before)
 
 

@@ -21,8 +21,8 @@ def columns(row: dict[str, Any]) -> dict[str, str]:
     return {
         "step": row["label"],
         "derivative": row["derivative"],
-        "error": _error(row["penalty_error"]),
-        "of gradient": _error(row["gradient_error"]),
+        "error": one_digit(row["penalty_error"]),
+        "of gradient": one_digit(row["gradient_error"]),
         "× plain step": f"{row['ratio']:.2f} ({spread})" if timed else row["status"],
         "ms": f"{1000 * row['seconds']:.1f}" if timed else "",
         "first s": f"{row['first_call_seconds']:.1f}" if timed else "",
@@ -30,39 +30,56 @@ def columns(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def terminal(summary: dict[str, Any]) -> Table:
-    """The table for a rich console."""
-    rows = [columns(row) for row in summary["entries"]]
+LEFT = ("step", "derivative", "along")
+"""Headings of the columns that hold words."""
+
+
+def terminal(rows: list[dict[str, str]]) -> Table:
+    """The table of the columns for a rich console."""
     table = Table()
     for heading in rows[0]:
-        table.add_column(heading, no_wrap=True, justify="left" if heading in ("step", "derivative") else "right")
+        table.add_column(heading, no_wrap=True, justify="left" if heading in LEFT else "right")
     for row in rows:
         table.add_row(*row.values(), style="red" if "wrong" in row.values() else None)
     return table
 
 
-def markdown(summary: dict[str, Any]) -> str:
-    """The table in Markdown, with the conditions below it."""
-    rows = [columns(row) for row in summary["entries"]]
-    aligned = ["---", "---", *["---:"] * (len(rows[0]) - 2)]
+def markdown(rows: list[dict[str, str]], conditions: str) -> str:
+    """The table of the columns in Markdown, with the conditions below it."""
+    aligned = ["---" if heading in LEFT else "---:" for heading in rows[0]]
     lines = [list(rows[0]), aligned, *[list(row.values()) for row in rows]]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"{table}\n\n{conditions(summary)}\n"
+    return f"{table}\n\n{conditions}\n"
 
 
 def conditions(summary: dict[str, Any]) -> str:
     """What the figures mean and where they are from."""
-    settings, machine = summary["settings"], summary["machine"]
-    model = f"{settings['model']['name']} of width {settings['model']['width']}"
-    size = settings["image_size"]
+    settings = summary["settings"]
     return (
-        f"Model {model}, batches of {settings['batch_size']} images of {size}x{size}x3, batch "
-        f"normalization in {settings['batch_normalization']} mode. Ratios to the plain step of the same round, median "
+        f"{subject(settings)}, batch normalization in {settings['batch_normalization']} mode. "
+        "Ratios to the plain step of the same round, median "
         f"and quartiles of {settings['rounds']} rounds; interval=4 is the mean of four steps. Derivative: batch "
         "statistics moving (of inference), frozen (the batch's, constant to the tangent) or coupled (the batch's, "
         "moved along). Errors are relative, of one step's penalty and of its gradient by the weights, against float64 "
         f"that is not jitted; above {settings['tolerance']:g} a step is wrong and is not timed. First s: seconds of "
         "the first call, compilation included. Peak MB: memory over the plain import, compilation included. "
+        f"{ran_on(summary)}"
+    )
+
+
+def subject(settings: dict[str, Any]) -> str:
+    """What is run, and on what."""
+    size = settings["image_size"]
+    return (
+        f"Model {settings['model']['name']} of width {settings['model']['width']}, batches of "
+        f"{settings['batch_size']} images of {size}x{size}x3"
+    )
+
+
+def ran_on(summary: dict[str, Any]) -> str:
+    """What it ran on."""
+    machine = summary["machine"]
+    return (
         f"{machine['backend']} ({summary['mode']}), Keras {machine['keras']}, "
         f"{machine['cores']} cores of {machine['processor']}."
     )
@@ -102,8 +119,9 @@ def _color(row: dict[str, Any]) -> str:
 def _reason(row: dict[str, Any]) -> str:
     if row["status"] != "wrong":
         return row["status"]
-    return f"wrong (error {_error(row['penalty_error'])}, of the gradient {_error(row['gradient_error'])})"
+    return f"wrong (error {one_digit(row['penalty_error'])}, of the gradient {one_digit(row['gradient_error'])})"
 
 
-def _error(error: float | str | None) -> str:
+def one_digit(error: float | str | None) -> str:
+    """A relative error, to one digit."""
     return f"{error:.0e}" if isinstance(error, float) else error or ""

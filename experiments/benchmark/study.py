@@ -14,7 +14,7 @@ from rich.console import Console
 from experiments import timing
 from experiments.benchmark import entries, measure, memory, report
 from experiments.benchmark.check import Check, Checker
-from experiments.benchmark.config import StepConfig
+from experiments.benchmark.config import BenchmarkConfig, StepConfig
 from experiments.benchmark.entries import Entry
 from experiments.errors import ExperimentError
 
@@ -31,11 +31,9 @@ def run(config: StepConfig) -> dict[str, Any]:
     Raises:
         ExperimentError: where the backend or the name of an entry is not known.
     """
-    if keras.backend.backend() not in ("tensorflow", "jax"):
-        raise ExperimentError("benchmark step runs on TensorFlow and JAX: set KERAS_BACKEND to one of the two.")
+    check_backend("step")
     chosen = chosen_entries(config)
-    # The table is wider than the 80 columns that a pipe is given.
-    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 110)
+    console = wide_console()
     checker = Checker(config)
     checks: dict[str, Check | None] = {}
     for entry in chosen:
@@ -53,13 +51,31 @@ def run(config: StepConfig) -> dict[str, Any]:
     rows = [row(entry, config, checks[entry.name], times.get(entry.name), peaks.get(entry.name)) for entry in chosen]
     summary = {
         "study": "benchmark step",
-        "mode": mode(config),
-        "settings": json.loads(json.dumps(dataclasses.asdict(config))),
-        "machine": {**timing.machine(), "memory_gigabytes": round(physical_memory() / 1e9, 1)},
+        **conditions(config),
         "entries": rows,
     }
     write(summary, default_folder(config), console)
     return summary
+
+
+def check_backend(study: str) -> None:
+    """An error on a backend that the benchmarks do not know."""
+    if keras.backend.backend() not in ("tensorflow", "jax"):
+        raise ExperimentError(f"benchmark {study} runs on TensorFlow and JAX: set KERAS_BACKEND to one of the two.")
+
+
+def wide_console() -> Console:
+    """The terminal; the tables are wider than the 80 columns that a pipe is given."""
+    return Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 110)
+
+
+def conditions(config: BenchmarkConfig) -> dict[str, Any]:
+    """What a file says beside its figures: how steps were compiled, the settings and the machine."""
+    return {
+        "mode": mode(config),
+        "settings": json.loads(json.dumps(dataclasses.asdict(config))),
+        "machine": {**timing.machine(), "memory_gigabytes": round(physical_memory() / 1e9, 1)},
+    }
 
 
 def chosen_entries(config: StepConfig) -> list[Entry]:
@@ -85,22 +101,14 @@ def row(
     peak: int | MemoryError | None,
 ) -> dict[str, Any]:
     """What the JSON file says of an entry; what was not measured is null."""
-    failure = next((cause for cause in (times, peak) if isinstance(cause, MemoryError)), None)
-    right = is_right(check, config)
-    measured = dataclasses.asdict(times) if isinstance(times, measure.Timing) else {}
     return {
         "name": entry.name,
         "label": entry.label,
         "derivative": entry.derivative(config),
         "steps_per_turn": entry.interval,
-        "status": "wrong" if not right else "out of memory" if failure else "ok",
-        "message": str(failure) if failure else None,
-        "penalty_error": _finite(check.penalty_error) if check else None,
-        "gradient_error": _finite(check.gradient_error) if check else None,
-        "first_call_seconds": measured.get("first_call_seconds"),
-        "seconds": measured.get("seconds"),
-        "ratio": measured.get("ratio"),
-        "ratio_quartiles": measured.get("ratio_quartiles"),
+        "penalty_error": finite(check.penalty_error) if check else None,
+        "gradient_error": finite(check.gradient_error) if check else None,
+        **measure.outcome(is_right(check, config), times, peak),
         "peak_memory_bytes": peak if isinstance(peak, int) else None,
     }
 
@@ -108,15 +116,16 @@ def row(
 def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
     """Write step.json, step.md and step.png, and print the table."""
     folder.mkdir(parents=True, exist_ok=True)
+    rows = [report.columns(row) for row in summary["entries"]]
     (folder / "step.json").write_text(json.dumps(summary, indent=2))
-    (folder / "step.md").write_text(report.markdown(summary))
+    (folder / "step.md").write_text(report.markdown(rows, report.conditions(summary)))
     report.figure(summary, folder / "step.png")
-    console.print(report.terminal(summary))
+    console.print(report.terminal(rows))
     console.print(report.conditions(summary))
     console.print(f"Files: {folder}")
 
 
-def mode(config: StepConfig) -> str:
+def mode(config: BenchmarkConfig) -> str:
     """How steps are compiled, in a word."""
     if keras.backend.backend() == "jax":
         return "jit" if config.jit_compile else "eager"
@@ -134,6 +143,6 @@ def physical_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _finite(error: float) -> float | str:
-    # JSON has no infinity.
+def finite(error: float) -> float | str:
+    """The error as JSON has it, which has no infinity."""
     return error if math.isfinite(error) else "infinite"

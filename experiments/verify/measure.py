@@ -1,5 +1,7 @@
 """The errors of one architecture, figure by figure."""
 
+import contextlib
+import functools
 import re
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -17,7 +19,11 @@ from experiments.verify.products import Products
 FLOAT64 = ("jvp", "vjp", "weight_jvp", "completeness")
 FLOAT32 = ("float32_autodiff", "float32_jvpreg")
 JIT = ("jit_autodiff", "jit_jvpreg")
-FIGURES = (*FLOAT64, *FLOAT32, *JIT)
+MIXED = {
+    "mixed_float16": ("float16_autodiff", "float16_jvpreg"),
+    "mixed_bfloat16": ("bfloat16_autodiff", "bfloat16_jvpreg"),
+}
+FIGURES = (*FLOAT64, *FLOAT32, *JIT, *(name for names in MIXED.values() for name in names))
 
 
 def figures(architecture: Architecture, config: VerifyConfig) -> Iterator[dict[str, Any]]:
@@ -35,13 +41,16 @@ def figures(architecture: Architecture, config: VerifyConfig) -> Iterator[dict[s
     u = random.normal(size=x.shape).astype("float32")
     yield {"parameters": model.count_params()}
     with jvpreg.testing.float64():
-        exact = architecture.make(architecture.input_shape)
-        exact.set_weights(model.get_weights())
+        exact = _made_again(architecture, model)
         expected = yield from _figures_in_float64(Products(exact, x), u, random)
     del exact
-    yield from _figures_in_float32(Products(model, x), FLOAT32, u, expected)
+    yield from _figures_of_jvp(lambda: Products(model, x), FLOAT32, u, expected)
     if config.jit:
-        yield from _figures_in_float32(Products(model, x, jit=True), JIT, u, expected)
+        yield from _figures_of_jvp(lambda: Products(model, x, jit=True), JIT, u, expected)
+    # Last, because a row is complete without them.
+    for policy, names in MIXED.items():
+        with _dtype_policy(policy):
+            yield from _figures_of_jvp(lambda: Products(_made_again(architecture, model), x), names, u, expected)
     yield {"seconds": time.perf_counter() - start}
 
 
@@ -61,18 +70,37 @@ def _figures_in_float64(
     yield from _figure("vjp", lambda: error(products.vjp(v), products.autodiff_vjp(v)))
     yield from _figure(
         "weight_jvp",
-        lambda: error(products.weight_jvp(kernel, direction), products.autodiff_weight_jvp(kernel, direction)),
+        lambda: error(products.weight_jvp([kernel], [direction]), products.autodiff_weight_jvp([kernel], [direction])),
     )
     yield from _figure("completeness", lambda: error(products.completion(), products.outputs()))
     return expected
 
 
-def _figures_in_float32(
-    products: Products, names: tuple[str, str], u: np.ndarray, expected: np.ndarray
+def _figures_of_jvp(
+    make: Callable[[], Products], names: tuple[str, str], u: np.ndarray, expected: np.ndarray
 ) -> Iterator[dict[str, Any]]:
     by_autodiff, by_jvpreg = names
-    yield from _figure(by_jvpreg, lambda: error(products.jvp(u), expected))
-    yield from _figure(by_autodiff, lambda: error(products.autodiff_jvp(u), expected))
+    # Made within a figure, so that what cannot be made is a failure of that figure and not of the row.
+    products = functools.cache(make)
+    yield from _figure(by_jvpreg, lambda: error(products().jvp(u), expected))
+    yield from _figure(by_autodiff, lambda: error(products().autodiff_jvp(u), expected))
+
+
+def _made_again(architecture: Architecture, model: keras.Model) -> keras.Model:
+    """The model with the same weights, under the dtype policy that Keras is set to."""
+    made = architecture.make(architecture.input_shape)
+    made.set_weights(model.get_weights())
+    return made
+
+
+@contextlib.contextmanager
+def _dtype_policy(name: str) -> Iterator[None]:
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(name)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
 
 
 def middle_kernel(variables: list) -> Any:

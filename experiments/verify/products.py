@@ -3,7 +3,7 @@
 Each product is a function of tensors alone, weights among them, so that it can be compiled with none of them constant.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -12,6 +12,16 @@ from keras import ops
 import jvpreg
 from jvpreg.testing import compiled
 from jvpreg.transpose import transpose
+
+
+def stateless(model: keras.Model, function: Callable) -> Callable:
+    """`function(…)` as `(values, …) -> function(…)`, with those values for the variables of the model."""
+
+    def with_values(values, *tensors):
+        with keras.StatelessScope(state_mapping=list(zip(model.variables, values, strict=True))):
+            return function(*tensors)
+
+    return with_values
 
 
 class Products:
@@ -25,7 +35,8 @@ class Products:
 
     def __init__(self, model: keras.Model, x: Any, jit: bool = False):
         self.model = model
-        self.dtype = model.compute_dtype
+        # In mixed precision, that of the weights: x and vectors are given in it, and Keras casts.
+        self.dtype = model.variable_dtype
         self.x = ops.convert_to_tensor(x, self.dtype)
         self.values = [ops.convert_to_tensor(variable.value) for variable in model.variables]
         self.compiled = compiled if jit else lambda function: function
@@ -42,9 +53,9 @@ class Products:
         """`Jᵀ v` by jvpreg."""
         return self._run(lambda x, v: self.linearize(x).vjp(v), v)
 
-    def weight_jvp(self, weight: Any, direction: Any) -> Any:
-        """The derivative along a direction of one weight, by jvpreg."""
-        return self._run(lambda x, u: self.linearize(x).jvp(weights=[(weight, u)]), direction)
+    def weight_jvp(self, weights: Sequence, directions: Sequence) -> Any:
+        """The derivative along a direction of each of some weights, by jvpreg."""
+        return self._run(lambda x, *u: self.linearize(x).jvp(weights=list(zip(weights, u, strict=True))), *directions)
 
     def completion(self) -> Any:
         """`J x` and the contributions of all intercepts, which sum to `f(x)`, by jvpreg."""
@@ -69,24 +80,21 @@ class Products:
         """`Jᵀ v` by reverse mode."""
         return self._run(lambda x, v: transpose(lambda inputs: [self.model(inputs[0])], [x], [v])[0], v)
 
-    def autodiff_weight_jvp(self, weight: Any, direction: Any) -> Any:
-        """The derivative along a direction of one weight, as `autodiff_jvp`."""
+    def autodiff_weight_jvp(self, weights: Sequence, directions: Sequence) -> Any:
+        """The derivative along a direction of each of some weights, as `autodiff_jvp`."""
 
-        def product(x, u):
-            def outputs(value):
-                with keras.StatelessScope(state_mapping=[(weight, value)]):
+        def product(x, *u):
+            def outputs(*values):
+                with keras.StatelessScope(state_mapping=list(zip(weights, values, strict=True))):
                     return self.model(x)
 
-            return ops.jvp(outputs, (ops.convert_to_tensor(weight.value) + 0,), (u,))[1]
+            return ops.jvp(outputs, tuple(ops.convert_to_tensor(weight.value) + 0 for weight in weights), u)[1]
 
-        return self._run(product, direction)
+        return self._run(product, *directions)
 
     def _run(self, function: Callable, *vectors: Any) -> Any:
-        def stateless(values, x, *vectors):
-            with keras.StatelessScope(state_mapping=list(zip(self.model.variables, values, strict=True))):
-                return function(x, *vectors)
-
         tensors = [ops.convert_to_tensor(vector, self.dtype) for vector in vectors]
-        product = self.compiled(stateless)(self.values, self.x, *tensors)
-        assert keras.backend.standardize_dtype(product.dtype) == self.dtype
-        return ops.convert_to_numpy(ops.stop_gradient(product))
+        product = self.compiled(stateless(self.model, function))(self.values, self.x, *tensors)
+        # Autodiff's product with a model in mixed precision has 16 bits.
+        assert keras.backend.standardize_dtype(product.dtype) in (self.dtype, self.model.compute_dtype)
+        return ops.convert_to_numpy(ops.cast(ops.stop_gradient(product), self.dtype))

@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from experiments.verify.architectures import ARCHITECTURES
-from experiments.verify.measure import FIGURES, FLOAT64, JIT
+from experiments.verify.measure import FIGURES, FLOAT64, JIT, MIXED
 
 HEADINGS = {
     "jvp": "J u",
@@ -17,6 +17,10 @@ HEADINGS = {
     "float32_jvpreg": "f32 jvpreg",
     "jit_autodiff": "f32 jit autodiff",
     "jit_jvpreg": "f32 jit jvpreg",
+    "float16_autodiff": "f16 autodiff",
+    "float16_jvpreg": "f16 jvpreg",
+    "bfloat16_autodiff": "bf16 autodiff",
+    "bfloat16_jvpreg": "bf16 jvpreg",
 }
 
 # Rows that are wrong, and why, by the backend.
@@ -53,7 +57,7 @@ def status(row: dict[str, Any], config: dict[str, Any]) -> str:
     """Whether jvpreg's errors are within the tolerances, in a word: ok, wrong or incomplete."""
     if _is_wrong(row, config):
         return "wrong"
-    expected = [*FLOAT64, "float32_jvpreg", *(["jit_jvpreg"] if config["jit"] else [])]
+    expected = [*FLOAT64, "float32_jvpreg", *(["jit_jvpreg"] if config["jit"] else []), *_due_in_mixed_precision(row)]
     return "ok" if "failure" not in row and all(name in row for name in expected) else "incomplete"
 
 
@@ -64,7 +68,14 @@ def _is_wrong(row: dict[str, Any], config: dict[str, Any]) -> bool:
     # Where float32 itself is worse than that, no product could be better.
     within = row.get("float32_autodiff", math.inf) <= config["float32_tolerance"]
     single = [row[name] for name in ("float32_jvpreg", "jit_jvpreg") if name in row]
-    return within and any(not error <= config["float32_tolerance"] for error in single)
+    if within and any(not error <= config["float32_tolerance"] for error in single):
+        return True
+    return any(not math.isfinite(row.get(name, 0.0)) for name in _due_in_mixed_precision(row))
+
+
+def _due_in_mixed_precision(row: dict[str, Any]) -> list[str]:
+    """The 16-bit figures for which jvpreg owes a finite value, because autodiff has one; how large is not judged."""
+    return [ours for autodiff, ours in MIXED.values() if math.isfinite(row.get(autodiff, math.inf))]
 
 
 def terminal(summary: dict[str, Any]) -> Table:
@@ -95,11 +106,13 @@ def conditions(summary: dict[str, Any]) -> str:
         f"Relative errors of jvpreg in float64 without jit, against forward autodiff (`J u`; `∂W`, the derivative "
         "along a random direction of the kernel in the middle of the model), reverse autodiff (`Jᵀ v`) and the model's "
         "own output (`f(x)`, as `J x` and the contributions of all intercepts). Then the errors of `J u` in float32, "
-        "by autodiff and by jvpreg, without jit and with it, against that of float64. A node that would be left to "
+        "by autodiff and by jvpreg, without jit and with it, against that of float64; and without jit under the dtype "
+        "policies mixed_float16 (f16) and mixed_bfloat16 (bf16), with the same weights. A node that would be left to "
         "autodiff is an error. ok: at most "
         f"{settings['tolerance']:g} in float64, and in float32 {settings['float32_tolerance']:g} where autodiff "
         "without jit has it, which one mask, or one winner of a pooling window, that rounding moves is enough to "
-        f"spoil. The smallest images that the models take, batches of {settings['batch_size']}, 10 classes, inference "
+        "spoil; the errors of 16 bits are not judged, but a value that is not finite where autodiff's is would be "
+        f"wrong. The smallest images that the models take, batches of {settings['batch_size']}, 10 classes, inference "
         "mode, logits. Random weights: kernels normal with variance 2/fan-in, scales in 0.5 to 1.5, "
         "biases normal with 0.1, offsets of normalizations the same around 1, moving statistics those of 16 random "
         "inputs; with Keras' own weights, Jacobians vanish or explode. "

@@ -31,7 +31,7 @@ def run(config: VerifyConfig) -> dict[str, Any]:
     """
     chosen = chosen_architectures(config)
     # The table is wider than the 80 columns that a pipe is given.
-    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 180)
+    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 240)
     folder = Path(config.folder or f"runs/verify-{keras.backend.backend()}")
     settings = as_plain_dict(config)
     summary: dict[str, Any] = {

@@ -7,15 +7,16 @@ from pathlib import Path
 import keras
 import pytest
 
+import jvpreg
 from experiments import benchmark
 from experiments.__main__ import benchmark_studies, main, parse
-from experiments.benchmark import autodiff, entries, measure, memory, report, study
+from experiments.benchmark import autodiff, entries, measure, memory, report, study, weights_report, weights_study
 from experiments.benchmark.check import Check, Checker
 from experiments.benchmark.entries import Entry
 from experiments.config import ModelConfig
 from experiments.errors import ExperimentError
 
-CONFIG = Path(__file__).parents[2] / "configs" / "benchmark_step.yaml"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() == "torch", reason="the benchmark's competitors are those of TensorFlow and JAX"
@@ -130,9 +131,88 @@ def test_an_error_that_is_not_a_number_is_infinite():
 
 
 def test_the_configuration_is_valid_and_unknown_names_are_told(tmp_path, capsys):
-    _, config = parse("experiments benchmark", benchmark_studies(), ["step", f"--config={CONFIG}", "--model.width=3"])
+    _, config = parse(
+        "experiments benchmark",
+        benchmark_studies(),
+        ["step", f"--config={CONFIGS / 'benchmark_step.yaml'}", "--model.width=3"],
+    )
     assert (config.model.width, config.batch_size) == (3, 64)
     with pytest.raises(ExperimentError, match="no entry 'nrom_1'"):
         benchmark.step(benchmark.StepConfig(only=["nrom_1"]))
     assert main(["benchmark", "step", "--wdith=3"]) == 2
     assert "wdith" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def weights_config(config, tmp_path_factory):
+    return benchmark.WeightsConfig(
+        model=config.model,
+        image_size=4,
+        batch_size=4,
+        jit_compile=config.jit_compile,
+        rounds=2,
+        warmup=0,
+        folder=str(tmp_path_factory.mktemp("weights")),
+    )
+
+
+@pytest.fixture(scope="module")
+def weights_summary(weights_config):
+    return benchmark.weights(weights_config)
+
+
+def test_products_along_every_kernel_are_checked_and_timed(weights_summary):
+    rows = {row["name"]: row for row in weights_summary["entries"]}
+    assert list(rows) == ["forward", "primal", "input", "dense1", "dense2", "logits", "all"]
+    for row in rows.values():
+        assert row["status"] == "ok"
+        assert 0 <= row["error"] < 1e-5
+        assert row["seconds"] > 0
+        assert 0 < row["ratio_quartiles"][0] <= row["ratio"] <= row["ratio_quartiles"][1]
+    assert rows["forward"]["ratio"] == 1
+    # 48 pixels, two hidden layers of 4 and 10 logits: 192, 16 and 40 multiplications.
+    remaining = {"input": 248, "dense1": 248, "dense2": 56, "logits": 40, "all": 248 + 56}
+    assert all(rows[name]["expected_ratio"] == pytest.approx(1 + count / 248) for name, count in remaining.items())
+
+
+def test_the_files_of_the_products_say_the_same(weights_summary, weights_config):
+    folder = Path(weights_config.folder)
+    assert json.loads((folder / "weights.json").read_text()) == json.loads(json.dumps(weights_summary))
+    assert (folder / "weights.png").read_bytes().startswith(b"\x89PNG")
+    lines = (folder / "weights.md").read_text().splitlines()
+    assert len(lines) == 2 + len(weights_summary["entries"]) + 2
+    assert weights_summary["machine"]["processor"] in lines[-1]
+
+
+def test_a_wrong_product_gets_no_time(weights_config, tmp_path, monkeypatch):
+    right = jvpreg.Linearization.jvp
+
+    def too_long(self, u=None, weights=None):
+        moved = {variable.path for variable, _ in weights or ()}
+        return (1.01 if moved == {"dense2/kernel"} else 1.0) * right(self, u, weights)
+
+    monkeypatch.setattr(jvpreg.Linearization, "jvp", too_long)
+    summary = benchmark.weights(dataclasses.replace(weights_config, folder=str(tmp_path), rounds=1))
+    rows = {row["name"]: row for row in summary["entries"]}
+    assert [name for name, row in rows.items() if row["status"] == "wrong"] == ["dense2"]
+    assert rows["dense2"]["error"] == pytest.approx(0.01, rel=1e-2)
+    assert rows["dense2"]["seconds"] is rows["dense2"]["ratio"] is None
+    assert weights_report.columns(rows["dense2"])["× forward pass"] == "wrong"
+    assert not weights_study.is_right(float("nan"), weights_config)
+
+
+def test_several_probes_through_convolutions_and_pooling_are_checked(weights_config):
+    config = dataclasses.replace(weights_config, model=ModelConfig("vgg4", 2), image_size=8, num_probes=2)
+    model = entries.plain_model(config)
+    every = weights_study.model_entries(model, config)
+    assert [entry.name for entry in every[3:-1]] == ["conv1", "conv2", "conv3", "conv4", "logits"]
+    chosen = [entry for entry in every if entry.name in ("input", "conv3", "all")]
+    errors = weights_study.check(model, chosen, config)
+    assert len(errors) == 3
+    assert all(0 < error < 1e-5 for error in errors.values())
+
+
+def test_the_configuration_of_the_products_is_valid():
+    file = CONFIGS / "benchmark_weights.yaml"
+    _, config = parse("experiments benchmark", benchmark_studies(), ["weights", f"--config={file}", "--num_probes=4"])
+    assert (config.num_probes, config.batch_size, config.model.name) == (4, 64, "vgg6")

@@ -12,7 +12,7 @@ from experiments.__main__ import STUDIES, main, parse
 from experiments.errors import ExperimentError
 from experiments.verify import VerifyConfig, architectures, measure, process, report, study, verify
 from experiments.verify.architectures import ARCHITECTURES, Architecture
-from experiments.verify.measure import FIGURES, FLOAT64, JIT
+from experiments.verify.measure import FIGURES, FLOAT64, JIT, MIXED
 
 CONFIG = VerifyConfig(jit=False)
 RNN = Architecture("RNN", (3, 2), architectures.rnn)
@@ -58,6 +58,10 @@ def test_an_architecture_is_measured(architecture):
     assert set(FIGURES) & set(row) == set(FIGURES) - (set() if jit else set(JIT))
     assert all(row[name] < 1e-12 for name in FLOAT64)
     assert 0 < row["float32_jvpreg"] < 1e-5
+    # Mixed precision is that of 11 and of 8 bits, so that neither is float32 again; and the policy is what it was.
+    assert 1e-5 < row["float16_jvpreg"] < 2e-2
+    assert 1e-3 < row["bfloat16_jvpreg"] < 2e-1
+    assert keras.config.dtype_policy().name == "float32"
 
 
 def test_a_wrong_rule_is_called_wrong():
@@ -82,6 +86,19 @@ def test_what_raises_is_named_and_the_other_figures_are_kept(monkeypatch):
     assert row["status"] == "incomplete"
     assert row["completeness"] < 1e-12
     assert report.columns(row, dataclasses.asdict(CONFIG))["∂W"] == "failed"
+
+
+def test_a_model_that_cannot_be_made_in_16_bits_keeps_the_other_figures():
+    def layer():
+        if keras.config.dtype_policy().name == "mixed_float16":
+            raise ValueError("no float16")
+        return layers.ReLU()
+
+    row = measured(with_layer(layer))
+    assert row["float16_jvpreg_failure"] == row["float16_autodiff_failure"] == "ValueError: no float16"
+    assert 0 < row["bfloat16_jvpreg"] < 1e-1
+    assert row["status"] == "ok"
+    assert row["seconds"] > 0
 
 
 def test_a_node_without_a_rule_fails_the_row(monkeypatch, capsys):
@@ -150,6 +167,18 @@ def test_a_status_is_no_better_than_the_worst_figure():
     assert report.status({**row, "jit_jvpreg": 2e-3}, settings) == "wrong"
     assert report.status({**row, "jit_jvpreg": 2e-3, "float32_autodiff": 2e-3}, settings) == "ok"
     assert report.status({key: row[key] for key in FLOAT64}, settings) == "incomplete"
+
+
+@pytest.mark.parametrize(("autodiff", "ours"), MIXED.values())
+def test_in_16_bits_a_value_must_be_finite_where_autodiffs_is(autodiff, ours):
+    settings = dataclasses.asdict(VerifyConfig())
+    row = {**dict.fromkeys(FIGURES, 1e-10)}
+    infinite, missing = {**row, ours: float("nan")}, {key: row[key] for key in FIGURES if key != ours}
+    assert report.status({**row, ours: 0.5}, settings) == "ok"
+    assert report.status(infinite, settings) == "wrong"
+    assert report.status(missing, settings) == "incomplete"
+    assert report.status({**infinite, autodiff: float("inf")}, settings) == "ok"
+    assert report.status({**missing, autodiff: float("inf")}, settings) == "ok"
 
 
 def test_the_keys_are_typed_and_unknown_names_are_told(capsys):

@@ -1,0 +1,189 @@
+"""The `benchmark weights` study: what a product along a kernel costs, by the kernel's depth."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+import jvpreg
+from experiments.benchmark import entries, measure, study, weights_report
+from experiments.benchmark.config import WeightsConfig
+from experiments.benchmark.reference import Reference, float64
+from experiments.verify.measure import error
+from experiments.verify.products import Products, stateless
+
+EXAMPLES = 4  # at which products are checked
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One call that is timed: `f(x)`, and but for the first two a product with it.
+
+    Attributes:
+        name: in the files; of a kernel, that of its layer.
+        label: in the table.
+        weights: places of the weights to push along, among the trainable ones.
+        expected: the cost in forward passes, if multiplications by kernels were all that costs and every layer
+            followed from the one before it.
+    """
+
+    name: str
+    label: str
+    weights: tuple[int, ...]
+    expected: float
+
+
+def run(config: WeightsConfig) -> dict[str, Any]:
+    """Measure the products, and write and print what came out.
+
+    Args:
+        config: see `WeightsConfig`.
+
+    Returns:
+        What `weights.json` holds: the settings, the machine, and a row a product.
+
+    Raises:
+        ExperimentError: where the backend is not known.
+    """
+    study.check_backend("weights")
+    console = study.wide_console()
+    model = entries.plain_model(config)
+    chosen = model_entries(model, config)
+    console.print(f"checking {len(chosen)} entries")
+    errors = check(model, chosen, config)
+    right = [entry for entry in chosen if is_right(errors[entry.name], config)]
+    console.print(f"timing {config.rounds} rounds of {len(right)} entries")
+    makers = {entry.name: functools.partial(step, model, entry, config) for entry in right}
+    times = measure.in_turn(makers, "forward", config)
+    summary = {
+        "study": "benchmark weights",
+        **study.conditions(config),
+        "entries": [
+            {
+                "name": entry.name,
+                "label": entry.label,
+                "expected_ratio": entry.expected,
+                "error": study.finite(errors[entry.name]),
+                **measure.outcome(is_right(errors[entry.name], config), times.get(entry.name)),
+            }
+            for entry in chosen
+        ],
+    }
+    folder = Path(config.folder or f"runs/benchmark/weights-{keras.backend.backend()}-{study.mode(config)}")
+    weights_report.write(summary, folder, console)
+    return summary
+
+
+def model_entries(model: keras.Model, config: WeightsConfig) -> list[Entry]:
+    """`f(x)` by the model and by jvpreg, and the products: along the input, each kernel by depth, and all weights."""
+    places = {id(variable): place for place, variable in enumerate(model.trainable_variables)}
+    owners = [layer for layer in model.layers if getattr(layer, "kernel", None) is not None]
+    counts = [multiplications(layer) for layer in owners]
+    total, probes = sum(counts), config.num_probes
+    kernels = [
+        Entry(layer.name, f"{layer.name} kernel", (places[id(layer.kernel)],), 1 + probes * sum(counts[depth:]) / total)
+        for depth, layer in enumerate(owners)
+    ]
+    # Along all weights each layer multiplies twice, by its tangent and by its kernel, but the first one only once.
+    everything = 1 + probes * (2 - counts[0] / total)
+    return [
+        Entry("forward", "forward pass", (), 1.0),
+        # What freezing the layers costs by itself: of the residuals, no more is computed than what is used.
+        Entry("primal", "linearize alone", (), 1.0),
+        Entry("input", "input", (), 1.0 + probes),
+        *kernels,
+        Entry("all", "all weights", tuple(places.values()), everything),
+    ]
+
+
+def multiplications(layer: keras.Layer) -> int:
+    """Of a dense layer or a convolution, for one example."""
+    return math.prod(layer.kernel.shape) * math.prod(layer.output.shape[1:-1])
+
+
+def check(model: keras.Model, chosen: Sequence[Entry], config: WeightsConfig) -> dict[str, float]:
+    """Relative errors of what the entries compute, compiled as they are timed, by autodiff in float64 without jit."""
+    x = entries.images(config, EXAMPLES).images()
+    exact = Reference(model, "moving", x).model
+    errors = {}
+    for entry in chosen:
+        vectors = directions(model, entry, x, config)
+        received = ops.convert_to_numpy(call(model, entry, config, x, vectors)()[-1])
+        with float64():
+            errors[entry.name] = error(received, expected(exact, entry, x, vectors))
+    return errors
+
+
+def expected(exact: keras.Model, entry: Entry, x: np.ndarray, vectors: Sequence[np.ndarray]) -> np.ndarray:
+    """The product of an entry by autodiff in the model's precision, a probe at a time; or `f(x)`."""
+    products = Products(exact, x)
+    if entry.name in ("forward", "primal"):
+        return products.outputs()
+    weights = [exact.trainable_variables[place] for place in entry.weights]
+    probes = zip(*vectors, strict=True)
+    if not weights:
+        return np.stack([products.autodiff_jvp(u) for (u,) in probes])
+    return np.stack([products.autodiff_weight_jvp(weights, us) for us in probes])
+
+
+def is_right(relative_error: float, config: WeightsConfig) -> bool:
+    """Whether an entry is to be timed; not if its error is not a number."""
+    return relative_error <= config.tolerance
+
+
+def directions(model: keras.Model, entry: Entry, x: np.ndarray, config: WeightsConfig) -> list[np.ndarray]:
+    """Random directions `(P, …)` in float32, of the input or of each weight of an entry."""
+    random = np.random.default_rng(config.seed)
+    shapes = [model.trainable_variables[place].shape for place in entry.weights]
+    if entry.name == "input":
+        shapes = [x.shape]
+    return [random.normal(size=(config.num_probes, *shape)).astype("float32") for shape in shapes]
+
+
+def step(model: keras.Model, entry: Entry, config: WeightsConfig) -> measure.Step:
+    """The call that is timed."""
+    x = entries.images(config, config.batch_size).images()
+    computed = call(model, entry, config, x, directions(model, entry, x, config))
+    # JAX returns before it has computed.
+    return lambda: [ops.convert_to_numpy(tensor) for tensor in computed()]
+
+
+def call(
+    model: keras.Model, entry: Entry, config: WeightsConfig, x: np.ndarray, vectors: Sequence[np.ndarray]
+) -> Callable[[], tuple]:
+    """`f(x)` and the product, in one compiled call: without `f(x)`, the end of the primal pass would be left out."""
+    weights = [model.trainable_variables[place] for place in entry.weights]
+
+    def forward(x):
+        return (model(x, training=False),)
+
+    def product(x, *vectors):
+        lin = jvpreg.linearize(model, x, fallback="error")
+        if entry.name == "primal":
+            return (lin.outputs,)
+        if entry.name == "input":
+            return lin.outputs, lin.jvp(vectors[0])
+        return lin.outputs, lin.jvp(weights=list(zip(weights, vectors, strict=True)))
+
+    function = compiled(stateless(model, forward if entry.name == "forward" else product), config.jit_compile)
+    # As arguments, so that nothing of them is computed when compiling.
+    values = [ops.convert_to_tensor(variable.value) for variable in model.variables]
+    tensors = [ops.convert_to_tensor(tensor) for tensor in (x, *vectors)]
+    return lambda: function(values, *tensors)
+
+
+def compiled(function: Callable, jit: bool) -> Callable:
+    """The function by XLA; or else as a graph on TensorFlow, and as it is on JAX."""
+    if jit:
+        return jvpreg.testing.compiled(function)
+    if keras.backend.backend() == "jax":
+        return function
+    import tensorflow as tf
+
+    return tf.function(function)
