@@ -19,11 +19,17 @@ class Value:
         primal: `(B, …)`, or any shape if it is not batched.
         slot: of its tangent, `(P, *primal.shape)`.
         batched: whether it follows from an input of the graph; else it is a weight, a constant, or made of them.
+        mask: which of its steps count, `(B, T)`, as Keras carries it along with a tensor; it has no tangent.
     """
 
     primal: Any
     slot: int
     batched: bool = True
+    mask: "Value | None" = None
+
+    def with_mask(self, mask: "Value | None") -> "Value":
+        """The same value under a mask."""
+        return self if mask is self.mask else replace(self, mask=mask)
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,12 @@ class Node:
         """The node's name for its output, or `name[i]` for each of several."""
         several = len(self.outputs) > 1
         return [f"{self.name}[{i}]" if several else self.name for i in range(len(self.outputs))]
+
+    @property
+    def couples_examples(self) -> bool:
+        """Whether one example's tangent depends on another's, as it cannot where a weight is split along its axes."""
+        batched = any(value.batched for value in self.inputs)
+        return batched and self.pushforward is not None and self.pushforward.couples_examples
 
     def take(self, indices) -> "Node":
         """The node for the examples at `indices` only. Its primal values stay whole: only their shapes matter."""
@@ -91,7 +103,7 @@ class FrozenGraph:
     @property
     def couples_examples(self) -> bool:
         """Whether one example's tangent depends on another's."""
-        return any(node.pushforward is not None and node.pushforward.couples_examples for node in self.nodes)
+        return any(node.couples_examples for node in self.nodes)
 
     @property
     def weights(self) -> list:

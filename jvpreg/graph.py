@@ -1,8 +1,10 @@
 """The walk over a Keras graph: it runs every operation's rule once and records the frozen nodes in order."""
 
 import contextlib
+import functools
 import inspect
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,9 +12,12 @@ from typing import Any
 import keras
 from keras import ops, tree
 
-# Private: the scope in which `Layer.__call__` casts weights. A public one there is not.
+# Private, and there are no public ones: what Keras writes on tensors, and the scope in which it casts weights.
+from keras.src.backend import get_keras_mask, set_keras_mask
 from keras.src.backend.common.variables import AutocastScope
+from keras.src.ops.node import KerasHistory
 
+from jvpreg import masks
 from jvpreg.autodiff import fall_back
 from jvpreg.frozen import FrozenGraph, Node, Value
 from jvpreg.registry import Context, Declined, find_rule, identity, missing_rule_error, unwrap
@@ -43,11 +48,15 @@ class Tracer:
         self.num_slots += 1
         return Value(primal, self.num_slots - 1, batched)
 
+    def masked(self, primal, mask) -> Value:
+        """A new value under a mask, which is a tensor or None."""
+        return self.value(primal).with_mask(None if mask is None else self.value(mask))
+
     def run(self, operation, *args, scope: str = "", kind: str | None = None, **kwargs):
         """Runs one operation on `Value`s: by its rule, or opened up into smaller ones, or else by autodiff."""
         operation = unwrap(operation)
         if is_model(operation):
-            return self._run_model(operation, args[0] if args else kwargs["inputs"], scope)
+            return self._run_model(operation, args[0] if args else kwargs["inputs"], scope, kwargs.get("mask"))
         return self._run_named(operation, args, kwargs, self._unique(scope + (kind or _name(operation))))
 
     def _run_named(self, operation, args, kwargs, name: str):
@@ -56,11 +65,11 @@ class Tracer:
                 f"`{name}` is quantized ({operation.quantization_mode}), and a rounded layer has no useful Jacobian. "
                 "Linearize the model before it is quantized."
             )
-        if isinstance(operation, keras.layers.Masking) or getattr(operation, "mask_zero", False):
-            raise NotImplementedError(
-                f"`{name}` ({type(operation).__name__}) makes a mask, which is not followed through the graph. "
-                "Multiply by the mask where it matters, or leave it out."
-            )
+        if isinstance(operation, keras.Layer):
+            kwargs = masks.fill_in(operation, args, kwargs)
+        return self._with_masks(operation, args, kwargs, self._run_operation(operation, args, kwargs, name))
+
+    def _run_operation(self, operation, args, kwargs, name: str):
         rule = find_rule(operation)
         if rule is not None:
             try:
@@ -73,7 +82,13 @@ class Tracer:
             return self._run_by_autodiff(operation, args, kwargs, name, error)
         return self._run_opened(graph, weights, operation, args, kwargs, name)
 
-    def _run_model(self, model, inputs, scope: str):
+    def _run_model(self, model, inputs, scope: str, mask=None):
+        if mask is not None:
+            pairs = zip(tree.flatten(inputs), tree.flatten(mask), strict=True)
+            given = [
+                x.with_mask(m if isinstance(m, Value) else self.value(m)) if m is not None else x for x, m in pairs
+            ]
+            inputs = tree.pack_sequence_as(inputs, given)
         if isinstance(model, keras.Sequential):
             value = inputs
             for layer in model.layers:
@@ -97,14 +112,17 @@ class Tracer:
 
     def _run_rule(self, rule, operation, args, kwargs, name: str):
         args, kwargs = self._as_values(operation, args, kwargs)
-        values, args, kwargs = self._primals(operation, args, kwargs)
-        kwargs = {key: value for key, value in kwargs.items() if key != "training" and value is not None}
-        if "mask" in kwargs and "mask" not in inspect.signature(rule.function).parameters:
+        taken = inspect.signature(rule.function).parameters
+        given, kwargs = masks.split(operation, args, kwargs, taken)
+        if not all(key in taken for key in given):
             raise NotImplementedError(
                 f"`{name}` is called with a mask, which its rule does not take. Multiply by the mask before the layer, "
                 "or leave it out."
             )
-        context = replace(self.context, run=self._run_inner)
+        values, args, kwargs = self._primals(operation, args, kwargs)
+        kwargs |= tree.map_structure(masks.primal_of, given)
+        kwargs = {key: value for key, value in kwargs.items() if key != "training" and value is not None}
+        context = replace(self.context, run=functools.partial(self._run_inner, values))
         primal, pushforward = rule.function(operation, *args, context=context, **kwargs)
         outputs = self._record(name, operation, values, primal, pushforward)
         activation = getattr(operation, rule.activation) if rule.activation else None
@@ -113,10 +131,15 @@ class Tracer:
         _record_activity_loss(operation, tree.flatten(outputs)[0].primal)
         return outputs
 
-    def _run_inner(self, operation, *inputs, **kwargs):
-        """What a rule asks for by `context.run`: another operation, as one pushforward."""
+    def _run_inner(self, known: Sequence[Value], operation, *inputs, **kwargs):
+        """What a rule asks for by `context.run`: another operation, as one pushforward.
+
+        Tangents are those of the `inputs`, which keep the masks that they have among the `known` values.
+        """
         inner = Tracer(self.context, fallbacks=self.fallbacks)
-        values = tree.map_structure(inner.value, inputs)
+        carried = {id(value.primal): value.mask.primal for value in known if value.mask is not None}
+        values = tree.map_structure(lambda tensor: inner.masked(tensor, carried.get(id(tensor))), inputs)
+        kwargs = tree.map_structure(lambda x: inner.value(x) if ops.is_tensor(x) and len(x.shape) else x, kwargs)
         outputs = inner.run(operation, *values, **kwargs)
         graph = inner.frozen(tree.flatten(values), tree.flatten(outputs))
         return tree.map_structure(lambda value: value.primal, outputs), graph.as_pushforward()
@@ -131,32 +154,34 @@ class Tracer:
             raise NotImplementedError(f"`{_name(layer)}` is an operation without a rule")
         dtype = _input_dtype(layer)
 
-        def symbol(leaf):
-            return _symbol(_autocast(leaf.primal, dtype)) if isinstance(leaf, Value) else leaf
+        def symbol(value):
+            return _symbol(_autocast(value.primal, dtype))
 
-        symbols = tree.map_structure(symbol, (args, kwargs))
-        inputs = [leaf for leaf in tree.flatten(symbols) if isinstance(leaf, keras.KerasTensor)]
         # With symbols for its own weights too, what is made of them is part of the graph.
         owned = {key: value for key, value in _attributes(layer).items() if isinstance(value, keras.Variable)}
         try:
             with _symbols_for_weights(layer, owned, dtype) as weights:
+                symbols, inputs = masks.symbols(args, kwargs, symbol)
                 return keras.Function([*inputs, *weights], self._call(layer, symbols, dtype)), list(owned.values())
         except Exception:
             # A call that reads `weight.value`, or assigns to it.
+            symbols, inputs = masks.symbols(args, kwargs, symbol)
             return keras.Function(inputs, self._call(layer, symbols, dtype)), []
 
     def _call(self, layer, symbols, dtype):
-        """The symbolic outputs of a layer's own `call`."""
+        """The symbolic outputs of a layer's own `call`, and the masks that it left on them: see `masks.left_on`."""
         args, kwargs = symbols
         if not isinstance(layer, keras.Layer):
-            return layer(*args)
+            return masks.left_on(layer(*args, **kwargs))
         # What Keras passes itself, whether a call takes it or not.
         takes = layer._call_signature.parameters
         kwargs = {key: value for key, value in kwargs.items() if key not in ("training", "mask") or key in takes}
         if "training" in takes:
             kwargs["training"] = self.context.training
         losses = len(layer.losses)
-        with AutocastScope(dtype):
+        with AutocastScope(dtype), warnings.catch_warnings():
+            # Keras says so when the model itself runs.
+            warnings.filterwarnings("ignore", ".*does not support masking")
             outputs = layer.call(*args, **kwargs)
         leaves = tree.flatten(outputs)
         if not leaves or not all(isinstance(leaf, keras.KerasTensor) for leaf in leaves):
@@ -164,17 +189,18 @@ class Tracer:
         if len(layer.losses) != losses:
             layer._clear_losses()
             raise NotImplementedError(f"`call` of `{layer.name}` adds a loss")
-        return outputs
+        return masks.left_on(outputs)
 
     def _run_opened(self, graph, weights, layer, args, kwargs, name: str):
         dtype = _input_dtype(layer)
-        values = [leaf for leaf in tree.flatten((args, kwargs)) if isinstance(leaf, Value)]
+        values = masks.values_among(args, kwargs)
         outer, self._weight_dtype = self._weight_dtype, dtype
         try:
             inputs = [*(self._cast(value, dtype, name) for value in values), *map(self._weight, weights)]
-            outputs = self._walk(graph, inputs, f"{name}/", opened=True)
+            outputs, left = self._walk(graph, inputs, f"{name}/", opened=True)
         finally:
             self._weight_dtype = outer
+        outputs = tree.map_structure(lambda y, mask: y.with_mask(y.mask if mask is y else mask), outputs, left)
         _record_activity_loss(layer, tree.flatten(outputs)[0].primal)
         return outputs
 
@@ -183,13 +209,20 @@ class Tracer:
         primal = _autocast(value.primal, dtype)
         if primal is value.primal or primal.dtype == value.primal.dtype:
             return value
-        return self._record(self._unique(f"{name}/cast"), ops.cast, [replace(value, primal=primal)], primal, identity())
+        cast = self._record(self._unique(f"{name}/cast"), ops.cast, [replace(value, primal=primal)], primal, identity())
+        return cast.with_mask(value.mask)
 
     def _run_by_autodiff(self, operation, args, kwargs, name: str, error: Exception):
         if self.context.fallback == "error":
             raise missing_rule_error(operation, name) from error
         reason = (str(error) or type(error).__name__).splitlines()[0]
         self.fallbacks[name] = f"{type(operation).__name__}: {reason}"
+        masked = any(value.mask is not None for value in masks.values_among(args))
+        if masked and getattr(operation, "_layers", None) and not any("mask" in key for key in kwargs):
+            raise NotImplementedError(
+                f"`{name}` is left to autodiff, and the layers in it would not see the mask of its input. Let its "
+                "`call` take `mask` and pass it on, or multiply by the mask before the layer."
+            )
         args, kwargs = self._as_values(operation, args, kwargs)
         values, args, kwargs = self._primals(operation, args, kwargs)
         if isinstance(operation, keras.Layer) and "training" in operation._call_signature.parameters:
@@ -208,6 +241,20 @@ class Tracer:
         )
         return values, args, kwargs
 
+    def _with_masks(self, operation, args, kwargs, outputs):
+        """The outputs with the masks that Keras leaves on them."""
+        if not isinstance(operation, keras.Layer):
+            # A tensor that is passed on as it is keeps what Keras wrote on it.
+            kept = {id(value.primal): value.mask for value in masks.values_among(args, kwargs)}
+            return tree.map_structure(lambda y: y.with_mask(y.mask or kept.get(id(y.primal))), outputs)
+        if not operation.supports_masking:
+            return outputs
+        first, mask = masks.first_argument(operation, args, kwargs), kwargs.get("mask")
+        values, (inputs,), _ = self._primals(operation, (first,), {})
+        batched = any(value.batched for value in values)
+        previous = masks.masks_of(first) if mask is None else mask
+        return masks.on_outputs(operation, inputs, previous, outputs, lambda mask: self.value(mask, batched))
+
     def _as_values(self, operation, args, kwargs):
         """The weights and constants among an operation's inputs as values too; no tangent ever reaches a constant."""
         batched = [leaf.primal for leaf in tree.flatten((args, kwargs)) if isinstance(leaf, Value) and leaf.batched]
@@ -217,9 +264,10 @@ class Tracer:
                 return leaf
             if isinstance(leaf, keras.Variable):
                 return self._weight(leaf)
-            if not ops.is_tensor(leaf) or not len(leaf.shape):
+            layer = isinstance(operation, keras.Layer)
+            if not ops.is_tensor(leaf) or (layer and not len(leaf.shape)):
                 return leaf
-            if not isinstance(operation, keras.Layer) or not batched:
+            if not layer or not batched:
                 return self.value(leaf, batched=False)
             # For a layer one row stands for the batch: tangents of different batch sizes could not be folded alike.
             row = leaf.shape[0] == 1
@@ -254,7 +302,10 @@ class Tracer:
 
 
 def _symbol(tensor) -> keras.KerasTensor:
-    return keras.KerasTensor(tuple(tensor.shape), dtype=keras.backend.standardize_dtype(tensor.dtype))
+    symbol = keras.KerasTensor(tuple(tensor.shape), dtype=keras.backend.standardize_dtype(tensor.dtype))
+    # What its first use would write: a graph may have inputs that nothing uses.
+    symbol._keras_history = KerasHistory(operation=None, node_index=0, tensor_index=0)
+    return symbol
 
 
 @contextlib.contextmanager
@@ -381,7 +432,8 @@ def trace(model, x, inputs: Sequence, context: Context) -> tuple[Tracer, list[Va
         The tracer with its nodes, the values of the inputs, and the output values in the model's own structure.
     """
     tracer = Tracer(context)
-    values = [tracer.value(tensor) for tensor in inputs]
+    given = [get_keras_mask(leaf) for leaf in flatten_inputs(model, x, "x")]
+    values = [tracer.masked(tensor, mask) for tensor, mask in zip(inputs, given, strict=True)]
     if is_model(model):
         arguments = values if len(values) > 1 else values[0]
     else:
@@ -392,9 +444,14 @@ def trace(model, x, inputs: Sequence, context: Context) -> tuple[Tracer, list[Va
     # Private: within Keras' own call context a model's losses of the last call are cleared, and of this one kept.
     model._get_call_context()
     try:
-        return tracer, values, tracer.run(model, arguments)
+        outputs = tracer.run(model, arguments)
     finally:
         model._maybe_reset_call_context()
+    for value in tree.flatten(outputs):
+        if value.mask is not None:
+            # A loss weighs by it.
+            set_keras_mask(value.primal, value.mask.primal)
+    return tracer, values, outputs
 
 
 def _compatible(shape, expected) -> bool:

@@ -193,7 +193,8 @@ def register_rule(*operations, activation: str | None = None) -> Callable:
             intercept stay apart.
 
     Returns:
-        A decorator for `rule(operation, *inputs, context, **kwargs) -> (y, Pushforward)`.
+        A decorator for `rule(operation, *inputs, context, **kwargs) -> (y, Pushforward)`. A layer's masks are among the
+        keyword arguments, by their names in its `call`: they have no tangents, and are frozen as residuals.
 
     Raises:
         ValueError: an operation has a rule already.

@@ -380,10 +380,3 @@ def test_a_quantized_layer():
     model.layers[0].quantize("int8")
     with pytest.raises(NotImplementedError, match=r"`rounded` is quantized \(int8\).* before it is quantized"):
         jvpreg.linearize(model, normal(2, 4))
-
-
-def test_a_layer_that_is_called_with_a_mask():
-    x, mask = keras.Input((3, 2)), keras.Input((3,), dtype="bool")
-    model = keras.Model([x, mask], layers.GlobalAveragePooling1D(name="pool")(x, mask=mask))
-    with pytest.raises(NotImplementedError, match=r"`pool` is called with a mask, which its rule does not take"):
-        jvpreg.linearize(model, [normal(2, 3, 2), np.ones((2, 3), "bool")])

@@ -132,9 +132,10 @@ def _attention_written_out(layer, query, value, causal=False):
     [
         (lambda: layers.MultiHeadAttention(2, 3), {}),
         (lambda: layers.MultiHeadAttention(2, 3), {"use_causal_mask": True}),
+        (lambda: layers.MultiHeadAttention(2, 3, dropout=0.3), {}),
         (lambda: layers.GroupQueryAttention(3, 4, 2), {}),
     ],
-    ids=["MultiHeadAttention", "MultiHeadAttention-causal", "GroupQueryAttention"],
+    ids=["MultiHeadAttention", "MultiHeadAttention-causal", "MultiHeadAttention-dropout", "GroupQueryAttention"],
 )
 def test_attention(float64, make, arguments):
     layer = make()
@@ -198,15 +199,6 @@ def test_resizing_in_float32(interpolation):
     lin = jvpreg.linearize(layer, x, fallback="error")
     for received, expected in ((lin.outputs, layer(x)), (lin.jvp(u), layer(u))):
         np.testing.assert_allclose(numpy(received), numpy(expected), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("make", [lambda: layers.Masking(), lambda: layers.Embedding(4, 2, mask_zero=True)])
-def test_a_layer_that_makes_a_mask(make):
-    model = make()
-    x = np.ones((2, 3), "float32")
-    model(x)
-    with pytest.raises(NotImplementedError, match=r"makes a mask, which is not followed"):
-        jvpreg.linearize(model, x)
 
 
 def test_max_pooling_tie_goes_to_the_first_entry():

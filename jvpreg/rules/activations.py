@@ -304,7 +304,8 @@ def prelu(layer, x, context):
 
 
 @register_rule(layers.Softmax)
-def softmax_layer(layer, x, context):
-    y = layer.call(x)
+def softmax_layer(layer, x, context, mask=None):
+    # What is masked is 0 in the output, and with it every tangent there.
+    y = layer.call(x, mask=mask)
     axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
     return y, _softmax_pushforward(y, tuple(_from_end(axis, x) for axis in axes))

@@ -28,6 +28,7 @@ def dot_product_attention(operation, query, key, value, context, bias=None, mask
         return ops.reshape(heads, (*shape[:-2], key.shape[2], groups, shape[-1]))
 
     logits = scale * ops.einsum("btmgh,bsmh->bmgts", grouped(query), key)
+    given = mask is not None
     if operation.is_causal:
         kept = ops.arange(logits.shape[-2])[:, None] >= ops.arange(logits.shape[-1])
         mask = kept if mask is None else ops.logical_and(kept, mask)
@@ -41,13 +42,19 @@ def dot_product_attention(operation, query, key, value, context, bias=None, mask
             )
         logits = ops.where(mask, logits, -1e30 if keras.backend.standardize_dtype(logits.dtype) != "float16" else -6e4)
     probabilities = ops.softmax(logits)
+    residuals = [query, key, value, probabilities]
+    if given:
+        # Where all of a row is masked, the probabilities are equal and constant.
+        residuals.append(ops.where(mask, probabilities, 0))
 
     def merged(heads):
         shape = ops.shape(heads)
         return ops.reshape(heads, (*shape[:-3], query.shape[2], shape[-1]))
 
     def push(query_tangent, key_tangent, value_tangent, *others):
-        query, key, value, probabilities = others[-4:]  # Before them the tangent of a mask, which is None.
+        # Before the residuals comes the tangent of a mask, which is None.
+        query, key, value, probabilities, *_ = others[-len(residuals) :]
+        moving = others[-1]
         images = []
         moved = []
         if query_tangent is not None:
@@ -56,11 +63,11 @@ def dot_product_attention(operation, query, key, value, context, bias=None, mask
             moved.append(ops.einsum("btmgh,pbsmh->pbmgts", grouped(query[0]), key_tangent))
         if moved:
             logits_tangent = scale * sum(moved[1:], moved[0])
-            mean = ops.sum(probabilities * logits_tangent, axis=-1, keepdims=True)
-            images.append(ops.einsum("pbmgts,bsmh->pbtmgh", probabilities * (logits_tangent - mean), value[0]))
+            mean = ops.sum(moving * logits_tangent, axis=-1, keepdims=True)
+            images.append(ops.einsum("pbmgts,bsmh->pbtmgh", moving * (logits_tangent - mean), value[0]))
         if value_tangent is not None:
             images.append(ops.einsum("bmgts,pbsmh->pbtmgh", ops.squeeze(probabilities, 0), value_tangent))
         return merged(sum(images[1:], images[0]))
 
     y = merged(ops.einsum("bmgts,bsmh->btmgh", probabilities, value))
-    return y, Pushforward(push, query, key, value, probabilities, takes_none=True)
+    return y, Pushforward(push, *residuals, takes_none=True)

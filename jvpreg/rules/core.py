@@ -1,8 +1,8 @@
-"""Dense, and the layers that pass their input on."""
+"""Dense, and the layers that pass their input on, or what is not masked of it."""
 
 from keras import layers, ops
 
-from jvpreg.registry import affine, identity, register_rule
+from jvpreg.registry import affine, gate, identity, register_rule
 
 
 def kernel_parts(layer, apply) -> list:
@@ -31,3 +31,9 @@ def dense(layer, x, context):
 @register_rule(layers.Identity)
 def pass_on(layer, x, context):
     return x, identity()
+
+
+@register_rule(layers.Masking)
+def masking(layer, x, context):
+    kept = ops.any(ops.not_equal(x, layer.mask_value), axis=-1, keepdims=True)
+    return ops.where(kept, x, 0), gate(kept)

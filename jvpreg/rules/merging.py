@@ -23,36 +23,57 @@ def _tangents_same_rank(tangents):
     return [ops.reshape(t, (*ops.shape(t)[:2], *[1] * (rank - len(t.shape)), *ops.shape(t)[2:])) for t in tangents]
 
 
+def _spread_masks(inputs, masks):
+    """The masks (B, T) over the inputs (B, T, …), None where Keras sees none: it loses those of a lower rank."""
+    rank = max(len(x.shape) for x in inputs)
+    return [
+        None if mask is None or len(x.shape) < rank else ops.broadcast_to(ops.expand_dims(mask, -1), ops.shape(x))
+        for x, mask in zip(inputs, masks or [None] * len(inputs), strict=True)
+    ]
+
+
 @register_rule(layers.Multiply)
-def multiply(layer, inputs, context):
+def multiply(layer, inputs, context, mask=None):
     factors = _same_rank(inputs)
+    masks = _spread_masks(inputs, mask)
+    # As Keras: a masked step counts as 1, and as 0 if it is masked in all inputs.
+    factors = [x if kept is None else ops.where(kept, x, 1) for x, kept in zip(factors, masks, strict=True)]
     # The derivative by one factor is the product of the others: no division, so zeros are harmless.
     others = [reduce(ops.multiply, factors[:i] + factors[i + 1 :], ops.ones_like(x)) for i, x in enumerate(factors)]
+    others = [y if kept is None else ops.where(kept, y, 0) for y, kept in zip(others, masks, strict=True)]
+    y = reduce(ops.multiply, factors)
+    if all(kept is not None for kept in masks):
+        y = ops.where(reduce(ops.logical_or, masks), y, 0)
 
     def push(*arguments):
         tangents = _tangents_same_rank(arguments[: len(factors)])
         return sum(other * tangent for other, tangent in zip(arguments[len(factors) :], tangents, strict=True))
 
-    return layer.call(inputs), Pushforward(push, *others)
+    return y, Pushforward(push, *others)
 
 
 @register_rule(layers.Maximum)
-def maximum(layer, inputs, context):
-    return _select(layer, inputs, ops.greater)
+def maximum(layer, inputs, context, mask=None):
+    return _select(inputs, mask, ops.greater)
 
 
 @register_rule(layers.Minimum)
-def minimum(layer, inputs, context):
-    return _select(layer, inputs, ops.less)
+def minimum(layer, inputs, context, mask=None):
+    return _select(inputs, mask, ops.less)
 
 
-def _select(layer, inputs, better):
-    """Passes on the best input; a tie goes to the first. The frozen masks say where a later input wins."""
+def _select(inputs, masks, better):
+    """Passes on the best input; a tie goes to the first. What is frozen says where a later input wins."""
     best, *rest = _same_rank(inputs)
-    masks = []
-    for x in rest:
+    kept_in_best, *kept_in_rest = _spread_masks(inputs, masks)
+    winners = []
+    for x, kept in zip(rest, kept_in_rest, strict=True):
         wins = better(x, best)
-        masks.append(wins)
+        # What counts wins against what is masked.
+        wins = wins if kept_in_best is None else ops.logical_or(wins, ops.logical_not(kept_in_best))
+        wins = wins if kept is None else ops.logical_and(wins, kept)
+        kept_in_best = None if kept is None or kept_in_best is None else ops.logical_or(kept_in_best, kept)
+        winners.append(wins)
         best = ops.where(wins, x, best)
 
     def push(*arguments):
@@ -61,7 +82,7 @@ def _select(layer, inputs, better):
             chosen = ops.where(wins, tangent, chosen)
         return chosen
 
-    return best, Pushforward(push, *masks)
+    return best, Pushforward(push, *winners)
 
 
 @register_rule(layers.Dot)

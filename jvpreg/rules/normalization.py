@@ -20,7 +20,7 @@ def _along(axis: int, vector, x):
 
 
 @register_rule(layers.BatchNormalization)
-def batch_normalization(layer, x, context):
+def batch_normalization(layer, x, context, mask=None):
     # As Keras: statistics and the affine map in float32 at least, whatever the compute dtype.
     dtype = keras.backend.result_type(x.dtype, "float32")
     original, dtype_out, x = x, x.dtype, ops.cast(x, dtype)
@@ -28,7 +28,7 @@ def batch_normalization(layer, x, context):
     if mode == "moving":
         mean, variance = ops.cast(layer.moving_mean, dtype), ops.cast(layer.moving_variance, dtype)
     else:
-        mean, variance = _batch_moments(layer, x, context)
+        mean, variance = _batch_moments(layer, x, context, mask)
     gamma = ops.cast(layer.gamma, dtype) if layer.scale else None
     beta = ops.cast(layer.beta, dtype) if layer.center else None
     y = ops.batch_normalization(x, mean, variance, axis=layer.axis, offset=beta, scale=gamma, epsilon=layer.epsilon)
@@ -61,30 +61,37 @@ def batch_normalization(layer, x, context):
     # Every axis of a tangent (P, B, …) but the probes and the channels.
     reduced = [axis + 1 for axis in range(len(x.shape)) if axis != channel]
 
-    def push_coupled(tangent, standardized):
+    def average(tangent, kept):
+        if not kept:
+            return ops.mean(tangent, axis=reduced, keepdims=True)
+        # As Keras: it adds an epsilon to the number of steps that count.
+        count = ops.sum(ops.cast(kept[0], dtype), axis=reduced, keepdims=True) + keras.config.epsilon()
+        return ops.sum(ops.where(kept[0], tangent, 0.0), axis=reduced, keepdims=True) / count
+
+    def push_coupled(tangent, standardized, *kept):
         """The derivative of the batch map: the statistics move with every example."""
         wide = ops.cast(tangent, dtype)
-        mean_moved = ops.mean(wide, axis=reduced, keepdims=True)
-        deviation_moved = ops.mean(standardized * wide, axis=reduced, keepdims=True)
-        return ops.cast(slope * (wide - mean_moved - standardized * deviation_moved), tangent.dtype)
+        centered = wide - average(wide, kept)
+        return ops.cast(slope * (centered - standardized * average(standardized * centered, kept)), tangent.dtype)
 
     weights = [
-        (layer.gamma, lambda u, standardized: _along(layer.axis, ops.cast(u, dtype), x) * standardized),
-        (layer.beta, lambda u, standardized: _along(layer.axis, ops.cast(u, dtype), x)),
+        (layer.gamma, lambda u, standardized, *kept: _along(layer.axis, ops.cast(u, dtype), x) * standardized),
+        (layer.beta, lambda u, standardized, *kept: _along(layer.axis, ops.cast(u, dtype), x)),
     ]
-    return y, Pushforward(push_coupled, standardized, weights=weights, couples_examples=True)
+    kept = [] if mask is None else [ops.broadcast_to(ops.expand_dims(ops.cast(mask, "bool"), -1), ops.shape(x))]
+    return y, Pushforward(push_coupled, standardized, *kept, weights=weights, couples_examples=True)
 
 
-def _batch_moments(layer, x, context):
+def _batch_moments(layer, x, context, mask):
     """The statistics of the batch; in training they also enter the moving averages, once."""
     if layer.renorm:
         raise NotImplementedError(
             f"`{layer.path}` uses batch renormalization, which has no rule on batch statistics. "
             'Set `renorm=False`, or linearize with `batch_statistics="moving"`.'
         )
-    channel = layer.axis % len(x.shape)
-    axes = [axis for axis in range(len(x.shape)) if axis != channel]
-    mean, variance = ops.moments(x, axes=axes, synchronized=layer.synchronized)
+    # Private: the moments of the steps that count, which have an epsilon of their own.
+    moments = layer._moments(x, mask)
+    mean, variance = (ops.reshape(moment, layer.moving_mean.shape) for moment in moments)
     if context.training:
         for moving, current in ((layer.moving_mean, mean), (layer.moving_variance, variance)):
             old = ops.cast(moving, x.dtype)

@@ -202,7 +202,8 @@ def get_item(operation, x, key, context):
     first = key[0] if isinstance(key, (tuple, list)) and key else key
     whole = first is Ellipsis or (isinstance(first, slice) and first == slice(None))
     push = each_probe(lambda tangent: operation.call(tangent, key))
-    return operation.call(x, key), Pushforward(push, couples_examples=not whole)
+    # A key may hold tensors, which are inputs too.
+    return operation.call(x, key), Pushforward(lambda tangent, *_: push(tangent), couples_examples=not whole)
 
 
 @register_rule(numpy_ops.Split, core.Unstack)

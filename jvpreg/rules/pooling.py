@@ -11,12 +11,26 @@ from jvpreg.registry import Pushforward, fold, linear, register_rule, unfold
     layers.AveragePooling1D,
     layers.AveragePooling2D,
     layers.AveragePooling3D,
-    layers.GlobalAveragePooling1D,
     layers.GlobalAveragePooling2D,
     layers.GlobalAveragePooling3D,
 )
 def average_pooling(layer, x, context):
     return layer.call(x), linear(layer.call)
+
+
+@register_rule(layers.GlobalAveragePooling1D)
+def average_of_steps(layer, x, context, mask=None):
+    """The mean over the steps that count."""
+    if mask is None:
+        return average_pooling(layer, x, context)
+    steps = 1 if layer.data_format == "channels_last" else 2
+    kept = ops.expand_dims(ops.cast(mask, "bool"), 3 - steps)
+    count = ops.sum(ops.cast(kept, x.dtype), axis=steps, keepdims=layer.keepdims)
+
+    def push(tangent, kept, count):
+        return ops.sum(ops.where(kept, tangent, 0.0), axis=steps + 1, keepdims=layer.keepdims) / count
+
+    return layer.call(x, mask=mask), Pushforward(push, kept, count)
 
 
 @register_rule(layers.MaxPooling1D, layers.MaxPooling2D, layers.MaxPooling3D)

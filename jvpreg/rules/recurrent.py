@@ -19,23 +19,54 @@ from jvpreg.registry import Declined, Pushforward, align, register_rule
     layers.ConvLSTM2D,
     layers.ConvLSTM3D,
 )
-def recurrent(layer, sequences, context, initial_state=None):
+def recurrent(layer, sequences, context, initial_state=None, mask=None):
     if layer.stateful:
         raise NotImplementedError(
             f"`{layer.path}` is stateful: its output depends on earlier batches, which a Jacobian at `x` leaves out. "
             "Set `stateful=False`, and pass the state as an input."
         )
+    if mask is not None and layer.unroll and layer.zero_output_for_mask:
+        raise Declined("an unrolled loop, whose masked outputs are another thing on each backend")
     cell = layer.cell
     given = initial_state is not None
     states = initial_state if given else layer.get_initial_state(batch_size=ops.shape(sequences)[0])
     states = list(states) if isinstance(states, (list, tuple)) else [states]
     states = tree.map_structure(lambda state: ops.cast(state, cell.compute_dtype), states)
+    flat_states = tree.flatten(states)
+    count = len(flat_states)
     # A cell's dropout masks are constants of it, and so not cut with the examples.
     cells = [cell, *getattr(cell, "cells", [])]
-    masked = context.training and any(getattr(c, "dropout", 0) or getattr(c, "recurrent_dropout", 0) for c in cells)
-    num_given = len(tree.flatten(states)) if given else 0
-    steps = _time_first(sequences, 0)
-    steps = ops.flip(steps, axis=0) if layer.go_backwards else steps
+    dropped = context.training and any(getattr(c, "dropout", 0) or getattr(c, "recurrent_dropout", 0) for c in cells)
+    num_given = count if given else 0
+
+    def in_order(tensor, axis: int):
+        """(B, T, …) as steps (T, B, …), or (P, B, T, …) as (T, P, B, …): the time is the second axis from `axis`."""
+        steps = ops.moveaxis(tensor, axis + 1, 0)
+        return ops.flip(steps, axis=0) if layer.go_backwards else steps
+
+    steps = in_order(sequences, 0)
+    kept_steps = [] if mask is None else [in_order(ops.cast(mask, "bool"), 0)]
+    # On JAX, a masked step returns the last cell's first state, and not what was returned before.
+    returned = None
+    if keras.backend.backend() == "jax" and not layer.unroll:
+        returned = count - len(tree.flatten(states[-1])) if tree.is_nested(states[0]) else 0
+
+    def start(states: list, zeros):
+        """What is carried into the first step: the states, and under a mask what a masked step returns."""
+        return states + ([zeros if returned is None else states[returned]] if kept_steps else [])
+
+    def hold(y, following: list, carried: list, kept):
+        """What a step returns and carries on: a masked example keeps its states, and returns what it did, or zeros."""
+        if not kept:
+            return y, following
+
+        def choose(new, old):
+            missing = len(new.shape) - len(kept[0].shape)
+            return ops.where(ops.reshape(kept[0], (*ops.shape(kept[0]), *[1] * missing)), new, old)
+
+        following = [choose(new, old) for new, old in zip(following, carried[:count], strict=True)]
+        y = choose(y, ops.zeros_like(y) if layer.zero_output_for_mask else carried[count])
+        return y, [*following, y if returned is None else following[returned]]
 
     # Private: a cell keeps its dropout masks, so that they are drawn once and not within the scan.
     layer._maybe_config_dropout_masks(cell, steps[0], states)
@@ -43,12 +74,14 @@ def recurrent(layer, sequences, context, initial_state=None):
         # The first step, outside the scan: the maps of its nodes are those of every step, with other residuals.
         (y, _), frozen = context.run(cell, steps[0], states)
 
-        def step(carried, x):
-            (y, following), pushforward = context.run(cell, x, carried)
-            following = tree.pack_sequence_as(carried, tree.flatten(following))
+        def step(carried, now):
+            x, *kept = now
+            (y, following), pushforward = context.run(cell, x, tree.pack_sequence_as(states, carried[:count]))
+            y, following = hold(y, tree.flatten(following), carried, kept)
             return following, [y, *pushforward.residuals]
 
-        last, (outputs, *residuals) = _scan(step, states, steps, [y, *frozen.residuals])
+        first = start(flat_states, ops.zeros_like(y))
+        last, (outputs, *residuals) = _scan(step, first, (steps, *kept_steps), [y, *frozen.residuals])
     finally:
         layer._maybe_reset_dropout_masks(cell)
 
@@ -57,24 +90,24 @@ def recurrent(layer, sequences, context, initial_state=None):
 
         def push(carried, now):
             # One step's residuals as they are when nothing is stacked, with an axis for the probes.
-            x, frozen_now = now if x_tangents is not None else (None, now)
-            frozen_now = [ops.expand_dims(residual, 0) for residual in frozen_now]
-            images = frozen.function(x, *carried, *frozen_now)
+            x, now = now if x_tangents is not None else (None, now)
+            now = [ops.expand_dims(residual, 0) for residual in now]
+            frozen_now, kept = now[: len(frozen.residuals)], now[len(frozen.residuals) :]
+            images = frozen.function(x, *carried[:count], *frozen_now)
             if part is not None:
                 images = [a + align(b, len(a.shape)) for a, b in zip(images, part(u, *frozen_now), strict=True)]
-            return list(images[1:]), [images[0]]
+            image, following = hold(images[0], list(images[1:]), carried, kept)
+            return following, [image]
 
         inputs = residuals if x_tangents is None else (x_tangents, residuals)
         like = ops.zeros((*ops.shape(state_tangents[0])[:2], *y.shape[1:]), y.dtype)
-        last, (outputs,) = _scan(push, state_tangents, inputs, [like])
-        return last, outputs
+        last, (outputs,) = _scan(push, start(state_tangents, like), inputs, [like])
+        return last[:count], outputs
 
     def finish(last, outputs):
         """(T, P, B, …) as the layer returns it: (P, B, T, …) or the last step, and the states if it returns them."""
         y = ops.moveaxis(outputs, 0, 2) if layer.return_sequences else outputs[-1]
         return (y, *last) if layer.return_state else y
-
-    flat_states = tree.flatten(states)
 
     def zeros(probes, batch):
         return [ops.zeros((probes, batch, *state.shape[1:]), state.dtype) for state in flat_states]
@@ -85,40 +118,39 @@ def recurrent(layer, sequences, context, initial_state=None):
         first = zeros(*ops.shape(moving[0])[:2])
         if given:
             first = [z if t is None else ops.cast(t, z.dtype) for z, t in zip(first, state_tangents, strict=True)]
-        x_tangents = None
-        if tangent is not None:
-            x_tangents = _time_first(tangent, 1)
-            x_tangents = ops.flip(x_tangents, axis=0) if layer.go_backwards else x_tangents
-        return finish(*scan(x_tangents, first, residuals))
+        return finish(*scan(None if tangent is None else in_order(tangent, 1), first, residuals))
+
+    residuals = [*residuals, *kept_steps]
+    batch_axes = [*(axis + 1 for axis in frozen.batch_axes), *[1] * len(kept_steps)]
 
     def part_of(part):
         def push_weight(u, *residuals):
             stacked = [residual[0] for residual in residuals]
-            batch = ops.shape(stacked[0])[1 + frozen.batch_axes[0]] if stacked else ops.shape(sequences)[0]
+            batch = ops.shape(stacked[0])[batch_axes[0]] if stacked else ops.shape(sequences)[0]
             return finish(*scan(None, zeros(u.shape[0], batch), stacked, part, u))
 
         return push_weight
 
     output = ops.cast(ops.moveaxis(outputs, 0, 1) if layer.return_sequences else outputs[-1], layer.compute_dtype)
-    last = [ops.cast(state, layer.compute_dtype) for state in tree.flatten(last)]
+    last = [ops.cast(state, layer.compute_dtype) for state in last[:count]]
     return (output, *last) if layer.return_state else output, Pushforward(
         push,
         *residuals,
         weights=[(variable, part_of(part)) for variable, part in frozen.weights],
-        batch_axes=[axis + 1 for axis in frozen.batch_axes],
-        couples_examples=frozen.couples_examples or masked,
+        batch_axes=batch_axes,
+        couples_examples=frozen.couples_examples or dropped,
         takes_none=True,
     )
 
 
 @register_rule(layers.Bidirectional)
-def bidirectional(layer, sequences, context):
+def bidirectional(layer, sequences, context, mask=None):
     """As the layer's own call, but for the kernels that run both directions at once, which nothing can open up."""
     if layer.return_state:
         raise Declined("states that are returned")
 
-    def call(sequences):
-        forward, backward = layer.forward_layer(sequences), layer.backward_layer(sequences)
+    def call(sequences, mask=None):
+        forward, backward = (half(sequences, mask=mask) for half in (layer.forward_layer, layer.backward_layer))
         if layer.return_sequences:
             backward = ops.flip(backward, axis=1)
         merge = {"sum": ops.add, "mul": ops.multiply, None: lambda *both: both}
@@ -126,7 +158,7 @@ def bidirectional(layer, sequences, context):
         merge["ave"] = lambda *both: ops.add(*both) / 2
         return merge[layer.merge_mode](forward, backward)
 
-    return context.run(call, sequences)
+    return context.run(call, sequences, mask=mask)
 
 
 def _scan(step, carried, inputs, like: list):
@@ -145,8 +177,3 @@ def _scan(step, carried, inputs, like: list):
 
     states, outputs = tf.scan(both, inputs, first)
     return tree.pack_sequence_as(carried, [state[-1] for state in states]), outputs
-
-
-def _time_first(tensor, axis: int):
-    """(B, T, …) as (T, B, …), or (P, B, T, …) as (T, P, B, …): the time is the second axis from `axis`."""
-    return ops.moveaxis(tensor, axis + 1, 0)
