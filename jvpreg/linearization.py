@@ -11,7 +11,7 @@ import numpy as np
 from keras import ops, tree
 
 from jvpreg import probes
-from jvpreg.frozen import FrozenGraph, Node
+from jvpreg.frozen import FrozenGraph, Node, Value
 from jvpreg.graph import flatten_inputs, standardize_inputs, trace
 from jvpreg.registry import Context, unwrap
 from jvpreg.transpose import transpose
@@ -283,6 +283,117 @@ class Linearization:
         part._whole = lambda: {name: cut(intercept) for name, intercept in self.intercepts.items()}
         return part
 
+    def after(self, layer: str) -> "Linearization":
+        """The Jacobian of the outputs with respect to what a layer returned, at the same `x`. Nothing is run again.
+
+        Args:
+            layer: the path of a layer, or of a block of them, as `nodes` has it.
+
+        Returns:
+            A `Linearization` from the layer's output to the model's. What goes around the layer is held constant.
+
+        Raises:
+            ValueError: there is no such layer, or it has several outputs.
+
+        Example:
+
+        >>> import keras, numpy as np, jvpreg
+        >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4, name="first"), keras.layers.Dense(2)])
+        >>> lin = jvpreg.linearize(model, np.ones((5, 3)))
+        >>> tuple(lin.after("first").jvp(np.ones((5, 4))).shape), tuple(lin.block("first").jvp(np.ones((5, 3))).shape)
+        ((5, 2), (5, 4))
+        """
+        last = max(self._indices_of(layer))
+        value = self._single_output(layer, last)
+        return self._part(self.nodes[last + 1 :], value, self._graph.outputs, self.outputs)
+
+    def block(self, layer: str) -> "Linearization":
+        """The Jacobian of a layer's output, or of a block's, with respect to its own input, at the same `x`.
+
+        Args:
+            layer: the path of a layer, or of a block of them, as `nodes` has it.
+
+        Returns:
+            A `Linearization` from the block's input to its output.
+
+        Raises:
+            ValueError: there is no such layer, or it has several inputs or outputs.
+        """
+        indices = self._indices_of(layer)
+        nodes = [self.nodes[i] for i in indices]
+        output = self._single_output(layer, indices[-1])
+        made = {value.slot for node in nodes for value in node.outputs}
+        entering = {v.slot: v for node in nodes for v in node.inputs if v.batched and v.slot not in made}
+        if len(entering) != 1:
+            raise ValueError(
+                f"Invalid value for argument `layer`. Expected a layer or block with one input. Received: {layer!r}, "
+                f"which has {len(entering)}."
+            )
+        return self._part(nodes, next(iter(entering.values())), [output], output.primal)
+
+    def _indices_of(self, layer: str) -> list[int]:
+        """Those of the nodes of a layer (its activation is one of them), or of the layers of a block."""
+        found = [i for i, n in enumerate(self.nodes) if n.name == layer or n.name.startswith(f"{layer}/")]
+        if not found:
+            raise ValueError(
+                "Invalid value for argument `layer`. Expected the path of a layer, one of "
+                f"{[node.name for node in self.nodes]}, or the beginning of several up to a slash. Received: {layer!r}"
+            )
+        return found
+
+    def _single_output(self, layer: str, index: int) -> Value:
+        outputs = self.nodes[index].outputs
+        if len(outputs) != 1:
+            raise ValueError(
+                f"Invalid value for argument `layer`. Expected a layer with one output. Received: {layer!r}, which has "
+                f"{len(outputs)}."
+            )
+        return outputs[0]
+
+    def _part(self, nodes: list[Node], start: Value, ends: list[Value], outputs) -> "Linearization":
+        if self._whole is not None:
+            raise ValueError("Expected the linearization of a whole batch: call `after` or `block` first, then `take`.")
+        graph = FrozenGraph(nodes, [start], ends, self._graph.variables)
+        return Linearization(graph, [start.primal], outputs, lambda structure, argument: [structure])
+
+    def gains(self, u) -> dict[str, Any]:
+        """How much longer each node makes the tangent that comes to it, on the way of `J u` through the model.
+
+        Args:
+            u: a tangent like `x`, or with a leading probe axis, as `jvp` takes it.
+
+        Returns:
+            A dict from node name to `‖out‖ / ‖in‖`, `(P,)`, each norm over all inputs or outputs of the node and the
+            whole batch; 0 where nothing comes in. Nodes that no tangent can reach are left out.
+
+        Raises:
+            ValueError: a shape does not fit.
+
+        Example:
+
+        >>> import keras, numpy as np, jvpreg
+        >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Rescaling(3.0), keras.layers.ReLU()])
+        >>> gains = jvpreg.linearize(model, np.array([[1.0, -1.0]])).gains(np.array([[4.0, 3.0]]))
+        >>> [round(float(keras.ops.convert_to_numpy(gain)[0]), 4) for gain in gains.values()]
+        [3.0, 0.8]
+        """
+        flat = self._flatten_inputs(u, "u")
+        _check_count(flat, self.inputs, "u", "x")
+        tangents, _ = _standardize(flat, self.inputs, [("u", "x")] * len(self.inputs))
+        made = [value for node in self.nodes for value in node.outputs]
+        graph = FrozenGraph(self.nodes, self._graph.inputs, made, [])
+        part = None if self._whole is None else ops.shape(self.inputs[0])[0]
+        values = [*zip(self._graph.inputs, tangents, strict=True), *zip(made, graph.push(tangents, part), strict=True)]
+        squares = {value.slot: _sum_of_squares(t) for value, t in values if t is not None}
+        gains = {}
+        for node in self.nodes:
+            into, out = ([squares[v.slot] for v in side if v.slot in squares] for side in (node.inputs, node.outputs))
+            if into and out:
+                before, after = sum(into), sum(out)
+                positive = before > 0
+                gains[node.name] = ops.where(positive, ops.sqrt(after / ops.where(positive, before, 1.0)), 0.0)
+        return gains
+
     def jacobian(self, chunk_size: int = 64):
         """The whole Jacobian of each example, one chunk of rows or of columns after the other, whichever are fewer.
 
@@ -460,6 +571,12 @@ def _standardize(flat: list, like: list, names: list[tuple[str, str]]) -> tuple[
 def _zeros(num_probes, like):
     """Zero tangents (P, B, …) of `like` (B, …)."""
     return ops.zeros((num_probes, *ops.shape(like)), dtype=like.dtype)
+
+
+def _sum_of_squares(tangents):
+    """Of all entries of each tangent `(P, …)`, as `(P,)`."""
+    flat = ops.reshape(tangents, (ops.shape(tangents)[0], -1))
+    return ops.sum(ops.square(_at_least_float32(flat)), axis=-1)
 
 
 def _at_least_float32(tensor):
