@@ -384,14 +384,13 @@ class Linearization:
         graph = FrozenGraph(self.nodes, self._graph.inputs, made, [])
         part = None if self._whole is None else ops.shape(self.inputs[0])[0]
         values = [*zip(self._graph.inputs, tangents, strict=True), *zip(made, graph.push(tangents, part), strict=True)]
-        squares = {value.slot: _sum_of_squares(t) for value, t in values if t is not None}
+        known = {value.slot: tangent for value, tangent in values if tangent is not None}
         gains = {}
         for node in self.nodes:
-            into, out = ([squares[v.slot] for v in side if v.slot in squares] for side in (node.inputs, node.outputs))
+            into, out = ([known[v.slot] for v in side if v.slot in known] for side in (node.inputs, node.outputs))
             if into and out:
-                before, after = sum(into), sum(out)
-                positive = before > 0
-                gains[node.name] = ops.where(positive, ops.sqrt(after / ops.where(positive, before, 1.0)), 0.0)
+                before = _norm(into)
+                gains[node.name] = ops.where(before > 0, _norm(out) / ops.where(before > 0, before, 1.0), before)
         return gains
 
     def jacobian(self, chunk_size: int = 64):
@@ -573,10 +572,14 @@ def _zeros(num_probes, like):
     return ops.zeros((num_probes, *ops.shape(like)), dtype=like.dtype)
 
 
-def _sum_of_squares(tangents):
-    """Of all entries of each tangent `(P, …)`, as `(P,)`."""
-    flat = ops.reshape(tangents, (ops.shape(tangents)[0], -1))
-    return ops.sum(ops.square(_at_least_float32(flat)), axis=-1)
+def _norm(tangents: list):
+    """Of all entries of tangents `(P, …)` together, as `(P,)`."""
+    flat = [_at_least_float32(ops.reshape(t, (ops.shape(t)[0], -1))) for t in tangents]
+    joined = flat[0] if len(flat) == 1 else ops.concatenate(flat, axis=-1)
+    # In units of the largest entry, whose square may be too large a number already.
+    largest = ops.max(ops.abs(joined), axis=-1)
+    unit = ops.where(largest > 0, largest, 1.0)
+    return unit * ops.sqrt(ops.sum(ops.square(joined / ops.expand_dims(unit, -1)), axis=-1))
 
 
 def _at_least_float32(tensor):

@@ -1,7 +1,33 @@
-"""Estimators: products with the Jacobian in, one number an example out, with its error."""
+"""Estimators: products with the Jacobian in, an estimate with its error out, for every example of a batch at once."""
 
 from jvpreg.estimators.norms import frobenius_norm
+from jvpreg.estimators.operator import Operator
+from jvpreg.estimators.quadrature import SpectralDensity, inverse_frobenius_norm, log_determinant, spectral_density
+from jvpreg.estimators.ranks import effective_rank, stable_rank
 from jvpreg.estimators.result import Estimate
-from jvpreg.estimators.spectrum import top_singular_value
+from jvpreg.estimators.spectrum import (
+    condition_number,
+    singular_values,
+    spectral_norm,
+    top_eigenvalues,
+    top_singular_values,
+)
+from jvpreg.estimators.trace import trace
 
-__all__ = ["Estimate", "frobenius_norm", "top_singular_value"]
+__all__ = [
+    "Estimate",
+    "Operator",
+    "SpectralDensity",
+    "condition_number",
+    "effective_rank",
+    "frobenius_norm",
+    "inverse_frobenius_norm",
+    "log_determinant",
+    "singular_values",
+    "spectral_density",
+    "spectral_norm",
+    "stable_rank",
+    "top_eigenvalues",
+    "top_singular_values",
+    "trace",
+]

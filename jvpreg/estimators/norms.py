@@ -5,7 +5,8 @@ from typing import Literal
 
 from keras import ops, tree
 
-from jvpreg import probes
+from jvpreg import probes as probes_module
+from jvpreg.estimators.operator import Operator, as_operator, check_count, magnitude
 from jvpreg.estimators.result import Estimate
 from jvpreg.linearization import Linearization
 
@@ -16,27 +17,31 @@ def squared_norm(products):
 
 
 def frobenius_norm(
-    linearization: Linearization,
+    linearization: Linearization | Operator,
     num_probes: int = 16,
     side: Literal["input", "output"] | None = None,
+    probes: str = "sphere",
     seed=0,
 ) -> Estimate:
     """`‖J‖_F` of each example.
 
     Args:
-        linearization: from `jvpreg.linearize`.
+        linearization: from `jvpreg.linearize`, or an `Operator`.
         num_probes: products an example. With as many as the side has dimensions, or more, the canonical basis is
             used and the norm is exact.
         side: `"input"` pushes directions forward, `"output"` pulls cotangents back; by default the side of smaller
-            dimension.
+            dimension, if there is a choice.
+        probes: the kind of random directions: see `jvpreg.probes.draw`, and `jvpreg.regularizers.JacobianNorm` for
+            their variances.
         seed: an integer or a `keras.random.SeedGenerator`.
 
     Returns:
         An `Estimate`. Below the exact number of probes, `value` is the root of an unbiased estimate of `‖J‖_F²`,
-        `sem` its standard error over the probes to first order.
+        `sem` its standard error over the probes to first order. That of `"orthogonal"` probes is too large: they vary
+        less than independent ones.
 
     Raises:
-        ValueError: `num_probes` is less than 2 and not exact, or `side` is unknown.
+        ValueError: `num_probes` is less than 2 and not exact, or `side` or `probes` is unknown.
 
     Reference: Balestriero & Baraniuk (2021), equation 13.
 
@@ -50,23 +55,41 @@ def frobenius_norm(
     """
     if side not in ("input", "output", None):
         raise ValueError(f'Invalid value for argument `side`. Expected "input", "output" or None. Received: {side!r}')
+    if probes not in probes_module.KINDS:
+        raise ValueError(
+            f"Invalid value for argument `probes`. Expected one of {list(probes_module.KINDS)}. Received: {probes!r}"
+        )
+    check_count("num_probes", num_probes)
+    operator = as_operator(linearization)
     if side is None:
-        inputs, outputs = probes.dimension(linearization.inputs), probes.dimension(linearization.outputs)
-        side = "output" if outputs <= inputs else "input"
-    space = linearization.outputs if side == "output" else linearization.inputs
-    product = linearization.vjp if side == "output" else linearization.jvp
-    size = probes.dimension(space)
+        outputs_are_fewer = operator.shape[0] <= operator.shape[1] and operator.has_transpose
+        side = "output" if outputs_are_fewer else "input"
+    if side == "output":
+        operator = operator.transpose
+    size = operator.shape[1]
     if num_probes >= size:
-        value = ops.sqrt(ops.sum(squared_norm(product(probes.basis(space))), axis=0))
-        return Estimate(value, ops.zeros_like(value), ops.zeros_like(value), size)
+        products = operator.matvec(operator.basis())
+        unit = magnitude(products)
+        value = unit * ops.sqrt(ops.sum(squared_norm(products / ops.expand_dims(unit, -1)), axis=0))
+        zero = ops.zeros_like(value)
+        return Estimate(value, zero, zero, ops.isfinite(value), size)
     if num_probes < 2:
         raise ValueError(
-            f"Invalid value for argument `num_probes`. Expected at least 2: one probe has no standard error. "
+            "Invalid value for argument `num_probes`. Expected at least 2: one probe has no standard error. "
             f"Received: num_probes={num_probes}"
         )
-    squares = squared_norm(product(probes.draw("sphere", space, num_probes, seed)))
-    value = ops.sqrt(ops.mean(squares, axis=0))
-    deviation = ops.std(squares, axis=0) * math.sqrt(num_probes / (num_probes - 1))
+    products = operator.matvec(operator.draw(probes, num_probes, seed))
+    unit = magnitude(products)
+    mean, sem = mean_and_sem(squared_norm(products / ops.expand_dims(unit, -1)))
+    value = ops.sqrt(mean)
     # The square root's own slope, 1 / (2 value), carries the error over; a zero norm has none.
-    sem = deviation / math.sqrt(num_probes) / ops.where(value > 0, 2 * value, 1.0)
-    return Estimate(value, sem, ops.zeros_like(value), num_probes)
+    sem = unit * sem / ops.where(value > 0, 2 * value, 1.0)
+    value = unit * value
+    return Estimate(value, sem, ops.zeros_like(value), ops.isfinite(value), num_probes)
+
+
+def mean_and_sem(samples):
+    """The mean of samples `(P, B)` over P, and its standard error."""
+    count = samples.shape[0]
+    deviation = ops.std(samples, axis=0) * math.sqrt(count / (count - 1))
+    return ops.mean(samples, axis=0), deviation / math.sqrt(count)

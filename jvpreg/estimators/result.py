@@ -7,13 +7,19 @@ class Estimate(NamedTuple):
     """A value for each example, and how far it may be off.
 
     Attributes:
-        value: `(B,)`.
-        sem: standard error of `value` over the random probes, `(B,)`; 0 where the value is exact.
-        residual: `(B,)`, for iterations: how far the pair found is from a singular pair, `‖Jᵀu − σv‖`; 0 otherwise.
-        num_matvecs: products with `J` or `Jᵀ` that were spent on each example.
+        value: `(B,)`, or `(B, k)` for several singular values or eigenvalues.
+        sem: standard error of `value` over the random probes, like it; 0 where nothing was drawn at random.
+        residual: like `value`, for iterations: how far what was found is from what it stands for, as the estimator
+            says; 0 where nothing was iterated.
+        converged: like `value`, boolean: whether `residual` is within the tolerance.
+        num_matvecs: products with `J` or `Jᵀ` that were spent on each example: an integer, or a scalar tensor where
+            the number depends on when the iteration converged.
+        vectors: what belongs to the values, where the estimator says so; else None.
     """
 
     value: Any
     sem: Any
     residual: Any
-    num_matvecs: int
+    converged: Any
+    num_matvecs: Any
+    vectors: Any = None

@@ -1,122 +1,388 @@
-"""Singular values by Golub-Kahan-Lanczos bidiagonalization."""
+"""Singular values and eigenvalues by block Krylov spaces and Rayleigh-Ritz."""
+
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
-from keras import ops, tree
+from keras import ops
 
 from jvpreg import probes
+from jvpreg.estimators.krylov import block_krylov, probed
+from jvpreg.estimators.operator import Operator, as_operator, check_count, magnitude, spaces
 from jvpreg.estimators.result import Estimate
 from jvpreg.linearization import Linearization
 
 
-def top_singular_value(linearization: Linearization, num_iterations: int = 10, seed=0) -> Estimate:
-    """`σ₁` of each example's Jacobian.
+class RitzValues(NamedTuple):
+    """Singular triplets of an upright operator within a subspace, the largest first, and how good they are.
 
-    Golub-Kahan-Lanczos with full reorthogonalization, started in the smaller of the two spaces; an iteration costs
-    one `jvp` and one `vjp`. With as many iterations as that space has dimensions the value is exact. All examples
-    run at once.
+    Attributes:
+        values: σ, `(B, k)`.
+        inputs: v, `(B, k, n)`.
+        outputs: u, `(B, k, m)`, with `A v = σ u`.
+        gram_residual: `‖AᵀA v − σ² v‖`, `(B, k)`.
+    """
+
+    values: Any
+    inputs: Any
+    outputs: Any
+    gram_residual: Any
+
+    @property
+    def residual(self):
+        """A bound: there is a singular value within it of σ."""
+        # σ² is within ρ of an eigenvalue λ of AᵀA, and |σ − √λ| = |σ² − λ| / (σ + √λ), which is at most √ρ too.
+        root = ops.sqrt(self.gram_residual)
+        positive = self.values > 0
+        return ops.where(positive, ops.minimum(root, self.gram_residual / ops.where(positive, self.values, 1.0)), root)
+
+
+def top_singular_values(
+    linearization: Linearization | Operator,
+    k: int = 1,
+    tol: float = 1e-3,
+    num_iterations: int = 10,
+    max_restarts: int = 10,
+    seed=0,
+) -> Estimate:
+    """The k largest singular values of each example's Jacobian, with their vectors.
+
+    A block of k random vectors spans a Krylov space of `JᵀJ` (of `J Jᵀ`, if there are fewer outputs than inputs): the
+    products `J v` and `Jᵀ u` of Balestriero & Baraniuk's algorithm 4, of which nothing is thrown away. The best
+    approximations within that space come by Rayleigh-Ritz; if they are not good enough yet, the k best vectors start
+    it again. A block of k finds a value that is repeated up to k times. All examples run at once, until all of them
+    have converged. Where the smaller side has no more than `2·k·num_iterations` dimensions, the Jacobian is
+    materialized instead, which costs no more and is exact.
 
     Args:
-        linearization: from `jvpreg.linearize`.
-        num_iterations: the number of steps; more than the smaller dimension are not run.
-        seed: of the starting vector: an integer or a `keras.random.SeedGenerator`.
+        linearization: from `jvpreg.linearize`, or an `Operator`.
+        k: how many.
+        tol: relative to σ₁: a value has converged when its residual is at most `tol·σ₁`.
+        num_iterations: steps between restarts; the memory is that of `k·num_iterations` vectors of both sides.
+        max_restarts: how often at most.
+        seed: of the starting vectors: an integer or a `keras.random.SeedGenerator`.
 
     Returns:
-        An `Estimate`; `value` is a lower bound of `σ₁`, within `residual` of a singular value.
+        An `Estimate`, each part `(B, k)`. `value` are lower bounds, the largest first, and there is a singular value
+        within `residual` of each; the error itself is of the order of its square. `vectors` are the left singular
+        vectors, `(k, B, …)` like the outputs, and the right ones like the inputs: those of a zero value are arbitrary.
 
     Raises:
-        ValueError: `num_iterations` is less than 1.
+        ValueError: an argument is out of its range.
 
-    Reference: Balestriero & Baraniuk (2021), algorithm 4; Golub & Kahan (1965).
+    Reference: Golub & Kahan (1965); Musco & Musco (2015), "Randomized block Krylov methods"; Balestriero & Baraniuk
+    (2021), algorithm 4.
 
     Example:
 
     >>> import keras, numpy as np, jvpreg
     >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, kernel_initializer="ones")])
-    >>> estimate = jvpreg.estimators.top_singular_value(jvpreg.linearize(model, np.zeros((1, 3))))
+    >>> estimate = jvpreg.estimators.top_singular_values(jvpreg.linearize(model, np.zeros((1, 3))), k=2)
+    >>> [round(float(value), 4) for value in keras.ops.convert_to_numpy(estimate.value)[0]]
+    [2.4495, 0.0]
+    """
+    operator = as_operator(linearization)
+    ritz, unit, converged, num_matvecs = _singular_triplets(operator, k, tol, num_iterations, max_restarts, seed)
+    right, left = _completed(ritz.inputs), ritz.outputs
+    if operator.upright is not operator:
+        right, left = left, right
+    vectors = tuple(ops.transpose(rows, (1, 0, 2)) for rows in (left, right))
+    if isinstance(linearization, Linearization):
+        inputs, outputs = spaces(linearization)
+        vectors = probes.split(vectors[0], outputs), probes.split(vectors[1], inputs)
+    value, residual = unit * ritz.values, unit * ritz.residual
+    return Estimate(value, ops.zeros_like(value), residual, converged, num_matvecs, vectors)
+
+
+def singular_values(linearization: Linearization | Operator) -> Estimate:
+    """All singular values of each example's Jacobian, which is materialized from its smaller side.
+
+    Args:
+        linearization: from `jvpreg.linearize`, or an `Operator`.
+
+    Returns:
+        An `Estimate`, each part `(B, min(m, n))`, the largest first. It costs `min(m, n)` products.
+
+    Example:
+
+    >>> import keras, numpy as np, jvpreg
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, kernel_initializer="ones")])
+    >>> estimate = jvpreg.estimators.singular_values(jvpreg.linearize(model, np.zeros((1, 3))))
+    >>> tuple(estimate.value.shape)
+    (1, 2)
+    """
+    operator = as_operator(linearization).upright
+    ritz, unit = _materialized(operator, operator.shape[1])
+    exact = ops.isfinite(ritz.values)
+    zero = ops.zeros_like(ritz.values)
+    return Estimate(unit * ritz.values, zero, zero, exact, operator.shape[1])
+
+
+def spectral_norm(
+    linearization: Linearization | Operator,
+    tol: float = 1e-3,
+    num_iterations: int = 10,
+    max_restarts: int = 10,
+    seed=0,
+) -> Estimate:
+    """`σ₁` of each example's Jacobian: `top_singular_values` with `k=1`, each part `(B,)`.
+
+    Args:
+        linearization: from `jvpreg.linearize`, or an `Operator`.
+        tol: as in `top_singular_values`.
+        num_iterations: as in `top_singular_values`.
+        max_restarts: as in `top_singular_values`.
+        seed: as in `top_singular_values`.
+
+    Returns:
+        An `Estimate` without vectors.
+
+    Example:
+
+    >>> import keras, numpy as np, jvpreg
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, kernel_initializer="ones")])
+    >>> estimate = jvpreg.estimators.spectral_norm(jvpreg.linearize(model, np.zeros((1, 3))))
     >>> round(float(keras.ops.convert_to_numpy(estimate.value)[0]), 4)
     2.4495
     """
-    if not isinstance(num_iterations, int) or num_iterations < 1:
+    estimate = top_singular_values(linearization, 1, tol, num_iterations, max_restarts, seed)
+    value, sem, residual, converged = (part[:, 0] for part in estimate[:4])
+    return Estimate(value, sem, residual, converged, estimate.num_matvecs)
+
+
+def condition_number(linearization: Linearization | Operator, max_products: int = 1024) -> Estimate:
+    """`σ₁ / σ_min` of each example's Jacobian, over the singular values of its smaller side.
+
+    Exact: the Jacobian is materialized, because no number of products less than that bounds the smallest singular
+    value from below.
+
+    Args:
+        linearization: from `jvpreg.linearize`, or an `Operator`.
+        max_products: how many products it may take at most.
+
+    Returns:
+        An `Estimate`, each part `(B,)`; infinite where the Jacobian has not full rank. What rounding leaves of a zero
+        is no zero: beyond 1e6 in float32, 1e15 in float64, the number says only that it is large.
+
+    Raises:
+        ValueError: it would take more than `max_products`.
+
+    Example:
+
+    >>> import keras, numpy as np, jvpreg
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(3, kernel_initializer="identity")])
+    >>> estimate = jvpreg.estimators.condition_number(jvpreg.linearize(model, np.zeros((1, 3))))
+    >>> float(keras.ops.convert_to_numpy(estimate.value)[0])
+    1.0
+    """
+    check_count("max_products", max_products)
+    size = min(as_operator(linearization).shape)
+    if size > max_products:
         raise ValueError(
-            f"Invalid value for argument `num_iterations`. Expected an integer, 1 or more. Received: {num_iterations!r}"
+            f"The condition number takes {size} products, one for each dimension of the smaller side. Expected at most "
+            f"`max_products`. Received: max_products={max_products}"
         )
-    inputs, outputs = _space(linearization.inputs), linearization.outputs
-    input_size, output_size = probes.dimension(inputs), probes.dimension(outputs)
-
-    def push(vectors):
-        return _flat(linearization.jvp(_like(inputs, vectors)))
-
-    def pull(vectors):
-        return _flat(linearization.vjp(_like(outputs, vectors)))
-
-    # σ(J) = σ(Jᵀ): start where there are fewer dimensions, and no part of the start lies in a large null space.
-    small, matvec, rmatvec = (outputs, pull, push) if output_size <= input_size else (inputs, push, pull)
-    num_iterations = min(num_iterations, input_size, output_size)
-    start = _flat(probes.draw("gaussian", small, 1, seed))
-    alphas, betas = _bidiagonalize(matvec, rmatvec, start, num_iterations, max(input_size, output_size))
-    # Rows of the upper bidiagonal matrix: α_j on the diagonal, β_j right of it.
-    diagonal = ops.expand_dims(ops.transpose(alphas), -1) * ops.eye(num_iterations, dtype=alphas.dtype)
-    above = ops.expand_dims(ops.transpose(betas), -1) * ops.eye(num_iterations, k=1, dtype=betas.dtype)
-    left, values, _ = ops.svd(diagonal + above)
-    residual = betas[-1] * ops.abs(left[:, -1, 0])
-    return Estimate(values[:, 0], ops.zeros_like(residual), residual, 2 * num_iterations)
+    estimate = singular_values(linearization)
+    largest, smallest = estimate.value[:, 0], estimate.value[:, -1]
+    value = ops.where(smallest > 0, largest / ops.where(smallest > 0, smallest, 1.0), np.inf)
+    zero = ops.zeros_like(value)
+    return Estimate(value, zero, zero, estimate.converged[:, 0], estimate.num_matvecs)
 
 
-def _bidiagonalize(matvec, rmatvec, start, num_iterations: int, large: int):
-    """The diagonal `(m, B)` and superdiagonal `(m, B)` of A's bidiagonal form, from `start` `(B, n)`."""
-    batch, small = ops.shape(start)
-    precision = 10 * float(np.finfo(keras.backend.standardize_dtype(start.dtype)).eps)
-    vector, _ = _normalized(start, ops.zeros_like(start[:, :1]))
-    rights = ops.slice_update(
-        ops.zeros((num_iterations + 1, batch, small), start.dtype), (0, 0, 0), ops.expand_dims(vector, 0)
-    )
-    lefts = ops.zeros((num_iterations, batch, large), start.dtype)
-    alphas = betas = ops.zeros((num_iterations, batch), start.dtype)
+def top_eigenvalues(
+    linearization: Linearization | Operator,
+    k: int = 1,
+    tol: float = 1e-3,
+    num_iterations: int = 20,
+    max_restarts: int = 10,
+    seed=0,
+) -> Estimate:
+    """The k eigenvalues of largest magnitude: of `J` where it is square, of `J Jᵀ` where it is not.
 
-    def step(j, state):
-        vector, rights, lefts, alphas, betas, largest = state
-        left = _orthogonalize(matvec(vector), lefts)
-        left, alpha = _normalized(left, precision * largest)
-        largest = ops.maximum(largest, alpha)
-        vector = _orthogonalize(rmatvec(left), rights)
-        vector, beta = _normalized(vector, precision * largest)
-        lefts = ops.slice_update(lefts, (j, 0, 0), ops.expand_dims(left, 0))
-        rights = ops.slice_update(rights, (j + 1, 0, 0), ops.expand_dims(vector, 0))
-        alphas = ops.slice_update(alphas, (j, 0), ops.transpose(alpha))
-        betas = ops.slice_update(betas, (j, 0), ops.transpose(beta))
-        return vector, rights, lefts, alphas, betas, largest
+    Of a square `J`, by Arnoldi's method in blocks of k + 2, with Rayleigh-Ritz: the orthogonal iteration of
+    Balestriero & Baraniuk's algorithm 2 sees only the last power, and the real ones only. Eigenvalues and vectors are
+    complex, and a pair is returned as what it is. Of another `J`, they are the squares of `top_singular_values`, and
+    real.
 
-    state = (vector, rights, lefts, alphas, betas, ops.zeros_like(start[:, :1]))
-    _, _, _, alphas, betas, _ = ops.fori_loop(0, num_iterations, step, state)
-    return alphas, betas
+    Args:
+        linearization: from `jvpreg.linearize`, or an `Operator`.
+        k: how many.
+        tol: relative to |λ₁|: a value has converged when its residual is at most that part of it.
+        num_iterations: steps between restarts; the memory is that of `2·(k + 2)·num_iterations` vectors.
+        max_restarts: how often at most.
+        seed: of the starting vectors: an integer or a `keras.random.SeedGenerator`.
+
+    Returns:
+        An `Estimate`, each part `(B, k)`: `value` complex for a square `J`, the largest in magnitude first, and of a
+        conjugate pair the one with the positive imaginary part. `residual` is `‖J v − λ v‖` with `‖v‖ = 1`: λ is an
+        eigenvalue of a matrix that is so far from `J`, which for a `J` that is far from normal may be little comfort.
+        For `J Jᵀ` there is an eigenvalue within it. `vectors` are the eigenvectors `(B, k, n)` of a square `J`.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Not under XLA on TensorFlow, which has no eigenvalues of a general matrix.
+
+    Reference: Balestriero & Baraniuk (2021), algorithm 2; Saad (2011), "Numerical Methods for Large Eigenvalue
+    Problems".
+
+    Example:
+
+    >>> import keras, numpy as np, jvpreg
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2, use_bias=False)])
+    >>> model.set_weights([np.array([[0.0, 1.0], [-1.0, 0.0]])])  # a rotation
+    >>> estimate = jvpreg.estimators.top_eigenvalues(jvpreg.linearize(model, np.zeros((1, 2))), k=2)
+    >>> np.round(keras.ops.convert_to_numpy(estimate.value), 4).tolist()
+    [[1j, -1j]]
+    """
+    operator = as_operator(linearization)
+    if not operator.is_square:
+        ritz, unit, _, num_matvecs = _singular_triplets(operator, k, tol, num_iterations // 2 or 1, max_restarts, seed)
+        value = ops.square(unit * ritz.values)
+        converged = ritz.gram_residual <= tol * ops.square(ritz.values[:, :1])
+        return Estimate(value, ops.zeros_like(value), unit**2 * ritz.gram_residual, converged, num_matvecs)
+    _check_iteration(k, tol, num_iterations, max_restarts, operator.shape[0])
+    size, batch = operator.shape[0], operator.batch_size
+    # Two more than asked for, so that a pair starts again as the plane that it is, and has a neighbour to be told from.
+    width = k + 2
+    if size <= width * num_iterations:
+        basis, images, unit = _matrix(operator)
+        return _eigenvalue_estimate(_eigenpairs(basis, images, k), unit, tol, size)
+
+    unit = operator.magnitude(seed)
+    matvec = probed(operator.over(unit).matvec)
+
+    def cycle(i, _real, _imaginary, _residual, rows_real, rows_imaginary):
+        # Of a pair one row is the real and the other the imaginary part, which span the same plane.
+        upper = ops.expand_dims(_imaginary >= 0, -1)
+        start = ops.where(upper, rows_real, rows_imaginary)
+        basis, images = block_krylov(lambda rows: (matvec(rows),), start, num_iterations, (size,))
+        return i + 1, *_eigenpairs(basis, images, width)
+
+    def unfinished(i, real, imaginary, residual, *_):
+        largest = ops.sqrt(real**2 + imaginary**2)[:, :1]
+        return ops.logical_and(i <= max_restarts, ops.logical_not(ops.all(residual[:, :k] <= tol * largest)))
+
+    start = ops.transpose(operator.draw("gaussian", width, seed), (1, 0, 2))
+    nothing = ops.zeros((batch, width), operator.dtype)
+    state = (ops.convert_to_tensor(0), nothing, nothing, nothing + np.inf, start, ops.zeros_like(start))
+    cycles, *found = ops.while_loop(unfinished, cycle, state)
+    num_matvecs = cycles * (width * num_iterations) + 1
+    return _eigenvalue_estimate([part[:, :k] for part in found], ops.expand_dims(unit, -1), tol, num_matvecs)
 
 
-def _orthogonalize(vector, basis):
-    """`vector` (B, n) without its part in the span of `basis` (m, B, n), unused rows of which are zero."""
-    for _ in range(2):  # Twice is enough (Kahan, Parlett).
-        coefficients = ops.einsum("jbn,bn->jb", basis, vector)
-        vector = vector - ops.einsum("jb,jbn->bn", coefficients, basis)
-    return vector
+def _eigenpairs(basis, images, k: int) -> tuple:
+    """The k Ritz pairs of largest magnitude: real and imaginary parts of λ, ‖A v − λ v‖, and the parts of v."""
+    # Columns of V are the basis: H = Vᵀ A V, whose rows here are the images' components.
+    projected = ops.matmul(basis, ops.transpose(images, (0, 2, 1)))
+    values, coefficients = ops.eig(projected)
+    real, imaginary = ops.real(values), ops.imag(values)
+    magnitude = ops.sqrt(real**2 + imaginary**2)
+    # Rounding must not decide which of a pair comes first.
+    order = ops.argsort(-magnitude * (1 + 1e-6 * ops.sign(imaginary)), axis=-1)[:, :k]
+    real, imaginary = (ops.take_along_axis(part, order, axis=-1) for part in (real, imaginary))
+    columns = [
+        ops.take_along_axis(ops.transpose(part, (0, 2, 1)), ops.expand_dims(order, -1), axis=1)
+        for part in (ops.real(coefficients), ops.imag(coefficients))
+    ]
+    rows = [ops.matmul(part, basis) for part in columns]
+    applied = [ops.matmul(part, images) for part in columns]
+    a, b = ops.expand_dims(real, -1), ops.expand_dims(imaginary, -1)
+    off_real = applied[0] - (a * rows[0] - b * rows[1])
+    off_imaginary = applied[1] - (a * rows[1] + b * rows[0])
+    residual = ops.sqrt(ops.sum(off_real**2 + off_imaginary**2, axis=-1))
+    return real, imaginary, residual, *rows
 
 
-def _normalized(vector, floor):
-    """The unit vector and its length `(B, 1)`; both zero where the length is not above `floor` (breakdown)."""
-    length = ops.norm(vector, axis=-1, keepdims=True)
-    alive = length > floor
-    return ops.where(alive, vector / ops.where(alive, length, 1.0), 0.0), ops.where(alive, length, 0.0)
+def _eigenvalue_estimate(pairs, unit, tol, num_matvecs) -> Estimate:
+    real, imaginary, residual, rows_real, rows_imaginary = pairs
+    value = _complex(unit * real, unit * imaginary)
+    converged = residual <= tol * ops.sqrt(real**2 + imaginary**2)[:, :1]
+    vectors = _complex(rows_real, rows_imaginary)
+    return Estimate(value, ops.zeros_like(real), unit * residual, converged, num_matvecs, vectors)
 
 
-def _space(inputs):
-    return inputs[0] if len(inputs) == 1 else inputs
+def _complex(real, imaginary):
+    # Not `ops.view_as_complex`, which has single precision on TensorFlow.
+    dtype = "complex128" if keras.backend.standardize_dtype(real.dtype) == "float64" else "complex64"
+    return ops.cast(real, dtype) + 1j * ops.cast(imaginary, dtype)
 
 
-def _flat(structure):
-    """(1, B, …) leaves to one (B, n)."""
-    leaves = [ops.reshape(leaf[0], (ops.shape(leaf)[1], -1)) for leaf in tree.flatten(structure)]
-    return leaves[0] if len(leaves) == 1 else ops.concatenate(leaves, axis=-1)
+def _singular_triplets(operator: Operator, k, tol, num_iterations, max_restarts, seed) -> tuple:
+    """The k largest triplets of the upright operator over its unit, that, whether they converged, and the products."""
+    _check_iteration(k, tol, num_iterations, max_restarts, min(operator.shape))
+    operator = operator.upright
+    outputs, size = operator.shape
+    if size <= 2 * k * num_iterations:
+        (ritz, unit), num_matvecs = _materialized(operator, k), size
+    else:
+        unit = operator.magnitude(seed)
+        operator, unit = operator.over(unit), ops.expand_dims(unit, -1)
+        forward, backward = probed(operator.matvec), probed(operator.rmatvec)
+
+        def apply(rows):
+            images = forward(rows)
+            return images, backward(images)
+
+        def cycle(i, _values, start, _outputs, _residual):
+            basis, images, returned = block_krylov(apply, start, num_iterations, (outputs, size))
+            return i + 1, *_ritz(basis, images, returned, k)
+
+        def unfinished(i, *parts):
+            ritz = RitzValues(*parts)
+            done = ops.all(ritz.residual <= tol * ritz.values[:, :1])
+            return ops.logical_and(i <= max_restarts, ops.logical_not(done))
+
+        start = ops.transpose(operator.draw("gaussian", k, seed), (1, 0, 2))
+        nothing = ops.zeros((operator.batch_size, k), operator.dtype)
+        left = ops.zeros((operator.batch_size, k, outputs), operator.dtype)
+        state = (ops.convert_to_tensor(0), nothing, start, left, nothing + np.inf)
+        cycles, *parts = ops.while_loop(unfinished, cycle, state)
+        ritz, num_matvecs = RitzValues(*parts), cycles * (2 * k * num_iterations) + 1
+    return ritz, unit, ritz.residual <= tol * ritz.values[:, :1], num_matvecs
 
 
-def _like(structure, vectors):
-    """(B, n) to leaves (1, B, …)."""
-    return probes.split(ops.expand_dims(vectors, 0), structure)
+def _matrix(operator: Operator) -> tuple:
+    """The canonical basis, its images over the operator's unit, and that, `(B, 1)`."""
+    images = operator.matvec(operator.basis())
+    unit = ops.expand_dims(magnitude(images), -1)
+    basis, images = (ops.transpose(vectors, (1, 0, 2)) for vectors in (operator.basis(), images / unit))
+    return basis, images, unit
+
+
+def _materialized(operator: Operator, k: int) -> tuple:
+    """The k largest triplets of an upright operator over its unit, from its whole matrix; and that, `(B, 1)`."""
+    basis, images, unit = _matrix(operator)
+    return _ritz(basis, images, ops.matmul(images, ops.transpose(images, (0, 2, 1))), k), unit
+
+
+def _ritz(basis, images, returned, k: int) -> RitzValues:
+    """Rayleigh-Ritz: `A` within the rows of `basis`, where `images` are their `A v` and `returned` their `AᵀA v`."""
+    # The SVD of the triangle is that of all images, of which the Gram matrix would lose half of the digits.
+    columns, triangle = ops.qr(ops.transpose(images, (0, 2, 1)))
+    left, values, right = ops.svd(triangle)
+    values, right = values[:, :k], right[:, :k]
+    inputs = ops.matmul(right, basis)
+    outputs = ops.transpose(ops.matmul(columns, left[:, :, :k]), (0, 2, 1))
+    off = ops.matmul(right, returned) - ops.expand_dims(values**2, -1) * inputs
+    return RitzValues(values, inputs, outputs, ops.norm(off, axis=-1))
+
+
+def _completed(rows):
+    """Orthonormal rows `(B, k, n)`, of which some may be zero or parts of a vector, all orthonormal.
+
+    A value of zero has such vectors where the space was invariant before it was complete.
+    """
+    columns, triangle = ops.qr(ops.transpose(rows, (0, 2, 1)))
+    signs = ops.where(ops.diagonal(triangle, axis1=1, axis2=2) < 0, -1.0, 1.0)
+    return ops.transpose(columns, (0, 2, 1)) * ops.cast(ops.expand_dims(signs, -1), rows.dtype)
+
+
+def _check_iteration(k, tol, num_iterations, max_restarts, size: int) -> None:
+    check_count("k", k)
+    check_count("num_iterations", num_iterations)
+    check_count("max_restarts", max_restarts, least=0)
+    if k > size:
+        raise ValueError(f"Invalid value for argument `k`. Expected at most {size}: there are no more. Received: k={k}")
+    if not isinstance(tol, (int, float)) or not tol > 0:
+        raise ValueError(f"Invalid value for argument `tol`. Expected a positive number. Received: tol={tol!r}")

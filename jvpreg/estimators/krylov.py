@@ -1,0 +1,112 @@
+"""Krylov spaces of a batch of operators: one product a step, for all examples and all vectors at once.
+
+Vectors are the rows of `(B, k, n)`. A basis is orthonormal but for rows of zeros: directions that the space does not
+have, because it is invariant already.
+"""
+
+from collections.abc import Callable, Sequence
+
+import keras
+import numpy as np
+from keras import ops
+
+
+def probed(product: Callable) -> Callable:
+    """A product of `(P, B, n)` as one of rows `(B, P, n)`."""
+    return lambda rows: ops.transpose(product(ops.transpose(rows, (1, 0, 2))), (1, 0, 2))
+
+
+def block_krylov(apply: Callable, start, num_steps: int, sizes: Sequence[int]) -> tuple:
+    """An orthonormal basis of the space that `start` and its images span, and the images of the basis.
+
+    Args:
+        apply: rows `(B, k, n)` to a tuple of their images `(B, k, sizes[i])`, the last of which spans the next step.
+        start: `(B, k, n)`, k independent rows.
+        num_steps: q.
+        sizes: of the images.
+
+    Returns:
+        The basis `(B, q·k, n)` and, for each of the images, `(B, q·k, sizes[i])`.
+    """
+    batch, width, size = ops.shape(start)
+    dtype = start.dtype
+    block = orthonormal(start, floor=ops.zeros((batch, 1), dtype))
+    basis = ops.zeros((batch, num_steps * width, size), dtype)
+    images = [ops.zeros((batch, num_steps * width, image_size), dtype) for image_size in sizes]
+
+    def step(j, state):
+        block, largest, basis, *images = state
+        applied = apply(block)
+        at = (0, j * width, 0)
+        basis = ops.slice_update(basis, at, block)
+        images = [ops.slice_update(stored, at, new) for stored, new in zip(images, applied, strict=True)]
+        largest = ops.maximum(largest, ops.max(ops.norm(applied[-1], axis=-1), axis=-1, keepdims=True))
+        block = orthonormal(applied[-1], floor=precision(dtype) * largest, basis=basis)
+        return block, largest, basis, *images
+
+    state = ops.fori_loop(0, num_steps, step, (block, ops.zeros((batch, 1), dtype), basis, *images))
+    return tuple(state[2:])
+
+
+def orthonormal(rows, floor, basis=None):
+    """Rows `(B, k, n)` that span the same space, less that of `basis`, orthonormal.
+
+    Where what is left of a row is not longer than `floor` (B, 1), it is zero; of rows that depend on each other, one
+    becomes any direction.
+    """
+    for shortest in (floor, 0.5):  # Twice is enough (Kahan, Parlett).
+        if basis is not None:
+            # What is left may be small: a second time, for what cancellation leaves.
+            for _ in range(2):
+                rows = rows - ops.matmul(ops.matmul(rows, ops.transpose(basis, (0, 2, 1))), basis)
+        # The second time rows have length 1, unless nothing but rounding was left of them.
+        alive = ops.norm(rows, axis=-1) > shortest
+        # Zeros go last: before others, QR makes any direction of one, within the basis too, and takes it from them.
+        order = ops.expand_dims(ops.argsort(ops.where(alive, 0, 1), axis=-1), -1)
+        alive = ops.take_along_axis(ops.expand_dims(alive, -1), order, axis=1)
+        rows = ops.where(alive, ops.take_along_axis(rows, order, axis=1), 0.0)
+        columns, _ = ops.qr(ops.transpose(rows, (0, 2, 1)))
+        rows = ops.where(alive, ops.transpose(columns, (0, 2, 1)), 0.0)
+    return rows
+
+
+def lanczos(product: Callable, start, num_steps: int) -> tuple:
+    """The tridiagonal matrices of a symmetric operator, from each of many starting vectors.
+
+    Args:
+        product: `(P, B, n)` to `(P, B, n)`, symmetric.
+        start: unit vectors `(P, B, n)`.
+        num_steps: m.
+
+    Returns:
+        The diagonals and what stands beside them, `(m, P, B)` each; the last of the latter is not part of the matrix.
+    """
+    probes, batch, size = ops.shape(start)
+    dtype = start.dtype
+    basis = ops.zeros((num_steps, probes, batch, size), dtype)
+    alphas = betas = ops.zeros((num_steps, probes, batch), dtype)
+
+    def step(j, state):
+        vector, largest, basis, alphas, betas = state
+        basis = ops.slice_update(basis, (j, 0, 0, 0), ops.expand_dims(vector, 0))
+        image = product(vector)
+        alpha = ops.sum(vector * image, axis=-1)
+        largest = ops.maximum(largest, ops.norm(image, axis=-1))
+        # Against all of them and not the last two only: without it, values that have converged return as ghosts.
+        for _ in range(2):
+            image = image - ops.einsum("jpb,jpbn->pbn", ops.einsum("jpbn,pbn->jpb", basis, image), basis)
+        beta = ops.norm(image, axis=-1)
+        alive = beta > precision(dtype) * largest
+        beta = ops.where(alive, beta, 0.0)
+        vector = ops.where(ops.expand_dims(alive, -1), image / ops.expand_dims(ops.where(alive, beta, 1.0), -1), 0.0)
+        alphas = ops.slice_update(alphas, (j, 0, 0), ops.expand_dims(alpha, 0))
+        betas = ops.slice_update(betas, (j, 0, 0), ops.expand_dims(beta, 0))
+        return vector, largest, basis, alphas, betas
+
+    state = (start, ops.zeros((probes, batch), dtype), basis, alphas, betas)
+    return tuple(ops.fori_loop(0, num_steps, step, state)[3:])
+
+
+def precision(dtype) -> float:
+    """Relative length below which what is left of a vector is rounding."""
+    return 10 * float(np.finfo(keras.backend.standardize_dtype(dtype)).eps)

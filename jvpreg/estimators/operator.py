@@ -1,0 +1,185 @@
+"""What estimators work on: a linear map for each example of a batch, known by its products."""
+
+import math
+from collections.abc import Iterable
+from numbers import Integral
+
+import keras
+from keras import ops, tree
+
+from jvpreg import probes
+from jvpreg.linearization import Linearization
+
+
+class Operator:
+    """A linear map `A` for each example of a batch, known by its products only.
+
+    Args:
+        matvec: `A v` for P vectors an example at once: `(P, B, n)` to `(P, B, m)`.
+        rmatvec: `Aᵀ v`: `(P, B, m)` to `(P, B, n)`; None where it is not known: what needs it then raises.
+        shape: `(m, n)`, the dimensions of its outputs and of its inputs.
+        batch_size: B.
+        dtype: of the vectors; by default that of Keras.
+        chunk_size: how many vectors an example go through a product at once, which bounds the memory.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from jvpreg.estimators import Operator, trace
+    >>> matrix = np.diag([1.0, 2.0, 3.0]).astype("float32")
+    >>> operator = Operator(lambda v: keras.ops.matmul(v, matrix.T), None, shape=(3, 3), batch_size=1)
+    >>> float(keras.ops.convert_to_numpy(trace(operator).value)[0])
+    6.0
+    """
+
+    def __init__(self, matvec, rmatvec, shape, batch_size, dtype=None, chunk_size: int = 16):
+        sizes = [int(size) for size in shape if isinstance(size, Integral)] if isinstance(shape, Iterable) else []
+        if len(sizes) != 2 or len(tuple(shape)) != 2 or min(sizes) < 1:
+            raise ValueError(
+                f"Invalid value for argument `shape`. Expected (m, n), two positive integers. Received: shape={shape!r}"
+            )
+        check_count("chunk_size", chunk_size)
+        self._matvec = matvec
+        self._rmatvec = rmatvec
+        self.shape = (sizes[0], sizes[1])
+        self.batch_size = batch_size
+        self.dtype = keras.backend.standardize_dtype(dtype or keras.config.floatx())
+        self.chunk_size = chunk_size
+
+    @property
+    def has_transpose(self) -> bool:
+        """Whether products with the transpose are known."""
+        return self._rmatvec is not None
+
+    @property
+    def is_square(self) -> bool:
+        """Whether inputs and outputs have the same dimension."""
+        return self.shape[0] == self.shape[1]
+
+    def matvec(self, vectors):
+        """`A v` of each: `(P, B, n)` to `(P, B, m)`."""
+        return self._in_chunks(self._matvec, vectors, self.shape[0])
+
+    def rmatvec(self, vectors):
+        """`Aᵀ v` of each: `(P, B, m)` to `(P, B, n)`.
+
+        Raises:
+            ValueError: it is not known.
+        """
+        if self._rmatvec is None:
+            raise ValueError(
+                "This estimate needs products with the transpose. Received: an operator without `rmatvec`."
+            )
+        return self._in_chunks(self._rmatvec, vectors, self.shape[1])
+
+    @property
+    def transpose(self) -> "Operator":
+        """`Aᵀ`."""
+        rows, columns = self.shape
+        return Operator(self.rmatvec, self.matvec, (columns, rows), self.batch_size, self.dtype, self.chunk_size)
+
+    @property
+    def upright(self) -> "Operator":
+        """`A` or `Aᵀ`, whichever has no more inputs than outputs: the same singular values."""
+        return self if self.shape[1] <= self.shape[0] else self.transpose
+
+    def over(self, unit) -> "Operator":
+        """`A` over a unit of each example, `(B,)`: see `magnitude`."""
+        unit = ops.expand_dims(unit, -1)
+        backward = None if self._rmatvec is None else lambda v: self.rmatvec(v) / unit
+        return Operator(
+            lambda v: self.matvec(v) / unit, backward, self.shape, self.batch_size, self.dtype, self.chunk_size
+        )
+
+    def magnitude(self, seed):
+        """About how long `A` makes a vector, `(B,)`, by one product."""
+        return magnitude(self.matvec(self.draw("sphere", 1, seed)))
+
+    def basis(self):
+        """The canonical basis of the inputs, `(n, B, n)`."""
+        size = self.shape[1]
+        return ops.broadcast_to(ops.expand_dims(ops.eye(size, dtype=self.dtype), 1), (size, self.batch_size, size))
+
+    def draw(self, kind: str, num_probes: int, seed):
+        """Random vectors of the inputs, `(P, B, n)`: see `jvpreg.probes.draw`."""
+        return probes.draw(kind, ops.zeros((self.batch_size, self.shape[1]), self.dtype), num_probes, seed)
+
+    def _in_chunks(self, product, vectors, size: int):
+        count, chunk = vectors.shape[0], self.chunk_size
+        if count <= chunk:
+            return ops.cast(product(vectors), self.dtype)
+        missing = -count % chunk
+        vectors = ops.pad(vectors, ((0, missing), (0, 0), (0, 0)))
+        images = ops.zeros((count + missing, self.batch_size, size), self.dtype)
+
+        def step(i, images):
+            part = ops.slice(vectors, (i * chunk, 0, 0), (chunk, self.batch_size, vectors.shape[2]))
+            return ops.slice_update(images, (i * chunk, 0, 0), ops.cast(product(part), self.dtype))
+
+        return ops.fori_loop(0, (count + missing) // chunk, step, images)[:count]
+
+
+def as_operator(source: Linearization | Operator) -> Operator:
+    """The Jacobian of a linearization as an operator; several inputs or outputs are one long vector each.
+
+    Raises:
+        ValueError: `source` is neither.
+    """
+    if isinstance(source, Operator):
+        return source
+    if not isinstance(source, Linearization):
+        raise ValueError(
+            "Invalid value for argument `linearization`. Expected what `jvpreg.linearize` returns, or a "
+            f"`jvpreg.estimators.Operator`. Received: {source!r} (of type {type(source).__name__})"
+        )
+    inputs, outputs = spaces(source)
+
+    def forward(vectors):
+        return flatten(source.jvp(probes.split(vectors, inputs)))
+
+    def backward(vectors):
+        return flatten(source.vjp(probes.split(vectors, outputs)))
+
+    first = source.inputs[0]
+    dtype = keras.backend.result_type(first.dtype, "float32")
+    shape = (probes.dimension(outputs), probes.dimension(inputs))
+    return Operator(forward, backward, shape, ops.shape(first)[0], dtype)
+
+
+def spaces(linearization: Linearization) -> tuple:
+    """The inputs and the outputs, as structures."""
+    inputs = linearization.inputs
+    return inputs[0] if len(inputs) == 1 else inputs, linearization.outputs
+
+
+def flatten(structure):
+    """Products `(P, B, …)` as one tensor `(P, B, n)`."""
+    # The size is known where the batch is not.
+    leaves = [ops.reshape(leaf, (*ops.shape(leaf)[:2], math.prod(leaf.shape[2:]))) for leaf in tree.flatten(structure)]
+    return leaves[0] if len(leaves) == 1 else ops.concatenate(leaves, axis=-1)
+
+
+def magnitude(vectors):
+    """The largest entry of each example in `(P, B, n)`, `(B,)`: a unit in which squares are in the range of floats."""
+    largest = ops.max(ops.abs(vectors), axis=(0, 2))
+    return ops.where(largest > 0, largest, 1.0)
+
+
+def check_square(operator: Operator, name: str) -> None:
+    """Raises if an estimate that needs a square operator is asked of another."""
+    if not operator.is_square:
+        raise ValueError(
+            f"`{name}` is defined for a square Jacobian only: as many outputs as inputs. "
+            f"Received: {operator.shape[0]} outputs and {operator.shape[1]} inputs."
+        )
+
+
+def check_count(name: str, value, least: int = 1) -> None:
+    """Raises if an argument is not an integer of at least `least`."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(
+            f"Invalid value for argument `{name}`. Expected an integer, {least} or more. Received: {value!r}"
+        )

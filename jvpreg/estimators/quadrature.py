@@ -1,0 +1,298 @@
+"""Sums over the spectrum by stochastic Lanczos quadrature: log-determinants, inverses, densities."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+from keras import ops
+
+from jvpreg.estimators.krylov import lanczos
+from jvpreg.estimators.norms import mean_and_sem
+from jvpreg.estimators.operator import Operator, as_operator, check_count, check_square
+from jvpreg.estimators.result import Estimate
+from jvpreg.estimators.spectrum import singular_values
+from jvpreg.linearization import Linearization
+
+
+class Quadrature(NamedTuple):
+    """Spectral measures, as nodes with weights that sum to 1.
+
+    Attributes:
+        nodes: `(P, B, m)`, one measure for each of P random vectors: eigenvalues of the operator over its unit.
+        weights: like `nodes`.
+        size: how many eigenvalues each measure stands for.
+        num_matvecs: products that were spent on each example.
+        unit: of the operator, `(B, 1)`.
+        coarser: the same after half of the steps; None where the measure is exact, and P is 1.
+    """
+
+    nodes: Any
+    weights: Any
+    size: int
+    num_matvecs: int
+    unit: Any
+    coarser: Any = None
+
+    def sums(self, function: Callable):
+        """`Σ_i f(λ_i)` over the spectrum, as each of the P vectors has it: `(P, B)`."""
+        # A node without weight stands for nothing, and may be where f is infinite.
+        counts = self.weights > 0
+        values = ops.where(counts, function(ops.where(counts, self.nodes, 1.0)), 0.0)
+        return self.size * ops.sum(self.weights * values, axis=-1)
+
+    def residual(self, function: Callable):
+        """How far `Σ_i f(λ_i)` moved in the second half of the steps, `(B,)`."""
+        # The last step alone says too little: where f has a kink at 0, the error falls as slowly as 1/m.
+        sums = ops.mean(self.sums(function), axis=0)
+        return (
+            ops.zeros_like(sums) if self.coarser is None else ops.abs(sums - ops.mean(self.coarser.sums(function), 0))
+        )
+
+    def sem(self, samples):
+        """The standard error of the mean of samples `(P, B)`; 0 where the measure is exact."""
+        return ops.zeros_like(samples[0]) if self.coarser is None else mean_and_sem(samples)[1]
+
+    def estimate(self, function: Callable, tol: float) -> Estimate:
+        """`Σ_i f(λ_i)` of each example."""
+        samples, residual = self.sums(function), self.residual(function)
+        value = ops.mean(samples, axis=0)
+        return Estimate(value, self.sem(samples), residual, residual <= tol * ops.abs(value), self.num_matvecs)
+
+
+def gram_quadrature(linearization: Linearization | Operator, num_probes: int, num_steps: int, seed) -> Quadrature:
+    """The spectral measure of `JᵀJ` or `J Jᵀ`, the smaller one: the squares of the singular values.
+
+    Where it has no more than `num_probes·num_steps` dimensions, the Jacobian is materialized, which is exact.
+    """
+    check_count("num_probes", num_probes, least=2)
+    check_count("num_steps", num_steps, least=2)
+    operator = as_operator(linearization).upright
+    size = operator.shape[1]
+    if size <= num_probes * num_steps:
+        values = singular_values(operator).value
+        unit = ops.where(values[:, :1] > 0, values[:, :1], 1.0)
+        nodes = ops.expand_dims(ops.square(values / unit), 0)
+        return Quadrature(nodes, ops.full_like(nodes, 1 / size), size, size, unit)
+    unit = operator.magnitude(seed)
+    over = operator.over(unit)
+    found = _quadrature(lambda v: over.rmatvec(over.matvec(v)), operator, unit, num_probes, num_steps, seed)
+    # What rounding leaves of a zero may be negative.
+    coarser = found.coarser._replace(nodes=ops.maximum(found.coarser.nodes, 0.0))
+    return found._replace(
+        nodes=ops.maximum(found.nodes, 0.0), num_matvecs=2 * num_probes * num_steps + 1, coarser=coarser
+    )
+
+
+def _quadrature(product: Callable, operator: Operator, unit, num_probes: int, num_steps: int, seed) -> Quadrature:
+    size = operator.shape[1]
+    start = operator.draw("sphere", num_probes, seed) / math.sqrt(size)
+    alphas, betas = lanczos(product, start, num_steps)
+    half = num_steps // 2
+    unit = ops.expand_dims(unit, -1)
+    # Both at once: side by side, two batches of decompositions can wait for each other's threads on JAX on a CPU. What
+    # the coarser one lacks is padded by what is not joined to it, has no weight, and is within the spectrum.
+    count = start.shape[0]
+    first = ops.reshape(ops.arange(num_steps), (-1, 1, 1)) < half
+    joined = ops.reshape(ops.arange(num_steps), (-1, 1, 1)) < half - 1
+    alphas = ops.concatenate([alphas, ops.where(first, alphas, alphas[:1])], axis=1)
+    betas = ops.concatenate([betas, ops.where(joined, betas, 0.0)], axis=1)
+    nodes, weights = _gauss(alphas, betas)
+    coarser = Quadrature(nodes[count:], weights[count:], size, num_probes * half + 1, unit)
+    return Quadrature(nodes[:count], weights[:count], size, num_probes * num_steps + 1, unit, coarser)
+
+
+def _gauss(alphas, betas) -> tuple:
+    """Nodes and weights `(P, B, m)` of tridiagonal matrices `(m, P, B)`: Golub and Welsch's."""
+    size = alphas.shape[0]
+    diagonal, beside = (ops.expand_dims(ops.transpose(part, (1, 2, 0)), -1) for part in (alphas, betas))
+    above = beside * ops.eye(size, k=1, dtype=alphas.dtype)
+    nodes, vectors = ops.eigh(diagonal * ops.eye(size, dtype=alphas.dtype) + above + ops.swapaxes(above, -1, -2))
+    return nodes, ops.square(vectors[..., 0, :])
+
+
+def log_determinant(
+    linearization: Linearization | Operator,
+    of: Literal["JJT", "J"] = "JJT",
+    num_probes: int = 8,
+    num_steps: int = 20,
+    tol: float = 1e-2,
+    seed=0,
+) -> Estimate:
+    """`log |det(I + A)|` of each example, where A is `J Jᵀ` (which gives the same as `JᵀJ`) or a square `J` itself.
+
+    By stochastic Lanczos quadrature; exact where A has no more than `num_probes·num_steps` dimensions, where it is
+    materialized.
+
+    Args:
+        linearization: from `jvpreg.linearize`, or an `Operator`.
+        of: `"JJT"`, or `"J"`: a square Jacobian, which must be symmetric unless it is small enough to be materialized.
+        num_probes: random vectors.
+        num_steps: Lanczos steps from each; the memory is that of `num_probes·num_steps` vectors.
+        tol: relative to the value: it has converged when the residual is at most that part of it.
+        seed: an integer or a `keras.random.SeedGenerator`.
+
+    Returns:
+        An `Estimate`, each part `(B,)`. `residual` is how far the value moved in the second half of the steps; for
+        `of="J"` the relative asymmetry `‖J v − Jᵀ v‖ / ‖J v‖` of a random vector, times the value, is added: of a
+        Jacobian that is not symmetric this is no estimate, and it does not converge.
+
+    Raises:
+        ValueError: an argument is out of its range, or `J` is not square.
+
+    Reference: Balestriero & Baraniuk (2021), section 4.2; Ubaru, Chen & Saad (2017), "Fast estimation of tr(f(A)) via
+    stochastic Lanczos quadrature".
+
+    Example:
+
+    >>> import keras, numpy as np, jvpreg
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(3, kernel_initializer="identity")])
+    >>> estimate = jvpreg.estimators.log_determinant(jvpreg.linearize(model, np.zeros((1, 3))))
+    >>> round(float(keras.ops.convert_to_numpy(estimate.value)[0]), 4)  # 3 log 2
+    2.0794
+    """
+    if of not in ("JJT", "J"):
+        raise ValueError(f'Invalid value for argument `of`. Expected "JJT" or "J". Received: of={of!r}')
+    if of == "JJT":
+        squared = gram_quadrature(linearization, num_probes, num_steps, seed)
+        return squared.estimate(lambda nodes: ops.log1p(ops.square(squared.unit * ops.sqrt(nodes))), tol)
+    check_count("num_probes", num_probes, least=2)
+    check_count("num_steps", num_steps, least=2)
+    operator = as_operator(linearization)
+    check_square(operator, 'log_determinant(of="J")')
+    size = operator.shape[0]
+    if size <= num_probes * num_steps:
+        matrix = ops.transpose(operator.matvec(operator.basis()), (1, 2, 0))
+        # Not `ops.slogdet`, which TensorFlow does not have under XLA.
+        triangle = ops.qr(ops.eye(size, dtype=operator.dtype) + matrix)[1]
+        value = ops.sum(ops.log(ops.abs(ops.diagonal(triangle, axis1=1, axis2=2))), axis=-1)
+        zero = ops.zeros_like(value)
+        return Estimate(value, zero, zero, ops.isfinite(value), size)
+    unit = operator.magnitude(seed)
+    over = operator.over(unit)
+    measure = _quadrature(over.matvec, operator, unit, num_probes, num_steps, seed)
+    found = measure.estimate(lambda values: ops.log(ops.abs(1 + measure.unit * values)), tol)
+    vector = operator.draw("sphere", 1, seed)
+    image = over.matvec(vector)
+    length = ops.norm(image[0], axis=-1)
+    asymmetry = ops.norm((image - over.rmatvec(vector))[0], axis=-1) / ops.where(length > 0, length, 1.0)
+    residual = found.residual + asymmetry * ops.abs(found.value)
+    converged = residual <= tol * ops.abs(found.value)
+    return found._replace(residual=residual, converged=converged, num_matvecs=found.num_matvecs + 2)
+
+
+def inverse_frobenius_norm(
+    linearization: Linearization | Operator, num_probes: int = 8, num_steps: int = 20, tol: float = 1e-2, seed=0
+) -> Estimate:
+    """`‖J⁻¹‖_F` of each example, for a square Jacobian: the root of `Σ 1/σ_i²`.
+
+    By stochastic Lanczos quadrature of `JᵀJ`, without solving; exact where it has no more than `num_probes·num_steps`
+    dimensions. The smallest singular values count most and are found last: look at `converged`.
+
+    Args:
+        linearization: from `jvpreg.linearize`, or an `Operator`.
+        num_probes: random vectors.
+        num_steps: Lanczos steps from each.
+        tol: relative to the value: it has converged when the residual is at most that part of it.
+        seed: an integer or a `keras.random.SeedGenerator`.
+
+    Returns:
+        An `Estimate`, each part `(B,)`; infinite where `J` is singular and was materialized. `residual` is how far the
+        value moved in the second half of the steps.
+
+    Raises:
+        ValueError: an argument is out of its range, or `J` is not square.
+
+    Reference: Balestriero & Baraniuk (2021), section 4.2; Kenney, Laub & Reese (1998).
+
+    Example:
+
+    >>> import keras, numpy as np, jvpreg
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4, kernel_initializer="identity")])
+    >>> estimate = jvpreg.estimators.inverse_frobenius_norm(jvpreg.linearize(model, np.zeros((1, 4))))
+    >>> round(float(keras.ops.convert_to_numpy(estimate.value)[0]), 4)
+    2.0
+    """
+    operator = as_operator(linearization)
+    check_square(operator, "inverse_frobenius_norm")
+    measure = gram_quadrature(operator, num_probes, num_steps, seed)
+    unit, found = measure.unit[:, 0], measure.estimate(lambda squares: 1 / squares, tol)
+    value = ops.sqrt(found.value)
+    # The root's own slope carries the errors over.
+    sem, residual = (part / (2 * value) for part in (found.sem, found.residual))
+    return Estimate(value / unit, sem / unit, residual / unit, residual <= tol * value, found.num_matvecs)
+
+
+class SpectralDensity(NamedTuple):
+    """The density of the singular values of each example's smaller side.
+
+    Attributes:
+        points: singular values at which it is given, from 0 upwards, `(B, G)`.
+        value: `(B, G)`; its integral over all values is 1.
+        sem: standard error of `value` over the random vectors, `(B, G)`; 0 where it is exact.
+        num_matvecs: products that were spent on each example.
+    """
+
+    points: Any
+    value: Any
+    sem: Any
+    num_matvecs: int
+
+
+def spectral_density(
+    linearization: Linearization | Operator,
+    num_points: int = 64,
+    width: float = 0.02,
+    num_probes: int = 8,
+    num_steps: int = 20,
+    seed=0,
+) -> SpectralDensity:
+    """How the singular values of each example's Jacobian are distributed, over those of its smaller side.
+
+    By stochastic Lanczos quadrature, or from the materialized Jacobian where its smaller side has no more than
+    `num_probes·num_steps` dimensions; either way each value is spread out to a Gaussian.
+
+    Args:
+        linearization: from `jvpreg.linearize`, or an `Operator`.
+        num_points: G.
+        width: standard deviation of the Gaussian, in units of the largest singular value found.
+        num_probes: random vectors.
+        num_steps: Lanczos steps from each.
+        seed: an integer or a `keras.random.SeedGenerator`.
+
+    Returns:
+        A `SpectralDensity`. The points reach from 0 to 1.1 times the largest value found.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Reference: Lin, Saad & Yang (2016), "Approximating spectral densities of large matrices".
+
+    Example:
+
+    >>> import keras, numpy as np, jvpreg
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(3, kernel_initializer="identity")])
+    >>> density = jvpreg.estimators.spectral_density(jvpreg.linearize(model, np.zeros((1, 3))))
+    >>> points, value = map(keras.ops.convert_to_numpy, density[:2])
+    >>> round(float(points[0][value[0].argmax()]), 1)
+    1.0
+    """
+    check_count("num_points", num_points, least=2)
+    if not isinstance(width, (int, float)) or not width > 0:
+        raise ValueError(f"Invalid value for argument `width`. Expected a positive number. Received: width={width!r}")
+    found = gram_quadrature(linearization, num_probes, num_steps, seed)
+    sigma = ops.sqrt(found.nodes)
+    largest = ops.max(sigma, axis=(0, 2))
+    unit = ops.expand_dims(ops.where(largest > 0, largest, 1.0), -1)
+    relative = unit * ops.linspace(0.0, 1.1, num_points, dtype=sigma.dtype)
+    scale = width * unit
+
+    def at(points):
+        # What a Gaussian has below 0 is folded back: there are no singular values there.
+        at = ops.reshape(points, (1, -1, 1))
+        height = sum(ops.exp(-0.5 * ((sigma + sign * at) / ops.expand_dims(scale, 0)) ** 2) for sign in (-1, 1))
+        sample = ops.sum(found.weights * height, axis=-1) / (scale[:, 0] * math.sqrt(2 * math.pi))
+        return ops.stack([ops.mean(sample, axis=0), found.sem(sample)])
+
+    # (G, P, B, m) would be large; one point after the other is not.
+    value, sem = ops.unstack(ops.transpose(ops.map(at, ops.transpose(relative)), (1, 2, 0)))
+    return SpectralDensity(found.unit * relative, value / found.unit, sem / found.unit, found.num_matvecs)

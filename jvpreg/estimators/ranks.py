@@ -1,0 +1,112 @@
+"""How many directions a Jacobian really has."""
+
+from keras import ops
+
+from jvpreg.estimators.norms import frobenius_norm
+from jvpreg.estimators.operator import Operator, as_operator, check_count
+from jvpreg.estimators.quadrature import gram_quadrature
+from jvpreg.estimators.result import Estimate
+from jvpreg.estimators.spectrum import singular_values, spectral_norm
+from jvpreg.linearization import Linearization
+
+
+def stable_rank(
+    linearization: Linearization | Operator,
+    num_probes: int = 16,
+    tol: float = 1e-3,
+    num_iterations: int = 10,
+    max_restarts: int = 10,
+    seed=0,
+) -> Estimate:
+    """`‖J‖_F² / σ₁²` of each example: between 1 and the rank.
+
+    Args:
+        linearization: from `jvpreg.linearize`, or an `Operator`.
+        num_probes: for the norm: see `frobenius_norm`. Where the smaller side has no more dimensions, the Jacobian is
+            materialized, and all is exact.
+        tol: for σ₁: see `top_singular_values`.
+        num_iterations: as `tol`.
+        max_restarts: as `tol`.
+        seed: of both: an integer or a `keras.random.SeedGenerator`.
+
+    Returns:
+        An `Estimate`, each part `(B,)`: `sem` is from the norm, `residual` from σ₁, to first order. 0 for a zero
+        Jacobian.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Example:
+
+    >>> import keras, numpy as np, jvpreg
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(3, kernel_initializer="identity")])
+    >>> estimate = jvpreg.estimators.stable_rank(jvpreg.linearize(model, np.zeros((1, 3))))
+    >>> round(float(keras.ops.convert_to_numpy(estimate.value)[0]), 4)
+    3.0
+    """
+    check_count("num_probes", num_probes, least=2)
+    operator = as_operator(linearization)
+    if min(operator.shape) <= num_probes:
+        every = singular_values(operator)
+        largest, num_matvecs = every.value[:, 0], every.num_matvecs
+        residual, converged = ops.zeros_like(largest), every.converged[:, 0]
+        unit = ops.where(largest > 0, largest, 1.0)
+        value = ops.sum(ops.square(every.value / ops.expand_dims(unit, -1)), axis=-1)
+        sem = ops.zeros_like(value)
+    else:
+        norm = frobenius_norm(operator, num_probes, seed=seed)
+        top = spectral_norm(operator, tol, num_iterations, max_restarts, seed)
+        largest, residual, converged = top.value, top.residual, top.converged
+        num_matvecs = norm.num_matvecs + top.num_matvecs
+        unit = ops.where(largest > 0, largest, 1.0)
+        # The quotient is squared, not its parts, whose squares may be beyond what floats hold.
+        ratio = ops.where(largest > 0, norm.value / unit, 0.0)
+        value, sem = ops.square(ratio), 2 * ratio * (norm.sem / unit)
+    return Estimate(value, sem, 2 * value * (residual / unit), converged, num_matvecs)
+
+
+def effective_rank(
+    linearization: Linearization | Operator, num_probes: int = 8, num_steps: int = 20, tol: float = 1e-2, seed=0
+) -> Estimate:
+    """`exp(H)` of each example, where H is the entropy of the singular values, normalized to sum to 1.
+
+    By stochastic Lanczos quadrature; exact where the smaller side has no more than `num_probes·num_steps` dimensions.
+
+    Args:
+        linearization: from `jvpreg.linearize`, or an `Operator`.
+        num_probes: random vectors.
+        num_steps: Lanczos steps from each.
+        tol: relative to the value: it has converged when the residual is at most that part of it.
+        seed: an integer or a `keras.random.SeedGenerator`.
+
+    Returns:
+        An `Estimate`, each part `(B,)`, `sem` and `residual` to first order; 0 for a zero Jacobian.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Reference: Roy & Vetterli (2007), "The effective rank".
+
+    Example:
+
+    >>> import keras, numpy as np, jvpreg
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(3, kernel_initializer="identity")])
+    >>> estimate = jvpreg.estimators.effective_rank(jvpreg.linearize(model, np.zeros((1, 3))))
+    >>> round(float(keras.ops.convert_to_numpy(estimate.value)[0]), 4)
+    3.0
+    """
+    found = gram_quadrature(linearization, num_probes, num_steps, seed)
+    sums, weighted = found.sums(ops.sqrt), found.sums(_sigma_log_sigma)
+    total, mean = ops.mean(sums, axis=0), ops.mean(weighted, axis=0)
+    positive = total > 0
+    divisor = ops.where(positive, total, 1.0)
+    # H = log S − (Σ σ log σ) / S, where S = Σ σ.
+    value = ops.where(positive, ops.exp(ops.log(divisor) - mean / divisor), 0.0)
+    slopes = value * (1 / divisor + mean / divisor**2), -value / divisor
+    sem = found.sem(slopes[0] * sums + slopes[1] * weighted)
+    residual = ops.abs(slopes[0]) * found.residual(ops.sqrt) + ops.abs(slopes[1]) * found.residual(_sigma_log_sigma)
+    return Estimate(value, sem, residual, residual <= tol * value, found.num_matvecs)
+
+
+def _sigma_log_sigma(squares):
+    return 0.5 * ops.sqrt(squares) * ops.log(ops.where(squares > 0, squares, 1.0))
