@@ -76,6 +76,21 @@ class JacobianModel(keras.Model):
         """Builds a base that was given no input shape, for batches of any size."""
         if not self.base.built:
             self.base(tree.map_shape_structure(lambda shape: keras.KerasTensor((None, *shape[1:])), input_shape))
+        self._build_carried()
+
+    def _build_carried(self) -> None:
+        """Variables for what the regularizers carry from step to step, if the outputs' shape is known by now."""
+        outputs = getattr(self.base, "outputs", None)
+        if not outputs:  # A subclassed model.
+            shapes = (self.base.get_build_config() or {}).get("input_shape") if self.base.built else None
+            if shapes is None:
+                return
+            inputs = tree.map_shape_structure(lambda shape: keras.KerasTensor((None, *shape[1:])), shapes)
+            outputs = self.base.compute_output_spec(inputs)
+        for i, (regularizer, tracker) in enumerate(zip(self.jacobian_regularizers, self._trackers, strict=True)):
+            shape = regularizer.carried_shape(outputs)
+            if shape is not None and tracker.carried is None:
+                tracker.carry(shape, seed=i)
 
     def call(self, inputs, training=None):
         """What the base model computes; inside a step with penalties, by way of its linearization."""
@@ -132,6 +147,7 @@ class JacobianModel(keras.Model):
         # Cleared first: Keras would go on reporting what an earlier `compile` tracked.
         self._trackers.clear()
         self._trackers.extend(PenaltyTracker(regularizer.name) for regularizer in regularizers)
+        self._build_carried()
         super().compile(*args, **kwargs)
 
     def fit(self, x=None, y=None, batch_size=None, epochs=1, verbose="auto", callbacks=None, **kwargs):
@@ -223,35 +239,44 @@ class JacobianModel(keras.Model):
             )
         # The directions are drawn outside the conditional below: a seed must not advance inside a branch.
         seed = self._training_seed if training else self._evaluation_seed
-        asked = requests(self.jacobian_regularizers, inputs, outputs, labels, seed)
+        carried = [None if t.carried is None else ops.convert_to_tensor(t.carried) for t in self._trackers]
+        asked = requests(self.jacobian_regularizers, inputs, outputs, labels, seed, carried)
 
         def compute():
             chosen = linearization if indices is None else linearization.take(indices)
             weights = _example_weights(sample_weight)
-            means = ops.stack([_weighted_mean(p, weights) for p in penalties(chosen, asked, labels)])
-            return ops.cast(means, dtype)
+            found, carried_on = penalties(chosen, asked, labels)
+            means = ops.stack([_weighted_mean(penalty, weights) for penalty in found])
+            return ops.cast(means, dtype), [value for value in carried_on if value is not None]
+
+        def skip():
+            means = ops.zeros((len(self.jacobian_regularizers),), dtype=dtype)
+            return means, [value for value in carried if value is not None]
 
         dtype = keras.backend.result_type(tree.flatten(outputs)[0].dtype, "float32")
-        means, active, step = self._run_when_due(compute, dtype, training)
+        (means, carried_on), active, step = self._run_when_due(compute, skip, training)
         for i, tracker in enumerate(self._trackers):
             tracker.update_state(means[i], active, batch, step if training else None)
+        if training:
+            holders = [tracker for tracker in self._trackers if tracker.carried is not None]
+            for tracker, value in zip(holders, carried_on, strict=True):
+                tracker.carried.assign(value)
         strengths = ops.convert_to_tensor([r.strength for r in self.jacobian_regularizers], dtype=means.dtype)
         factor = self.jacobian_interval if training else 1
         return factor * ops.sum(strengths * means)
 
-    def _run_when_due(self, compute, dtype, training: bool):
-        """The means `(R,)`, whether they were computed (0 or 1), and the number of the training step, from 1."""
+    def _run_when_due(self, compute, skip, training: bool):
+        """What `compute` or `skip` returns, which of them (1 or 0), and the number of the training step, from 1."""
         # A sum, and so a tensor of its own: the variable's value would move with the assignment.
         step = self._step + 1
         if training:
             self._step.assign(step)
         if not training or self.jacobian_interval == 1:
             return compute(), 1.0, step
-        nothing = ops.zeros((len(self.jacobian_regularizers),), dtype=dtype)
         if self._running.due is not None:
-            return (compute(), 1.0, step) if self._running.due else (nothing, 0.0, step)
+            return (compute(), 1.0, step) if self._running.due else (skip(), 0.0, step)
         due = ops.equal((step - 1) % self.jacobian_interval, 0)
-        return ops.cond(due, compute, lambda: nothing), ops.cast(due, "float32"), step
+        return ops.cond(due, compute, skip), ops.cast(due, "float32"), step
 
     def _draw_examples(self, batch):
         """Indices of a random part of the batch, `(N,)`."""
@@ -297,12 +322,21 @@ class JacobianModel(keras.Model):
         super().save_own_variables(store)
         for i, state in enumerate(self._seed_states()):
             store[f"seed_{i}"] = ops.convert_to_numpy(state)
+        for tracker in self._trackers:
+            if tracker.carried is not None:
+                store[f"carried_{tracker.name}"] = ops.convert_to_numpy(tracker.carried)
 
     def load_own_variables(self, store):
         """Loads what `save_own_variables` stored."""
         store = {key: store[key] for key in store.keys()}  # noqa: SIM118 -- an h5 store has no __iter__
         for i, state in enumerate(self._seed_states()):
             state.assign(store.pop(f"seed_{i}"))
+        # Of a model that was compiled otherwise, they are left.
+        carried = {key: store.pop(key) for key in list(store) if key.startswith("carried_")}
+        for tracker in self._trackers:
+            value = carried.get(f"carried_{tracker.name}")
+            if tracker.carried is not None and value is not None and value.shape == tracker.carried.shape:
+                tracker.carried.assign(value)
         super().load_own_variables(store)
 
     def _seed_states(self) -> list:
@@ -315,14 +349,31 @@ register_wrapper(JacobianModel, lambda model: model.base)
 
 
 class PenaltyTracker(keras.metrics.Mean):
-    """The mean of a penalty over the examples of the steps in which it was computed, and its first failure."""
+    """The mean of a penalty over the examples of the steps in which it was computed, and its first failure.
+
+    Attributes:
+        carried: the variable that the regularizer carries from step to step, which outlives every reset; or None.
+    """
 
     def __init__(self, name: str):
         super().__init__(name=name)
+        self.carried: Any = None
         # Of the first replica: under tf.distribute, Keras would add up the replicas' steps.
         self.failed_at = self.add_variable(
             shape=(), initializer="zeros", dtype="int32", aggregation="only_first_replica", name="failed_at"
         )
+
+    def carry(self, shape: tuple[int, ...], seed: int) -> None:
+        """Makes the variable `carried`."""
+        start = keras.initializers.RandomNormal(stddev=1.0, seed=seed)
+        # Under tf.distribute, the mean of what the replicas found.
+        self.carried = self.add_variable(shape=shape, initializer=start, aggregation="mean", name="carried")
+
+    def reset_state(self):
+        """As Keras', but for what is carried."""
+        for variable in self.variables:
+            if variable is not self.carried:
+                variable.assign(ops.zeros(variable.shape, dtype=variable.dtype))
 
     def update_state(self, mean, active, batch, step):
         """Adds a step's `mean` over `batch` examples if `active` is 1, and not if it is 0.

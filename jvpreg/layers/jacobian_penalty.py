@@ -45,11 +45,29 @@ class JacobianPenalty(keras.layers.Layer):
         self.regularizers = check_regularizers(regularizers, "regularizers")
         self.seed = seed
         self._seed_generator = keras.random.SeedGenerator(seed)
+        self._carried: list = []
 
     def build(self, input_shape):
         """Builds the block."""
         if not self.block.built:
             self.block.build(input_shape)
+        inputs = tree.map_shape_structure(lambda shape: keras.KerasTensor(shape), input_shape)
+        outputs = _call(self.block, inputs, None)
+        for i, regularizer in enumerate(self.regularizers):
+            shape = regularizer.carried_shape(outputs)
+            start = keras.initializers.RandomNormal(stddev=1.0, seed=i)
+            # Under tf.distribute, the mean of what the replicas found.
+            self._carried.append(
+                shape
+                and self.add_weight(
+                    shape=shape,
+                    initializer=start,
+                    trainable=False,
+                    aggregation="mean",
+                    autocast=False,
+                    name=f"{regularizer.name}_carried",
+                )
+            )
 
     def call(self, inputs, training=None):
         """What the block computes."""
@@ -58,9 +76,14 @@ class JacobianPenalty(keras.layers.Layer):
             return _call(self.block, inputs, training)
         linearization = linearize(self.block, inputs, training=True)
         seen = linearization.inputs[0] if len(linearization.inputs) == 1 else linearization.inputs
-        asked = requests(self.regularizers, seen, linearization.outputs, None, self._seed_generator)
-        for request, penalty in zip(asked, penalties(linearization, asked, None), strict=True):
+        carried = [None if variable is None else ops.convert_to_tensor(variable) for variable in self._carried]
+        asked = requests(self.regularizers, seen, linearization.outputs, None, self._seed_generator, carried)
+        found, carried = penalties(linearization, asked, None)
+        for request, penalty in zip(asked, found, strict=True):
             self.add_loss(request.regularizer.strength * ops.mean(penalty))
+        for variable, value in zip(self._carried, carried, strict=True):
+            if variable is not None:
+                variable.assign(value)
         return linearization.outputs
 
     def compute_output_shape(self, input_shape):

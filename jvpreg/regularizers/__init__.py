@@ -2,5 +2,6 @@
 
 from jvpreg.regularizers.base import JacobianRegularizer, Seen
 from jvpreg.regularizers.jacobian import JacobianNorm
+from jvpreg.regularizers.spectral import SpectralNorm
 
-__all__ = ["JacobianNorm", "JacobianRegularizer", "Seen"]
+__all__ = ["JacobianNorm", "JacobianRegularizer", "Seen", "SpectralNorm"]

@@ -78,6 +78,24 @@ class JacobianRegularizer:
         """Cotangents `(Q, B, …)` like `outputs`, to be pulled back; or None."""
         return
 
+    def carried_shape(self, outputs) -> tuple[int, ...] | None:
+        """The shape of a variable that is carried from step to step, for outputs `(B, …)`; by default there is none.
+
+        It is not trained, starts with standard normal entries, and is saved with the model.
+        """
+        return None
+
+    def search(self, linearization: Linearization, carried):
+        """Directions `(P, B, …)` like the inputs, in place of `directions`, for a regularizer that carries something.
+
+        Products with the Jacobian may be asked for here, at their own cost.
+        """
+        raise NotImplementedError(f"{type(self).__name__} carries a variable and must override `search`.")
+
+    def carry(self, seen: Seen, carried):
+        """What is carried to the next step, once the products were seen."""
+        raise NotImplementedError(f"{type(self).__name__} carries a variable and must override `carry`.")
+
     def penalty(self, seen: Seen):
         """The penalty of each example, `(B,)`, from what was seen."""
         raise NotImplementedError(f"{type(self).__name__} must override `penalty(self, seen)`.")
@@ -109,21 +127,37 @@ def check_regularizers(regularizers, argument: str) -> tuple[JacobianRegularizer
 
 @dataclass(frozen=True)
 class Request:
-    """What one regularizer asks to see: its directions and cotangents, each `(P, B, …)` or None."""
+    """What one regularizer asks to see: its directions and cotangents, each `(P, B, …)` or None.
+
+    Attributes:
+        carried: what it carries from step to step, from which its directions are found when there is a linearization.
+    """
 
     regularizer: JacobianRegularizer
     directions: Any
     cotangents: Any
+    carried: Any = None
 
 
-def requests(regularizers: Sequence[JacobianRegularizer], inputs, outputs, labels, seed) -> list[Request]:
-    """Draws the directions of every regularizer.
+def requests(
+    regularizers: Sequence[JacobianRegularizer], inputs, outputs, labels, seed, carried: Sequence | None = None
+) -> list[Request]:
+    """Draws the directions of every regularizer; `carried` has what each carries, or None.
 
     Raises:
         ValueError: a regularizer asks for nothing, or for a product with tensors of the wrong shape.
     """
     drawn = []
-    for regularizer in regularizers:
+    for regularizer, state in zip(regularizers, carried or [None] * len(regularizers), strict=True):
+        if state is not None:
+            drawn.append(Request(regularizer, None, None, state))
+            continue
+        if regularizer.carried_shape(outputs) is not None:
+            raise ValueError(
+                f"`{regularizer.name}` ({type(regularizer).__name__}) carries a variable from step to step, whose "
+                "shape was not known when the model was compiled. Give the model a `keras.Input`, or call the "
+                "`JacobianModel` on a batch before `compile`."
+            )
         directions = regularizer.directions(inputs, labels, seed)
         cotangents = regularizer.cotangents(outputs, labels, seed)
         if directions is None and cotangents is None:
@@ -156,23 +190,33 @@ def _readable(shape) -> str:
     return "(" + ", ".join(["B", *map(str, shape[1:])]) + ")"
 
 
-def penalties(linearization: Linearization, asked: Sequence[Request], labels) -> list:
-    """The penalty of each example, `(B,)` in float32, for every request: at most one pass in each direction."""
+def penalties(linearization: Linearization, asked: Sequence[Request], labels) -> tuple[list, list]:
+    """The penalty of each example, `(B,)` in float32, for every request, and what it carries on (None: nothing).
+
+    At most one pass in each direction, beside what a regularizer searches with.
+    """
     inputs = linearization.inputs[0] if len(linearization.inputs) == 1 else linearization.inputs
-    pushed = _share(linearization.jvp, [request.directions for request in asked])
+    outputs = linearization.outputs
+    wanted = [request.directions for request in asked]
+    for i, request in enumerate(asked):
+        if request.carried is not None:
+            wanted[i] = request.regularizer.search(linearization, request.carried)
+            _check_probes(request.regularizer, "search", wanted[i], inputs)
+    pushed = _share(linearization.jvp, wanted)
     pulled = _share(linearization.vjp, [request.cotangents for request in asked])
-    result = []
-    for request, jvp, vjp in zip(asked, pushed, pulled, strict=True):
-        seen = Seen(jvp, vjp, request.directions, request.cotangents, inputs, linearization.outputs, labels)
+    result, carried = [], []
+    for request, directions, jvp, vjp in zip(asked, wanted, pushed, pulled, strict=True):
+        seen = Seen(jvp, vjp, directions, request.cotangents, inputs, outputs, labels)
         penalty = request.regularizer.penalty(seen)
-        batch = tree.flatten(linearization.outputs)[0].shape[0]
+        batch = tree.flatten(outputs)[0].shape[0]
         if len(penalty.shape) != 1 or (None not in (batch, penalty.shape[0]) and penalty.shape[0] != batch):
             raise ValueError(
                 f"`{request.regularizer.name}` ({type(request.regularizer).__name__}) returned a penalty of the wrong "
                 f"shape. Expected (B,), one number an example. Received: {tuple(penalty.shape)}"
             )
         result.append(ops.cast(penalty, keras.backend.result_type(penalty.dtype, "float32")))
-    return result
+        carried.append(None if request.carried is None else request.regularizer.carry(seen, request.carried))
+    return result, carried
 
 
 def _share(product, wanted: list) -> list:

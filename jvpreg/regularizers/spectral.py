@@ -1,0 +1,118 @@
+"""A penalty on the largest singular value."""
+
+import keras
+from keras import ops, tree
+
+from jvpreg import probes
+from jvpreg.estimators.norms import squared_norm
+from jvpreg.estimators.operator import flatten, spaces
+from jvpreg.regularizers.base import JacobianRegularizer
+
+# Above it, a vector for each of so many outputs would be a large matrix.
+MOST_CLASSES = 1024
+
+
+@keras.saving.register_keras_serializable(package="jvpreg")
+class SpectralNorm(JacobianRegularizer):
+    """Penalizes `σ₁²`, the squared spectral norm of each example's Jacobian, by power iteration.
+
+    An iteration is one product `u = Jᵀ v / ‖Jᵀ v‖` and one `J u`, whose squared length is the penalty: never more
+    than `σ₁²`, and at the singular vector its gradient is that of `σ₁²` itself. `v` is carried from step to step. The
+    examples of a batch are others in each step, but those of one class have similar singular vectors; so one is kept
+    for each output, and an example starts from that of its largest one. Where the outputs are not `(B, K)`, all
+    examples share one.
+
+    Args:
+        strength: the loss gains `strength × mean σ₁²`.
+        num_iterations: of each step; one is enough where the vectors move slowly.
+        name: of its metric, which is the estimate of `mean σ₁²`.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Reference: Yoshida & Miyato (2017), "Spectral norm regularization", section 3.3, for weights; here it is the
+    Jacobian.
+
+    Example:
+
+    >>> import keras, numpy as np, jvpreg
+    >>> model = jvpreg.JacobianModel(keras.Sequential([keras.Input((8,)), keras.layers.Dense(3)]))
+    >>> model.compile(loss="mse", jacobian_regularizers=[jvpreg.regularizers.SpectralNorm(0.01)])
+    >>> history = model.fit(np.ones((32, 8)), np.zeros((32, 3)), verbose=0)
+    >>> sorted(history.history)
+    ['loss', 'spectral_norm']
+    """
+
+    def __init__(self, strength: float, num_iterations: int = 1, name: str | None = None):
+        super().__init__(strength, name)
+        if not isinstance(num_iterations, int) or num_iterations < 1:
+            raise ValueError(
+                f"Invalid value for argument `num_iterations`. Expected an integer, 1 or more. "
+                f"Received: {num_iterations!r}"
+            )
+        self.num_iterations = num_iterations
+
+    def carried_shape(self, outputs):
+        """A vector like the outputs for each class: `(C, K)`, or `(1, K)`."""
+        size = probes.dimension(outputs)
+        return (size if _has_classes(outputs) else 1), size
+
+    def search(self, linearization, carried):
+        """The right singular vectors, as far as the iteration has them: `(1, B, …)`, of length 1."""
+        inputs, outputs = spaces(linearization)
+
+        def pulled(cotangent):
+            return _normalized(flatten(linearization.vjp(probes.split(cotangent, outputs))))
+
+        tangent = pulled(_started(outputs, carried))
+        for _ in range(1, self.num_iterations):
+            tangent = pulled(_normalized(flatten(linearization.jvp(probes.split(tangent, inputs)))))
+        # The gradient is that of ‖J u‖² at this u.
+        return probes.split(ops.stop_gradient(tangent), inputs)
+
+    def carry(self, seen, carried):
+        """Half of each class's vector, and half of the mean of its examples' new ones."""
+        new = _normalized(flatten(tree.map_structure(ops.stop_gradient, seen.jvp)))
+        new = ops.cast(new[0], carried.dtype)
+        # A singular vector has no sign.
+        same = ops.sum(new * _started(seen.outputs, carried)[0], axis=-1, keepdims=True) >= 0
+        new = ops.where(same, new, -new)
+        members = _members(seen.outputs, carried)
+        counts = ops.expand_dims(ops.sum(members, axis=0), -1)
+        mean = ops.matmul(ops.transpose(members), new) / ops.maximum(counts, 1.0)
+        return ops.where(counts > 0, _normalized(_normalized(carried) + mean), carried)
+
+    def penalty(self, seen):
+        """`‖J u‖²`: `(B,)`."""
+        return squared_norm(seen.jvp)[0]
+
+    def get_config(self):
+        """The arguments of `__init__`."""
+        return {**super().get_config(), "num_iterations": self.num_iterations}
+
+
+def _has_classes(outputs) -> bool:
+    leaves = tree.flatten(outputs)
+    return len(leaves) == 1 and len(leaves[0].shape) == 2 and leaves[0].shape[1] <= MOST_CLASSES
+
+
+def _members(outputs, carried):
+    """Which class each example is of, by its largest output: `(B, C)`, ones and zeros."""
+    first = tree.flatten(outputs)[0]
+    count = carried.shape[0]
+    if count == 1:
+        return ops.ones((ops.shape(first)[0], 1), carried.dtype)
+    return ops.one_hot(ops.argmax(first, axis=-1), count, dtype=carried.dtype)
+
+
+def _started(outputs, carried):
+    """Each example's vector of those that are carried, `(1, B, K)`."""
+    vectors = ops.matmul(_members(outputs, carried), _normalized(carried))
+    return ops.expand_dims(ops.stop_gradient(vectors), 0)
+
+
+def _normalized(vectors):
+    """Of length 1; a zero stays one."""
+    length = ops.norm(vectors, axis=-1, keepdims=True)
+    positive = length > 0
+    return ops.where(positive, vectors / ops.where(positive, length, 1.0), 0.0)
