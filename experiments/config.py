@@ -43,6 +43,9 @@ class ModelConfig:
     width: PositiveInt = 64
     """Channels of the first stage, or units of each hidden layer of the MLP. A linear model has none."""
 
+    batch_normalization: bool = True
+    """After each convolution; if not, the convolutions have biases."""
+
 
 @dataclass
 class OptimizerConfig:
@@ -88,6 +91,26 @@ class ProbeConfig:
     every_epochs: PositiveInt = 1
     """Measure after every so many epochs."""
 
+    singular_values: PositiveInt = 5
+    """How many of the largest are measured; at most as many as there are classes."""
+
+    pictures_every: PositiveInt = 5
+    """Draw the pictures anew after every so many measurements, and at the end."""
+
+
+@dataclass
+class GuardConfig:
+    """When the mean norm of the Jacobian counts as lost: against the median of the last five measurements."""
+
+    action: Literal["warn", "stop", "off"] = "warn"
+    """What to do about it; either way it is said in which layer it began."""
+
+    explosion: PositiveFloat = 10.0
+    """How many times the reference it may be."""
+
+    collapse: PositiveFloat = 0.1
+    """Which part of the reference it must be."""
+
 
 @dataclass
 class RobustnessConfig:
@@ -129,6 +152,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     jacobian: JacobianConfig = field(default_factory=JacobianConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     robustness: RobustnessConfig = field(default_factory=RobustnessConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
 

@@ -3,6 +3,7 @@
 config.yaml       the configuration
 history.csv       a row an epoch
 curves.png        loss, accuracy and Jacobian over the epochs
+jacobian/         pictures of the Jacobian's spectrum over the epochs
 checkpoints/      best.keras, and backup/, from which an interrupted run continues
 model.keras       the trained model
 robustness.json   accuracy under noise and attack

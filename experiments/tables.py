@@ -12,7 +12,7 @@ def columns(row: dict[str, Any]) -> dict[str, str]:
         "run": row["run"],
         "test accuracy": _percent(row["test_accuracy"]),
         "‖J‖_F": f"{row['jacobian/frobenius_norm']:.3g} ± {row['jacobian/frobenius_norm_sem']:.1g}",
-        "σ₁": f"{row['jacobian/top_singular_value']:.3g}",
+        "σ₁": f"{row['jacobian/spectral_norm']:.3g}",
         **{f"noise {size}": _percent(value) for size, value in robust["noise"].items()},
         **{f"FGSM {size}": _percent(value) for size, value in robust["fgsm"].items()},
         **{f"PGD {size}": _percent(value) for size, value in robust["pgd"].items()},

@@ -1,5 +1,6 @@
 """The `train` study: one model through plain `fit`, its Jacobian watched, its robustness reported."""
 
+import functools
 import json
 import math
 import sys
@@ -14,8 +15,6 @@ import jvpreg
 from experiments import data, models, plots, robustness, tracking
 from experiments.config import JacobianConfig, OptimizerConfig, TrainConfig
 from experiments.run_folder import RunFolder
-
-PROBE_METRICS = ("frobenius_norm", "top_singular_value")
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -127,15 +126,9 @@ def callbacks(
 ) -> list[keras.callbacks.Callback]:
     """The callbacks, in an order that matters: a logger sees what those before it put into the logs."""
     history = folder.read_history()
-    probe = jvpreg.callbacks.JacobianProbe(
-        dataset.test.take(slice(config.probe.examples)).images(),
-        metrics=list(PROBE_METRICS),
-        every_epochs=config.probe.every_epochs,
-    )
     return [
         keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: batches.start_epoch(epoch)),
-        probe,
-        jvpreg.callbacks.JacobianWandbHistogram(probe),
+        *jacobian_callbacks(dataset, config, folder),
         keras.callbacks.CSVLogger(folder.history, append=True),
         tracking.EpochLogger(run),
         keras.callbacks.ModelCheckpoint(
@@ -147,6 +140,35 @@ def callbacks(
         ),
         # Last: an epoch counts as done once everything else about it is on disk.
         keras.callbacks.BackupAndRestore(folder.backup, double_checkpoint=True, delete_checkpoint=False),
+    ]
+
+
+def jacobian_callbacks(dataset: data.Dataset, config: TrainConfig, folder: RunFolder) -> list[keras.callbacks.Callback]:
+    """The probe, which writes into the logs, and what reads it."""
+    probe = jvpreg.callbacks.JacobianProbe(
+        dataset.test.take(slice(config.probe.examples)).images(),
+        metrics={
+            "frobenius_norm": "frobenius_norm",
+            "spectral_norm": "spectral_norm",
+            "top_singular_values": functools.partial(
+                jvpreg.estimators.top_singular_values, k=config.probe.singular_values
+            ),
+        },
+        every_epochs=config.probe.every_epochs,
+    )
+    guard = config.guard
+    guards = []
+    if guard.action != "off":
+        guards = [
+            jvpreg.callbacks.JacobianGuard(
+                probe, explosion=guard.explosion, collapse=guard.collapse, action=guard.action
+            )
+        ]
+    return [
+        probe,
+        *guards,
+        jvpreg.callbacks.JacobianPictures(probe, folder.path / "jacobian", every_epochs=config.probe.pictures_every),
+        jvpreg.callbacks.JacobianWandbLogger(probe, every_epochs=config.probe.pictures_every),
     ]
 
 

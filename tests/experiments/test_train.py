@@ -29,10 +29,17 @@ from experiments.config import (
 from experiments.errors import ExperimentError
 from experiments.run_folder import RunFolder
 from experiments.train import compiled_model, default_folder, train
+from tests.callbacks.offline_run import written
 from tests.experiments import wandb_records
 
 REPOSITORY = Path(__file__).parents[2]
-JACOBIAN_KEYS = {"jacobian/frobenius_norm", "jacobian/frobenius_norm_sem", "jacobian/top_singular_value"}
+JACOBIAN_KEYS = {
+    "jacobian/frobenius_norm",
+    "jacobian/frobenius_norm_sem",
+    "jacobian/spectral_norm",
+    "jacobian/top_singular_values_1",
+    "jacobian/top_singular_values_5",
+}
 
 
 def small(folder, **changes):
@@ -54,13 +61,17 @@ def small(folder, **changes):
 def finished(tmp_path_factory):
     """A regularized run of two epochs, tracked offline."""
     path = tmp_path_factory.mktemp("runs") / "finished"
-    return train(small(path, wandb=WandbConfig(mode="offline"))), RunFolder(path)
+    result = train(small(path, wandb=WandbConfig(mode="offline")))
+    written(path / "wandb")
+    return result, RunFolder(path)
 
 
 def test_the_folder_holds_what_it_promises(finished):
     result, folder = finished
     assert yaml.safe_load(folder.config.read_text())["jacobian"]["strength"] == 0.01
     assert folder.curves.read_bytes().startswith(b"\x89PNG")
+    pictures = {path.name for path in (folder.path / "jacobian").iterdir()}
+    assert pictures == {"frobenius_norm.png", "spectral_norm.png", "top_singular_values.png"}
     assert folder.best_model.exists()
     assert folder.read_result() == result
     assert json.loads(folder.robustness.read_text()) == result["robustness"]
@@ -89,6 +100,8 @@ def test_the_offline_wandb_run_has_every_epoch_and_the_jacobian(finished):
         assert row["epoch/learning_rate"] < 1e-3
         for key in JACOBIAN_KEYS | {"loss", "val_accuracy"}:
             assert row[f"epoch/{key}"] == pytest.approx(history[key][epoch])
+        assert sum(row["jacobian/frobenius_norm_histogram/values"]) == 8
+    assert "jacobian/top_singular_values_history/path" in rows[-1]
 
 
 def test_strength_zero_trains_the_plain_model(tmp_path):
@@ -127,6 +140,7 @@ def test_a_killed_run_continues_to_where_it_would_have_come(tmp_path):
 
     time.sleep(1.1)  # W&B names the parts of an offline run by the second in which they began
     resumed = train(dataclasses.replace(config, resume=True))
+    written(folder.path / "wandb")
     rows = wandb_records.history(folder.path / "wandb")[done - config.epochs :]
     assert [row["epoch/epoch"] for row in rows] == list(range(done, config.epochs))
     assert [row["_step"] for row in rows] == list(range(done, config.epochs))

@@ -1,0 +1,8 @@
+"""Callbacks that watch the Jacobian of a model while it trains."""
+
+from jvpreg.callbacks.guard import GuardEvent, JacobianGuard
+from jvpreg.callbacks.pictures import JacobianPictures
+from jvpreg.callbacks.probe import JacobianProbe
+from jvpreg.callbacks.wandb_logger import JacobianWandbLogger
+
+__all__ = ["GuardEvent", "JacobianGuard", "JacobianPictures", "JacobianProbe", "JacobianWandbLogger"]

@@ -1,0 +1,253 @@
+"""`JacobianGuard`: notices when a Jacobian is lost, and says in which layer that began."""
+
+import math
+import warnings
+from collections import deque
+from typing import Literal, NamedTuple
+
+import keras
+import numpy as np
+from keras import ops
+
+from jvpreg import probes
+from jvpreg.callbacks.measurement import Measurement
+from jvpreg.callbacks.probe import JacobianProbe
+from jvpreg.callbacks.reader import check_probe
+from jvpreg.linearization import Linearization
+from jvpreg.registry import unwrap
+
+NUM_PROBES = 4
+FINITE = {"weights": "its weights are not finite", "output": "its output is not finite"}
+HAPPENED = {"non-finite": "is not finite", "explosion": "exploded", "collapse": "collapsed"}
+
+
+class GuardEvent(NamedTuple):
+    """What a `JacobianGuard` noticed.
+
+    Attributes:
+        kind: `"non-finite"`, `"explosion"` or `"collapse"`.
+        epoch: counted from 0.
+        batch: counted from 0; None at the end of an epoch.
+        value: of the metric.
+        reference: the median of the last healthy values; NaN if there were none.
+        layer: the name of the node in which it began; None if it cannot be told.
+        reason: what is the matter there.
+    """
+
+    kind: str
+    epoch: int
+    batch: int | None
+    value: float
+    reference: float
+    layer: str | None
+    reason: str
+
+
+class JacobianGuard(keras.callbacks.Callback):
+    """Warns, or stops training, when a `JacobianProbe` measures a value that is not finite, explodes or collapses.
+
+    It compares each measurement with the median of the last healthy ones, and says once for each time that a value
+    leaves the healthy range in which layer that began. Of a value that is not finite, this is the first layer whose
+    weights, output or tangent is not: a step after the loss is NaN, so are the weights of all layers, and only
+    `every_batches=1` of the probe can see where it came from. Of an explosion or a collapse, it is the layer whose own
+    gain, by how much it stretches random tangents, has changed most since the healthy measurements.
+
+    List it after its probe. It costs a linearization and four products on the probe's batch for each measurement.
+
+    Args:
+        probe: the `JacobianProbe` of the same `fit`.
+        metric: which to guard, something positive: a name in `logs`, without the probe's prefix.
+        explosion: how many times the reference a value may be.
+        collapse: which part of the reference a value must be.
+        window: of how many healthy values the reference is the median.
+        action: `"stop"` ends training at the end of the batch or epoch; either way there is a warning.
+
+    Attributes:
+        events: what was noticed in this `fit`, a list of `GuardEvent`.
+
+    Raises:
+        ValueError: an argument is out of its range, or the probe does not measure the metric (before training
+            begins).
+
+    Example:
+
+    >>> import keras, numpy as np, jvpreg
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    >>> model.compile(loss="mse")
+    >>> probe = jvpreg.callbacks.JacobianProbe(np.ones((8, 4)))
+    >>> guard = jvpreg.callbacks.JacobianGuard(probe, explosion=5.0)
+    >>> history = model.fit(np.ones((8, 4)), np.ones((8, 2)), verbose=0, callbacks=[probe, guard])
+    >>> guard.events
+    []
+    """
+
+    def __init__(
+        self,
+        probe: JacobianProbe,
+        metric: str = "frobenius_norm",
+        explosion: float = 10.0,
+        collapse: float = 0.1,
+        window: int = 5,
+        action: Literal["stop", "warn"] = "stop",
+    ):
+        super().__init__()
+        for name, expected, fits, value in (
+            ("explosion", "a number above 1", _is_number(explosion) and explosion > 1, explosion),
+            ("collapse", "a number from 0 to below 1", _is_number(collapse) and 0 <= collapse < 1, collapse),
+            ("window", "an integer, 1 or more", isinstance(window, int) and window >= 1, window),
+            ("action", '"stop" or "warn"', action in ("stop", "warn"), action),
+        ):
+            if not fits:
+                raise ValueError(f"Invalid value for argument `{name}`. Expected {expected}. Received: {value!r}")
+        self.probe = probe
+        self.metric = metric
+        self.explosion = explosion
+        self.collapse = collapse
+        self.window = window
+        self.action = action
+        self.events: list[GuardEvent] = []
+        self.async_safe = probe.async_safe
+        self._key = f"{probe.prefix}/{metric}"
+        self._layers: _Layers | None = None
+
+    def on_train_begin(self, logs=None):
+        """Checks that there is something to guard, and forgets what it saw before."""
+        check_probe(self)
+        if self.probe.keys and self._key not in self.probe.keys:
+            names = [key.removeprefix(f"{self.probe.prefix}/") for key in self.probe.keys]
+            raise ValueError(
+                f"Invalid value for argument `metric`. Expected one that the probe measures: {names}. "
+                f"Received: metric={self.metric!r}"
+            )
+        if self._layers is None or self._layers.base is not unwrap(self.model):
+            self._layers = _Layers(unwrap(self.model))
+        self.events = []
+        self._healthy: deque[float] = deque(maxlen=self.window)
+        self._gains: deque[np.ndarray] = deque(maxlen=self.window)
+        self._state: str | None = None
+        self._epoch = 0
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Remembers the epoch."""
+        self._epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Looks at the batch's measurement, if there is one."""
+        if self._key in (logs or {}):
+            self._look(logs[self._key], batch)
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Looks at the epoch's measurement, if there is one."""
+        if self.probe.epoch == epoch and self._key in (logs or {}):
+            self._look(logs[self._key], None)
+
+    def _look(self, value: float, batch: int | None) -> None:
+        assert self.model is not None  # On JAX, reading `model` brings the variables up to date.
+        assert self._layers is not None
+        reference = float(np.median(self._healthy)) if self._healthy else math.nan
+        before, self._state = self._state, self._kind(value, reference)
+        if self._state is None:
+            self._healthy.append(value)
+            self._gains.append(self._layers.measure(self.probe.x).gains)
+        elif self._state != before:
+            usual = np.median(self._gains, axis=0) if self._gains else None
+            layer, reason = self._layers.measure(self.probe.x).origin(self._state, usual)
+            self._report(GuardEvent(self._state, self._epoch, batch, value, reference, layer, reason))
+
+    def _kind(self, value: float, reference: float) -> str | None:
+        if not math.isfinite(value):
+            return "non-finite"
+        if value > self.explosion * reference:
+            return "explosion"
+        return "collapse" if value < self.collapse * reference else None
+
+    def _report(self, event: GuardEvent) -> None:
+        self.events.append(event)
+        # As Keras' progress bar counts, from 1.
+        when = f"Epoch {event.epoch + 1}" + ("" if event.batch is None else f", batch {event.batch + 1}")
+        against = "" if math.isnan(event.reference) else f" against {event.reference:.3g} before"
+        where = f"It began in `{event.layer}`: {event.reason}." if event.layer else "No layer stands out."
+        stop = self.action == "stop"
+        if stop:
+            self.model.stop_training = True
+        warnings.warn(
+            f"{when}: `{self._key}` {HAPPENED[event.kind]}: {event.value:.3g}{against}. {where}"
+            + (" Training stops." if stop else ""),
+            stacklevel=2,
+        )
+
+
+class _State(NamedTuple):
+    """Of each node, in the order in which they ran: whether weights and output are finite, and the gain."""
+
+    names: list[str]
+    weights: np.ndarray
+    output: np.ndarray
+    gains: np.ndarray
+
+    def origin(self, kind: str, usual: np.ndarray | None) -> tuple[str | None, str]:
+        """In which node it began, and what is the matter there."""
+        healthy = self.weights & self.output & np.isfinite(self.gains)
+        if not healthy.all():  # Of an explosion or a collapse too: a nonlinearity may make 0 of a NaN.
+            first = int(np.argmin(healthy))
+            reasons = [reason for part, reason in FINITE.items() if not getattr(self, part)[first]]
+            return self.names[first], (reasons or ["the tangent that leaves it is not finite"])[0]
+        if kind == "non-finite" or usual is None or not self.gains.any():
+            return None, ""
+        tiny = np.finfo("float32").tiny
+        changes = np.log(np.maximum(self.gains, tiny)) - np.log(np.maximum(usual, tiny))
+        most = int(np.argmax(changes) if kind == "explosion" else np.argmin(changes))
+        reason = f"it stretched random tangents by {usual[most]:.2g} before, now by {self.gains[most]:.2g}"
+        return self.names[most], reason
+
+
+class _Layers:
+    """The state of each node of a model, measured by a function that is compiled once."""
+
+    def __init__(self, base):
+        self.base = base
+        self.names: list[str] = []
+        self._measurement = Measurement(base, self._state)
+
+    def measure(self, x) -> _State:
+        found = self._measurement.predict_on_batch(x)
+        # Each is the same for all examples.
+        weights, output, gains = (np.asarray(found[key])[0] for key in ("weights", "output", "gains"))
+        return _State(self.names, weights, output, gains)
+
+    def _state(self, linearization: Linearization) -> dict:
+        nodes = [node for node in linearization.nodes if any(value.batched for value in node.outputs)]
+        self.names = [node.name for node in nodes]
+        inputs = [x if _is_float(x) else None for x in linearization.inputs]
+        gains = {}
+        if floats := [x for x in inputs if x is not None]:  # Token ids have no tangents.
+            drawn = iter(probes.draw("gaussian", floats, NUM_PROBES, seed=0))
+            u = [None if x is None else next(drawn) for x in inputs]
+            gains = linearization.gains(u[0] if len(u) == 1 else u)
+        zero = ops.zeros((NUM_PROBES,))
+        found = {
+            "weights": [_all_finite(_weights(node)) for node in nodes],
+            "output": [_all_finite(value.primal for value in node.outputs) for node in nodes],
+            "gains": [ops.mean(ops.cast(gains.get(node.name, zero), "float32")) for node in nodes],
+        }
+        # Keras may cut a batch and join what comes of its parts: a row for each example.
+        batch = ops.shape(linearization.inputs[0])[0]
+        return {key: ops.broadcast_to(ops.stack(row), (batch, len(nodes))) for key, row in found.items()}
+
+
+def _weights(node) -> list:
+    """The weights of a node: its layer's, and what an operation of an opened layer takes as its input."""
+    return [*getattr(node.operation, "weights", []), *(value.primal for value in node.inputs if not value.batched)]
+
+
+def _all_finite(tensors):
+    finite = [ops.all(ops.isfinite(ops.convert_to_tensor(t))) for t in tensors if _is_float(t)]
+    return ops.all(ops.stack(finite)) if finite else ops.convert_to_tensor(True)
+
+
+def _is_float(tensor) -> bool:
+    return keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype))
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

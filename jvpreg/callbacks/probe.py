@@ -1,0 +1,356 @@
+"""`JacobianProbe`: any estimator of the Jacobian, on a fixed batch, in the logs of `fit`."""
+
+import functools
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops, tree
+
+from jvpreg import estimators
+from jvpreg.callbacks.measurement import Measurement
+from jvpreg.estimators import Estimate, SpectralDensity
+from jvpreg.linearization import Linearization
+from jvpreg.registry import unwrap
+
+ESTIMATORS: dict[str, Callable] = {name: getattr(estimators, name) for name in estimators.__all__ if name.islower()}
+
+# These do not iterate: whether they converged is no news.
+DIRECT = (estimators.frobenius_norm, estimators.singular_values, estimators.condition_number, estimators.trace)
+
+# By name: importing wandb to know its classes would make it a dependency.
+READERS = {
+    "CSVLogger",
+    "JacobianGuard",
+    "JacobianPictures",
+    "JacobianWandbLogger",
+    "RemoteMonitor",
+    "SwanLabLogger",
+    "TensorBoard",
+    "WandbCallback",
+    "WandbMetricsLogger",
+}
+
+
+class JacobianProbe(keras.callbacks.Callback):
+    """Measures the Jacobian on a fixed batch and puts it into `logs`, where every logger after it finds it.
+
+    The measurement is compiled once, follows the current weights, runs the model as in inference, and leaves its
+    training state (weights, moving averages, seeds) as it was. The directions are the same each time, so that two
+    epochs differ by the model and not by the draw.
+
+    Names in `logs`, for a metric `m` and the prefix `jacobian`; the first epoch is measured always, and in an epoch
+    that is not each of them is NaN, so that a table has the same columns in each row:
+
+    - `jacobian/m`: the mean over the batch, where `m` is one number an example;
+    - `jacobian/m_1`, `jacobian/m_2`, …: the means, where it is several, such as `top_singular_values_1`;
+    - `…_sem`: of each of these the standard error: what the sample of examples and the random probes leave open,
+      together;
+    - `…_abs`, `…_real` and `…_imag`: three means in place of one, where it is complex;
+    - `jacobian/eigenvalue_J_1_abs`, … for `"top_eigenvalues"` of a square `J`, and `jacobian/eigenvalue_JJT_1`, … of
+      another, whose eigenvalues are those of `J Jᵀ`;
+    - `jacobian/m_converged`: the part of the examples whose values all converged, where an estimator iterates;
+    - `jacobian/after/LAYER/m`: of the outputs by what a layer returned, for each of `layers`;
+    - `jacobian/block/LAYER/m`: of a layer's or block's output by its own input, for each of `blocks`;
+    - `jacobian/class_3/m`: of the examples of class 3 only, before `after/` and `block/`, where there are `labels`.
+
+    A density, or anything else that is not `(B,)` or `(B, k)`, has no name in `logs`: it is in `values`, and in the
+    pictures of `JacobianPictures` and `JacobianWandbLogger`. An example whose outputs are not finite counts as NaN.
+
+    Args:
+        x: the batch, `(B, …)` or a structure of inputs. An exact `‖J‖_F` takes `B × (number of outputs)` products,
+            so 64 to 512 examples are usual.
+        metrics: names of functions in `jvpreg.estimators`; or a dict from a name in `logs` to such a name, or to a
+            function of a `Linearization` that returns an `Estimate` or a tensor `(B,)` or `(B, k)`.
+        labels: integers `(B,)`, to measure each class too.
+        layers: paths of layers, as `Linearization.after` takes them.
+        blocks: paths of layers or of blocks of them, as `Linearization.block` takes them.
+        every_epochs: measure at the end of every n-th epoch.
+        every_batches: measure also after every n-th batch, into the batch's logs. None: not.
+        seed: of the directions, for metrics given by name.
+        prefix: of the names in `logs`. Two probes in one `fit` need two.
+
+    Attributes:
+        values: the last measurement, a dict from metric (`after/LAYER/m` and so on included) to an array `(B, …)`, or
+            to a `SpectralDensity` of them.
+        epoch: at whose end it was made; None if the last epoch was not measured.
+
+    Raises:
+        ValueError: an argument is out of its range, or `x`, a layer or a metric does not fit the model (before
+            training begins).
+
+    Example:
+
+    >>> import functools, keras, numpy as np, jvpreg
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    >>> model.compile(loss="mse")
+    >>> probe = jvpreg.callbacks.JacobianProbe(np.ones((8, 4)), ["frobenius_norm"])
+    >>> top = functools.partial(jvpreg.estimators.top_singular_values, k=2)
+    >>> unseen = jvpreg.callbacks.JacobianProbe(np.zeros((8, 4)), {"sigma": top}, prefix="val_jacobian")
+    >>> history = model.fit(np.ones((8, 4)), np.ones((8, 2)), verbose=0, callbacks=[probe, unseen])
+    >>> sorted(history.history)[:3]
+    ['jacobian/frobenius_norm', 'jacobian/frobenius_norm_sem', 'loss']
+    >>> sorted(history.history)[3:]  # doctest: +NORMALIZE_WHITESPACE
+    ['val_jacobian/sigma_1', 'val_jacobian/sigma_1_sem', 'val_jacobian/sigma_2', 'val_jacobian/sigma_2_sem',
+     'val_jacobian/sigma_converged']
+    """
+
+    def __init__(
+        self,
+        x,
+        metrics: Sequence[str] | Mapping[str, str | Callable] = ("frobenius_norm", "spectral_norm"),
+        *,
+        labels=None,
+        layers: Sequence[str] = (),
+        blocks: Sequence[str] = (),
+        every_epochs: int = 1,
+        every_batches: int | None = None,
+        seed: int = 0,
+        prefix: str = "jacobian",
+    ):
+        super().__init__()
+        for name, value in (("every_epochs", every_epochs), ("every_batches", every_batches)):
+            if not (isinstance(value, int) and value >= 1) and not (name == "every_batches" and value is None):
+                raise ValueError(
+                    f"Invalid value for argument `{name}`. Expected an integer, 1 or more. Received: {value!r}"
+                )
+        for name, paths in (("layers", layers), ("blocks", blocks)):
+            if isinstance(paths, str) or not all(isinstance(path, str) for path in paths):
+                raise ValueError(
+                    f"Invalid value for argument `{name}`. Expected a list of paths of layers. Received: {paths!r}"
+                )
+        self.x = x
+        self.metrics = _functions(metrics, seed)
+        self.layers = list(layers)
+        self.blocks = list(blocks)
+        self.every_epochs = every_epochs
+        self.every_batches = every_batches
+        self.prefix = prefix
+        self.values: dict[str, Any] = {}
+        self.epoch: int | None = None
+        # Keras overlaps batch hooks with the next step for callbacks that say they are safe; one that does nothing is.
+        self.async_safe = every_batches is None
+        self._groups: dict[str, Any] = {"": slice(None), **_classes(labels, _batch_size(x))}
+        self._measurement: Measurement | None = None
+        self._blank: dict[str, dict[str, np.ndarray]] = {}
+        self._batches = 0
+
+    @property
+    def keys(self) -> list[str]:
+        """The names in `logs`; none before `fit` has looked at the model."""
+        return list(self._summary(self._blank))
+
+    def set_model(self, model):
+        """Checks all arguments against the model, and the order of the callbacks."""
+        super().set_model(model)
+        base = unwrap(model)
+        if self._measurement is None or self._measurement.base is not base:
+            measurement = Measurement(base, self._measure)
+            # What would fail at the end of the first epoch fails here, on one example. On TensorFlow, a model that was
+            # given no input shape is built by its first step only.
+            if base.built:
+                self._blank = _nothing_like(measurement.first_example(self.x), _batch_size(self.x))
+            self._measurement = measurement
+        _warn_of_readers_before(self, inspect.currentframe())
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Starts to count batches."""
+        self._batches = 0
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Puts the measurement, or NaN, into `logs`."""
+        due = epoch == 0 or (epoch + 1) % self.every_epochs == 0 or not self._blank
+        self.epoch = epoch if due else None
+        summary = self.measure() if due else self._summary(self._blank)
+        if logs is not None:
+            logs.update(summary)
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Puts the measurement into the batch's `logs`, when it is due."""
+        if self.every_batches is None:
+            return
+        # Under `steps_per_execution` the hook runs after several batches, and seldom right after an n-th one.
+        passed, self._batches = self._batches, batch + 1
+        if self._batches // self.every_batches > passed // self.every_batches:
+            summary = self.measure()
+            if logs is not None:
+                logs.update(summary)
+
+    def measure(self) -> dict[str, float]:
+        """Measures now.
+
+        Returns:
+            A dict from the names in `logs` to numbers. `values` holds what they are the means of.
+        """
+        assert self.model is not None  # On JAX, reading `model` brings the variables up to date.
+        assert self._measurement is not None
+        try:
+            found = self._measurement.predict_on_batch(self.x)
+        except Exception:
+            # The linear algebra of some backends raises where a matrix is not finite, which is no error of the probe.
+            if not self._blank or self._measurement.is_finite(self.x):
+                raise
+            found = self._blank
+        self._blank = self._blank or _nothing_like(found, _batch_size(self.x))
+        found = {name: {key: np.asarray(part) for key, part in parts.items()} for name, parts in found.items()}
+        self.values = {
+            name: SpectralDensity(**parts, num_matvecs=0) if "points" in parts else parts["value"]
+            for name, parts in found.items()
+        }
+        return self._summary(found)
+
+    def _measure(self, linearization: Linearization) -> dict[str, dict]:
+        """All metrics of the model and of its parts, as a dict of dicts of tensors `(B, …)`."""
+        batch = ops.shape(linearization.inputs[0])[0]
+        # A nonlinearity may hide from the Jacobian that its input is not a number: ReLU's slope there is 0.
+        outputs = [ops.reshape(output, (batch, -1)) for output in tree.flatten(linearization.outputs)]
+        finite = ops.all(ops.isfinite(ops.concatenate(outputs, axis=-1)), axis=-1)
+        blot = ops.where(finite, 0.0, math.nan)
+        found = {}
+        for place, part in self._parts(linearization).items():
+            for name, function in self.metrics.items():
+                try:
+                    found[place + name] = _tensors(function, part, blot)
+                except ValueError as error:
+                    raise ValueError(f"`JacobianProbe` cannot measure `{place}{name}`. {error}") from error
+        return found
+
+    def _parts(self, linearization: Linearization) -> dict[str, Linearization]:
+        """What is measured, by the beginning of its names."""
+        parts = {"": linearization}
+        try:
+            parts |= {f"after/{layer}/": linearization.after(layer) for layer in self.layers}
+            parts |= {f"block/{layer}/": linearization.block(layer) for layer in self.blocks}
+        except ValueError as error:
+            raise ValueError(f"`JacobianProbe` cannot measure its `layers` and `blocks`. {error}") from error
+        return parts
+
+    def _summary(self, found: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
+        summary = {}
+        for name, parts in found.items():
+            place, slash, metric = name.rpartition("/")
+            if metric == "top_eigenvalues":
+                metric = "eigenvalue_J" if np.iscomplexobj(parts["value"]) else "eigenvalue_JJT"
+            stem = place + slash + metric
+            columns = _columns(stem, parts)
+            for group, members in self._groups.items():
+                for column, numbers in columns.items():
+                    key = f"{self.prefix}/{group}{column}"
+                    summary[key], summary[f"{key}_sem"] = _mean_and_sem(numbers[members])
+            if "converged" in parts:
+                converged = parts["converged"].reshape(len(parts["converged"]), -1)
+                summary[f"{self.prefix}/{stem}_converged"] = float(converged.min(axis=1).mean())
+        return summary
+
+
+def _functions(metrics, seed) -> dict[str, Callable]:
+    """The metrics as a dict from name to function of a linearization."""
+    named: dict[str, Any] = dict(metrics) if isinstance(metrics, Mapping) else {}
+    if not isinstance(metrics, Mapping):
+        named = {} if isinstance(metrics, str) else {name: name for name in metrics}
+    fits = [isinstance(name, str) and (callable(of) or of in ESTIMATORS) for name, of in named.items()]
+    if not named or not all(fits):
+        raise ValueError(
+            f"Invalid value for argument `metrics`. Expected a list of names among {sorted(ESTIMATORS)}, or a dict "
+            "from names to these or to functions of a linearization, such as `functools.partial` makes them. "
+            f"Received: metrics={metrics!r}"
+        )
+    return {name: of if callable(of) else _seeded(ESTIMATORS[of], seed) for name, of in named.items()}
+
+
+def _seeded(estimator: Callable, seed) -> Callable:
+    takes_seed = "seed" in inspect.signature(estimator).parameters
+    return functools.partial(estimator, seed=seed) if takes_seed else estimator
+
+
+def _classes(labels, size: int) -> dict[str, np.ndarray]:
+    """The examples of each class, by the beginning of the class's names in `logs`."""
+    if labels is None:
+        return {}
+    labels = np.asarray(labels)
+    if labels.shape not in ((size,), (size, 1)) or not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(
+            f"Invalid value for argument `labels`. Expected an integer for each of the {size} examples of `x`. "
+            f"Received: labels with shape {labels.shape} and dtype {labels.dtype}."
+        )
+    labels = labels.reshape(-1)
+    return {f"class_{label}/": labels == label for label in np.unique(labels)}
+
+
+def _batch_size(x) -> int:
+    return len(tree.flatten(x)[0])
+
+
+def _tensors(function: Callable, linearization: Linearization, blot) -> dict:
+    """What is read of a metric, each `(B, …)`, plus `blot` (B,), which is 0 or NaN."""
+    result = function(linearization)
+    if isinstance(result, SpectralDensity):
+        parts = {"points": result.points, "value": result.value, "sem": result.sem}
+    elif isinstance(result, Estimate):
+        parts = {"value": result.value}
+        if getattr(function, "func", function) not in DIRECT:
+            parts["converged"] = result.converged
+    else:
+        parts = {"value": ops.convert_to_tensor(result)}
+    found = {}
+    for key, part in parts.items():
+        if len(part.shape) == 0 or part.shape[0] != blot.shape[0]:
+            raise ValueError(
+                f"Expected a number, or several, for each of {blot.shape[0]} examples. "
+                f"Received: a tensor of shape {tuple(part.shape)}."
+            )
+        is_complex = "complex" in keras.backend.standardize_dtype(part.dtype)
+        dtype = "complex64" if is_complex else "float32"
+        shift = ops.cast(ops.reshape(blot, (-1, *[1] * (len(part.shape) - 1))), dtype)
+        found[key] = ops.cast(part, dtype) + (shift * (1 + 1j) if is_complex else shift)
+    return found
+
+
+def _nothing_like(found: dict, size: int) -> dict[str, dict[str, np.ndarray]]:
+    """NaN in the shapes of a measurement, for a batch of another size."""
+    return {
+        # Times NaN, for a complex number has two parts.
+        name: {key: math.nan * np.ones((size, *np.shape(part)[1:]), part.dtype) for key, part in parts.items()}
+        for name, parts in found.items()
+    }
+
+
+def _columns(stem: str, parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The columns `(B,)` of a metric that go into `logs`."""
+    value = parts["value"]
+    if "points" in parts or value.ndim > 2:
+        return {}
+    columns = {stem: value} if value.ndim == 1 else {f"{stem}_{i + 1}": value[:, i] for i in range(value.shape[1])}
+    if np.iscomplexobj(value):
+        aspects: dict[str, Callable] = {"abs": np.abs, "real": np.real, "imag": np.imag}
+        columns = {f"{name}_{key}": of(part) for name, part in columns.items() for key, of in aspects.items()}
+    return columns
+
+
+def _mean_and_sem(numbers: np.ndarray) -> tuple[float, float]:
+    numbers = numbers.astype("float64")
+    with np.errstate(invalid="ignore"):  # inf − inf
+        sem = numbers.std(ddof=1) / math.sqrt(len(numbers)) if len(numbers) > 1 else math.nan
+        return float(numbers.mean()), float(sem)
+
+
+def _warn_of_readers_before(probe: JacobianProbe, frame) -> None:
+    """Warns if a reader stands before the probe in the list of callbacks that is just being given its model."""
+    # Keras hands a callback its model but not its list, so the list is found in the caller.
+    owner = frame.f_back.f_locals.get("self") if frame is not None and frame.f_back is not None else None
+    if not isinstance(owner, keras.callbacks.CallbackList) or probe not in owner.callbacks:
+        return
+    before = owner.callbacks[: owner.callbacks.index(probe)]
+    # A guard of another probe is no reader of this one.
+    readers = [callback for callback in before if getattr(callback, "probe", probe) is probe]
+    names = [type(callback).__name__ for callback in readers if type(callback).__name__ in READERS]
+    if names:
+        warnings.warn(
+            f"{', '.join(names)} stands before JacobianProbe in `callbacks` and will not see what it measures. "
+            "Swap them: list JacobianProbe first.",
+            stacklevel=2,
+        )

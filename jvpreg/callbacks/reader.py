@@ -1,0 +1,62 @@
+"""What callbacks that read a `JacobianProbe` have in common."""
+
+from typing import Any
+
+import keras
+
+from jvpreg.callbacks.figures import history_png
+from jvpreg.callbacks.probe import JacobianProbe
+
+
+class ProbeReader(keras.callbacks.Callback):
+    """A callback that does something with each measurement that its probe makes at the end of an epoch.
+
+    Args:
+        probe: the `JacobianProbe` of the same `fit`, listed before.
+        every_epochs: draw after every n-th epoch that was measured, and after the last.
+
+    Attributes:
+        epochs: those that were measured in this `fit`.
+        history: what was, a list of `probe.values`.
+    """
+
+    def __init__(self, probe: JacobianProbe, every_epochs: int):
+        super().__init__()
+        if not isinstance(every_epochs, int) or every_epochs < 1:
+            raise ValueError(
+                f"Invalid value for argument `every_epochs`. Expected an integer, 1 or more. Received: {every_epochs!r}"
+            )
+        self.probe = probe
+        self.every_epochs = every_epochs
+        self.epochs: list[int] = []
+        self.history: list[dict[str, Any]] = []
+
+    def on_train_begin(self, logs=None):
+        """Checks that the probe is there, and forgets an earlier `fit`."""
+        check_probe(self)
+        self.epochs, self.history = [], []
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Reads the epoch's measurement, if there is one."""
+        if self.probe.epoch == epoch:
+            self.epochs.append(epoch)
+            self.history.append(self.probe.values)
+            last = epoch + 1 == (self.params or {}).get("epochs")
+            self.read(epoch, draw=last or len(self.epochs) % self.every_epochs == 0)
+
+    def read(self, epoch: int, draw: bool) -> None:
+        """Does something with `self.probe.values`, and draws if it is time to."""
+        raise NotImplementedError
+
+    def picture(self, name: str) -> bytes:
+        """The history of a metric as a PNG file."""
+        return history_png(name, self.epochs, [values[name] for values in self.history])
+
+
+def check_probe(callback) -> None:
+    """Raises unless the probe of a callback that reads it has the same model."""
+    if callback.probe.model is not callback.model:
+        name = type(callback).__name__
+        raise ValueError(
+            f"`{name}` reads a `JacobianProbe` that is not in `callbacks`. List it there, before `{name}`."
+        )

@@ -1,0 +1,189 @@
+"""What loggers and pictures wrote, read back from their files: TensorBoard's, W&B's, PNG."""
+
+import functools
+import io
+import struct
+
+import keras
+import numpy as np
+import pytest
+
+import jvpreg
+from jvpreg import estimators
+from jvpreg.callbacks import JacobianPictures, JacobianProbe, JacobianWandbLogger
+from jvpreg.callbacks.figures import history_png, mean_density
+from jvpreg.estimators import SpectralDensity
+from tests.callbacks.fitting import NeverBegins, data, fit, make_model
+from tests.callbacks.offline_run import written
+from tests.experiments import wandb_records
+
+SPECTRUM = {
+    "frobenius_norm": "frobenius_norm",
+    "top_singular_values": functools.partial(estimators.top_singular_values, k=2),
+    "spectral_density": "spectral_density",
+}
+
+
+def events(folder):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    return accumulator.EventAccumulator(str(folder), size_guidance={"images": 0, "tensors": 0}).Reload()
+
+
+def size(png):
+    assert png.startswith(b"\x89PNG")
+    return struct.unpack(">II", png[16:24])
+
+
+def test_tensorboard_has_the_scalars(tmp_path):
+    pytest.importorskip("tensorflow")
+    from tensorboard.util import tensor_util
+
+    history = fit(make_model(), JacobianProbe(data(10)[0]), keras.callbacks.TensorBoard(tmp_path), epochs=2).history
+    read = events(tmp_path / "train")
+    for key in ("jacobian/frobenius_norm", "jacobian/frobenius_norm_sem", "jacobian/spectral_norm"):
+        found = [(e.step, float(tensor_util.make_ndarray(e.tensor_proto))) for e in read.Tensors(f"epoch_{key}")]
+        assert found == [(i, pytest.approx(value, rel=1e-5)) for i, value in enumerate(history[key])]
+
+
+def test_pictures_as_files_and_in_tensorboard(tmp_path):
+    pytest.importorskip("matplotlib")
+    probe = JacobianProbe(data(10)[0], ["frobenius_norm", "spectral_density"], blocks=["first"], every_epochs=2)
+    pictures = JacobianPictures(probe, folder=tmp_path / "png", log_dir=tmp_path / "tb")
+    fit(make_model(), probe, pictures, epochs=3)
+    names = {f"{place}{name}" for place in ("", "block/first/") for name in ("frobenius_norm", "spectral_density")}
+    files = {path.name: path.read_bytes() for path in (tmp_path / "png").iterdir()}
+    assert set(files) == {f"{name.replace('/', '-')}.png" for name in names}
+    read = events(tmp_path / "tb" / "jacobian")
+    assert set(read.Tags()["images"]) == {f"jacobian/{name}" for name in names}
+    for name in names:
+        images = read.Images(f"jacobian/{name}")
+        # The first epoch is measured, and then each second one; the third is not.
+        assert [image.step for image in images] == [0, 1]
+        assert (images[-1].width, images[-1].height) == size(images[-1].encoded_image_string)
+        assert images[-1].encoded_image_string == files[f"{name.replace('/', '-')}.png"]
+
+
+def test_pictures_are_drawn_now_and_then_and_at_the_end(tmp_path):
+    pytest.importorskip("matplotlib")
+    probe = JacobianProbe(data(10)[0], ["frobenius_norm"])
+    stop = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: setattr(model, "stop_training", epoch == 4))
+    model = make_model()
+    fit(model, probe, JacobianPictures(probe, log_dir=tmp_path, every_epochs=2), stop, epochs=9)
+    assert [image.step for image in events(tmp_path / "jacobian").Images("jacobian/frobenius_norm")] == [1, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["frobenius_norm", "top_singular_values", "top_eigenvalues", "mine", "density"])
+@pytest.mark.parametrize("broken", [None, np.nan, np.inf])
+def test_every_picture_can_be_drawn(name, broken):
+    """Of many epochs and of one, of many examples and of one, and where nothing is finite."""
+    image = pytest.importorskip("PIL.Image")
+    random = np.random.default_rng(0)
+    for batch, epochs in ((5, [0, 1, 5]), (1, [2])):
+        values = [abs(random.normal(size=(batch, 12 if name == "mine" else 3))) for _ in epochs]
+        if name == "frobenius_norm":
+            values = [value[:, 0] for value in values]
+        elif name == "top_eigenvalues":
+            values = [value * np.exp(1j * value) for value in values]
+        elif name == "density":
+            values = [SpectralDensity(np.sort(value), value, value, 0) for value in values]
+        if broken is not None:
+            values[0] = (
+                SpectralDensity(*[part * broken for part in values[0]]) if name == "density" else values[0] * broken
+            )
+        png = history_png(f"after/first/{name}", epochs, values)
+        pixels = np.asarray(image.open(io.BytesIO(png)).convert("L"))
+        assert pixels.shape == size(png)[::-1]
+        assert pixels.min() < 100 < 250 < pixels.max()
+
+
+def test_the_mean_density_is_a_density():
+    model = make_model()
+    density = estimators.spectral_density(jvpreg.linearize(model, data(10)[0]), num_points=200)
+    density = SpectralDensity(*[keras.ops.convert_to_numpy(part) for part in density[:3]], 0)
+    points, mean = mean_density(density)
+    assert np.trapezoid(mean, points) == pytest.approx(1.0, rel=0.02)
+    assert points[-1] == pytest.approx(density.points.max())
+
+
+@pytest.fixture
+def run(tmp_path):
+    wandb = pytest.importorskip("wandb")
+    settings = wandb.Settings(silent=True, console="off")
+    with wandb.init(mode="offline", dir=tmp_path, settings=settings) as run:
+        yield run
+
+
+def metrics_logger(run):
+    """W&B's own where it runs, and what does the same where there is no TensorFlow."""
+    try:
+        from wandb.integration.keras import WandbMetricsLogger
+    except ImportError:
+        from experiments.tracking import EpochLogger
+
+        return EpochLogger(run)
+    return WandbMetricsLogger()
+
+
+def test_wandb_has_numbers_histograms_and_pictures_in_one_row_an_epoch(run, tmp_path):
+    probe = JacobianProbe(data(10)[0], SPECTRUM, every_epochs=2)
+    history = fit(make_model(), probe, JacobianWandbLogger(probe), metrics_logger(run), epochs=3).history
+    run.finish()
+    written(tmp_path / "wandb")
+    rows = wandb_records.history(tmp_path / "wandb")
+    assert [row["epoch/epoch"] for row in rows] == [0, 1, 2]
+    for i, row in enumerate(rows):
+        # The third epoch is not measured, and the last histogram is not shown again as if it were its own.
+        assert ("jacobian/frobenius_norm_histogram/values" in row) == (i < 2)
+        assert ("jacobian/top_singular_values_history/path" in row) == (i < 2)
+    for key in probe.keys:
+        np.testing.assert_allclose([float(row[f"epoch/{key}"]) for row in rows], history[key], rtol=1e-6)
+    row = rows[1]  # A dict is a key for each of its entries, as the file has it.
+    assert sum(row["jacobian/frobenius_norm_histogram/values"]) == 10
+    smallest = probe.values["frobenius_norm"].min()
+    assert row["jacobian/frobenius_norm_histogram/bins"][0] == pytest.approx(smallest)
+    assert sum(row["jacobian/top_singular_values_histogram/values"]) == 20
+    density, edges = (row[f"jacobian/spectral_density_histogram/{part}"] for part in ("values", "bins"))
+    assert np.sum(np.multiply(density, np.diff(edges))) == pytest.approx(1.0, rel=0.1)
+    assert "jacobian/frobenius_norm_history/path" not in row  # W&B draws that itself.
+    for name in ("top_singular_values", "spectral_density"):
+        key = f"jacobian/{name}_history"
+        (file,) = (tmp_path / "wandb").glob(f"offline-run-*/files/{row[f'{key}/path']}")
+        assert (row[f"{key}/width"], row[f"{key}/height"]) == size(file.read_bytes())
+
+
+def test_wandb_charts_it_against_the_epoch(run, tmp_path):
+    probe = JacobianProbe(data(10)[0], ["frobenius_norm"], prefix="val_jacobian")
+    fit(make_model(), probe, JacobianWandbLogger(probe), metrics_logger(run))
+    run.finish()
+    file = written(tmp_path / "wandb")
+    metrics = [record.metric for record in wandb_records.records(file) if record.HasField("metric")]
+    steps = {metric.glob_name: metric.step_metric for metric in metrics if metric.glob_name}
+    assert steps == {"val_jacobian/*": "epoch/epoch", "epoch/*": "epoch/epoch"}
+
+
+def test_wandb_is_left_alone_where_nothing_is_finite(run, tmp_path):
+    x = data(4)[0] * np.nan
+    probe = JacobianProbe(x, {"norm": "frobenius_norm"})
+    fit(make_model(), probe, JacobianWandbLogger(probe), metrics_logger(run))
+    run.finish()
+    written(tmp_path / "wandb")
+    (row,) = wandb_records.history(tmp_path / "wandb")
+    assert np.isnan(float(row["epoch/jacobian/norm"]))
+    assert not any("histogram" in key for key in row)
+
+
+def test_what_is_missing_is_told_before_training_begins(tmp_path):
+    probe = JacobianProbe(data(4)[0], ["frobenius_norm"])
+    with pytest.raises(ValueError, match=r"Expected a path, or `log_dir`. Received: neither"):
+        JacobianPictures(probe)
+    with pytest.raises(ValueError, match=r"`every_epochs`. Expected an integer, 1 or more. Received: 0"):
+        JacobianPictures(probe, tmp_path, every_epochs=0)
+    with pytest.raises(ValueError, match="`JacobianPictures` reads a `JacobianProbe` that is not in `callbacks`"):
+        fit(make_model(), JacobianPictures(probe, tmp_path), NeverBegins())
+
+
+def test_wandb_needs_a_run():
+    pytest.importorskip("wandb")
+    probe = JacobianProbe(data(10)[0])
+    with pytest.raises(RuntimeError, match=r"call `wandb.init\(\)` before `fit`"):
+        fit(make_model(), probe, JacobianWandbLogger(probe), NeverBegins())
