@@ -10,6 +10,8 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from experiments.config import CompareConfig, TrainConfig
 from experiments.errors import ExperimentError
+from experiments.estimators import EstimatorsConfig, estimators
+from experiments.health import HealthConfig, health
 from experiments.verify import VerifyConfig, verify
 
 
@@ -38,6 +40,8 @@ STUDIES = {
     "train": Study(TrainConfig, train),
     "compare": Study(CompareConfig, compare),
     "verify": Study(VerifyConfig, verify),
+    "estimators": Study(EstimatorsConfig, estimators),
+    "health": Study(HealthConfig, health),
 }
 
 
@@ -48,6 +52,7 @@ def benchmark_studies() -> dict[str, Study]:
     return {
         "step": Study(benchmark.StepConfig, benchmark.step),
         "weights": Study(benchmark.WeightsConfig, benchmark.weights),
+        "probe": Study(benchmark.ProbeConfig, benchmark.probe),
     }
 
 
@@ -83,8 +88,8 @@ def parse(program: str, studies: Mapping[str, Study], words: Sequence[str]) -> t
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     note = (
-        "`python -m experiments benchmark step` measures the cost of a training step, and `benchmark weights` that of "
-        "products along weights."
+        "`python -m experiments benchmark step` measures the cost of a training step, `benchmark weights` that of "
+        "products along weights, and `benchmark probe` that of the Jacobian's norms and singular values."
     )
     parser = ArgumentParser(prog=program, description=__doc__, epilog=note, exit_on_error=False)
     subcommands = parser.add_subcommands(dest="study", metavar="STUDY")

@@ -35,9 +35,9 @@ def build(config: ModelConfig, dataset: Dataset) -> keras.Model:
     elif config.name == "mlp":
         features = _hidden_layers(features, config.width)
     elif config.name == "resnet20":
-        features = _resnet(features, config.width)
+        features = _resnet(features, config)
     else:
-        features = _vgg(features, config.width, VGG_STAGES[config.name])
+        features = _vgg(features, config, VGG_STAGES[config.name])
     logits = layers.Dense(dataset.num_classes, dtype="float32", name="logits")(features)
     return keras.Model(pixels, logits, name=config.name)
 
@@ -58,50 +58,60 @@ def _hidden_layers(features: keras.KerasTensor, width: int) -> keras.KerasTensor
     return features
 
 
-def _vgg(features: keras.KerasTensor, width: int, stages: tuple[int, ...]) -> keras.KerasTensor:
+def _vgg(features: keras.KerasTensor, config: ModelConfig, stages: tuple[int, ...]) -> keras.KerasTensor:
     number = 0
     for stage, convolutions in enumerate(stages):
         if stage > 0 and min(features.shape[1:3]) >= 2:  # an 8x8 digit is down to one pixel after three
             features = layers.MaxPooling2D(2, name=f"pool{stage}")(features)
         for _ in range(convolutions):
             number += 1
-            features = _convolution(features, width * min(2**stage, 8), number)
+            features = _convolution(
+                features, config.width * min(2**stage, 8), number, normalized=config.batch_normalization
+            )
             features = layers.ReLU(name=f"relu{number}")(features)
     return layers.GlobalAveragePooling2D(name="average")(features)
 
 
-def _resnet(features: keras.KerasTensor, width: int) -> keras.KerasTensor:
-    features = layers.ReLU(name="relu1")(_convolution(features, width, number=1))
+def _resnet(features: keras.KerasTensor, config: ModelConfig) -> keras.KerasTensor:
+    width, normalized = config.width, config.batch_normalization
+    features = layers.ReLU(name="relu1")(_convolution(features, width, number=1, normalized=normalized))
     number = 1
     for stage, blocks in enumerate(RESNET20_BLOCKS):
         for block in range(blocks):
             strides = 2 if stage > 0 and block == 0 else 1
-            features = _residual_block(features, width * 2**stage, number, strides)
+            features = _residual_block(features, width * 2**stage, number, strides, normalized)
             number += 2
     return layers.GlobalAveragePooling2D(name="average")(features)
 
 
-def _residual_block(features: keras.KerasTensor, width: int, number: int, strides: int) -> keras.KerasTensor:
+def _residual_block(
+    features: keras.KerasTensor, width: int, number: int, strides: int, normalized: bool
+) -> keras.KerasTensor:
     shortcut = features
     if strides > 1:
-        shortcut = layers.Conv2D(width, 1, strides, use_bias=False, name=f"shortcut{number + 1}")(features)
-        shortcut = layers.BatchNormalization(momentum=BATCH_MOMENTUM, name=f"shortcut_norm{number + 1}")(shortcut)
-    features = _convolution(features, width, number + 1, strides)
+        shortcut = layers.Conv2D(width, 1, strides, use_bias=not normalized, name=f"shortcut{number + 1}")(features)
+        if normalized:
+            shortcut = layers.BatchNormalization(momentum=BATCH_MOMENTUM, name=f"shortcut_norm{number + 1}")(shortcut)
+    features = _convolution(features, width, number + 1, strides, normalized)
     features = layers.ReLU(name=f"relu{number + 1}")(features)
-    features = _convolution(features, width, number + 2)
+    features = _convolution(features, width, number + 2, normalized=normalized)
     features = layers.Add(name=f"add{number + 2}")([features, shortcut])
     return layers.ReLU(name=f"relu{number + 2}")(features)
 
 
-def _convolution(features: keras.KerasTensor, width: int, number: int, strides: int = 1) -> keras.KerasTensor:
-    """A 3x3 convolution and its batch normalization, whose offset makes a bias superfluous."""
+def _convolution(
+    features: keras.KerasTensor, width: int, number: int, strides: int = 1, normalized: bool = True
+) -> keras.KerasTensor:
+    """A 3x3 convolution and its batch normalization, if any, whose offset makes a bias superfluous."""
     convolution = layers.Conv2D(
         width,
         3,
         strides,
         padding="same",
-        use_bias=False,
+        use_bias=not normalized,
         kernel_initializer="he_normal",
         name=f"conv{number}",
     )
+    if not normalized:
+        return convolution(features)
     return layers.BatchNormalization(momentum=BATCH_MOMENTUM, name=f"norm{number}")(convolution(features))

@@ -1,10 +1,10 @@
-"""What a training step costs, and a product along weights: `python -m experiments benchmark step`, `… weights`."""
+"""What a training step costs, a product along weights, and a measurement: `python -m experiments benchmark STUDY`."""
 
 from typing import Any
 
-from experiments.benchmark.config import StepConfig, WeightsConfig
+from experiments.benchmark.config import ProbeConfig, StepConfig, WeightsConfig
 
-__all__ = ["StepConfig", "WeightsConfig", "step", "weights"]
+__all__ = ["ProbeConfig", "StepConfig", "WeightsConfig", "probe", "step", "weights"]
 
 
 def step(config: StepConfig) -> dict[str, Any]:
@@ -17,5 +17,12 @@ def step(config: StepConfig) -> dict[str, Any]:
 def weights(config: WeightsConfig) -> dict[str, Any]:
     """Measure products along weights; the import waits as in `step`."""
     from experiments.benchmark.weights_study import run
+
+    return run(config)
+
+
+def probe(config: ProbeConfig) -> dict[str, Any]:
+    """Measure what the Jacobian's norms and singular values cost; the import waits as in `step`."""
+    from experiments.benchmark.probe_study import run
 
     return run(config)

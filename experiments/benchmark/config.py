@@ -64,3 +64,23 @@ class WeightsConfig(BenchmarkConfig):
 
     num_probes: PositiveInt = 1
     """Directions of each weight, pushed at once."""
+
+
+@dataclass
+class ProbeConfig(BenchmarkConfig):
+    """Measure what the health of the Jacobian costs: norms, singular values, ranks, in forward passes."""
+
+    model: ModelConfig = field(default_factory=lambda: ModelConfig("vgg9", 16))
+    """The architecture with few outputs, whose Jacobians the estimators materialize."""
+
+    rounds: PositiveInt = 9
+    """How often each entry is timed, in turn with the others."""
+
+    warmup: NonNegativeInt = 1
+    """Turns of each entry after the first call and before the rounds that count."""
+
+    unet_image_size: PositiveInt = 32
+    """Height and width of the images of the UNet, which has an output for each pixel; a multiple of 4."""
+
+    unet_batch_size: PositiveInt = 8
+    """Images of the UNet, whose Jacobians are left to iterations."""

@@ -186,4 +186,4 @@ def compiled(function: Callable, jit: bool) -> Callable:
         return function
     import tensorflow as tf
 
-    return tf.function(function)
+    return tf.function(function, autograph=False)

@@ -5,12 +5,25 @@ import json
 from pathlib import Path
 
 import keras
+import numpy as np
 import pytest
 
 import jvpreg
 from experiments import benchmark
 from experiments.__main__ import benchmark_studies, main, parse
-from experiments.benchmark import autodiff, entries, measure, memory, report, study, weights_report, weights_study
+from experiments.benchmark import (
+    autodiff,
+    entries,
+    measure,
+    memory,
+    probe_entries,
+    probe_report,
+    probe_study,
+    report,
+    study,
+    weights_report,
+    weights_study,
+)
 from experiments.benchmark.check import Check, Checker
 from experiments.benchmark.entries import Entry
 from experiments.config import ModelConfig
@@ -216,3 +229,135 @@ def test_the_configuration_of_the_products_is_valid():
     file = CONFIGS / "benchmark_weights.yaml"
     _, config = parse("experiments benchmark", benchmark_studies(), ["weights", f"--config={file}", "--num_probes=4"])
     assert (config.num_probes, config.batch_size, config.model.name) == (4, 64, "vgg6")
+
+
+def off_by_a_percent(lin):
+    tensors, products = probe_entries.frobenius_norm(lin)
+    return [1.01 * tensors[0], *tensors[1:]], products
+
+
+PROBED = ("forward", "linearize", "probe", "callback", "jvp_1", "jvp_9", "vjp_9", "unet_forward", "unet_spectral_norm")
+WRONG_PROBE = probe_entries.Entry(
+    "wrong", "1% too long", "classifier", off_by_a_percent, probe_entries.check_frobenius_norm
+)
+
+
+@pytest.fixture(scope="module")
+def probe_config(config, tmp_path_factory):
+    return benchmark.ProbeConfig(
+        model=config.model,
+        image_size=4,
+        batch_size=4,
+        unet_image_size=8,
+        unet_batch_size=1,
+        jit_compile=config.jit_compile,
+        rounds=2,
+        warmup=0,
+        folder=str(tmp_path_factory.mktemp("probe")),
+    )
+
+
+@pytest.fixture(scope="module")
+def probe_summary(probe_config):
+    chosen = [entry for entry in probe_entries.ENTRIES if entry.name in PROBED]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(probe_study, "ENTRIES", (*chosen, WRONG_PROBE))
+        patch.setattr(probe_study, "EXAMPLES", 2)
+        return benchmark.probe(probe_config)
+
+
+def test_a_probe_is_checked_and_timed_and_never_traced_again(probe_summary):
+    rows = {row["name"]: row for row in probe_summary["entries"]}
+    assert set(rows) == {*PROBED, "wrong"}
+    for name in PROBED:
+        row = rows[name]
+        assert row["status"] == "ok"
+        assert 0 <= row["error"] <= row["allowed_error"] < 2e-3
+        assert row["traces"] >= 1
+        assert row["traces_again"] == 0
+        assert row["seconds"] > 0
+    assert rows["forward"]["ratio"] == rows["unet_forward"]["ratio"] == 1
+    # The Jacobian of 10 outputs is materialized twice; that of 192 inputs and 640 outputs is not.
+    assert rows["probe"]["num_products"] == rows["callback"]["num_products"] == 20
+    assert 20 <= rows["unet_spectral_norm"]["num_products"] < 192
+    assert rows["jvp_9"]["num_products"] == 9
+
+
+def test_a_wrong_estimate_gets_no_time(probe_summary):
+    row = next(row for row in probe_summary["entries"] if row["name"] == "wrong")
+    assert row["status"] == "wrong"
+    assert row["error"] == pytest.approx(0.01, rel=1e-2)
+    assert row["seconds"] is row["ratio"] is None
+    assert probe_report.columns(row)["× forward pass"] == "wrong"
+
+
+def test_the_cost_of_a_further_product_follows_from_two_entries(probe_summary):
+    ratios = {row["name"]: row["ratio"] for row in probe_summary["entries"]}
+    assert probe_summary["further_product"]["jvp"] == pytest.approx((ratios["jvp_9"] - ratios["jvp_1"]) / 8)
+    assert probe_summary["further_product"]["vjp"] is None  # of which one entry was left out
+    aims = {aim["name"]: aim for aim in probe_summary["aims"]}
+    assert (aims["probe"]["aim"], aims["probe"]["measured"]) == (60, ratios["probe"])
+    assert aims["further_vjp"]["met"] is None
+
+
+def test_the_files_of_the_probe_say_the_same(probe_summary, probe_config):
+    folder = Path(probe_config.folder)
+    assert json.loads((folder / "probe.json").read_text()) == json.loads(json.dumps(probe_summary))
+    assert (folder / "probe.png").read_bytes().startswith(b"\x89PNG")
+    lines = (folder / "probe.md").read_text().splitlines()
+    assert len(lines) == 2 + len(probe_summary["entries"]) + 2
+
+
+def test_an_entry_that_is_traced_again_gets_no_time(probe_config, monkeypatch):
+    # Not compiled, a function is run by Python each time.
+    monkeypatch.setattr(probe_study, "compiled", lambda function, jit: function)
+    chosen = [entry for entry in probe_entries.ENTRIES if entry.name in ("forward", "linearize")]
+    subject = probe_study.classifier(probe_config)
+    rows = probe_study.timed_rows(
+        subject, chosen, chosen, dict.fromkeys(("forward", "linearize"), (0.0, 1.0)), probe_config
+    )
+    assert [row["status"] for row in rows] == ["traced again"] * 2
+    assert [row["traces_again"] for row in rows] == [16, 16]  # two rounds of eight calls
+    assert rows[1]["ratio"] is None
+
+
+def test_every_estimator_of_the_probe_is_right(probe_config):
+    subject = probe_study.classifier(probe_config)
+    chosen = [entry for entry in probe_entries.ENTRIES if entry.network == "classifier"]
+    errors = probe_study.check(subject, [entry for entry in chosen if entry.name not in PROBED], probe_config)
+    assert set(errors) >= {"stable_rank", "top_singular_values", "spectral_density", "frobenius_norm", "vjp_1"}
+    assert all(probe_study.is_right(error) for error in errors.values()), errors
+
+
+def test_what_is_not_a_number_is_infinitely_far_off():
+    found = probe_entries.Found(np.array([1.0, np.nan]), np.ones(2))
+    assert found.errors(0.1) == (np.inf, 0.1)
+    # Where an estimate says itself that it is rough, a small error counts for less than where it says nothing.
+    found = probe_entries.Found(np.array([1.2, 1.1]), np.ones(2), slack=np.array([0.5, 0.0]))
+    assert found.errors(0.0) == (pytest.approx(0.1), 0.0)
+
+
+def test_a_probe_is_traced_once_for_all_epochs():
+    calls = []
+
+    def norm(lin):
+        calls.append(len(calls))
+        return jvpreg.estimators.frobenius_norm(lin)
+
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(5, "tanh"), keras.layers.Dense(3)])
+    model.compile(loss="mse")
+    x, y = np.ones((4, 6), "float32"), np.ones((4, 3), "float32")
+    after = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: epochs.append(len(calls)))
+    epochs: list[int] = []
+    model.fit(x, y, epochs=3, verbose=0, callbacks=[jvpreg.callbacks.JacobianProbe(x, {"norm": norm}), after])
+    assert len(epochs) == 3
+    assert epochs[0] >= 1
+    assert epochs == [epochs[0]] * 3
+
+
+def test_the_configuration_of_the_probe_is_valid():
+    file = CONFIGS / "benchmark_probe.yaml"
+    _, config = parse("experiments benchmark", benchmark_studies(), ["probe", f"--config={file}", "--rounds=3"])
+    assert (config.rounds, config.batch_size, config.model.name, config.model.width) == (3, 64, "vgg9", 16)
+    with pytest.raises(ExperimentError, match="unet_image_size"):
+        benchmark.probe(benchmark.ProbeConfig(unet_image_size=10))

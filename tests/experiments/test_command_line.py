@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments.__main__ import STUDIES, main, parse
-from experiments.config import CompareConfig, TrainConfig
+from experiments.__main__ import STUDIES, benchmark_studies, main, parse
+from experiments.config import TrainConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -60,11 +60,17 @@ def test_the_command_line_overrides_the_file():
 def test_every_configuration_in_the_repository_is_valid():
     files = sorted(CONFIGS.glob("*.yaml"))
     assert len(files) >= 6
+    seen = set()
     for file in files:
-        study = "compare" if "strengths" in yaml.safe_load(file.read_text()) else "train"
-        if "benchmark" not in file.name:
-            _, config = parse("experiments", STUDIES, [study, f"--config={file}"])
-            assert isinstance(config, TrainConfig | CompareConfig)
+        prefix, _, rest = file.stem.partition("_")
+        # A file of another study is named after it.
+        known, study = (benchmark_studies(), rest) if prefix == "benchmark" else (STUDIES, prefix)
+        if study not in known:
+            study = "compare" if "strengths" in yaml.safe_load(file.read_text()) else "train"
+        _, config = parse("experiments", known, [study, f"--config={file}"])
+        assert isinstance(config, known[study].config)
+        seen.add(study)
+    assert {"train", "compare", "health", "estimators", "step"} <= seen
 
 
 def test_the_sweep_passes_keys_that_exist():

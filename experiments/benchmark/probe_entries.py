@@ -1,0 +1,222 @@
+"""What `benchmark probe` measures: estimators and products, each with what float64 says that it should be."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from keras import ops
+
+from jvpreg import Linearization, estimators
+
+NUM_PROBES = 16
+TOL = 1e-3  # of σ₁
+FEW, MANY = 1, 9
+"""Products of the entries from whose difference the cost of a further one follows."""
+
+CALLBACK = "callback"
+"""The entry that is compiled by `JacobianProbe` itself."""
+
+FEEDBACK = 1e-3
+SEM_FACTOR = 5.0
+"""Standard errors that an estimate from random probes may be off."""
+
+
+class Found(NamedTuple):
+    """One tensor of an entry, and how far it is off.
+
+    Attributes:
+        value: `(B, …)`, as it was computed.
+        exact: what it should be.
+        slack: by which it may be off, beside rounding: of an estimate, by its own account; else 0.
+    """
+
+    value: np.ndarray
+    exact: np.ndarray
+    slack: np.ndarray | float = 0.0
+
+    def errors(self, rounding: float) -> tuple[float, float]:
+        """Error and what it may be, both relative to the largest exact value, where the two are least far apart."""
+        scale = float(np.max(np.abs(self.exact)))
+        off = np.abs(np.float64(self.value) - self.exact) / scale
+        allowed = rounding + np.broadcast_to(np.float64(self.slack) / scale, off.shape)
+        # A value that is not a number is infinitely far off.
+        worst = np.unravel_index(np.argmax(np.nan_to_num(off - allowed, nan=np.inf)), off.shape)
+        return float(np.nan_to_num(off[worst], nan=np.inf)), float(allowed[worst])
+
+
+Check = Callable[[list[np.ndarray], np.ndarray, np.ndarray], list[Found]]
+"""From the tensors of an entry, the Jacobians `(B, K, D)` in float64 and the outputs `f(x)`, what they should be."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One call that is timed.
+
+    Attributes:
+        name: in the files.
+        label: in the table and in the figure.
+        network: the model that it is called on: "classifier" or "unet".
+        compute: from a linearization to tensors, and the number of products with each example; None for the plain
+            model's forward pass.
+        check: see `Check`.
+    """
+
+    name: str
+    label: str
+    network: Literal["classifier", "unet"]
+    compute: Callable[[Linearization], tuple[list, Any]] | None
+    check: Check
+
+
+def outputs(tensors: list[np.ndarray], jacobians: np.ndarray, exact: np.ndarray) -> list[Found]:
+    """`f(x)`, of a forward pass and of the linearization alone."""
+    return [Found(tensors[0], exact)]
+
+
+def frobenius_norm(lin: Linearization) -> tuple[list, Any]:
+    """The norm with 16 probes."""
+    estimate = estimators.frobenius_norm(lin, num_probes=NUM_PROBES)
+    return [estimate.value, estimate.sem], estimate.num_matvecs
+
+
+def check_frobenius_norm(tensors: list[np.ndarray], jacobians: np.ndarray, exact: np.ndarray) -> list[Found]:
+    """Within standard errors, of which an exact norm has none."""
+    value, sem = tensors
+    return [Found(value, np.sqrt(np.sum(jacobians**2, axis=(1, 2))), SEM_FACTOR * sem)]
+
+
+def spectral_norm(lin: Linearization) -> tuple[list, Any]:
+    """σ₁ to 1e-3."""
+    estimate = estimators.spectral_norm(lin, tol=TOL)
+    return [estimate.value, estimate.residual], estimate.num_matvecs
+
+
+def top_singular_values(lin: Linearization) -> tuple[list, Any]:
+    """The five largest."""
+    estimate = estimators.top_singular_values(lin, k=5, tol=TOL)
+    return [estimate.value, estimate.residual], estimate.num_matvecs
+
+
+def check_singular_values(tensors: list[np.ndarray], jacobians: np.ndarray, exact: np.ndarray) -> list[Found]:
+    """Within the residual, which is 0 but for rounding where the Jacobian was materialized."""
+    value, residual = tensors
+    right = np.linalg.svd(jacobians, compute_uv=False)
+    right = right[:, 0] if value.ndim == 1 else right[:, : value.shape[1]]
+    # Of a residual above the tolerance no more is believed.
+    return [Found(value, right, np.minimum(residual, TOL * np.max(right)))]
+
+
+def probe(lin: Linearization) -> tuple[list, Any]:
+    """Both, of one linearization."""
+    norm, largest = frobenius_norm(lin), spectral_norm(lin)
+    return norm[0] + largest[0], norm[1] + largest[1]
+
+
+def check_probe(tensors: list[np.ndarray], jacobians: np.ndarray, exact: np.ndarray) -> list[Found]:
+    """Of both."""
+    norm = check_frobenius_norm(tensors[:2], jacobians, exact)
+    return norm + check_singular_values(tensors[2:], jacobians, exact)
+
+
+def check_callback(tensors: list[np.ndarray], jacobians: np.ndarray, exact: np.ndarray) -> list[Found]:
+    """The same two values of each example, of materialized Jacobians."""
+    zero = np.zeros(len(jacobians))
+    return check_probe([tensors[0], zero, tensors[1], zero], jacobians, exact)
+
+
+def stable_rank(lin: Linearization) -> tuple[list, Any]:
+    """With the defaults of the other entries."""
+    estimate = estimators.stable_rank(lin, NUM_PROBES, TOL)
+    return [estimate.value], estimate.num_matvecs
+
+
+def check_stable_rank(tensors: list[np.ndarray], jacobians: np.ndarray, exact: np.ndarray) -> list[Found]:
+    """Of the materialized Jacobian."""
+    values = np.linalg.svd(jacobians, compute_uv=False)
+    return [Found(tensors[0], np.sum(values**2, axis=1) / values[:, 0] ** 2)]
+
+
+WIDTH = 0.02
+
+
+def spectral_density(lin: Linearization) -> tuple[list, Any]:
+    """At 64 points."""
+    density = estimators.spectral_density(lin, width=WIDTH)
+    return [density.points, density.value], density.num_matvecs
+
+
+def check_spectral_density(tensors: list[np.ndarray], jacobians: np.ndarray, exact: np.ndarray) -> list[Found]:
+    """A Gaussian around each singular value; relative to the largest, of which the width is a part."""
+    points, value = tensors
+    values = np.linalg.svd(jacobians, compute_uv=False)
+    width = WIDTH * values[:, :1, None]
+    expected = np.linspace(0.0, 1.1, points.shape[1]) * values[:, :1]
+    bells = sum(np.exp(-0.5 * ((values[:, None] + sign * expected[:, :, None]) / width) ** 2) for sign in (-1, 1))
+    height = np.mean(bells, axis=2) / (width[:, :, 0] * np.sqrt(2 * np.pi))
+    # A density this narrow moves by 1 / width times as much as a singular value does.
+    return [Found(points, expected), Found(value, height, 1e-4 / WIDTH * np.max(height))]
+
+
+def products(kind: Literal["jvp", "vjp"], count: int) -> Callable[[Linearization], tuple[list, Any]]:
+    """So many products one after the other, each with a vector that depends on the product before."""
+
+    def compute(lin: Linearization) -> tuple[list, Any]:
+        product = lin.jvp if kind == "jvp" else lin.vjp
+        like = lin.inputs[0] if kind == "jvp" else lin.outputs
+
+        def step(_, state):
+            vector, image = state
+            mean = ops.mean(ops.reshape(image, (ops.shape(image)[0], -1)), axis=1)
+            moved = FEEDBACK * mean / (1 + ops.abs(mean))
+            vector = vector + ops.reshape(moved, (-1, *[1] * (len(vector.shape) - 1)))
+            return vector, product(vector)
+
+        vector = ops.ones_like(like)
+        state = vector, product(vector)
+        return [ops.fori_loop(1, count, step, state)[1] if count > 1 else state[1]], count
+
+    return compute
+
+
+def check_products(kind: Literal["jvp", "vjp"], count: int) -> Check:
+    """The same by the matrices."""
+
+    def check(tensors: list[np.ndarray], jacobians: np.ndarray, exact: np.ndarray) -> list[Found]:
+        matrices = jacobians if kind == "jvp" else np.swapaxes(jacobians, 1, 2)
+        vector = np.ones((len(matrices), matrices.shape[2]))
+        image = np.einsum("bmn,bn->bm", matrices, vector)
+        for _ in range(1, count):
+            mean = np.mean(image, axis=1, keepdims=True)
+            vector = vector + FEEDBACK * mean / (1 + np.abs(mean))
+            image = np.einsum("bmn,bn->bm", matrices, vector)
+        return [Found(np.reshape(tensors[0], image.shape), image)]
+
+    return check
+
+
+def nothing(lin: Linearization) -> tuple[list, Any]:
+    """No product: the linearization alone."""
+    return [], 0
+
+
+ENTRIES = (
+    Entry("forward", "forward pass", "classifier", None, outputs),
+    Entry("linearize", "linearize alone", "classifier", nothing, outputs),
+    Entry("probe", "full probe", "classifier", probe, check_probe),
+    Entry(CALLBACK, "JacobianProbe.measure()", "classifier", probe, check_callback),
+    Entry("frobenius_norm", "frobenius_norm", "classifier", frobenius_norm, check_frobenius_norm),
+    Entry("spectral_norm", "spectral_norm", "classifier", spectral_norm, check_singular_values),
+    Entry("stable_rank", "stable_rank", "classifier", stable_rank, check_stable_rank),
+    Entry("top_singular_values", "top_singular_values", "classifier", top_singular_values, check_singular_values),
+    Entry("spectral_density", "spectral_density", "classifier", spectral_density, check_spectral_density),
+    *(
+        Entry(f"{kind}_{count}", f"{count} × {kind}", "classifier", products(kind, count), check_products(kind, count))
+        for kind in ("jvp", "vjp")
+        for count in (FEW, MANY)
+    ),
+    Entry("unet_forward", "UNet: forward pass", "unet", None, outputs),
+    Entry("unet_linearize", "UNet: linearize alone", "unet", nothing, outputs),
+    Entry("unet_frobenius_norm", "UNet: frobenius_norm", "unet", frobenius_norm, check_frobenius_norm),
+    Entry("unet_spectral_norm", "UNet: spectral_norm", "unet", spectral_norm, check_singular_values),
+)

@@ -1,0 +1,303 @@
+"""The `benchmark probe` study: what a measurement of the Jacobian's health costs, in forward passes."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+import jvpreg
+from experiments.benchmark import entries, measure, probe_report, study
+from experiments.benchmark.config import BenchmarkConfig, ProbeConfig
+from experiments.benchmark.probe_entries import CALLBACK, ENTRIES, FEW, MANY, NUM_PROBES, TOL, Entry, nothing
+from experiments.benchmark.reference import Reference, float64
+from experiments.benchmark.weights_study import compiled
+from experiments.errors import ExperimentError
+from experiments.verify.architectures import unet
+from experiments.verify.products import stateless
+
+EXAMPLES = 4  # at which entries are checked
+UNET_CHECKED_SIZE = 8  # of the images at which the UNet is: its whole Jacobian has 192 x 640 entries there
+
+AIMS = {"probe": 60.0, "further_jvp": 1.15, "further_vjp": 1.15}
+"""Forward passes that a full probe, and a further product, should take at most."""
+
+SHORT = {None: 8, nothing: 8}
+"""Calls in a turn, by what is computed: nothing but a forward pass."""
+
+UNITS = {"classifier": "forward", "unet": "unet_forward"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network with its images: those that are timed, and those at which it is checked.
+
+    Attributes:
+        model: as it is timed.
+        x: `(B, …)`.
+        checked_model: the same layers with the same weights, perhaps for smaller images.
+        checked_x: a few images for it.
+    """
+
+    model: keras.Model
+    x: np.ndarray
+    checked_model: keras.Model
+    checked_x: np.ndarray
+
+
+@dataclass
+class Traces:
+    """How often a function was traced: by its first call, and by all later ones."""
+
+    first: int = 0
+    later: int = 0
+
+
+def run(config: ProbeConfig) -> dict[str, Any]:
+    """Measure the entries, and write and print what came out.
+
+    Args:
+        config: see `ProbeConfig`.
+
+    Returns:
+        What `probe.json` holds: the settings, the machine, a row an entry, the cost of a further product, and what was
+        aimed at.
+
+    Raises:
+        ExperimentError: where the backend is not known, or the UNet does not fit the images.
+    """
+    study.check_backend("probe")
+    if config.unet_image_size % 4:
+        raise ExperimentError(f"unet_image_size: expected a multiple of 4. Received: {config.unet_image_size}.")
+    console = study.wide_console()
+    rows: list[dict[str, Any]] = []
+    for name, subject in (("classifier", classifier(config)), ("unet", pixelwise(config))):
+        chosen = [entry for entry in ENTRIES if entry.network == name]
+        console.print(f"checking {len(chosen)} entries of the {name}")
+        errors = check(subject, chosen, config)
+        right = [entry for entry in chosen if is_right(errors[entry.name])]
+        console.print(f"timing {config.rounds} rounds of {len(right)} entries")
+        rows += timed_rows(subject, chosen, right, errors, config)
+    further = {kind: further_product(rows, kind) for kind in ("jvp", "vjp")}
+    summary = {
+        "study": "benchmark probe",
+        **study.conditions(config),
+        "entries": rows,
+        "further_product": further,
+        "aims": aims(rows, further),
+    }
+    folder = Path(config.folder or f"runs/benchmark/probe-{keras.backend.backend()}-{study.mode(config)}")
+    probe_report.write(summary, folder, console)
+    return summary
+
+
+def classifier(config: ProbeConfig) -> Subject:
+    """The model of few outputs."""
+    model = entries.plain_model(config)
+    return Subject(model, images(config, config.batch_size), model, images(config, EXAMPLES))
+
+
+def pixelwise(config: ProbeConfig) -> Subject:
+    """The UNet."""
+    keras.utils.set_random_seed(config.seed)
+    size = config.unet_image_size
+    model = unet((size, size, 3))
+    checked = unet((UNET_CHECKED_SIZE, UNET_CHECKED_SIZE, 3))
+    checked.set_weights(model.get_weights())
+    return Subject(
+        model,
+        images(config, config.unet_batch_size, size),
+        checked,
+        images(config, EXAMPLES, UNET_CHECKED_SIZE),
+    )
+
+
+def images(config: BenchmarkConfig, number: int, size: int | None = None) -> np.ndarray:
+    """Random images in [0, 1]."""
+    size = size or config.image_size
+    generator = np.random.default_rng(config.seed)
+    return generator.integers(0, 256, size=(number, size, size, 3)).astype("float32") / 255
+
+
+def check(subject: Subject, chosen: list[Entry], config: ProbeConfig) -> dict[str, tuple[float, float]]:
+    """Relative errors of the entries, compiled as they are timed, and what they may be, by float64 without jit.
+
+    Against the whole Jacobian, its SVD, and products with it.
+    """
+    x = subject.checked_x
+    exact = Reference(subject.checked_model, "moving", x).model
+    with float64():
+        jacobians = ops.convert_to_numpy(jvpreg.jacobian(exact, ops.convert_to_tensor(x, "float64"), fallback="error"))
+        outputs = ops.convert_to_numpy(exact(ops.convert_to_tensor(x, "float64")))
+    matrices = np.reshape(jacobians, (len(x), outputs[0].size, x[0].size))
+    errors = {}
+    for entry in chosen:
+        tensors = call(subject.checked_model, entry, config, x)()[0]
+        # f(x) is the last one, and what a forward pass is checked by.
+        found = entry.check(tensors[:-1] or tensors, matrices, outputs)
+        errors[entry.name] = max(
+            (each.errors(config.tolerance) for each in found), key=lambda error: error[0] - error[1]
+        )
+    return errors
+
+
+def is_right(error: tuple[float, float]) -> bool:
+    """Whether an entry is to be timed."""
+    return error[0] <= error[1]
+
+
+def timed_rows(
+    subject: Subject,
+    chosen: list[Entry],
+    right: list[Entry],
+    errors: dict[str, tuple[float, float]],
+    config: ProbeConfig,
+) -> list[dict[str, Any]]:
+    """What the JSON file says of the entries of a network. One that was traced again gets no time."""
+    traces = {entry.name: Traces() for entry in right}
+    spent: dict[str, int] = {}
+    makers = {entry.name: functools.partial(step, subject, entry, config, traces[entry.name], spent) for entry in right}
+    unit = UNITS[chosen[0].network]
+    # Without its unit nothing can be timed.
+    times = measure.in_turn(makers, unit, config, turns(right)) if unit in makers else {}
+    rows = []
+    for entry in chosen:
+        counted = traces.get(entry.name)
+        again = counted is not None and counted.later > 0 and not is_eager(config)
+        outcome = measure.outcome(is_right(errors[entry.name]), None if again else times.get(entry.name))
+        rows.append(
+            {
+                "name": entry.name,
+                "label": entry.label,
+                "network": entry.network,
+                "num_products": spent.get(entry.name),
+                "error": study.finite(errors[entry.name][0]),
+                "allowed_error": errors[entry.name][1],
+                "traces": counted.first if counted and not is_eager(config) else None,
+                "traces_again": counted.later if counted and not is_eager(config) else None,
+                **outcome,
+                **({"status": "traced again"} if again else {}),
+            }
+        )
+    return rows
+
+
+def turns(chosen: list[Entry]) -> dict[str, int]:
+    """How many calls of an entry are one turn: several of a short one, so that it is measured as well as a long one."""
+    return {entry.name: SHORT[entry.compute] for entry in chosen if entry.compute in SHORT}
+
+
+def is_eager(config: ProbeConfig) -> bool:
+    """Whether nothing is traced: on JAX without jit."""
+    return study.mode(config) == "eager"
+
+
+def step(subject: Subject, entry: Entry, config: ProbeConfig, traces: Traces, spent: dict[str, int]) -> measure.Step:
+    """The call that is timed; it counts how often it is traced, and keeps the number of products."""
+    traced = 0
+
+    def count() -> None:
+        nonlocal traced
+        traced += 1
+
+    computed = call(subject.model, entry, config, subject.x, count)
+
+    def take() -> None:
+        before = traced
+        _, products = computed()
+        if entry.name in spent:
+            traces.later += traced - before
+        else:
+            traces.first, spent[entry.name] = traced - before, int(products)
+
+    return take
+
+
+def call(
+    model: keras.Model, entry: Entry, config: ProbeConfig, x: np.ndarray, traced: Callable[[], None] = lambda: None
+) -> Callable[[], tuple[list[np.ndarray], int]]:
+    """The tensors of an entry, `f(x)` the last of them, and the number of products, as one compiled call.
+
+    With `f(x)`, because without it the end of the primal pass would be left out.
+    """
+
+    if entry.name == CALLBACK:
+        return callback(model, x, traced)
+
+    def function(x):
+        traced()  # by Python, and so when traced only
+        if entry.compute is None:
+            return [model(x, training=False)], ops.convert_to_tensor(0)
+        lin = jvpreg.linearize(model, x, fallback="error")
+        tensors, products = entry.compute(lin)
+        return [*tensors, lin.outputs], ops.convert_to_tensor(products)
+
+    # A partial, because TensorFlow takes functions of one code for one that is traced again, and warns.
+    jitted = compiled(functools.partial(stateless(model, function)), config.jit_compile)
+    # As arguments, so that nothing of them is computed when compiling. Copies, because Keras gives those of the model
+    # away on JAX, when `JacobianProbe` measures.
+    values = [ops.convert_to_tensor(np.array(ops.convert_to_numpy(variable.value))) for variable in model.variables]
+    images = ops.convert_to_tensor(x)
+
+    def compute() -> tuple[list[np.ndarray], int]:
+        tensors, products = jitted(values, images)
+        # JAX returns before it has computed.
+        return [ops.convert_to_numpy(tensor) for tensor in tensors], int(ops.convert_to_numpy(products))
+
+    return compute
+
+
+def callback(
+    model: keras.Model, x: np.ndarray, traced: Callable[[], None]
+) -> Callable[[], tuple[list[np.ndarray], int]]:
+    """The full probe as `fit` has it: compiled by `JacobianProbe`, and with the means that it logs."""
+    spent = 0
+
+    def norm(lin):
+        traced()
+        return kept(jvpreg.estimators.frobenius_norm(lin, num_probes=NUM_PROBES))
+
+    def kept(estimate):
+        nonlocal spent
+        spent += estimate.num_matvecs
+        return estimate
+
+    metrics = {"norm": norm, "sigma": lambda lin: kept(jvpreg.estimators.spectral_norm(lin, tol=TOL))}
+    probe = jvpreg.callbacks.JacobianProbe(x, metrics)
+    made = False
+
+    def measured() -> tuple[list[np.ndarray], int]:
+        nonlocal made, spent
+        if not made:
+            probe.set_model(model)  # which tries it on one example
+            made, spent = True, 0
+        probe.measure()
+        return [probe.values["norm"], probe.values["sigma"], x], spent
+
+    return measured
+
+
+def further_product(rows: list[dict[str, Any]], kind: str) -> float | None:
+    """Forward passes that one more product takes; None where it was not timed."""
+    ratios = {row["name"]: row["ratio"] for row in rows}
+    few, many = ratios.get(f"{kind}_{FEW}"), ratios.get(f"{kind}_{MANY}")
+    return None if few is None or many is None else (many - few) / (MANY - FEW)
+
+
+def aims(rows: list[dict[str, Any]], further: dict[str, float | None]) -> list[dict[str, Any]]:
+    """What was aimed at, and whether it was met."""
+    full = next(row["ratio"] for row in rows if row["name"] == "probe")
+    measured = {"probe": full, **{f"further_{kind}": cost for kind, cost in further.items()}}
+    return [
+        {
+            "name": name,
+            "aim": most,
+            "measured": measured[name],
+            "met": None if measured[name] is None else measured[name] <= most,
+        }
+        for name, most in AIMS.items()
+    ]

@@ -1,0 +1,150 @@
+"""The `estimators` study: figure 4 of the paper, and the trace."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+from rich.console import Console
+
+import jvpreg
+from experiments import timing
+from experiments.errors import ExperimentError
+from experiments.estimators import convergence, networks, plots, report, traces
+from experiments.estimators.config import EstimatorsConfig
+from experiments.estimators.norm import KIND, trajectories
+from jvpreg.estimators import frobenius_norm, top_eigenvalues, top_singular_values
+
+PAPER_STEPS = 10
+PAPER_SAMPLES = 100
+
+
+def run(config: EstimatorsConfig) -> dict[str, Any]:
+    """Measure, draw, and write what came out.
+
+    Args:
+        config: see `EstimatorsConfig`.
+
+    Returns:
+        What `estimators.json` holds: the settings, the machine, and the data of both figures.
+
+    Raises:
+        ExperimentError: where the settings do not fit each other.
+    """
+    check(config)
+    console = Console(soft_wrap=True, highlight=False, log_path=False)
+    model = networks.square_unet(config.image_size, config.seed)
+    x = networks.images(config.image_size, config.examples, config.seed)
+    lin = jvpreg.linearize(model, x, fallback="error")
+    n = x[0].size
+    console.log(f"materializing {len(x)} Jacobians of {n}x{n}")
+    jacobians = np.asarray(ops.convert_to_numpy(lin.jacobian()), "float64").reshape(len(x), n, n)
+    sigma, magnitudes = convergence.exact_values(jacobians)
+    curves = []
+    block = lin.take(list(range(config.block_examples)))
+    for kind, exact in (("singular", sigma), ("eigen", magnitudes)):
+        for part, k in ((lin, 1), (block, config.block)):
+            console.log(f"seeking {k} {kind} value(s) step by step")
+            steps = single_steps(config) if k == 1 else sorted(config.steps)
+            known = exact[: len(part.inputs[0])]
+            curves.append(convergence.convergence(part, k, steps, known, kind, config.seed))
+    console.log("drawing trajectories of the Frobenius norm")
+    same = jvpreg.linearize(model, np.repeat(x[:1], config.trajectories, axis=0), fallback="error")
+    norm = trajectories(same, jacobians[0], config.num_probes, 32 * config.trajectories, config.seed)
+    console.log("timing")
+    times = timed(model, config)
+    console.log("estimating traces")
+    summary = {
+        "study": "estimators",
+        "settings": json.loads(json.dumps(dataclasses.asdict(config))),
+        "machine": timing.machine(),
+        "figure4": {"convergence": curves, "frobenius_norm": norm, "seconds": times},
+        "trace": matrices(jacobians[0], config),
+    }
+    write(summary, Path(config.folder or f"runs/estimators-{keras.backend.backend()}"), console)
+    return summary
+
+
+def check(config: EstimatorsConfig) -> None:
+    """Raises where the settings do not fit each other."""
+    if config.image_size % 4:
+        raise ExperimentError(f"image_size: expected a multiple of 4. Received: {config.image_size}.")
+    if config.block_examples > config.examples:
+        raise ExperimentError("block_examples: expected no more than examples.")
+    if config.block + 2 > 3 * config.image_size**2:
+        raise ExperimentError("block: expected fewer values than the Jacobian has.")
+
+
+def single_steps(config: EstimatorsConfig) -> list[int]:
+    """The steps for one value."""
+    return sorted({*config.steps, *range(5, config.single_steps + 1, 5)})
+
+
+def timed(model: keras.Model, config: EstimatorsConfig) -> list[dict[str, Any]]:
+    """Ten steps for one value and for a block of them, and the probes of the norm, at as many images as it says."""
+    number = config.timed_examples
+    few = max(1, number // 10)
+    x = networks.images(config.image_size, number, config.seed)
+
+    def once(function):
+        """Of images, linearized in the same call."""
+        return lambda x: function(jvpreg.linearize(model, x, fallback="error"))
+
+    def singular(k):
+        return once(lambda lin: top_singular_values(lin, k, convergence.NEVER, PAPER_STEPS, 0).value)
+
+    def eigen(k):
+        return once(lambda lin: top_eigenvalues(lin, k, convergence.NEVER, PAPER_STEPS, 0).value)
+
+    def norm():
+        return once(lambda lin: frobenius_norm(lin, PAPER_SAMPLES, probes=KIND).value)
+
+    rows = [
+        ("top_eigenvalues, k=1, 10 steps", eigen(1), number, 3.12 if number == PAPER_SAMPLES else None),
+        (
+            f"top_eigenvalues, k={config.block}, 10 steps",
+            eigen(config.block),
+            few,
+            16.0 if (config.block, few) == (50, 10) else None,
+        ),
+        ("top_singular_values, k=1, 10 steps", singular(1), number, None),
+        (f"top_singular_values, k={config.block}, 10 steps", singular(config.block), few, None),
+        (f"frobenius_norm, {PAPER_SAMPLES} probes", norm(), 1, 0.013),
+    ]
+    return [
+        {
+            "what": what,
+            "images": count,
+            "seconds": convergence.seconds(function, ops.convert_to_tensor(x[:count])),
+            "paper_seconds": paper,
+        }
+        for what, function, count, paper in rows
+    ]
+
+
+def matrices(jacobian: np.ndarray, config: EstimatorsConfig) -> dict[str, Any]:
+    """The errors of the trace of each matrix, by its label."""
+    n = config.trace_dimension
+    numbers = np.arange(n)
+    named = {
+        "eigenvalues 1/i²": networks.symmetric(1.0 / (1 + numbers) ** 2, config.seed),
+        f"the UNet's Jacobian, n={len(jacobian)}": jacobian,
+        "eigenvalues from 1 to 3": networks.symmetric(np.linspace(3.0, 1.0, n), config.seed),
+    }
+    matvecs = [count for count in sorted(config.trace_matvecs) if count < n]
+    return {label: traces.errors(matrix, matvecs, config.trace_seeds, config.seed) for label, matrix in named.items()}
+
+
+def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
+    """Write estimators.json, estimators.md, figure4.png and trace.png, and print the tables."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "estimators.json").write_text(json.dumps(summary, indent=1))
+    text = report.markdown(summary)
+    (folder / "estimators.md").write_text(text)
+    plots.figure4(summary, folder / "figure4.png")
+    plots.trace(summary, folder / "trace.png")
+    console.print(text, markup=False)
+    console.print(f"Files: {folder}")

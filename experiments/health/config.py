@@ -1,0 +1,33 @@
+"""The keys of `health`. Nothing here imports Keras, so that a typing error is told at once."""
+
+from dataclasses import dataclass, field
+
+from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
+
+from experiments.config import TrainConfig
+
+
+@dataclass
+class HealthConfig:
+    """Train healthy and unhealthy settings, and see when the loss and when the Jacobian tells them apart."""
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    """The healthy setting; the others differ from it in one key each. Probe, guard and W&B keys are not used."""
+
+    healthy_runs: PositiveInt = 4
+    """Runs of the healthy setting, with a seed each, whose spread is what a run must leave to be told apart."""
+
+    large_learning_rate: PositiveFloat = 0.1
+    """Of the run that learns too fast."""
+
+    strong_penalty: NonNegativeFloat = 0.3
+    """Strength of the penalty of the run that is regularized too much."""
+
+    loss_examples: PositiveInt = 512
+    """Test images on which the loss is measured."""
+
+    every_batches: PositiveInt = 20
+    """Measure after every so many batches, and after the first, second, fourth, eighth and so on."""
+
+    folder: str = "runs/health"
+    """Where the files go."""
