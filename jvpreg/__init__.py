@@ -1,6 +1,7 @@
 """jvpreg: the input-output Jacobian of a Keras model, to see and to train with."""
 
 from jvpreg import callbacks, clone, estimators, layers, probes, regularizers, rules, testing
+from jvpreg.full_jacobian import FullJacobian, full_jacobian
 from jvpreg.linearization import Linearization, jacobian, jvp, linearize, vjp, weight_jvp
 from jvpreg.model import JacobianModel
 from jvpreg.registry import Pushforward, affine, elementwise, gate, linear, register_rule, scale
@@ -9,6 +10,7 @@ from jvpreg.tangent_model import TangentModel
 __version__ = "0.1.0"
 
 __all__ = [
+    "FullJacobian",
     "JacobianModel",
     "Linearization",
     "Pushforward",
@@ -18,6 +20,7 @@ __all__ = [
     "clone",
     "elementwise",
     "estimators",
+    "full_jacobian",
     "gate",
     "jacobian",
     "jvp",

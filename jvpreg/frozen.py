@@ -1,7 +1,7 @@
 """A graph frozen at `x`: its nodes in the order in which they ran, and the tangent pass over them."""
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -42,6 +42,8 @@ class Node:
         inputs: its inputs, in the dtype in which it sees them.
         outputs: its outputs.
         pushforward: the frozen operation; None if no tangent passes through it (an argmax, a comparison).
+        layer: the operation itself, or the layer within whose call it was found when that was opened up; None for a
+            function or operation of the model's own graph.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Node:
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     pushforward: Pushforward | None
+    layer: Any = None
 
     @property
     def output_names(self) -> list[str]:
@@ -163,13 +166,15 @@ class FrozenGraph:
                     slots.pop(value.slot, None)
         return [slots.get(value.slot) for value in self.outputs]
 
-    def intercepts(self) -> dict[str, Any]:
-        """`y − pushforward(x)` at every output of every node, by name."""
+    def intercepts(self, names: Container[str] | None = None) -> dict[str, Any]:
+        """`y − pushforward(x)` at every output of the nodes of these names, or of every node, by name."""
         made = [value for node in self.nodes for value in node.outputs]
         # What is not a float (an index, a comparison) has no tangent, and no intercept.
         fed = {value.slot for value in [*self.inputs, *made] if value.batched and _is_float(value.primal)}
         result = {}
         for node in self.nodes:
+            if names is not None and not any(name in names for name in node.output_names):
+                continue
             # A constant among a node's inputs has no tangent: what it adds belongs to the intercept.
             tangents = [ops.expand_dims(v.primal, 0) if v.slot in fed else None for v in node.inputs]
             images = self._push_node(node, tangents, {}, (1, None), None)

@@ -40,8 +40,9 @@ class Tracer:
     fallbacks: dict[str, str] = field(default_factory=dict)
     num_slots: int = 0
     _uses: dict[str, int] = field(default_factory=dict)
-    # Of the layer that is opened up: the dtype to which it casts its weights.
+    # The layer that is being opened up, and the dtype to which it casts its weights.
     _weight_dtype: str | None = None
+    _opened: Any = None
 
     def value(self, primal, batched: bool = True) -> Value:
         """A new value with a slot of its own."""
@@ -194,12 +195,13 @@ class Tracer:
     def _run_opened(self, graph, weights, layer, args, kwargs, name: str):
         dtype = _input_dtype(layer)
         values = masks.values_among(args, kwargs)
-        outer, self._weight_dtype = self._weight_dtype, dtype
+        outer = self._weight_dtype, self._opened
+        self._weight_dtype, self._opened = dtype, layer
         try:
             inputs = [*(self._cast(value, dtype, name) for value in values), *map(self._weight, weights)]
             outputs, left = self._walk(graph, inputs, f"{name}/", opened=True)
         finally:
-            self._weight_dtype = outer
+            self._weight_dtype, self._opened = outer
         outputs = tree.map_structure(lambda y, mask: y.with_mask(y.mask if mask is y else mask), outputs, left)
         _record_activity_loss(layer, tree.flatten(outputs)[0].primal)
         return outputs
@@ -292,7 +294,8 @@ class Tracer:
     def _record(self, name, operation, inputs: Sequence[Value], primal, pushforward):
         batched = any(value.batched for value in inputs)
         outputs = tree.map_structure(lambda leaf: self.value(leaf, batched), primal)
-        self.nodes.append(Node(name, operation, tuple(inputs), tuple(tree.flatten(outputs)), pushforward))
+        layer = operation if isinstance(operation, keras.Layer) else self._opened
+        self.nodes.append(Node(name, operation, tuple(inputs), tuple(tree.flatten(outputs)), pushforward, layer))
         return outputs
 
     def _unique(self, name: str) -> str:

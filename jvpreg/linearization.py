@@ -165,7 +165,7 @@ class Linearization:
         self._graph = graph
         self._flatten_inputs = flatten
         # How a part of a batch gets its intercepts: from the whole.
-        self._whole: Callable[[], dict[str, Any]] | None = None
+        self._whole: Callable[[Sequence[str] | None], dict[str, Any]] | None = None
 
     @property
     def nodes(self) -> list[Node]:
@@ -257,7 +257,73 @@ class Linearization:
 
         Reference: Srinivas & Fleuret, "Full-Jacobian Representation of Neural Networks", section 3.2.
         """
-        return self._graph.intercepts() if self._whole is None else self._whole()
+        return self._intercepts(None)
+
+    def _intercepts(self, names: Sequence[str] | None) -> dict[str, Any]:
+        return self._graph.intercepts(names) if self._whole is None else self._whole(names)
+
+    def gradients(self, v, nodes: Sequence[str] | None = None) -> tuple[Any, dict[str, Any]]:
+        """`Jᵀ v`, and the gradient of `vᵀ f` at the outputs of nodes, all in one backward pass.
+
+        Args:
+            v: a cotangent, as `vjp` takes it.
+            nodes: names of nodes, as `intercepts` has them; all of those by default.
+
+        Returns:
+            What `vjp` returns, and a dict from node name to the gradient, like the node's output, with a leading
+            probe axis if `v` has one.
+
+        Raises:
+            ValueError: a shape does not fit, or there is no such node.
+
+        Example:
+
+        >>> import keras, numpy as np, jvpreg
+        >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4, name="first"), keras.layers.Dense(2)])
+        >>> lin = jvpreg.linearize(model, np.ones((5, 3)))
+        >>> at_input, at_nodes = lin.gradients(np.ones((5, 2)), ["first"])
+        >>> tuple(at_input.shape), tuple(at_nodes["first"].shape)
+        ((5, 3), (5, 4))
+        """
+        outputs = tree.flatten(self.outputs)
+        flat = tree.flatten(v)
+        _check_count(flat, outputs, "v", "the outputs")
+        cotangents, probed = _standardize(flat, outputs, [("v", "the outputs")] * len(outputs))
+        names = self._tappable(nodes)
+        pulled = self._pull_at(cotangents, names)
+        count = len(self.inputs)
+        structure = self.inputs[0] if count == 1 else self.inputs
+        at_nodes = [_at_least_float32(gradient if probed else gradient[0]) for gradient in pulled[count:]]
+        return self._pack(pulled[:count], structure, probed), dict(zip(names, at_nodes, strict=True))
+
+    def _tappable(self, nodes: Sequence[str] | None) -> list[str]:
+        """Names of node outputs that a tangent can be added to: those that are given, or all."""
+        outputs = {name: value for node in self.nodes for name, value in _named_outputs(node)}
+        known = [name for name, value in outputs.items() if value.batched and _is_float(value.primal)]
+        unknown = [name for name in nodes or [] if name not in known]
+        if unknown:
+            raise ValueError(
+                f"Invalid value for argument `nodes`. Expected names among {known}. Received: {', '.join(unknown)}"
+            )
+        return known if nodes is None else list(nodes)
+
+    def _pull_at(self, cotangents: Sequence, names: Sequence[str], with_inputs: bool = True) -> list:
+        """As `_pull`, to the inputs and nodes. Without the inputs, what is before the nodes costs nothing."""
+        count = next(ops.shape(c)[0] for c in cotangents if c is not None)
+        batch = ops.shape(self.inputs[0])[0]
+        filled = [
+            _zeros(count, y) if c is None else c for c, y in zip(cotangents, tree.flatten(self.outputs), strict=True)
+        ]
+        outputs = {name: value.primal for node in self.nodes for name, value in _named_outputs(node)}
+        inputs = [_zeros(count, x) for x in self.inputs] if with_inputs else []
+        # Of a part of a batch, the primal values are still whole.
+        taps = [ops.zeros((count, batch, *outputs[name].shape[1:]), outputs[name].dtype) for name in names]
+
+        def push(tangents):
+            entering = tangents[: len(inputs)] if with_inputs else [None] * len(self.inputs)
+            return self._push(entering, dict(zip(names, tangents[len(inputs) :], strict=True)))
+
+        return transpose(push, [*inputs, *taps], filled)
 
     def take(self, indices) -> "Linearization":
         """The linearization of the examples at `indices`, an integer vector `(N,)`, only. Nothing is run again.
@@ -280,7 +346,7 @@ class Linearization:
             tree.map_structure(cut, self.outputs),
             self._flatten_inputs,
         )
-        part._whole = lambda: {name: cut(intercept) for name, intercept in self.intercepts.items()}
+        part._whole = lambda names: {name: cut(value) for name, value in self._intercepts(names).items()}
         return part
 
     def after(self, layer: str) -> "Linearization":
@@ -565,6 +631,14 @@ def _standardize(flat: list, like: list, names: list[tuple[str, str]]) -> tuple[
             f"Received: shapes {[*given[0], *given[1]]}."
         )
     return tangents, bool(given[1])
+
+
+def _named_outputs(node: Node):
+    return zip(node.output_names, node.outputs, strict=True)
+
+
+def _is_float(tensor) -> bool:
+    return keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype))
 
 
 def _zeros(num_probes, like):

@@ -53,6 +53,15 @@ with strategy.scope():
     several = train(jacobian_interval=2)
 compare(single, several)
 
+with strategy.scope():
+    base = keras.Sequential([keras.Input((6,)), layers.Dense(5, activation="tanh"), layers.Dense(3)])
+    model = jvpreg.JacobianModel(base)
+    model.compile(keras.optimizers.SGD(0.0), "mse", jacobian_regularizers=[jvpreg.regularizers.SpectralNorm(0.1)])
+norms = model.fit(x, y, batch_size=8, epochs=20, verbose=0, shuffle=False).history["spectral_norm"]
+exact = np.linalg.svd(ops.convert_to_numpy(jvpreg.jacobian(base, x)), compute_uv=False)[:, 0] ** 2
+assert norms[0] < norms[-1] < 1.001 * exact.mean(), (norms, exact.mean())
+assert norms[-1] > 0.8 * exact.mean(), (norms, exact.mean())
+
 class Exploding(AlongOnes):
     def penalty(self, seen):
         return ops.exp(seen.inputs[:, 0]) + 0 * seen.jvp[0, :, 0]
