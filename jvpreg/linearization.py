@@ -177,8 +177,8 @@ class Linearization:
         """The variables that `jvp` can perturb, in the order of their first use."""
         return self._graph.weights
 
-    def jvp(self, u=None, weights: Mapping | Sequence | None = None):
-        """The pushforward: `J u`, and the derivative along directions of the weights.
+    def jvp(self, u=None, weights: Mapping | Sequence | None = None, taps: Mapping[str, Any] | None = None):
+        """The pushforward: `J u`, and the derivative along directions of the weights and of nodes' outputs.
 
         Args:
             u: a tangent like `x`, or with a leading probe axis, `(P, B, …)`; a structure of them for several
@@ -186,27 +186,40 @@ class Linearization:
             weights: tangents of weights, like each weight or with the same leading probe axis: a dict by the
                 variables' paths, or a list of pairs `(variable, tangent)`, since Keras' variables cannot be keys.
                 Layers before the first one with a tangent cost nothing.
+            taps: tangents added at the outputs of nodes, a dict from a name that `node_outputs` has.
 
         Returns:
-            `J u + d/dε f(x; W + ε U)`, like the outputs, with a leading probe axis if `u` has one. In float32 at
-            least.
+            `J u + d/dε f(x; W + ε U)`, and what the taps become, like the outputs, with a leading probe axis if `u`
+            has one. In float32 at least.
 
         Raises:
             ValueError: a shape does not fit, or a weight is not one of the model's.
 
         Reference: Balestriero & Baraniuk (2021), equation 12 and appendix E, for the weights.
         """
-        if u is None and not weights:
-            raise ValueError("Invalid value for argument `u`. Expected a tangent, or `weights`. Received: neither.")
+        if u is None and not weights and not taps:
+            raise ValueError(
+                "Invalid value for argument `u`. Expected a tangent, or `weights` or `taps`. Received: neither."
+            )
         given, along = self._weight_tangents(weights or {})
+        taps = dict(taps or {})
+        made = self.node_outputs() if taps else {}
+        if unknown := [name for name in taps if name not in made]:
+            raise ValueError(
+                f"Invalid value for argument `taps`. Expected names among {list(made)}. Received: {', '.join(unknown)}"
+            )
         flat = [None] * len(self.inputs) if u is None else self._flatten_inputs(u, "u")
         names = [("u", "x")] * len(self.inputs) + [("weights", f"`{variable.path}`") for variable, _ in given]
+        names += [("taps", f"`{name}`") for name in taps]
         like = [*self.inputs, *(ops.convert_to_tensor(variable) for variable, _ in given)]
+        # Of a part of a batch, the nodes' outputs are still whole.
+        like += [made[name] if self._whole is None else made[name][: self.inputs[0].shape[0]] for name in taps]
         if u is not None:
             _check_count(flat, self.inputs, "u", "x")
-        tangents, probed = _standardize([*flat, *(tangent for _, tangent in given)], like, names)
-        count = len(self.inputs)
-        products = self._push(tangents[:count], weights=dict(zip(along, tangents[count:], strict=True)))
+        tangents, probed = _standardize([*flat, *(tangent for _, tangent in given), *taps.values()], like, names)
+        count, last = len(self.inputs), len(self.inputs) + len(given)
+        taps = dict(zip(taps, tangents[last:], strict=True))
+        products = self._push(tangents[:count], taps, dict(zip(along, tangents[count:last], strict=True)))
         return self._pack(products, self.outputs, probed)
 
     def _weight_tangents(self, weights) -> tuple[list[tuple[Any, Any]], list[int]]:
@@ -257,21 +270,36 @@ class Linearization:
 
         Reference: Srinivas & Fleuret, "Full-Jacobian Representation of Neural Networks", section 3.2.
         """
-        return self._intercepts(None)
+        return self.intercepts_of(None)
 
-    def _intercepts(self, names: Sequence[str] | None) -> dict[str, Any]:
-        return self._graph.intercepts(names) if self._whole is None else self._whole(names)
+    def intercepts_of(self, nodes: Sequence[str] | None) -> dict[str, Any]:
+        """The `intercepts` of nodes of these names only, at the cost of these only; None: of all."""
+        return self._graph.intercepts(nodes) if self._whole is None else self._whole(nodes)
 
-    def gradients(self, v, nodes: Sequence[str] | None = None) -> tuple[Any, dict[str, Any]]:
+    def node_outputs(self, layers: Sequence[str] | None = None) -> dict[str, Any]:
+        """What the nodes returned that a tangent can be added to, a dict from name to `(B, …)`.
+
+        Args:
+            layers: paths of layers or blocks, as `block` takes them; all nodes by default.
+
+        Raises:
+            ValueError: there is no such layer.
+        """
+        chosen = self.nodes if layers is None else [self.nodes[i] for path in layers for i in self._indices_of(path)]
+        found = {name: value for node in chosen for name, value in _named_outputs(node)}
+        return {name: value.primal for name, value in found.items() if value.batched and _is_float(value.primal)}
+
+    def gradients(self, v, nodes: Sequence[str] | None = None, with_inputs: bool = True) -> tuple[Any, dict[str, Any]]:
         """`Jᵀ v`, and the gradient of `vᵀ f` at the outputs of nodes, all in one backward pass.
 
         Args:
             v: a cotangent, as `vjp` takes it.
             nodes: names of nodes, as `intercepts` has them; all of those by default.
+            with_inputs: if not, what is before the nodes costs nothing.
 
         Returns:
-            What `vjp` returns, and a dict from node name to the gradient, like the node's output, with a leading
-            probe axis if `v` has one.
+            What `vjp` returns (None without the inputs), and a dict from node name to the gradient, like the node's
+            output, with a leading probe axis if `v` has one.
 
         Raises:
             ValueError: a shape does not fit, or there is no such node.
@@ -289,41 +317,30 @@ class Linearization:
         flat = tree.flatten(v)
         _check_count(flat, outputs, "v", "the outputs")
         cotangents, probed = _standardize(flat, outputs, [("v", "the outputs")] * len(outputs))
-        names = self._tappable(nodes)
-        pulled = self._pull_at(cotangents, names)
-        count = len(self.inputs)
-        structure = self.inputs[0] if count == 1 else self.inputs
-        at_nodes = [_at_least_float32(gradient if probed else gradient[0]) for gradient in pulled[count:]]
-        return self._pack(pulled[:count], structure, probed), dict(zip(names, at_nodes, strict=True))
-
-    def _tappable(self, nodes: Sequence[str] | None) -> list[str]:
-        """Names of node outputs that a tangent can be added to: those that are given, or all."""
-        outputs = {name: value for node in self.nodes for name, value in _named_outputs(node)}
-        known = [name for name, value in outputs.items() if value.batched and _is_float(value.primal)]
+        known = self.node_outputs()
         unknown = [name for name in nodes or [] if name not in known]
         if unknown:
             raise ValueError(
-                f"Invalid value for argument `nodes`. Expected names among {known}. Received: {', '.join(unknown)}"
+                f"Invalid value for argument `nodes`. Expected names among {list(known)}. "
+                f"Received: {', '.join(unknown)}"
             )
-        return known if nodes is None else list(nodes)
-
-    def _pull_at(self, cotangents: Sequence, names: Sequence[str], with_inputs: bool = True) -> list:
-        """As `_pull`, to the inputs and nodes. Without the inputs, what is before the nodes costs nothing."""
+        names = list(known) if nodes is None else list(nodes)
         count = next(ops.shape(c)[0] for c in cotangents if c is not None)
         batch = ops.shape(self.inputs[0])[0]
-        filled = [
-            _zeros(count, y) if c is None else c for c, y in zip(cotangents, tree.flatten(self.outputs), strict=True)
-        ]
-        outputs = {name: value.primal for node in self.nodes for name, value in _named_outputs(node)}
         inputs = [_zeros(count, x) for x in self.inputs] if with_inputs else []
         # Of a part of a batch, the primal values are still whole.
-        taps = [ops.zeros((count, batch, *outputs[name].shape[1:]), outputs[name].dtype) for name in names]
+        taps = [ops.zeros((count, batch, *known[name].shape[1:]), known[name].dtype) for name in names]
 
         def push(tangents):
             entering = tangents[: len(inputs)] if with_inputs else [None] * len(self.inputs)
             return self._push(entering, dict(zip(names, tangents[len(inputs) :], strict=True)))
 
-        return transpose(push, [*inputs, *taps], filled)
+        filled = [_zeros(count, y) if c is None else c for c, y in zip(cotangents, outputs, strict=True)]
+        pulled = transpose(push, [*inputs, *taps], filled)
+        structure = self.inputs[0] if len(self.inputs) == 1 else self.inputs
+        at_inputs = self._pack(pulled[: len(inputs)], structure, probed) if with_inputs else None
+        at_nodes = [_at_least_float32(gradient if probed else gradient[0]) for gradient in pulled[len(inputs) :]]
+        return at_inputs, dict(zip(names, at_nodes, strict=True))
 
     def take(self, indices) -> "Linearization":
         """The linearization of the examples at `indices`, an integer vector `(N,)`, only. Nothing is run again.
@@ -346,7 +363,7 @@ class Linearization:
             tree.map_structure(cut, self.outputs),
             self._flatten_inputs,
         )
-        part._whole = lambda names: {name: cut(value) for name, value in self._intercepts(names).items()}
+        part._whole = lambda names: {name: cut(value) for name, value in self.intercepts_of(names).items()}
         return part
 
     def after(self, layer: str) -> "Linearization":

@@ -240,7 +240,7 @@ class JacobianModel(keras.Model):
         # The directions are drawn outside the conditional below: a seed must not advance inside a branch.
         seed = self._training_seed if training else self._evaluation_seed
         carried = [None if t.carried is None else ops.convert_to_tensor(t.carried) for t in self._trackers]
-        asked = requests(self.jacobian_regularizers, inputs, outputs, labels, seed, carried)
+        asked = requests(self.jacobian_regularizers, linearization, inputs, outputs, labels, seed, carried)
 
         def compute():
             chosen = linearization if indices is None else linearization.take(indices)

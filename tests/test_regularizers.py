@@ -24,7 +24,7 @@ def penalty_of(regularizers, batch=4, labels=None, seed=0):
     """The penalties `(R, B)` at random inputs."""
     x = np.random.default_rng(1).normal(size=(batch, 5)).astype("float32")
     lin = jvpreg.linearize(linear_model(), x)
-    asked = requests(regularizers, lin.inputs[0], lin.outputs, labels, seed)
+    asked = requests(regularizers, lin, lin.inputs[0], lin.outputs, labels, seed)
     return np.stack([ops.convert_to_numpy(p) for p in penalties(lin, asked, labels)[0]])
 
 

@@ -77,14 +77,15 @@ class JacobianPenalty(keras.layers.Layer):
         linearization = linearize(self.block, inputs, training=True)
         seen = linearization.inputs[0] if len(linearization.inputs) == 1 else linearization.inputs
         carried = [None if variable is None else ops.convert_to_tensor(variable) for variable in self._carried]
-        asked = requests(self.regularizers, seen, linearization.outputs, None, self._seed_generator, carried)
+        outputs = linearization.outputs
+        asked = requests(self.regularizers, linearization, seen, outputs, None, self._seed_generator, carried)
         found, carried = penalties(linearization, asked, None)
         for request, penalty in zip(asked, found, strict=True):
             self.add_loss(request.regularizer.strength * ops.mean(penalty))
         for variable, value in zip(self._carried, carried, strict=True):
             if variable is not None:
                 variable.assign(value)
-        return linearization.outputs
+        return outputs
 
     def compute_output_shape(self, input_shape):
         """The block's."""

@@ -24,6 +24,7 @@ class Seen:
         inputs: the model's inputs, `(B, …)`, a list if there are several.
         outputs: the model's outputs, `(B, …)`.
         labels: the labels given to `fit`, or None.
+        found: what `look` returned.
     """
 
     jvp: Any
@@ -33,6 +34,7 @@ class Seen:
     inputs: Any
     outputs: Any
     labels: Any
+    found: Any = None
 
 
 class JacobianRegularizer:
@@ -76,6 +78,14 @@ class JacobianRegularizer:
 
     def cotangents(self, outputs, labels, seed):
         """Cotangents `(Q, B, …)` like `outputs`, to be pulled back; or None."""
+        return
+
+    def draw(self, linearization: Linearization, inputs, seed):
+        """What `look` needs at random, for the examples of `inputs`, which may be a part of the batch."""
+        return
+
+    def look(self, linearization: Linearization, drawn, labels):
+        """Whatever else it wants to see, by products of its own: it becomes `seen.found`. `drawn` is from `draw`."""
         return
 
     def carried_shape(self, outputs) -> tuple[int, ...] | None:
@@ -130,19 +140,36 @@ class Request:
     """What one regularizer asks to see: its directions and cotangents, each `(P, B, …)` or None.
 
     Attributes:
-        carried: what it carries from step to step, from which its directions are found when there is a linearization.
+        carried: what it carries from step to step, from which its directions are found later.
+        drawn: what it drew for products of its own.
     """
 
     regularizer: JacobianRegularizer
     directions: Any
     cotangents: Any
     carried: Any = None
+    drawn: Any = None
 
 
 def requests(
-    regularizers: Sequence[JacobianRegularizer], inputs, outputs, labels, seed, carried: Sequence | None = None
+    regularizers: Sequence[JacobianRegularizer],
+    linearization: Linearization,
+    inputs,
+    outputs,
+    labels,
+    seed,
+    carried: Sequence | None = None,
 ) -> list[Request]:
-    """Draws the directions of every regularizer; `carried` has what each carries, or None.
+    """Draws what every regularizer wants at random.
+
+    Args:
+        regularizers: the regularizers.
+        linearization: of the whole batch.
+        inputs: of the examples that the penalties are for, as the model takes them.
+        outputs: theirs.
+        labels: theirs.
+        seed: a `keras.random.SeedGenerator`.
+        carried: what each regularizer carries, or None.
 
     Raises:
         ValueError: a regularizer asks for nothing, or for a product with tensors of the wrong shape.
@@ -160,14 +187,16 @@ def requests(
             )
         directions = regularizer.directions(inputs, labels, seed)
         cotangents = regularizer.cotangents(outputs, labels, seed)
-        if directions is None and cotangents is None:
+        looks = type(regularizer).look is not JacobianRegularizer.look
+        if directions is None and cotangents is None and not looks:
             raise ValueError(
                 f"`{regularizer.name}` ({type(regularizer).__name__}) asks for no product with the Jacobian. Expected "
                 "`directions` or `cotangents` to return tensors. Received: None from both."
             )
         for method, probes, like in (("directions", directions, inputs), ("cotangents", cotangents, outputs)):
             _check_probes(regularizer, method, probes, like)
-        drawn.append(Request(regularizer, directions, cotangents))
+        own = regularizer.draw(linearization, inputs, seed) if looks else None
+        drawn.append(Request(regularizer, directions, cotangents, drawn=own))
     return drawn
 
 
@@ -206,7 +235,8 @@ def penalties(linearization: Linearization, asked: Sequence[Request], labels) ->
     pulled = _share(linearization.vjp, [request.cotangents for request in asked])
     result, carried = [], []
     for request, directions, jvp, vjp in zip(asked, wanted, pushed, pulled, strict=True):
-        seen = Seen(jvp, vjp, directions, request.cotangents, inputs, outputs, labels)
+        found = request.regularizer.look(linearization, request.drawn, labels)
+        seen = Seen(jvp, vjp, directions, request.cotangents, inputs, outputs, labels, found)
         penalty = request.regularizer.penalty(seen)
         batch = tree.flatten(outputs)[0].shape[0]
         if len(penalty.shape) != 1 or (None not in (batch, penalty.shape[0]) and penalty.shape[0] != batch):

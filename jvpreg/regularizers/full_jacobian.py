@@ -1,0 +1,198 @@
+"""Penalties on what biases contribute to an output."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import keras
+from keras import ops, tree
+
+from jvpreg import probes
+from jvpreg.estimators.norms import squared_norm
+from jvpreg.full_jacobian import as_cotangent
+from jvpreg.linearization import Linearization
+from jvpreg.regularizers.base import JacobianRegularizer
+
+
+@keras.saving.register_keras_serializable(package="jvpreg")
+class BiasJacobianNorm(JacobianRegularizer):
+    """Penalizes `‖f^b‖²`: the squares of what the biases of some layers contribute to an output, position by position.
+
+    The bias-Jacobian of a layer is `∂f/∂y ⊙ c`, with y its output and c its intercept: an explicit bias, the implicit
+    one of batch normalization, or what a smooth activation leaves; of a convolution it is a map.
+
+    Args:
+        strength: the loss gains `strength × mean ‖f^b‖²`.
+        layers: paths of layers or of blocks of them, as `Linearization.block` takes them; all by default.
+        target: which output. `"label"`: that of the label, exactly, by one backward pass down to the first of the
+            layers; labels are those of `fit`, class indices or one-hot. `"predicted"`: the largest. `"all"`: the sum
+            over all outputs, estimated without bias by pushing directions `c ⊙ ξ`, ξ standard normal, through the
+            layers above.
+        num_probes: for `"all"`, how many directions an example.
+        name: of its metric.
+
+    Raises:
+        ValueError: an argument is out of its range; in `fit`, a layer is not found or there are no labels.
+
+    Reference: Srinivas & Fleuret (2018), "Full-Jacobian Representation of Neural Networks", section 5.
+
+    Example:
+
+    >>> import jvpreg
+    >>> jvpreg.regularizers.BiasJacobianNorm(100.0, layers=["conv9"]).target
+    'label'
+    """
+
+    def __init__(
+        self,
+        strength: float,
+        layers: Sequence[str] | None = None,
+        target: Literal["label", "predicted", "all"] = "label",
+        num_probes: int = 1,
+        name: str | None = None,
+    ):
+        super().__init__(strength, name)
+        _check_layers(layers)
+        _check_target(target, ("label", "predicted", "all"))
+        if not isinstance(num_probes, int) or num_probes < 1:
+            raise ValueError(
+                f"Invalid value for argument `num_probes`. Expected an integer, 1 or more. Received: {num_probes!r}"
+            )
+        self.layers = None if layers is None else list(layers)
+        self.target = target
+        self.num_probes = num_probes
+
+    def draw(self, linearization, inputs, seed):
+        """Standard normal ξ like the output of each node, `(P, B, …)`, where all outputs are the target."""
+        if self.target != "all":
+            return None
+        batch = ops.shape(tree.flatten(inputs)[0])[0]
+        outputs = linearization.node_outputs(self.layers)
+        like = {name: ops.zeros((batch, *y.shape[1:]), y.dtype) for name, y in outputs.items()}
+        return {name: probes.draw("gaussian", zeros, self.num_probes, seed) for name, zeros in like.items()}
+
+    def look(self, linearization, drawn, labels):
+        """The bias-Jacobian of the target, by node; or what the random directions become."""
+        names = list(linearization.node_outputs(self.layers))
+        if drawn is None:
+            cotangent = target_cotangent(self, linearization.outputs, labels)
+            return bias_jacobians(linearization, cotangent, names, with_inputs=False)[1]
+        intercepts = linearization.intercepts_of(names)
+        return linearization.jvp(
+            taps={name: drawn[name] * ops.cast(intercepts[name], drawn[name].dtype) for name in names}
+        )
+
+    def penalty(self, seen):
+        """`‖f^b‖²`: `(B,)`."""
+        if self.target == "all":
+            return ops.mean(squared_norm(seen.found), axis=0)
+        return sum(squared_norm(contribution)[0] for contribution in seen.found.values())
+
+    def get_config(self):
+        """The arguments of `__init__`."""
+        config = {"layers": self.layers, "target": self.target, "num_probes": self.num_probes}
+        return {**super().get_config(), **config}
+
+
+@keras.saving.register_keras_serializable(package="jvpreg")
+class FullJacobianNorm(JacobianRegularizer):
+    """Penalizes the norm of the full-Jacobian: `input_weight · ‖∇ₓ f‖² + bias_weight · ‖f^b‖²`, by one backward pass.
+
+    Args:
+        strength: the loss gains `strength × mean` of it.
+        input_weight: of the input-Jacobian's squared norm.
+        bias_weight: of the bias-Jacobians'.
+        layers: whose bias-Jacobians: see `BiasJacobianNorm`.
+        target: `"label"` or `"predicted"`: see `BiasJacobianNorm`.
+        name: of its metric.
+
+    Raises:
+        ValueError: an argument is out of its range; in `fit`, a layer is not found or there are no labels.
+
+    Reference: Srinivas & Fleuret (2018), "Full-Jacobian Representation of Neural Networks", equation 1.
+
+    Example:
+
+    >>> import jvpreg
+    >>> jvpreg.regularizers.FullJacobianNorm(0.1, bias_weight=10.0).input_weight
+    1.0
+    """
+
+    def __init__(
+        self,
+        strength: float,
+        input_weight: float = 1.0,
+        bias_weight: float = 1.0,
+        layers: Sequence[str] | None = None,
+        target: Literal["label", "predicted"] = "label",
+        name: str | None = None,
+    ):
+        super().__init__(strength, name)
+        _check_layers(layers)
+        _check_target(target, ("label", "predicted"))
+        for argument, value in (("input_weight", input_weight), ("bias_weight", bias_weight)):
+            if not isinstance(value, (int, float)) or value < 0:
+                raise ValueError(
+                    f"Invalid value for argument `{argument}`. Expected a number, 0 or more. Received: {value!r}"
+                )
+        self.input_weight = float(input_weight)
+        self.bias_weight = float(bias_weight)
+        self.layers = None if layers is None else list(layers)
+        self.target = target
+
+    def look(self, linearization, drawn, labels):
+        """The input-Jacobian `(1, B, …)` of each input, and the bias-Jacobians by node."""
+        cotangent = target_cotangent(self, linearization.outputs, labels)
+        return bias_jacobians(linearization, cotangent, list(linearization.node_outputs(self.layers)))
+
+    def penalty(self, seen):
+        """The weighted sum of squares: `(B,)`."""
+        at_inputs, at_nodes = seen.found
+        biases = sum(squared_norm(contribution)[0] for contribution in at_nodes.values())
+        return self.input_weight * squared_norm(at_inputs)[0] + self.bias_weight * biases
+
+    def get_config(self):
+        """The arguments of `__init__`."""
+        config = {"input_weight": self.input_weight, "bias_weight": self.bias_weight}
+        return {**super().get_config(), **config, "layers": self.layers, "target": self.target}
+
+
+def bias_jacobians(linearization: Linearization, cotangent, names: Sequence[str], with_inputs: bool = True) -> tuple:
+    """The gradients at the inputs, `(1, B, …)` each, and the bias-Jacobians `(1, B, …)` at nodes, in one pass."""
+    probed = tree.map_structure(lambda v: ops.expand_dims(v, 0), cotangent)
+    at_inputs, at_nodes = linearization.gradients(probed, names, with_inputs=with_inputs)
+    intercepts = linearization.intercepts_of(names)
+    return at_inputs, {name: at_nodes[name] * ops.cast(intercepts[name], at_nodes[name].dtype) for name in names}
+
+
+def target_cotangent(regularizer, outputs, labels):
+    """The cotangent of a regularizer's target.
+
+    Raises:
+        ValueError: it is the label's output, and there are no labels, or they do not fit.
+    """
+    if regularizer.target == "predicted":
+        return as_cotangent(outputs, None)
+    leaves = tree.flatten(outputs)
+    if len(leaves) != 1 or len(leaves[0].shape) != 2 or labels is None or len(tree.flatten(labels)) != 1:
+        raise ValueError(
+            f'`{regularizer.name}` ({type(regularizer).__name__}) with target="label" needs one output (B, K) and '
+            f"labels, class indices or one-hot. Received: outputs {[tuple(y.shape) for y in leaves]}, labels "
+            f'{None if labels is None else "of another structure"}. Use target="predicted" where there are none.'
+        )
+    labels = ops.convert_to_tensor(tree.flatten(labels)[0])
+    classes = leaves[0].shape[1]
+    if len(labels.shape) == 2 and labels.shape[1] == classes:
+        return ops.cast(labels, leaves[0].dtype)
+    return as_cotangent(outputs, ops.cast(ops.reshape(labels, (-1,)), "int32"))
+
+
+def _check_layers(layers) -> None:
+    if layers is not None and (isinstance(layers, str) or not all(isinstance(path, str) for path in layers)):
+        raise ValueError(
+            f"Invalid value for argument `layers`. Expected a list of paths of layers, or None. Received: {layers!r}"
+        )
+
+
+def _check_target(target, expected: tuple[str, ...]) -> None:
+    if target not in expected:
+        raise ValueError(f"Invalid value for argument `target`. Expected one of {list(expected)}. Received: {target!r}")
