@@ -1,6 +1,6 @@
 """jvpreg: the input-output Jacobian of a Keras model, to see and to train with."""
 
-from jvpreg import callbacks, clone, estimators, layers, probes, regularizers, rules, testing
+from jvpreg import callbacks, clone, estimators, layers, probes, regularizers, rules, saliency, testing
 from jvpreg.full_jacobian import FullJacobian, full_jacobian
 from jvpreg.linearization import Linearization, jacobian, jvp, linearize, vjp, weight_jvp
 from jvpreg.model import JacobianModel
@@ -31,6 +31,7 @@ __all__ = [
     "register_rule",
     "regularizers",
     "rules",
+    "saliency",
     "scale",
     "testing",
     "vjp",
