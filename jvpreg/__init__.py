@@ -1,8 +1,9 @@
 """jvpreg: the input-output Jacobian of a Keras model, to see and to train with."""
 
 from jvpreg import callbacks, clone, estimators, layers, probes, regularizers, rules, saliency, testing
+from jvpreg.freeze import jacobian, jvp, linearize, vjp, weight_jvp
 from jvpreg.full_jacobian import FullJacobian, full_jacobian
-from jvpreg.linearization import Linearization, jacobian, jvp, linearize, vjp, weight_jvp
+from jvpreg.linearization import Linearization
 from jvpreg.model import JacobianModel
 from jvpreg.registry import Pushforward, affine, elementwise, gate, linear, register_rule, scale
 from jvpreg.tangent_model import TangentModel

@@ -6,8 +6,9 @@ from typing import Any, Literal
 import keras
 from keras import layers, ops, tree
 
+from jvpreg.freeze import linearize
 from jvpreg.frozen import Node
-from jvpreg.linearization import Linearization, linearize
+from jvpreg.linearization import Linearization
 
 Source = Literal["bias", "normalization", "other"]
 

@@ -1,153 +1,14 @@
-"""`linearize`: a model frozen at `x`, and exact products with its Jacobian."""
+"""`Linearization`: a model frozen at `x`, and exact products with its Jacobian."""
 
-import functools
-import warnings
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import keras
-import numpy as np
 from keras import ops, tree
 
-from jvpreg import probes
+from jvpreg import matrices
 from jvpreg.frozen import FrozenGraph, Node, Value
-from jvpreg.graph import flatten_inputs, standardize_inputs, trace
-from jvpreg.registry import Context, unwrap
 from jvpreg.transpose import transpose
-
-BatchStatistics = Literal["moving", "frozen", "coupled"]
-Fallback = Literal["warn", "allow", "error"]
-
-_warned_of_head: "weakref.WeakSet[Any]" = weakref.WeakSet()
-_warned_of_fallback: "weakref.WeakSet[Any]" = weakref.WeakSet()
-
-
-def linearize(
-    model,
-    x,
-    training: bool = False,
-    batch_statistics: BatchStatistics | None = None,
-    fallback: Fallback = "warn",
-) -> "Linearization":
-    """Runs a model once at `x` and freezes it there: masks, argmaxes, slopes and statistics.
-
-    Args:
-        model: a Keras model or layer, built. A subclassed one, or one without a rule, is opened up: its `call` is
-            traced into smaller operations.
-        x: the model's input, `(B, …)`, or a structure of inputs such as the model takes.
-        training: whether dropout is active and moving averages are updated (once, by this call).
-        batch_statistics: what batch normalization uses. `"moving"`: its moving averages (the default when not
-            training). `"frozen"`: the statistics of this batch, held constant for the tangents but not for the
-            weights (the default in training). `"coupled"`: the same, moving with the batch: the true derivative of
-            the batch map, in which one example's tangent depends on the others'.
-        fallback: what to do with an operation that has no rule and cannot be opened up. `"warn"`: leave that node to
-            the backend's autodiff, and say so once; `"allow"`: say nothing; `"error"`: raise.
-
-    Returns:
-        A `Linearization`: `.outputs`, `.jvp(u)`, `.vjp(v)`, `.intercepts`.
-
-    Raises:
-        NotImplementedError: an operation has no rule, and `fallback` is `"error"`; or it can have none.
-        ValueError: an argument does not fit.
-
-    Derivatives are those of the output as it is; a model that ends in softmax or sigmoid gets one warning, since
-    the Jacobian of the logits is what is usually meant. `ReLU'(0) = 0`; a max-pool tie goes to the first entry.
-
-    Reference: Balestriero & Baraniuk (2021), "Fast Jacobian-Vector Product for Deep Networks", section 3.
-
-    Example:
-
-    >>> import keras, numpy as np, jvpreg
-    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4, activation="relu"), keras.layers.Dense(2)])
-    >>> lin = jvpreg.linearize(model, np.ones((5, 3)))
-    >>> tuple(lin.jvp(np.ones((5, 3))).shape), tuple(lin.jvp(np.ones((7, 5, 3))).shape)
-    ((5, 2), (7, 5, 2))
-    >>> tuple(lin.vjp(np.ones((5, 2))).shape)
-    (5, 3)
-    """
-    model = unwrap(model)
-    _check_model(model)
-    if batch_statistics is None:
-        batch_statistics = "frozen" if training else "moving"
-    if batch_statistics not in ("moving", "frozen", "coupled"):
-        raise ValueError(
-            'Invalid value for argument `batch_statistics`. Expected "moving", "frozen", "coupled" or None. '
-            f"Received: batch_statistics={batch_statistics!r}"
-        )
-    if fallback not in ("warn", "allow", "error"):
-        raise ValueError(
-            'Invalid value for argument `fallback`. Expected "warn", "allow" or "error". '
-            f"Received: fallback={fallback!r}"
-        )
-    inputs = standardize_inputs(model, x)
-    tracer, values, outputs = trace(model, x, inputs, Context(bool(training), batch_statistics, fallback))
-    if tracer.fallbacks and fallback == "warn":
-        _warn_of_fallback(model, tracer.fallbacks)
-    graph = tracer.frozen(values, tree.flatten(outputs))
-    ends = {value.slot for value in graph.outputs}
-    _warn_of_probabilities(model, [node for node in graph.nodes if any(v.slot in ends for v in node.outputs)])
-    return Linearization(
-        graph=graph,
-        inputs=inputs,
-        outputs=tree.map_structure(lambda value: value.primal, outputs),
-        flatten=functools.partial(flatten_inputs, model),
-    )
-
-
-def jvp(model, x, u, **kwargs):
-    """`f(x)` and `J u`. Shapes and keyword arguments as in `linearize` and `Linearization.jvp`.
-
-    Example:
-
-    >>> import keras, numpy as np, jvpreg
-    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
-    >>> y, ju = jvpreg.jvp(model, np.zeros((1, 3)), np.ones((1, 3)))
-    """
-    linearization = linearize(model, x, **kwargs)
-    return linearization.outputs, linearization.jvp(u)
-
-
-def vjp(model, x, v, **kwargs):
-    """`f(x)` and `Jᵀ v`. Shapes and keyword arguments as in `linearize` and `Linearization.vjp`.
-
-    Example:
-
-    >>> import keras, numpy as np, jvpreg
-    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
-    >>> y, jtv = jvpreg.vjp(model, np.zeros((1, 3)), np.ones((1, 2)))
-    """
-    linearization = linearize(model, x, **kwargs)
-    return linearization.outputs, linearization.vjp(v)
-
-
-def weight_jvp(model, x, weights, **kwargs):
-    """`f(x)` and `d/dε f(x; W + ε U)`. Weights as in `Linearization.jvp`, keyword arguments as in `linearize`.
-
-    Example:
-
-    >>> import keras, numpy as np, jvpreg
-    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
-    >>> kernel, bias = model.trainable_variables
-    >>> y, moved = jvpreg.weight_jvp(model, np.ones((1, 3)), [(kernel, np.ones((3, 2))), (bias, np.ones(2))])
-    >>> moved.tolist() if hasattr(moved, "tolist") else moved.numpy().tolist()
-    [[4.0, 4.0]]
-    """
-    linearization = linearize(model, x, **kwargs)
-    return linearization.outputs, linearization.jvp(weights=weights)
-
-
-def jacobian(model, x, chunk_size: int = 64, **kwargs):
-    """The whole Jacobian `(B, *output, *input)`. As `Linearization.jacobian`, keyword arguments as in `linearize`.
-
-    Example:
-
-    >>> import keras, numpy as np, jvpreg
-    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
-    >>> tuple(jvpreg.jacobian(model, np.zeros((5, 3))).shape)
-    (5, 2, 3)
-    """
-    return linearize(model, x, **kwargs).jacobian(chunk_size)
 
 
 class Linearization:
@@ -500,31 +361,7 @@ class Linearization:
                 "A linearization that couples the examples of a batch has no Jacobian of each. Use "
                 '`batch_statistics="frozen"` or "moving", and no operation that mixes examples.'
             )
-        outputs = tree.flatten(self.outputs)
-        sizes = [probes.dimension(self.inputs), probes.dimension(outputs)]
-        by_rows = sizes[1] <= sizes[0]
-        space, product = (outputs, self._pull) if by_rows else (self.inputs, self._push)
-        batch = ops.shape(self.inputs[0])[0]
-        chunks = []
-        for start in range(0, min(sizes), chunk_size):
-            rows = ops.one_hot(ops.arange(start, min(start + chunk_size, min(sizes))), min(sizes), dtype=space[0].dtype)
-            directions = ops.broadcast_to(ops.expand_dims(rows, 1), (rows.shape[0], batch, rows.shape[1]))
-            images = product(tree.flatten(probes.split(directions, space)))
-            chunks.append(ops.concatenate([ops.reshape(t, (*ops.shape(t)[:2], -1)) for t in images], axis=-1))
-        # (rows, B, inputs) or (columns, B, outputs) to (B, outputs, inputs).
-        matrix = ops.transpose(ops.concatenate(chunks), (1, 0, 2) if by_rows else (1, 2, 0))
-        blocks: list[list] = []
-        row = 0
-        for y in outputs:
-            height, column = probes.dimension(y), 0
-            blocks.append([])
-            for x in self.inputs:
-                width = probes.dimension(x)
-                block = matrix[:, row : row + height, column : column + width]
-                blocks[-1].append(ops.reshape(block, (*ops.shape(y), *x.shape[1:])))
-                column += width
-            row += height
-        return blocks[0][0] if len(outputs) == len(self.inputs) == 1 else blocks
+        return matrices.materialize(self.inputs, tree.flatten(self.outputs), self._push, self._pull, chunk_size)
 
     def affine_map(self, chunk_size: int = 64):
         """The slope `A = J` and the intercept `b = f(x) − J x` of each example.
@@ -555,8 +392,6 @@ class Linearization:
         Raises:
             ValueError: there is no such example.
         """
-        from scipy.sparse.linalg import LinearOperator
-
         batch = int(ops.shape(self.inputs[0])[0])
         if not -batch <= example < batch:
             raise ValueError(
@@ -564,30 +399,7 @@ class Linearization:
                 f"Received: example={example!r}"
             )
         part = self if batch == 1 else self.take([example % batch])
-        outputs = tree.flatten(part.outputs)
-
-        def multiply(vectors, space, product):
-            """`vectors` (n,) or (n, P), as NumPy has them, by way of P probes."""
-            columns = np.reshape(vectors, (len(vectors), -1))
-            rows = ops.convert_to_tensor(np.ascontiguousarray(columns.T)[:, None], dtype=space[0].dtype)
-            images = product(tree.flatten(probes.split(rows, space)))
-            parts = [np.reshape(ops.convert_to_numpy(ops.stop_gradient(t)), (columns.shape[1], -1)) for t in images]
-            return np.concatenate(parts, axis=1).T.reshape(-1, *np.shape(vectors)[1:])
-
-        def forward(vectors):
-            return multiply(vectors, part.inputs, part._push)
-
-        def backward(vectors):
-            return multiply(vectors, outputs, part._pull)
-
-        return LinearOperator(
-            (probes.dimension(outputs), probes.dimension(part.inputs)),
-            matvec=forward,
-            rmatvec=backward,
-            matmat=forward,
-            rmatmat=backward,
-            dtype=keras.backend.standardize_dtype(part.inputs[0].dtype),
-        )
+        return matrices.linear_operator(part.inputs, tree.flatten(part.outputs), part._push, part._pull)
 
     def _pull(self, cotangents: Sequence) -> list:
         """The transpose of the tangent pass: cotangents `(P, B, …)` of every output, to those of the inputs."""
@@ -676,48 +488,3 @@ def _norm(tangents: list):
 def _at_least_float32(tensor):
     dtype = keras.backend.standardize_dtype(tensor.dtype)
     return ops.cast(tensor, "float32") if dtype in ("float16", "bfloat16") else tensor
-
-
-def _check_model(model) -> None:
-    if not isinstance(model, keras.Operation):
-        raise ValueError(
-            "Invalid value for argument `model`. Expected a Keras model or layer. "
-            f"Received: model={model!r} (of type {type(model).__name__})"
-        )
-    if not getattr(model, "built", True):
-        raise ValueError(
-            f"Invalid value for argument `model`. Expected a built model. Received: `{model.name}`, which has no "
-            "weights yet. Call it on a batch, or give it a `keras.Input`, first."
-        )
-
-
-def _warn_of_fallback(model, fallbacks: dict[str, str]) -> None:
-    if model in _warned_of_fallback:
-        return
-    _warned_of_fallback.add(model)
-    names = ", ".join(f"`{name}` ({kind})" for name, kind in fallbacks.items())
-    warnings.warn(
-        f"No pushforward rule for {names}: these nodes are left to the backend's autodiff, which runs them again for "
-        "each probe and is not always right under XLA. Register a rule with `jvpreg.register_rule`, or pass "
-        '`fallback="allow"` to `linearize` if this is as it should be.',
-        stacklevel=3,
-    )
-
-
-def _warn_of_probabilities(model, heads: Sequence[Node]) -> None:
-    if not isinstance(model, keras.Model) or model in _warned_of_head:
-        return
-    for head in heads:
-        function = getattr(head.operation, "activation", head.operation)
-        if isinstance(function, keras.layers.Softmax) or function in (
-            keras.activations.softmax,
-            keras.activations.sigmoid,
-        ):
-            _warned_of_head.add(model)
-            warnings.warn(
-                f"`{model.name}` ends in a {getattr(function, '__name__', 'softmax')} (`{head.name}`): its Jacobian is "
-                "that of the probabilities, which vanishes where the model is sure. For the Jacobian of the logits, "
-                "leave the activation out and compile with a loss that has `from_logits=True`.",
-                stacklevel=3,
-            )
-            return

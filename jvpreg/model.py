@@ -9,8 +9,9 @@ from typing import Any
 import keras
 from keras import ops, tree
 
+from jvpreg.freeze import linearize
 from jvpreg.layers.jacobian_penalty import JacobianPenalty
-from jvpreg.linearization import Linearization, linearize
+from jvpreg.linearization import Linearization
 from jvpreg.registry import register_wrapper
 from jvpreg.regularizers.base import JacobianRegularizer, check_regularizers, penalties, requests
 

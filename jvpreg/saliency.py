@@ -12,10 +12,11 @@ import keras
 import numpy as np
 from keras import ops
 
+from jvpreg.freeze import linearize
 from jvpreg.frozen import FrozenGraph, Node
 from jvpreg.full_jacobian import FullJacobian, as_cotangent
 from jvpreg.full_jacobian import full_jacobian as decompose
-from jvpreg.linearization import Linearization, linearize
+from jvpreg.linearization import Linearization
 from jvpreg.transpose import transpose
 
 

@@ -3,8 +3,8 @@
 import keras
 from keras import tree
 
+from jvpreg.freeze import linearize
 from jvpreg.graph import flatten_inputs
-from jvpreg.linearization import linearize
 from jvpreg.registry import unwrap
 
 

@@ -8,7 +8,8 @@ import numpy as np
 from keras import ops, tree
 
 from jvpreg.estimators.norms import squared_norm
-from jvpreg.linearization import Linearization, linearize
+from jvpreg.freeze import linearize
+from jvpreg.linearization import Linearization
 from jvpreg.transpose import transpose
 
 # Of the differences, in float64. A penalty is larger than the products in it, so its rounding asks for a longer step.

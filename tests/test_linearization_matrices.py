@@ -136,7 +136,7 @@ def test_weights_in_mixed_precision(policy):
             r"`weights`. Expected weights of the linearized model: \[.*\]. Received: 'no/such'\.",
         ),
         ([(None, np.zeros(2))], r"`weights`. Expected weights of the linearized model"),
-        ({}, r"`u`. Expected a tangent, or `weights`. Received: neither"),
+        ({}, r"`u`. Expected a tangent, or `weights` or `taps`. Received: neither"),
     ],
 )
 def test_weights_that_are_not_there(weights, message):

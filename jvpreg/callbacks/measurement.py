@@ -5,8 +5,8 @@ from collections.abc import Callable
 import keras
 from keras import ops, tree
 
+from jvpreg.freeze import linearize
 from jvpreg.graph import standardize_inputs
-from jvpreg.linearization import linearize
 
 
 class Measurement(keras.Model):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import keras
 from keras import ops, tree
 
-from jvpreg.linearization import linearize
+from jvpreg.freeze import linearize
 from jvpreg.registry import register_wrapper
 from jvpreg.regularizers.base import JacobianRegularizer, check_regularizers, penalties, requests
 
