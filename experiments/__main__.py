@@ -12,6 +12,7 @@ from experiments.config import CompareConfig, TrainConfig
 from experiments.errors import ExperimentError
 from experiments.estimators import EstimatorsConfig, estimators
 from experiments.health import HealthConfig, health
+from experiments.saliency import SaliencyConfig, saliency
 from experiments.verify import VerifyConfig, verify
 
 
@@ -42,6 +43,7 @@ STUDIES = {
     "verify": Study(VerifyConfig, verify),
     "estimators": Study(EstimatorsConfig, estimators),
     "health": Study(HealthConfig, health),
+    "saliency": Study(SaliencyConfig, saliency),
 }
 
 

@@ -1,0 +1,73 @@
+"""The study as a table, as curves and as a page of maps."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+import jvpreg
+from experiments.plots import STYLE
+
+
+def columns(row: dict[str, Any]) -> dict[str, str]:
+    """One method, by the heading of its column."""
+    areas = {kind: f"{row[kind]['area']:.3f} ± {row[kind]['area_sem']:.3f}" for kind in ("remove", "keep")}
+    return {"map": row["method"], "removed (less is better)": areas["remove"], "kept (more is better)": areas["keep"]}
+
+
+def conditions(summary: dict[str, Any]) -> str:
+    """What the figures mean and where they are from."""
+    machine = summary["machine"]
+    return (
+        "The probability of the label, averaged over the parts of the pixels that are removed, the most salient "
+        "first, or kept, the most salient only; the others have the mean color of the test images. "
+        f"{summary['model'].upper()} of {summary['settings']['run']}, on the first {summary['examples']} test images "
+        "that it gets right; ± is the standard error over them. "
+        f"Keras {machine['keras']}, {machine['backend']}."
+    )
+
+
+def write(
+    summary: dict[str, Any], images: np.ndarray, maps: Mapping[str, np.ndarray], folder: Path, console: Console
+) -> None:
+    """Write saliency.json, saliency.md, maps.png and curves.png, and print the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "saliency.json").write_text(json.dumps(summary, indent=2))
+    rows = [columns(row) for row in summary["rows"]]
+    lines = [list(rows[0]), ["---", *["---:"] * (len(rows[0]) - 1)], *[list(row.values()) for row in rows]]
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    (folder / "saliency.md").write_text(f"{table}\n\n{conditions(summary)}\n")
+    jvpreg.saliency.figure(images, maps).savefig(folder / "maps.png", dpi=150)
+    curves(summary, folder / "curves.png")
+    terminal = Table()
+    for heading in rows[0]:
+        terminal.add_column(heading, justify="left" if heading == "map" else "right")
+    for row in rows:
+        terminal.add_row(*row.values())
+    console.print(terminal)
+    console.print(conditions(summary))
+    console.print(f"Files: {folder}")
+
+
+def curves(summary: dict[str, Any], path: Path) -> None:
+    """Draw the label's probability over the part of the pixels that is removed, or kept, into a PNG file."""
+    fractions = 100 * np.asarray(summary["settings"]["fractions"])
+    with matplotlib.rc_context(STYLE):
+        page = Figure(figsize=(9, 4), layout="constrained")
+        for axes, kind in zip(page.subplots(1, 2, sharey=True), ("remove", "keep"), strict=True):
+            for number, row in enumerate(summary["rows"]):
+                mean, sem = (np.asarray(row[kind][part]) for part in ("mean", "sem"))
+                random = row["method"].startswith("random")
+                color = "0.5" if random else f"C{number}"
+                axes.plot(fractions, mean, color=color, linestyle="--" if random else "-", label=row["method"])
+                axes.fill_between(fractions, mean - sem, mean + sem, color=color, alpha=0.15, linewidth=0)
+            axes.set_xlabel(f"most salient pixels {'removed' if kind == 'remove' else 'kept'} (%)")
+        page.axes[0].set_ylabel("probability of the label")
+        page.legend(*page.axes[0].get_legend_handles_labels(), loc="outside right center")
+        page.savefig(path, dpi=150)

@@ -1,0 +1,155 @@
+"""The `saliency` study: a page of maps, and curves of the most salient pixels removed or kept."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import yaml
+from keras import ops
+from rich.console import Console
+from scipy import integrate
+
+import jvpreg
+from experiments import data, timing
+from experiments.config import DataConfig, as_plain_dict
+from experiments.errors import ExperimentError
+from experiments.run_folder import RunFolder
+from experiments.saliency import report
+from experiments.saliency.config import SaliencyConfig
+
+RANDOM = "random pixels"
+METHODS = {**jvpreg.saliency.METHODS, RANDOM: None}
+
+
+def run(config: SaliencyConfig) -> dict[str, Any]:
+    """Make the maps and the curves, and write and print what came out.
+
+    Args:
+        config: see `SaliencyConfig`.
+
+    Returns:
+        What `saliency.json` holds: the settings, the machine, and a row a method.
+
+    Raises:
+        ExperimentError: where the run has no model, or the model gets too few images right.
+    """
+    console = Console(soft_wrap=True, highlight=False)
+    model, test = trained(config.run)
+    images, labels = recognized(model, test, max(config.examples, config.shown))
+    maps = {}
+    for name in METHODS:
+        console.print(f"mapping {name}")
+        maps[name] = salient(model, images, labels, name, config)
+    mean = test.images().mean(axis=(0, 1, 2))
+    rows = [row(model, images[: config.examples], labels, name, maps[name], mean, config) for name in METHODS]
+    summary = {
+        "study": "saliency",
+        "settings": as_plain_dict(config),
+        "machine": timing.machine(),
+        "model": model.name,
+        "examples": len(images[: config.examples]),
+        "rows": rows,
+    }
+    shown = {name: salient[: config.shown] for name, salient in maps.items() if name != RANDOM}
+    report.write(summary, images[: config.shown], shown, Path(config.folder), console)
+    return summary
+
+
+def trained(folder: str) -> tuple[keras.Model, data.Split]:
+    """The plain model of a finished run, and its test images.
+
+    Raises:
+        ExperimentError: the folder holds no finished run.
+    """
+    files = RunFolder(Path(folder))
+    if not files.model.exists():
+        raise ExperimentError(f"run: there is no trained model in {folder}. Expected the folder of a `train` run.")
+    settings = yaml.safe_load(files.config.read_text())
+    model = keras.models.load_model(files.model, compile=False)
+    known = {field.name for field in dataclasses.fields(DataConfig)}
+    dataset = data.load(DataConfig(**{key: value for key, value in settings["data"].items() if key in known}))
+    return getattr(model, "base", model), dataset.test
+
+
+def recognized(model: keras.Model, test: data.Split, number: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first test images that the model gets right, `(N, H, W, C)`, and their labels `(N,)`.
+
+    Raises:
+        ExperimentError: there are none.
+    """
+    images = test.images()
+    right = np.flatnonzero(model.predict(images, batch_size=256, verbose=0).argmax(axis=1) == test.labels)
+    if not len(right):
+        raise ExperimentError("run: the model gets none of its test images right.")
+    return images[right[:number]], test.labels[right[:number]]
+
+
+def salient(
+    model: keras.Model, images: np.ndarray, labels: np.ndarray, name: str, config: SaliencyConfig
+) -> np.ndarray:
+    """The absolute map of each image by one method, `(N, H, W)`."""
+    method: Callable | None = METHODS[name]
+    if method is None:
+        return np.random.default_rng(config.seed).random(images.shape[:3])
+    parts = []
+    for start in range(0, len(images), config.batch_size):
+        chosen = slice(start, start + config.batch_size)
+        parts.append(np.abs(ops.convert_to_numpy(ops.stop_gradient(method(model, images[chosen], labels[chosen])))))
+    return np.concatenate(parts)
+
+
+def row(
+    model: keras.Model,
+    images: np.ndarray,
+    labels: np.ndarray,
+    name: str,
+    maps: np.ndarray,
+    color: np.ndarray,
+    config: SaliencyConfig,
+) -> dict[str, Any]:
+    """A method's curves: the label's mean probability over the fractions, and the area below, with their errors."""
+    result: dict[str, Any] = {"method": name}
+    for kind in ("remove", "keep"):
+        probabilities = np.array(
+            [
+                label_probabilities(model, disturbed(images, maps[: len(images)], fraction, kind, color), labels)
+                for fraction in config.fractions
+            ]
+        )
+        areas = integrate.trapezoid(probabilities, config.fractions, axis=0)
+        root = np.sqrt(len(images))
+        result[kind] = {
+            "mean": probabilities.mean(axis=1).tolist(),
+            "sem": (probabilities.std(axis=1, ddof=1) / root).tolist(),
+            "area": float(areas.mean()),
+            "area_sem": float(areas.std(ddof=1) / root),
+        }
+    return result
+
+
+def disturbed(images: np.ndarray, maps: np.ndarray, fraction: float, kind: str, color: np.ndarray) -> np.ndarray:
+    """The images with the most salient fraction of pixels in one color, or, for "keep", all others.
+
+    Args:
+        images: `(N, H, W, C)`.
+        maps: `(N, H, W)`.
+        fraction: of the pixels.
+        kind: "remove" or "keep".
+        color: `(C,)`.
+    """
+    count = round(fraction * maps[0].size)
+    order = np.argsort(-maps.reshape(len(maps), -1), axis=1, kind="stable")
+    rank = np.empty_like(order)
+    np.put_along_axis(rank, order, np.arange(order.shape[1])[None], axis=1)
+    most = (rank < count).reshape(maps.shape)
+    return np.where((most if kind == "remove" else ~most)[..., None], color, images).astype("float32")
+
+
+def label_probabilities(model: keras.Model, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The softmax of each image's label, `(N,)`."""
+    logits = model.predict(images, batch_size=256, verbose=0).astype("float64")
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return (exponentials / exponentials.sum(axis=1, keepdims=True))[np.arange(len(images)), labels[: len(images)]]
