@@ -84,10 +84,11 @@ def full_jacobian(model, x, target=None, **kwargs) -> FullJacobian:
     Example:
 
     >>> import keras, numpy as np, jvpreg
-    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4, activation="relu"), keras.layers.Dense(2)])
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4, activation="relu", name="hidden"),
+    ...     keras.layers.Dense(2, name="last")])
     >>> full = jvpreg.full_jacobian(model, np.ones((5, 3)))
     >>> sorted(full.bias_jacobians), tuple(full.input_jacobian.shape)
-    (['dense', 'dense/activation', 'dense_1'], (5, 3))
+    (['hidden', 'hidden/activation', 'last'], (5, 3))
     >>> bool(keras.ops.all(full.completeness_error() < 1e-5))
     True
     """

@@ -134,7 +134,9 @@ def stable_rank(lin: Linearization) -> tuple[list, Any]:
 def check_stable_rank(tensors: list[np.ndarray], jacobians: np.ndarray, exact: np.ndarray) -> list[Found]:
     """Of the materialized Jacobian."""
     values = np.linalg.svd(jacobians, compute_uv=False)
-    return [Found(tensors[0], np.sum(values**2, axis=1) / values[:, 0] ** 2)]
+    squares = values**2
+    # Of a Jacobian of zeros it is 0.
+    return [Found(tensors[0], np.sum(squares, axis=1) / np.where(squares[:, 0] > 0, squares[:, 0], 1.0))]
 
 
 WIDTH = 0.02

@@ -180,7 +180,6 @@ def test_of_random_numbers_each_example_has_its_own():
 
 WITHOUT_TRANSPOSE = {
     "frobenius_norm": lambda o: estimators.frobenius_norm(o, 4, side="input"),
-    "frobenius_norm of no side": lambda o: estimators.frobenius_norm(o, 4),
     "singular_values": estimators.singular_values,
     "top_singular_values": estimators.top_singular_values,
     "condition_number": estimators.condition_number,
@@ -208,6 +207,13 @@ def test_what_needs_no_transpose_does_without(name):
         values(WITHOUT_TRANSPOSE[name](operator(matrix, transposed=transposed))) for transposed in (False, True)
     )
     assert_same(received, expected, rtol=1e-6)
+
+
+def test_without_the_transpose_the_norm_is_probed_from_the_input():
+    matrix = normal(SIZE, SIZE).astype("float32")
+    received = estimators.frobenius_norm(operator(matrix, transposed=False), 4)
+    expected = estimators.frobenius_norm(operator(matrix, transposed=False), 4, side="input")
+    assert_same(values(received), values(expected), rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", WITH_TRANSPOSE)

