@@ -152,8 +152,9 @@ def check_spectral_density(tensors: list[np.ndarray], jacobians: np.ndarray, exa
     """A Gaussian around each singular value; relative to the largest, of which the width is a part."""
     points, value = tensors
     values = np.linalg.svd(jacobians, compute_uv=False)
-    width = WIDTH * values[:, :1, None]
-    expected = np.linspace(0.0, 1.1, points.shape[1]) * values[:, :1]
+    largest = np.where(values[:, :1] > 0, values[:, :1], 1.0)  # of a Jacobian of zeros, 1
+    width = WIDTH * largest[:, :, None]
+    expected = np.linspace(0.0, 1.1, points.shape[1]) * largest
     bells = sum(np.exp(-0.5 * ((values[:, None] + sign * expected[:, :, None]) / width) ** 2) for sign in (-1, 1))
     height = np.mean(bells, axis=2) / (width[:, :, 0] * np.sqrt(2 * np.pi))
     # A density this narrow moves by 1 / width times as much as a singular value does.
