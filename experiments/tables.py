@@ -1,8 +1,31 @@
-"""A comparison as a table, on the terminal and in Markdown."""
+"""Tables on the terminal and in Markdown: of any study's rows, and of a comparison."""
 
 from typing import Any
 
 from rich.table import Table
+
+LEFT = ("", "along", "derivative", "map", "model", "run", "step")
+"""Headings of the columns that hold words."""
+
+WRONG = {"incomplete", "wrong"}
+"""What a cell says of a row that is shown in red."""
+
+
+def grid(rows: list[dict[str, str]]) -> Table:
+    """Rows of cells, by the heading of their column, for a rich console."""
+    table = Table()
+    for heading in rows[0]:
+        table.add_column(heading, no_wrap=True, justify="left" if heading in LEFT else "right")
+    for row in rows:
+        table.add_row(*row.values(), style="red" if WRONG & set(row.values()) else None)
+    return table
+
+
+def grid_markdown(rows: list[dict[str, str]]) -> str:
+    """Rows of cells, by the heading of their column, in Markdown."""
+    aligned = ["---" if heading in LEFT else "---:" for heading in rows[0]]
+    lines = [list(rows[0]), aligned, *[list(row.values()) for row in rows]]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def columns(row: dict[str, Any]) -> dict[str, str]:
@@ -34,10 +57,7 @@ def terminal(summary: dict[str, Any]) -> Table:
 
 def markdown(summary: dict[str, Any]) -> str:
     """The comparison as a Markdown table, with the conditions below it."""
-    rows = [columns(row) for row in summary["rows"]]
-    lines = [list(rows[0]), ["---", *["---:"] * (len(rows[0]) - 1)], *[list(row.values()) for row in rows]]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"{table}\n\n{conditions(summary)}\n"
+    return f"{grid_markdown([columns(row) for row in summary['rows']])}\n\n{conditions(summary)}\n"
 
 
 def conditions(summary: dict[str, Any]) -> str:

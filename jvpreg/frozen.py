@@ -170,7 +170,7 @@ class FrozenGraph:
         """`y − pushforward(x)` at every output of the nodes of these names, or of every node, by name."""
         made = [value for node in self.nodes for value in node.outputs]
         # What is not a float (an index, a comparison) has no tangent, and no intercept.
-        fed = {value.slot for value in [*self.inputs, *made] if value.batched and _is_float(value.primal)}
+        fed = {value.slot for value in [*self.inputs, *made] if value.batched and is_float(value.primal)}
         result = {}
         for node in self.nodes:
             if names is not None and not any(name in names for name in node.output_names):
@@ -276,7 +276,8 @@ def _spread(tangent, leading, value: Value):
     return ops.broadcast_to(align(tangent, len(shape)), shape)
 
 
-def _is_float(tensor) -> bool:
+def is_float(tensor) -> bool:
+    """Whether a tensor holds real numbers that can have a tangent."""
     return keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype))
 
 

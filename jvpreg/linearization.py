@@ -7,7 +7,7 @@ import keras
 from keras import ops, tree
 
 from jvpreg import matrices
-from jvpreg.frozen import FrozenGraph, Node, Value
+from jvpreg.frozen import FrozenGraph, Node, Value, is_float
 from jvpreg.transpose import transpose
 
 
@@ -114,13 +114,7 @@ class Linearization:
         Raises:
             ValueError: a shape does not fit.
         """
-        outputs = tree.flatten(self.outputs)
-        flat = tree.flatten(v)
-        _check_count(flat, outputs, "v", "the outputs")
-        cotangents, probed = _standardize(flat, outputs, [("v", "the outputs")] * len(outputs))
-        products = self._pull(cotangents)
-        structure = self.inputs[0] if len(self.inputs) == 1 else self.inputs
-        return self._pack(products, structure, probed)
+        return self.gradients(v, nodes=[])[0]
 
     @property
     def intercepts(self) -> dict[str, Any]:
@@ -148,7 +142,7 @@ class Linearization:
         """
         chosen = self.nodes if layers is None else [self.nodes[i] for path in layers for i in self._indices_of(path)]
         found = {name: value for node in chosen for name, value in _named_outputs(node)}
-        return {name: value.primal for name, value in found.items() if value.batched and _is_float(value.primal)}
+        return {name: value.primal for name, value in found.items() if value.batched and is_float(value.primal)}
 
     def gradients(self, v, nodes: Sequence[str] | None = None, with_inputs: bool = True) -> tuple[Any, dict[str, Any]]:
         """`Jᵀ v`, and the gradient of `vᵀ f` at the outputs of nodes, all in one backward pass.
@@ -464,10 +458,6 @@ def _standardize(flat: list, like: list, names: list[tuple[str, str]]) -> tuple[
 
 def _named_outputs(node: Node):
     return zip(node.output_names, node.outputs, strict=True)
-
-
-def _is_float(tensor) -> bool:
-    return keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype))
 
 
 def _zeros(num_probes, like):

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from jvpreg.estimators.operator import check_count
 from jvpreg.freeze import linearize
 from jvpreg.frozen import FrozenGraph, Node
 from jvpreg.full_jacobian import FullJacobian, as_cotangent
@@ -105,7 +106,7 @@ def integrated_gradients(model, x, target=None, baseline=0.0, num_steps: int = 3
 
     Reference: Sundararajan, Taly & Yan (2017), "Axiomatic attribution for deep networks".
     """
-    _check_count("num_steps", num_steps)
+    check_count("num_steps", num_steps)
     x = _images(x)
     start = ops.broadcast_to(ops.cast(baseline, x.dtype), ops.shape(x))
     cotangent = as_cotangent(linearize(model, x).outputs, target)
@@ -135,7 +136,7 @@ def smooth_grad(model, x, target=None, noise: float = 0.15, num_samples: int = 1
 
     Reference: Smilkov et al. (2017), "SmoothGrad".
     """
-    _check_count("num_samples", num_samples)
+    check_count("num_samples", num_samples)
     x = _images(x)
     cotangent = as_cotangent(linearize(model, x).outputs, target)
     spread = noise * (ops.max(x, axis=(1, 2, 3), keepdims=True) - ops.min(x, axis=(1, 2, 3), keepdims=True))
@@ -301,8 +302,3 @@ def _pull_node(node: Node, cotangents: list) -> dict[int, Any]:
 
     zeros = [ops.zeros((1, *ops.shape(value.primal)), value.primal.dtype) for value in inputs]
     return dict(zip((value.slot for value in inputs), transpose(push, zeros, filled), strict=True))
-
-
-def _check_count(name: str, value) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"Invalid value for argument `{name}`. Expected an integer, 1 or more. Received: {value!r}")

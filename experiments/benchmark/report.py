@@ -1,11 +1,10 @@
-"""The benchmark as a table, on the terminal and in Markdown, and as a figure."""
+"""What the table of the benchmark says, and its figure."""
 
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from rich.table import Table
 
 from experiments.plots import STYLE
 
@@ -28,28 +27,6 @@ def columns(row: dict[str, Any]) -> dict[str, str]:
         "first s": f"{row['first_call_seconds']:.1f}" if timed else "",
         "peak MB": f"{peak / 1e6:.0f}" if peak is not None and not wrong else "",
     }
-
-
-LEFT = ("step", "derivative", "along")
-"""Headings of the columns that hold words."""
-
-
-def terminal(rows: list[dict[str, str]]) -> Table:
-    """The table of the columns for a rich console."""
-    table = Table()
-    for heading in rows[0]:
-        table.add_column(heading, no_wrap=True, justify="left" if heading in LEFT else "right")
-    for row in rows:
-        table.add_row(*row.values(), style="red" if "wrong" in row.values() else None)
-    return table
-
-
-def markdown(rows: list[dict[str, str]], conditions: str) -> str:
-    """The table of the columns in Markdown, with the conditions below it."""
-    aligned = ["---" if heading in LEFT else "---:" for heading in rows[0]]
-    lines = [list(rows[0]), aligned, *[list(row.values()) for row in rows]]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    return f"{table}\n\n{conditions}\n"
 
 
 def conditions(summary: dict[str, Any]) -> str:

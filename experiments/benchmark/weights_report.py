@@ -8,6 +8,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from experiments import tables
 from experiments.benchmark import report
 from experiments.plots import STYLE
 
@@ -48,9 +49,9 @@ def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
     rows = [columns(row) for row in summary["entries"]]
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "weights.json").write_text(json.dumps(summary, indent=2))
-    (folder / "weights.md").write_text(report.markdown(rows, conditions(summary)))
+    (folder / "weights.md").write_text(f"{tables.grid_markdown(rows)}\n\n{conditions(summary)}\n")
     figure(summary, folder / "weights.png")
-    console.print(report.terminal(rows))
+    console.print(tables.grid(rows))
     console.print(conditions(summary))
     console.print(f"Files: {folder}")
 

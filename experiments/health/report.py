@@ -8,8 +8,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
 
+from experiments import tables
 from experiments.plots import STYLE
 
 LABELS = {
@@ -50,16 +50,9 @@ def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "health.json").write_text(json.dumps(summary, indent=2))
     rows = [columns(row) for row in summary["rows"]]
-    lines = [list(rows[0]), ["---", *["---:"] * (len(rows[0]) - 1)], *[list(row.values()) for row in rows]]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    (folder / "health.md").write_text(f"{table}\n\n{conditions(summary)}\n")
+    (folder / "health.md").write_text(f"{tables.grid_markdown(rows)}\n\n{conditions(summary)}\n")
     figure(summary, folder / "health.png")
-    terminal = Table()
-    for heading in rows[0]:
-        terminal.add_column(heading, justify="left" if heading == "run" else "right")
-    for row in rows:
-        terminal.add_row(*row.values())
-    console.print(terminal)
+    console.print(tables.grid(rows))
     console.print(conditions(summary))
     console.print(f"Files: {folder}")
 

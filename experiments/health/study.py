@@ -38,7 +38,7 @@ def run(config: HealthConfig) -> dict[str, Any]:
     console = Console(soft_wrap=True, highlight=False)
     dataset = data.load(config.train.data)
     runs: dict[str, list[dict[str, Any]]] = {}
-    for name, settings in unhealthy_settings(config).items():
+    for name, settings in all_settings(config).items():
         seeds = range(config.healthy_runs) if name == HEALTHY else [config.train.seed]
         for seed in seeds:
             console.print(f"training: {name}, seed {seed}")
@@ -55,7 +55,7 @@ def run(config: HealthConfig) -> dict[str, Any]:
     return summary
 
 
-def unhealthy_settings(config: HealthConfig) -> dict[str, TrainConfig]:
+def all_settings(config: HealthConfig) -> dict[str, TrainConfig]:
     """The healthy setting and those that differ from it in one key."""
     train = config.train
     optimizer = dataclasses.replace(train.optimizer, learning_rate=config.large_learning_rate)

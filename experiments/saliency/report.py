@@ -9,9 +9,9 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
-from rich.table import Table
 
 import jvpreg
+from experiments import tables
 from experiments.plots import STYLE
 
 
@@ -40,17 +40,10 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "saliency.json").write_text(json.dumps(summary, indent=2))
     rows = [columns(row) for row in summary["rows"]]
-    lines = [list(rows[0]), ["---", *["---:"] * (len(rows[0]) - 1)], *[list(row.values()) for row in rows]]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    (folder / "saliency.md").write_text(f"{table}\n\n{conditions(summary)}\n")
+    (folder / "saliency.md").write_text(f"{tables.grid_markdown(rows)}\n\n{conditions(summary)}\n")
     jvpreg.saliency.figure(images, maps).savefig(folder / "maps.png", dpi=150)
     curves(summary, folder / "curves.png")
-    terminal = Table()
-    for heading in rows[0]:
-        terminal.add_column(heading, justify="left" if heading == "map" else "right")
-    for row in rows:
-        terminal.add_row(*row.values())
-    console.print(terminal)
+    console.print(tables.grid(rows))
     console.print(conditions(summary))
     console.print(f"Files: {folder}")
 

@@ -1,6 +1,5 @@
 """The `saliency` study: a page of maps, and curves of the most salient pixels removed or kept."""
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,8 +68,7 @@ def trained(folder: str) -> tuple[keras.Model, data.Split]:
         raise ExperimentError(f"run: there is no trained model in {folder}. Expected the folder of a `train` run.")
     settings = yaml.safe_load(files.config.read_text())
     model = keras.models.load_model(files.model, compile=False)
-    known = {field.name for field in dataclasses.fields(DataConfig)}
-    dataset = data.load(DataConfig(**{key: value for key, value in settings["data"].items() if key in known}))
+    dataset = data.load(DataConfig(**settings["data"]))
     return getattr(model, "base", model), dataset.test
 
 

@@ -3,8 +3,7 @@
 import math
 from typing import Any
 
-from rich.table import Table
-
+from experiments import tables
 from experiments.verify.architectures import ARCHITECTURES
 from experiments.verify.measure import FIGURES, FLOAT64, JIT, MIXED
 
@@ -78,23 +77,14 @@ def _due_in_mixed_precision(row: dict[str, Any]) -> list[str]:
     return [ours for autodiff, ours in MIXED.values() if math.isfinite(row.get(autodiff, math.inf))]
 
 
-def terminal(summary: dict[str, Any]) -> Table:
-    """The table for a rich console."""
-    table = Table()
-    for row in summary["rows"]:
-        cells = columns(row, summary["settings"])
-        if not table.columns:
-            for heading in cells:
-                table.add_column(heading, no_wrap=True, justify="left" if heading in ("model", "") else "right")
-        table.add_row(*cells.values(), style=None if row["status"] == "ok" else "red")
-    return table
+def rows(summary: dict[str, Any]) -> list[dict[str, str]]:
+    """All architectures' figures."""
+    return [columns(row, summary["settings"]) for row in summary["rows"]]
 
 
 def markdown(summary: dict[str, Any]) -> str:
     """The command, the table, what it means and what failed, in Markdown."""
-    rows = [columns(row, summary["settings"]) for row in summary["rows"]]
-    lines = [list(rows[0]), ["---", *["---:"] * (len(rows[0]) - 2), "---"], *[list(row.values()) for row in rows]]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    table = tables.grid_markdown(rows(summary))
     parts = [f"# Whole architectures against autodiff: {_backend(summary)}", f"    {summary['command']}", table]
     return "\n\n".join([*parts, conditions(summary), *notes(summary)]) + "\n"
 

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 from rich.console import Console
 
-from experiments import timing
+from experiments import tables, timing
 from experiments.config import as_plain_dict
 from experiments.errors import ExperimentError
 from experiments.verify import architectures, process, report
@@ -55,7 +55,7 @@ def run(config: VerifyConfig) -> dict[str, Any]:
         write(summary, folder)
     summary["rows"].sort(key=lambda row: [a.name for a in architectures.ARCHITECTURES].index(row["name"]))
     write(summary, folder)
-    console.print(report.terminal(summary))
+    console.print(tables.grid(report.rows(summary)))
     for paragraph in [report.conditions(summary), *report.notes(summary)]:
         console.print(paragraph)
     console.print(f"Files: {folder}")

@@ -13,6 +13,7 @@ from jvpreg import probes
 from jvpreg.callbacks.measurement import Measurement
 from jvpreg.callbacks.probe import JacobianProbe
 from jvpreg.callbacks.reader import check_probe
+from jvpreg.frozen import is_float
 from jvpreg.linearization import Linearization
 from jvpreg.registry import unwrap
 
@@ -218,7 +219,7 @@ class _Layers:
     def _state(self, linearization: Linearization) -> dict:
         nodes = [node for node in linearization.nodes if any(value.batched for value in node.outputs)]
         self.names = [node.name for node in nodes]
-        inputs = [x if _is_float(x) else None for x in linearization.inputs]
+        inputs = [x if is_float(x) else None for x in linearization.inputs]
         gains = {}
         if floats := [x for x in inputs if x is not None]:  # Token ids have no tangents.
             drawn = iter(probes.draw("gaussian", floats, NUM_PROBES, seed=0))
@@ -241,12 +242,8 @@ def _weights(node) -> list:
 
 
 def _all_finite(tensors):
-    finite = [ops.all(ops.isfinite(ops.convert_to_tensor(t))) for t in tensors if _is_float(t)]
+    finite = [ops.all(ops.isfinite(ops.convert_to_tensor(t))) for t in tensors if is_float(t)]
     return ops.all(ops.stack(finite)) if finite else ops.convert_to_tensor(True)
-
-
-def _is_float(tensor) -> bool:
-    return keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype))
 
 
 def _is_number(value) -> bool:

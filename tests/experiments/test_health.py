@@ -47,7 +47,7 @@ def test_healthy_runs_are_held_against_each_other():
 
 def test_settings_differ_in_one_key():
     config = HealthConfig()
-    healthy, *others = study.unhealthy_settings(config).values()
+    healthy, *others = study.all_settings(config).values()
     assert healthy == config.train
     for other in others:
         changed = [key for key in vars(healthy) if vars(healthy)[key] != vars(other)[key]]
