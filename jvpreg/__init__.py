@@ -1,6 +1,6 @@
 """jvpreg: the input-output Jacobian of a Keras model, to see and to train with."""
 
-from jvpreg import callbacks, clone, estimators, layers, probes, regularizers, rules, saliency, testing
+from jvpreg import callbacks, clone, constraints, estimators, layers, probes, regularizers, rules, saliency, testing
 from jvpreg.freeze import jacobian, jvp, linearize, vjp, weight_jvp
 from jvpreg.full_jacobian import FullJacobian, full_jacobian
 from jvpreg.linearization import Linearization
@@ -19,6 +19,7 @@ __all__ = [
     "affine",
     "callbacks",
     "clone",
+    "constraints",
     "elementwise",
     "estimators",
     "full_jacobian",
