@@ -224,6 +224,9 @@ def requests(
     """
     drawn = []
     for regularizer, state in zip(regularizers, carried or [None] * len(regularizers), strict=True):
+        if state is not None:
+            # A copy: Torch takes gradients after the variable was assigned to.
+            state = ops.copy(state)
         if state is not None and _searches(regularizer):
             drawn.append(Request(regularizer, None, None, state))
             continue
