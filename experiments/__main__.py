@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from experiments.config import CompareConfig, TrainConfig
+from experiments.constraints import ConstraintsConfig, constraints
 from experiments.errors import ExperimentError
 from experiments.estimators import EstimatorsConfig, estimators
 from experiments.health import HealthConfig, health
@@ -43,6 +44,7 @@ STUDIES = {
     "verify": Study(VerifyConfig, verify),
     "estimators": Study(EstimatorsConfig, estimators),
     "health": Study(HealthConfig, health),
+    "constraints": Study(ConstraintsConfig, constraints),
     "saliency": Study(SaliencyConfig, saliency),
 }
 

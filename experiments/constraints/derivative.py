@@ -6,8 +6,8 @@ import keras
 import numpy as np
 
 from experiments.constraints.config import ConstraintsConfig
-from experiments.constraints.fitting import FREE, enforcements, fit, gathered, network, repeated
-from jvpreg.constraints import KnownDerivative, Penalty, verify
+from experiments.constraints.fitting import enforcements, fit, gathered, network, repeated
+from jvpreg.constraints import KnownDerivative, verify
 
 GRID = 40
 

@@ -59,7 +59,7 @@ def fit(
     total = each * config.measurements
     schedule = keras.optimizers.schedules.CosineDecay(config.learning_rate, total)
     model.compile(keras.optimizers.Adam(schedule), "mse", jacobian_regularizers=constraints)
-    curve: dict[str, Any] = {"steps": [0], "violation": [measure(base)], "seconds": 0.0}
+    curve: dict[str, Any] = {"steps": [0], "violation": [float(measure(base))], "seconds": 0.0}
     seconds = []
     for epoch in range(config.measurements):
         x, y = draw(each * config.batch_size)
@@ -67,7 +67,7 @@ def fit(
         model.fit(x, y, batch_size=config.batch_size, shuffle=False, verbose=0)
         seconds.append(time.perf_counter() - start)
         curve["steps"].append((epoch + 1) * each)
-        curve["violation"].append(measure(base))
+        curve["violation"].append(float(measure(base)))
     timed = seconds[1:] or seconds
     curve["seconds"] = sum(timed) * config.measurements / len(timed)
     return curve

@@ -11,7 +11,7 @@ from keras import ops
 import jvpreg
 from experiments import data, models
 from experiments.constraints.config import ConstraintsConfig
-from experiments.constraints.fitting import AUGMENTED, FREE, enforcements, gathered
+from experiments.constraints.fitting import FREE, enforcements, gathered
 from jvpreg.constraints import Invariant, tangents, verify
 
 AUGMENTATION = "augmentation"

@@ -4,10 +4,11 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
 from experiments.constraints.config import ConstraintsConfig
 from experiments.constraints.fitting import enforcements, fit, gathered, network, repeated
-from jvpreg.constraints import Box, Constraint, Monotone, verify
+from jvpreg.constraints import Constraint, Monotone, verify
 
 # Body mass index, blood pressure, triglycerides (log); and HDL cholesterol.
 RISING, FALLING = [2, 3, 8], [6]
@@ -23,9 +24,13 @@ def run(config: ConstraintsConfig) -> dict[str, dict[str, Any]]:
         for name, enforcement in enforcements(config).items():
             keras.utils.set_random_seed(seed)
             base = network(split["train"][0].shape[1], 1, config.width)
-            draw = repeated(*split["train"], np.random.default_rng(seed))
-            wanted = constraints(enforcement=enforcement, at=domain(split["train"][0], config.points))
-            curve = fit(base, wanted, draw, config, lambda model, split=split: violations(model, split).max(), seed)
+            draw = repeated(split["train"][0], split["train"][1], np.random.default_rng(seed))
+            wanted = constraints(enforcement=enforcement, at=around)
+
+            def largest(model, split=split):
+                return violations(model, split).max()
+
+            curve = fit(base, wanted, draw, config, largest, seed)
             of_points = violations(base, split)
             figures = {
                 "error": error(base.predict(split["test"][0], verbose=0), split),
@@ -66,11 +71,12 @@ def constraints(**arguments: Any) -> list[Constraint]:
     ]
 
 
-def domain(x: np.ndarray, points: int) -> Box:
-    """The box of the training patients, a tenth wider, since test patients may lie outside."""
-    low, high = x.min(axis=0), x.max(axis=0)
-    margin = 0.05 * (high - low)
-    return Box(low - margin, high + margin, points)
+def around(inputs: Any, seed: keras.random.SeedGenerator) -> Any:
+    """Points between patients and beyond them, and off the lines, four for each: test patients are no mixtures."""
+    x, other = (ops.tile(patients, (4, 1)) for patients in (inputs, ops.roll(inputs, 1, axis=0)))
+    part = keras.random.uniform((ops.shape(x)[0], 1), -0.5, 1.5, seed=seed)
+    spread = keras.random.uniform((ops.shape(x)[0], 1), 0.0, 0.7, seed=seed)
+    return x + part * (other - x) + spread * keras.random.normal(ops.shape(x), seed=seed)
 
 
 def violations(model: keras.Model, split: dict[str, Any]) -> np.ndarray:
@@ -90,7 +96,8 @@ def largest_fall(predict: Any, split: dict[str, Any]) -> float:
     x = split["test"][0]
     worst = 0.0
     for feature, sign in [(i, 1.0) for i in RISING] + [(i, -1.0) for i in FALLING]:
-        values = np.linspace(*np.quantile(split["train"][0][:, feature], [0.0, 1.0]), SWEEP)
+        seen = split["train"][0][:, feature]
+        values = np.linspace(seen.min(), seen.max(), SWEEP)
         swept = np.repeat(x[:, None], SWEEP, axis=1)
         swept[:, :, feature] = values
         outcome = sign * np.asarray(predict(swept.reshape(-1, x.shape[1]))).reshape(len(x), SWEEP)

@@ -148,7 +148,9 @@ def test_the_config_goes_round(constraint):
 def smooth_field():
     model = keras.Sequential([keras.Input((2,)), layers.Dense(5, activation="tanh"), layers.Dense(2)])
     random = np.random.default_rng(1)
-    model.set_weights([scale * random.normal(size=w.shape) for scale, w in zip((1, 1, 2, 1), model.get_weights())])
+    model.set_weights(
+        [scale * random.normal(size=w.shape) for scale, w in zip((1, 1, 2, 1), model.get_weights(), strict=True)]
+    )
     return model
 
 
