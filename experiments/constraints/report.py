@@ -80,8 +80,9 @@ MEANING = {
     ),
     "invariance": (
         "Accuracies in % on test images as they are, rotated, shifted, and both, by amounts drawn at random. "
-        "Violation: the mean over test images of the largest move of a logit by a rotation of a degree or a shift of a pixel, to "
-        "first order. Augmentation, and the run without a constraint, get as many more steps as theirs are cheaper."
+        "Violation: the mean over test images of the largest move of a logit by a rotation of a degree or a shift of "
+        "a pixel, to first order. Augmentation, and the run without a constraint, get as many more steps "
+        "as theirs are cheaper."
     ),
 }
 
@@ -94,7 +95,8 @@ def conditions(summary: dict[str, Any]) -> str:
         data = settings["data"]
         network = (
             f"{settings['model']['name'].upper()} of width {settings['model']['width']}, "
-            f"{data['train_examples'] or 'all'} training images of {data['name']}, up to {settings['angle']:g} degrees and {settings['shift']:g} pixels"
+            f"{data['train_examples'] or 'all'} training images of {data['name']}, "
+            f"up to {settings['angle']:g} degrees and {settings['shift']:g} pixels"
         )
     multipliers = (
         "" if settings["rho"] is None else f"; rho {settings['rho']:g}, updated every {settings['update_every']}"
