@@ -150,7 +150,7 @@ class JacobianModel(keras.Model):
             ValueError: an argument is out of its range, two regularizers share a name or contradict each other, or one
                 does not fit the model.
 
-                `sample_weight` (and `class_weight`) of shape `(B,)` weigh an example's penalty as they weigh its loss.
+        `sample_weight` (and `class_weight`) of shape `(B,)` weigh an example's penalty as they weigh its loss.
         """
         regularizers = check_regularizers(jacobian_regularizers, "jacobian_regularizers")
         _check_compile_arguments(regularizers, jacobian_interval, jacobian_fraction)

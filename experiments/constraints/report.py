@@ -61,6 +61,8 @@ def cell(key: str, value: dict[str, float | None] | None) -> str:
     return f"{text} ± {factor * sem:.1g}" if sem and key not in ("seconds", "steps") else text
 
 
+COLORS = ("C0", "C1", "C2", "C4", "C5", "C8")
+
 MEANING = {
     "monotone": (
         "Error: root mean square on test patients. Violation: how far a slope is on the wrong side of zero at test "
@@ -121,7 +123,7 @@ def _trade(summary: dict[str, Any]) -> Figure:
     page = Figure(figsize=(9.5, 3.8), layout="constrained")
     over_steps, trade = page.subplots(1, 2)
     for number, (name, figures) in enumerate(summary["runs"].items()):
-        color = "0.3" if name == FREE else "C3" if name == AUGMENTED else f"C{number % 3 + (number > 2) * 3}"
+        color = "0.3" if name == FREE else "C3" if name == AUGMENTED else COLORS[number % len(COLORS)]
         for i, curve in enumerate(figures["curves"]):
             label = name if i == 0 else None
             over_steps.plot(curve["steps"], curve["violation"], color=color, label=label, alpha=0.9)
