@@ -61,6 +61,8 @@ def cell(key: str, value: dict[str, float | None] | None) -> str:
     return f"{text} ± {factor * sem:.1g}" if sem and key not in ("seconds", "steps") else text
 
 
+# What a logarithmic axis shows of zero.
+LEAST = 1e-6
 COLORS = ("C0", "C1", "C2", "C4", "C5", "C8")
 
 MEANING = {
@@ -126,9 +128,9 @@ def _trade(summary: dict[str, Any]) -> Figure:
         color = "0.3" if name == FREE else "C3" if name == AUGMENTED else COLORS[number % len(COLORS)]
         for i, curve in enumerate(figures["curves"]):
             label = name if i == 0 else None
-            over_steps.plot(curve["steps"], curve["violation"], color=color, label=label, alpha=0.9)
+            over_steps.plot(curve["steps"], np.maximum(curve["violation"], LEAST), color=color, label=label, alpha=0.9)
         if "violation_max" in figures:
-            at = [max(figures["violation_max"]["mean"], 1e-6)], [figures["error"]["mean"]]
+            at = [max(figures["violation_max"]["mean"], LEAST)], [figures["error"]["mean"]]
             trade.errorbar(*at, yerr=figures["error"]["sem"], color=color, marker="o", label=name, linestyle="none")
         else:
             trade.axhline(figures["error"]["mean"], color=color, linestyle=":", label=name)
@@ -139,7 +141,7 @@ def _trade(summary: dict[str, Any]) -> Figure:
     over_steps.set_xlabel("training step")
     over_steps.set_ylabel("max violation at held-out points")
     trade.set_xscale("log")
-    trade.set_xlabel("max violation at held-out points (line: 0.001)")
+    trade.set_xlabel(f"max violation at held-out points (0 is drawn at {LEAST:g})")
     trade.set_ylabel("held-out error")
     trade.legend(fontsize=8)
     return page
