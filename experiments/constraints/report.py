@@ -86,7 +86,7 @@ MEANING = {
         "Accuracies in % on test images as they are, rotated, shifted, and both, by amounts drawn at random. "
         "Violation: the mean over test images of the largest move of a logit by a rotation of a degree or a shift of "
         "a pixel, to first order. Augmentation, and the run without a constraint, get as many more steps "
-        "as theirs are cheaper."
+        "as theirs are cheaper; what it takes to move images is not counted."
     ),
 }
 

@@ -6,7 +6,16 @@ import pytest
 from keras import layers, ops
 
 import jvpreg
-from jvpreg.constraints import AugmentedLagrangian, Box, DivergenceFree, KnownDerivative, Monotone, Penalty, between
+from jvpreg.constraints import (
+    AugmentedLagrangian,
+    Bounded,
+    Box,
+    DivergenceFree,
+    KnownDerivative,
+    Monotone,
+    Penalty,
+    between,
+)
 from jvpreg.regularizers import JacobianNorm
 from tests.constraints.fields import numbers
 
@@ -194,6 +203,24 @@ def test_constraints_at_the_same_points_share_one_run_of_the_model(linearization
         assert set(linearizations) == {(8, True), (5, False), (8, False)}
     else:
         assert linearizations == [(8, True), (5, False), (8, False)]
+
+
+def test_three_constraints_on_the_data_cost_one_primal_pass_and_the_sum_of_their_tangents(linearizations, monkeypatch):
+    products = []
+    original = jvpreg.Linearization.jvp
+
+    def jvp(self, u):
+        products.append(u.shape[0])
+        return original(self, u)
+
+    monkeypatch.setattr(jvpreg.Linearization, "jvp", jvp)
+    x, y = data(8, outputs=2)
+    constraints = [Monotone([0]), Bounded(-1.0, None, [0, 1]), DivergenceFree()]
+    compiled(*constraints, outputs=2, **COUNTED).train_on_batch(x, y)
+    assert set(linearizations) == {(8, True)}
+    assert set(products) == {1 + 2 + 2}
+    if COUNTED["run_eagerly"]:
+        assert (len(linearizations), len(products)) == (1, 1)
 
 
 def test_other_points_leave_batch_statistics_and_the_examples_weights_alone():
