@@ -217,7 +217,7 @@ def _frozen_masks(node) -> list[tuple[Any, int]]:
 
 
 def _linearized(model, domain, places) -> Linearization:
-    return linearize(model, points_of(domain, places).astype(model.compute_dtype))
+    return linearize(model, points_of(domain, places).astype(model.variable_dtype))
 
 
 def _rows(tensor, axis: int = 0) -> np.ndarray:
@@ -232,7 +232,7 @@ def _batches(items: list) -> list[list]:
 
 
 def _resolution(model, domain) -> float:
-    return RESOLUTION.get(model.compute_dtype, RESOLUTION["float32"])
+    return RESOLUTION.get(model.variable_dtype, RESOLUTION["float32"])
 
 
 def _too_many(model) -> ValueError:

@@ -171,7 +171,7 @@ def verify(model, constraint: Constraint, x, labels=None, seed: int = 0) -> Repo
             "Verify it at points instead."
         )
     found = regions(model, x)
-    middles = points_of(x, [region.middle for region in found]).astype(model.compute_dtype)
+    middles = points_of(x, [region.middle for region in found]).astype(model.variable_dtype)
     components = _violations(model, constraint, middles, None, seed)
     return ExactReport(constraint, components, constraint.tolerance, regions=found)
 
