@@ -12,6 +12,7 @@ from experiments.config import CompareConfig, TrainConfig
 from experiments.errors import ExperimentError
 from experiments.estimators import EstimatorsConfig, estimators
 from experiments.health import HealthConfig, health
+from experiments.regularization import RegularizationConfig, regularization
 from experiments.saliency import SaliencyConfig, saliency
 from experiments.verify import VerifyConfig, verify
 
@@ -43,6 +44,7 @@ STUDIES = {
     "verify": Study(VerifyConfig, verify),
     "estimators": Study(EstimatorsConfig, estimators),
     "health": Study(HealthConfig, health),
+    "regularization": Study(RegularizationConfig, regularization),
     "saliency": Study(SaliencyConfig, saliency),
 }
 
@@ -53,6 +55,7 @@ def benchmark_studies() -> dict[str, Study]:
 
     return {
         "step": Study(benchmark.StepConfig, benchmark.step),
+        "biases": Study(benchmark.BiasesConfig, benchmark.biases),
         "weights": Study(benchmark.WeightsConfig, benchmark.weights),
         "probe": Study(benchmark.ProbeConfig, benchmark.probe),
     }
@@ -90,8 +93,9 @@ def parse(program: str, studies: Mapping[str, Study], words: Sequence[str]) -> t
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     note = (
-        "`python -m experiments benchmark step` measures the cost of a training step, `benchmark weights` that of "
-        "products along weights, and `benchmark probe` that of the Jacobian's norms and singular values."
+        "`python -m experiments benchmark step` measures the cost of a training step, `benchmark biases` that "
+        "of one with bias-Jacobian penalties, `benchmark weights` that of products "
+        "along weights, and `benchmark probe` that of the Jacobian's norms and singular values."
     )
     parser = ArgumentParser(prog=program, description=__doc__, epilog=note, exit_on_error=False)
     subcommands = parser.add_subcommands(dest="study", metavar="STUDY")

@@ -59,6 +59,14 @@ class StepConfig(BenchmarkConfig):
 
 
 @dataclass
+class BiasesConfig(BenchmarkConfig):
+    """Measure what penalties on bias-Jacobians add to a training step, on the backend that KERAS_BACKEND names."""
+
+    model: ModelConfig = field(default_factory=lambda: ModelConfig("vgg6", 32, batch_normalization=False))
+    """A VGG-n without normalization, whose convolutions have biases."""
+
+
+@dataclass
 class WeightsConfig(BenchmarkConfig):
     """Measure what a product along each kernel of a model costs, on the backend that KERAS_BACKEND names."""
 

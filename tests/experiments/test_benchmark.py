@@ -13,6 +13,8 @@ from experiments import benchmark
 from experiments.__main__ import benchmark_studies, main, parse
 from experiments.benchmark import (
     autodiff,
+    biases_entries,
+    biases_study,
     entries,
     measure,
     memory,
@@ -361,3 +363,38 @@ def test_the_configuration_of_the_probe_is_valid():
     assert (config.rounds, config.batch_size, config.model.name, config.model.width) == (3, 64, "vgg9", 16)
     with pytest.raises(ExperimentError, match="unet_image_size"):
         benchmark.probe(benchmark.ProbeConfig(unet_image_size=10))
+
+
+@pytest.fixture(scope="module")
+def biases_config(tmp_path_factory):
+    return benchmark.BiasesConfig(
+        model=ModelConfig("vgg4", 2, batch_normalization=False),
+        image_size=8,
+        batch_size=4,
+        jit_compile=keras.backend.backend() == "jax",
+        rounds=1,
+        warmup=0,
+        folder=str(tmp_path_factory.mktemp("biases")),
+    )
+
+
+def test_bias_penalties_are_checked_and_timed(biases_config):
+    summary = benchmark.biases(biases_config)
+    rows = {row["name"]: row for row in summary["entries"]}
+    assert list(rows) == [entry.name for entry in biases_entries.ENTRIES]
+    assert rows["plain"]["penalty_error"] is None
+    for name, row in rows.items():
+        assert row["status"] == "ok"
+        assert row["seconds"] > 0
+        if name != "plain":
+            assert max(row["penalty_error"], row["gradient_error"]) < 1e-4
+    table = (Path(biases_config.folder) / "biases.md").read_text()
+    assert "double backpropagation, last convolution" in table
+
+
+def test_a_wrong_bias_penalty_is_seen(biases_config, monkeypatch):
+    right = jvpreg.regularizers.BiasJacobianNorm.penalty
+    monkeypatch.setattr(jvpreg.regularizers.BiasJacobianNorm, "penalty", lambda self, seen: 1.01 * right(self, seen))
+    checked = biases_study.check(next(e for e in biases_entries.ENTRIES if e.name == "last"), biases_config)
+    assert checked.penalty_error == pytest.approx(0.01, rel=1e-2)
+    assert checked.gradient_error == pytest.approx(0.01, rel=1e-2)
