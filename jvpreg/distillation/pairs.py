@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import keras
 from keras import layers
 
 from jvpreg.frozen import Node
@@ -86,13 +85,13 @@ class LayerPairs:
                     "normalization that follows it."
                 )
             nodes = biased
-        site = _as_site(path, nodes)
+        site = _as_site(path, nodes, linearization)
         if self.kind == "maps" and not site.sizes:
             raise ValueError(
                 f"Invalid value for argument `layers` of {self.owner}. Expected layers whose output has positions and "
                 f"channels. Received: {path!r} of the {role}, with an output {_shape(nodes[-1])}."
             )
-        if self.kind == "biases" and len({_as_site(path, [node]).sizes for node in nodes}) > 1:
+        if self.kind == "biases" and len({_sizes(node, site.channel_axis) for node in nodes}) > 1:
             raise ValueError(
                 f"Invalid value for argument `layers` of {self.owner}. Expected layers, or blocks whose layers have "
                 f"as many positions. Received: {path!r} of the {role}, with {[_shape(node) for node in nodes]}."
@@ -119,19 +118,26 @@ class LayerPairs:
     def _candidates(self, linearization: Linearization) -> Iterator[Site]:
         for node in linearization.nodes:
             if len(node.outputs) == 1 and node.outputs[0].batched:
-                site = _as_site(node.name, [node])
+                site = _as_site(node.name, [node], linearization)
                 if max(site.sizes, default=1) > 1 and (self.kind == "maps" or _has_bias(node)):
                     yield site
 
 
-def _as_site(path: str, nodes: Sequence[Node]) -> Site:
-    shape = _shape(nodes[-1])
-    axis = next((axis for axis in map(_channel_axis, nodes) if axis is not None), None)
-    if axis is None:
-        axis = 1 if keras.config.image_data_format() == "channels_first" and len(shape) > 2 else -1
-    axis %= len(shape)
+def _as_site(path: str, nodes: Sequence[Node], linearization: Linearization) -> Site:
+    # An activation does not say where its channels are: they are where the last layer that says so has them.
+    axis = -1
+    for node in linearization.nodes:
+        axis = _channel_axis(node) or axis
+        if node is nodes[-1]:
+            break
     names = tuple(name for node in nodes for name in node.output_names)
-    return Site(path, names, axis, tuple(size for i, size in enumerate(shape) if i not in (0, axis)))
+    return Site(path, names, axis, _sizes(nodes[-1], axis))
+
+
+def _sizes(node: Node, channel_axis: int) -> tuple[int, ...]:
+    """The shape of a node's output without batch and channels."""
+    shape = _shape(node)
+    return tuple(size for i, size in enumerate(shape) if i not in (0, channel_axis % len(shape)))
 
 
 def _shape(node: Node) -> tuple[int, ...]:

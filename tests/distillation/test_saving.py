@@ -53,10 +53,11 @@ def test_a_loaded_model_that_was_not_compiled(tmp_path):
     np.testing.assert_array_equal(numpy(loaded(x)), numpy(distiller(x)))
 
 
-def test_the_teacher_may_have_dropout(tmp_path):
+def test_the_teacher_may_have_dropout():
     noisy = keras.Sequential([*teacher().layers[:-1], layers.Dropout(0.5), teacher().layers[-1]])
     noisy.build((None, 8, 8, 2))
     x, y = batch()
     distiller = distill(all_losses(), networks=(noisy, student(normalized=False)))
     first, second = (distiller.fit(x, y, verbose=0).history for _ in range(2))
-    assert first["jacobian_matching"] == second["jacobian_matching"]  # inference mode: no mask is drawn
+    # Inference mode: no mask is drawn.
+    np.testing.assert_allclose(first["jacobian_matching"], second["jacobian_matching"], rtol=1e-5)
