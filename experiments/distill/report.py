@@ -79,9 +79,9 @@ def conditions(summary: dict[str, Any]) -> str:
     weights = ", ".join(f"{name} {value:g}" for name, value in settings["weights"].items())
     return (
         f"Test accuracy in %, mean ± deviation over seeds {', '.join(map(str, settings['seeds']))}, by training "
-        "examples a class; angle: mean degrees between the input-Jacobians of student and teacher for the label's logit, "
-        f"on {settings['probed']} test images. Paper: Srinivas & Fleuret (2018), tables 2 and 3, with networks of a width "
-        f"that is not given. {summary['data']}; teacher {teacher['model'].upper()} of {settings['teacher']} "
+        "examples a class; angle: mean degrees between the input-Jacobians of student and teacher for the label's "
+        f"logit, on {settings['probed']} test images. Paper: Srinivas & Fleuret (2018), tables 2 and 3, with networks "
+        f"of a width that is not given. {summary['data']}; teacher {teacher['model'].upper()} of {settings['teacher']} "
         f"({100 * teacher['test_accuracy']:.2f}%), student {student['name'].upper()} of width {student['width']}. "
         f"Weights: {weights}; stages {', '.join(map(str, settings['stages']))}. {settings['steps']} steps of "
         f"{settings['batch_size']} {'augmented ' if settings['augment'] else ''}examples, "
