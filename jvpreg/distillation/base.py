@@ -17,17 +17,27 @@ class View:
 
     Args:
         linearization: of the network at the batch.
+        labels: those of `fit`, or None.
         cotangents: by target, each like the outputs, `(B, K)`.
         nodes: names of the nodes whose bias-Jacobians are seen.
         with_inputs: whether the input-Jacobian is seen.
 
     Attributes:
         linearization: the same.
+        labels: the same.
         outputs: the network's outputs, a flat list of `(B, …)`.
     """
 
-    def __init__(self, linearization: Linearization, cotangents: dict[str, Any], nodes: Sequence[str], with_inputs):
+    def __init__(
+        self,
+        linearization: Linearization,
+        labels,
+        cotangents: dict[str, Any],
+        nodes: Sequence[str],
+        with_inputs: bool,
+    ):
         self.linearization = linearization
+        self.labels = labels
         self.outputs = tree.flatten(linearization.outputs)
         self._places = {target: i for i, target in enumerate(cotangents)}
         self._at_inputs: Any = None

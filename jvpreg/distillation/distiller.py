@@ -128,7 +128,7 @@ class JacobianDistiller(JacobianModel):
             else target_cotangent(loss, linearization.outputs, labels)
             for target, loss in self._targets().items()
         }
-        seen = self._see(linearization, cotangents, directions, side=1)
+        seen = self._see(linearization, labels, cotangents, directions, side=1)
         total = self._compare(products, seen, sample_weight, training)
         if self.jacobian_regularizers:
             return total + super()._penalty(linearization, labels, sample_weight, training)
@@ -170,16 +170,18 @@ class JacobianDistiller(JacobianModel):
             cotangents["label"] = target_cotangent(targets["label"], linearization.outputs, labels)
         if "predicted" in targets:
             cotangents["predicted"] = as_cotangent(linearization.outputs, None)
-        products = self._see(linearization, cotangents, directions, side=0)
+        products = self._see(linearization, labels, cotangents, directions, side=0)
         return products | {key: value for key, value in cotangents.items() if key == "predicted"}
 
-    def _see(self, linearization: Linearization, cotangents: dict, directions: dict, side: int) -> dict[str, Any]:
+    def _see(
+        self, linearization: Linearization, labels, cotangents: dict, directions: dict, side: int
+    ) -> dict[str, Any]:
         """What the losses see of the teacher (side 0) or of the student (side 1)."""
         sites = {name: [pair[side] for pair in pairs] for name, pairs in self._sites.items()}
         biased = [loss for loss in self.matching_losses if loss.pairs is not None and loss.pairs.kind == "biases"]
         nodes = dict.fromkeys(node for loss in biased for site in sites[loss.name] for node in site.nodes)
         with_inputs = any(loss.sees_inputs for loss in self.matching_losses)
-        view = View(linearization, cotangents, list(nodes), with_inputs)
+        view = View(linearization, labels, cotangents, list(nodes), with_inputs)
         return {
             f"{loss.name}/{i}": tensor
             for loss in self.matching_losses

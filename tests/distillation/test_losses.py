@@ -6,10 +6,17 @@ import pytest
 from keras import layers, ops
 
 import jvpreg
-from jvpreg.distillation import ActivationMatching, AttentionMatching, BiasJacobianMatching, JacobianMatching, maps
+from jvpreg.distillation import (
+    ActivationMatching,
+    AttentionMatching,
+    BiasJacobianMatching,
+    JacobianMatching,
+    MatchingLoss,
+    maps,
+)
 from jvpreg.distillation.jacobian import angle
 from tests.compare import normal, numpy
-from tests.distillation.networks import batch, distill, evaluated, student, teacher
+from tests.distillation.networks import all_losses, batch, distill, evaluated, student, teacher
 
 DEGREES = [0.0, 1e-6, 0.01, 45.0, 90.0, 179.99, 180.0]
 
@@ -254,3 +261,41 @@ def test_a_teacher_that_is_a_jacobian_model():
     losses = [JacobianMatching(1.0), AttentionMatching(1.0, [("relu1", "tanh2")])]
     wrapped = distill(losses, networks=(jvpreg.JacobianModel(teacher()), student()))
     assert evaluated(wrapped, x, y) == evaluated(distill(losses), x, y)
+
+
+@keras.saving.register_keras_serializable(package="test_distillation")
+class LabelMatching(MatchingLoss):
+    """A user's loss: of the label's logit, in units of the image's mean."""
+
+    def see(self, view, sites, directions):
+        chosen = ops.sum(view.outputs[0] * ops.one_hot(ops.cast(view.labels, "int32"), 3), axis=-1)
+        return [chosen, ops.mean(view.linearization.inputs[0], axis=(1, 2, 3))]
+
+    def distance(self, teacher, student):
+        return (teacher[0] - student[0]) ** 2 * student[1] ** 2
+
+
+def test_a_loss_of_one_s_own():
+    x, y = batch()
+    networks = teacher(), student()
+    distiller = distill([LabelMatching(1.0)], networks=networks)
+    g, f = (numpy(model(x))[np.arange(6), y] for model in networks)
+    expected = ((g - f) ** 2 * x.mean(axis=(1, 2, 3)) ** 2).mean()
+    np.testing.assert_allclose(evaluated(distiller, x, y)["label_matching"], expected, rtol=1e-4)
+    cached = distiller.with_teacher(x, y)
+    np.testing.assert_allclose(evaluated(distiller, cached, y)["label_matching"], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision(policy):
+    x, y = batch()
+    exact = evaluated(distill(all_losses()), x, y)
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        logs = evaluated(distill(all_losses()), x, y)
+    finally:
+        keras.config.set_dtype_policy(before)
+    for name, value in exact.items():
+        np.testing.assert_allclose(logs[name], value, rtol=0.1, err_msg=name)
+    assert logs["jacobian_matching"] != exact["jacobian_matching"]
