@@ -22,16 +22,16 @@ Method = Literal[
 class WeightsConfig:
     """Weights of the matching losses, beside a cross-entropy of weight 1."""
 
-    activation: NonNegativeFloat = 0.1
+    activation: NonNegativeFloat = 0.3
     """Of the squared distance of the logits."""
 
-    jacobian: NonNegativeFloat = 0.1
+    jacobian: NonNegativeFloat = 0.003
     """Of the squared distance of the input-Jacobians of the label's logit, by pixels of white 1."""
 
     bias_jacobian: NonNegativeFloat = 0.1
     """Of that of the bias-Jacobians, summed over channels."""
 
-    attention: NonNegativeFloat = 1e-4
+    attention: NonNegativeFloat = 0.003
     """Of that of the attention maps."""
 
 

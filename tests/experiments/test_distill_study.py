@@ -1,17 +1,20 @@
 """The distillation study: what each method matches, and a small run that is cut and goes on."""
 
 import json
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+import yaml
 
 from experiments import data, models
-from experiments.__main__ import main
+from experiments.__main__ import STUDIES, main, parse
 from experiments.config import DataConfig, ModelConfig
 from experiments.distill import DistillConfig, cell, report
 from experiments.distill.config import WeightsConfig
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 TRAIN = ["--model.name=vgg4", "--model.width=4", "--epochs=1", "--probe.examples=4", "--robustness.examples=4"]
 OPTIONS = ["--student.name=vgg6", "--student.width=4", "--steps=6", "--batch_size=32", "--probed=16", "--stages=[1, 2]"]
 
@@ -51,29 +54,28 @@ def test_a_small_run_and_its_continuation(teacher, tmp_path, capsys):
     words = ["distill", f"--teacher={teacher}", *OPTIONS, f"--folder={tmp_path}", "--examples_per_class=[5]"]
     words += ["--evaluations=3"]
     both = "--methods=['cross-entropy', 'full-Jacobian + attention']"
-    assert main([*words, both, "--seeds=[0]", "--student_sizes=['vgg4']"]) == 0
+    assert main([*words, both, "--seeds=[0]", "--student_sizes=['vgg6', 'vgg4']"]) == 0
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
     assert len(written) == 3
-    assert main([*words, both, "--seeds=[0, 1]", "--student_sizes=['vgg6', 'vgg4']"]) == 0
-    assert len(list((tmp_path / "cells").iterdir())) == 6
-    assert {path: path.stat().st_mtime_ns for path in written} == written
     summary = json.loads((tmp_path / "distill.json").read_text())
     assert [row["method"] for row in summary["rows"]] == ["cross-entropy", "full-Jacobian + attention"]
     for row in summary["rows"]:
-        assert len(row["columns"]["5"]) == 2
-        for one in row["columns"]["5"]:
-            assert 0 <= one["test_accuracy"] <= 1
-            assert 0 < one["angle"] < 180
-            assert len(one["history"]["step"]) == len(one["history"]["val_accuracy"]) == 3
-            assert ("train_angle" in one["history"]) == (row["method"] != "cross-entropy")
+        (one,) = row["columns"]["5"]
+        assert 0 <= one["test_accuracy"] <= 1
+        assert 0 < one["angle"] < 180
+        assert len(one["history"]["step"]) == len(one["history"]["val_accuracy"]) == 3
+        assert ("train_angle" in one["history"]) == (row["method"] != "cross-entropy")
     # The VGG-6 is the student of the table: no cell of its own.
     assert [row["student"] for row in summary["students"]] == ["vgg6", "vgg4"]
     assert summary["students"][0]["results"] == summary["rows"][1]["columns"]["5"]
     for name in ("methods.png", "students.png"):
         assert (tmp_path / name).stat().st_size > 10_000
     assert "5 a class" in (tmp_path / "distill.md").read_text()
+    # What is there is not trained again.
+    assert main([*words, "--methods=['cross-entropy']", "--seeds=[0, 1]"]) == 0
+    assert len(list((tmp_path / "cells").iterdir())) == 4
+    assert {path: path.stat().st_mtime_ns for path in written} == written
     # A weight that a method does not have is no change to its cells; one that it has is.
-    capsys.readouterr()
     alone = [*words, "--seeds=[0]", "--weights.attention=3"]
     assert main([*alone, "--methods=['cross-entropy']"]) == 0
     assert main([*alone, "--methods=['full-Jacobian + attention']"]) == 2
@@ -97,6 +99,18 @@ def test_what_does_not_fit(teacher, tmp_path, capsys):
     assert "must be VGGs" in capsys.readouterr().err
     assert main(["distill", f"--teacher={tmp_path}"]) == 2
     assert "there is no trained model in" in capsys.readouterr().err
+
+
+def test_the_configurations_are_valid():
+    sweep = yaml.safe_load((CONFIGS / "sweeps" / "distill.yaml").read_text())
+    keys = [f"--{key}={values['values'][-1]}" for key, values in sweep["parameters"].items()]
+    words = [f"--config={CONFIGS / 'distill.yaml'}", *[word for word in sweep["command"] if word.startswith("--st")]]
+    _, config = parse("experiments", STUDIES, ["distill", *words, *keys])
+    assert (config.methods, config.examples_per_class, config.seeds) == (["full-Jacobian + attention"], [5000], [1])
+    assert config.student_sizes == []
+    assert {method for text in sweep["parameters"]["methods"]["values"] for method in yaml.safe_load(text)} == set(
+        cell.MATCHED
+    )
 
 
 def test_the_tables_hold_the_paper_s():
