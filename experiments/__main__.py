@@ -10,9 +10,11 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from experiments.config import CompareConfig, TrainConfig
 from experiments.constraints import ConstraintsConfig, constraints
+from experiments.distill import DistillConfig, distill
 from experiments.errors import ExperimentError
 from experiments.estimators import EstimatorsConfig, estimators
 from experiments.health import HealthConfig, health
+from experiments.regularization import RegularizationConfig, regularization
 from experiments.saliency import SaliencyConfig, saliency
 from experiments.verify import VerifyConfig, verify
 
@@ -45,6 +47,8 @@ STUDIES = {
     "estimators": Study(EstimatorsConfig, estimators),
     "health": Study(HealthConfig, health),
     "constraints": Study(ConstraintsConfig, constraints),
+    "regularization": Study(RegularizationConfig, regularization),
+    "distill": Study(DistillConfig, distill),
     "saliency": Study(SaliencyConfig, saliency),
 }
 
@@ -55,6 +59,8 @@ def benchmark_studies() -> dict[str, Study]:
 
     return {
         "step": Study(benchmark.StepConfig, benchmark.step),
+        "biases": Study(benchmark.BiasesConfig, benchmark.biases),
+        "distill": Study(benchmark.DistillConfig, benchmark.distill),
         "weights": Study(benchmark.WeightsConfig, benchmark.weights),
         "probe": Study(benchmark.ProbeConfig, benchmark.probe),
     }
@@ -92,8 +98,10 @@ def parse(program: str, studies: Mapping[str, Study], words: Sequence[str]) -> t
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     note = (
-        "`python -m experiments benchmark step` measures the cost of a training step, `benchmark weights` that of "
-        "products along weights, and `benchmark probe` that of the Jacobian's norms and singular values."
+        "`python -m experiments benchmark step` measures the cost of a training step, `benchmark biases` that "
+        "of one with bias-Jacobian penalties, `benchmark distill` that of a student's with its teacher, `benchmark "
+        "weights` that of products along weights, and `benchmark probe` that of the Jacobian's norms and singular "
+        "values."
     )
     parser = ArgumentParser(prog=program, description=__doc__, epilog=note, exit_on_error=False)
     subcommands = parser.add_subcommands(dest="study", metavar="STUDY")

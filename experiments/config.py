@@ -15,8 +15,10 @@ from jsonargparse.typing import (
 
 if TYPE_CHECKING:
     PositiveFraction = float
+    Dropout = float
 else:
     PositiveFraction = restricted_number_type("PositiveFraction", float, [(">", 0), ("<=", 1)])
+    Dropout = restricted_number_type("Dropout", float, [(">=", 0), ("<", 1)])
 
 
 @dataclass
@@ -45,6 +47,9 @@ class ModelConfig:
 
     batch_normalization: bool = True
     """After each convolution; if not, the convolutions have biases."""
+
+    dropout: Dropout = 0.0
+    """Rate of the dropout on the last features, of a convolutional network before they are averaged."""
 
 
 @dataclass

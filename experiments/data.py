@@ -67,7 +67,30 @@ def load(config: DataConfig) -> Dataset:
     dataset = _digits() if config.name == "digits" else _tensorflow_dataset(config.name)
     if config.train_examples is None:
         return dataset
-    return dataclasses.replace(dataset, train=_balanced_subset(dataset, config.train_examples))
+    return balanced_subset(dataset, config.train_examples)
+
+
+def balanced_subset(dataset: Dataset, examples: int) -> Dataset:
+    """The data set with so many training examples, the same number of each class, up to one; always the same ones.
+
+    Raises:
+        ExperimentError: there are not so many, or less than one for each class.
+    """
+    available, classes = len(dataset.train), dataset.num_classes
+    if not classes <= examples <= available:
+        raise ExperimentError(
+            f"data.train_examples must lie between {classes}, one for each class, and {available}, "
+            f"all of {dataset.name}. Received: {examples}."
+        )
+    # The n-th example of each class, for n = 0, 1, ...: balanced for every number of examples.
+    order = np.random.default_rng(SPLIT_SEED).permutation(available)
+    rank = np.zeros(available, dtype=np.int64)
+    for label in range(classes):
+        members = order[dataset.train.labels[order] == label]
+        rank[members] = np.arange(len(members))
+    return dataclasses.replace(
+        dataset, train=dataset.train.take(order[np.argsort(rank[order], kind="stable")[:examples]])
+    )
 
 
 def unit_range(pixels: np.ndarray, white: int) -> np.ndarray:
@@ -183,19 +206,3 @@ def _require_connection(name: str, address: str, folder: object) -> None:
             "Connect to the network for the first run, or set TFDS_DATA_DIR to a folder where "
             "tensorflow-datasets has prepared it, or try --data.name=digits, which needs no download."
         ) from error
-
-
-def _balanced_subset(dataset: Dataset, examples: int) -> Split:
-    available, classes = len(dataset.train), dataset.num_classes
-    if not classes <= examples <= available:
-        raise ExperimentError(
-            f"data.train_examples must lie between {classes}, one for each class, and {available}, "
-            f"all of {dataset.name}. Received: {examples}."
-        )
-    # The n-th example of each class, for n = 0, 1, ...: balanced for every number of examples.
-    order = np.random.default_rng(SPLIT_SEED).permutation(available)
-    rank = np.zeros(available, dtype=np.int64)
-    for label in range(classes):
-        members = order[dataset.train.labels[order] == label]
-        rank[members] = np.arange(len(members))
-    return dataset.train.take(order[np.argsort(rank[order], kind="stable")[:examples]])

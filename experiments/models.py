@@ -38,6 +38,10 @@ def build(config: ModelConfig, dataset: Dataset) -> keras.Model:
         features = _resnet(features, config)
     else:
         features = _vgg(features, config, VGG_STAGES[config.name])
+    if config.dropout:
+        features = layers.Dropout(config.dropout, name="dropout")(features)
+    if len(features.shape) == 4:
+        features = layers.GlobalAveragePooling2D(name="average")(features)
     logits = layers.Dense(dataset.num_classes, dtype="float32", name="logits")(features)
     return keras.Model(pixels, logits, name=config.name)
 
@@ -69,7 +73,7 @@ def _vgg(features: keras.KerasTensor, config: ModelConfig, stages: tuple[int, ..
                 features, config.width * min(2**stage, 8), number, normalized=config.batch_normalization
             )
             features = layers.ReLU(name=f"relu{number}")(features)
-    return layers.GlobalAveragePooling2D(name="average")(features)
+    return features
 
 
 def _resnet(features: keras.KerasTensor, config: ModelConfig) -> keras.KerasTensor:
@@ -81,7 +85,7 @@ def _resnet(features: keras.KerasTensor, config: ModelConfig) -> keras.KerasTens
             strides = 2 if stage > 0 and block == 0 else 1
             features = _residual_block(features, width * 2**stage, number, strides, normalized)
             number += 2
-    return layers.GlobalAveragePooling2D(name="average")(features)
+    return features
 
 
 def _residual_block(

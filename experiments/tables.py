@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.table import Table
 
-LEFT = ("", "along", "derivative", "map", "model", "run", "step")
+LEFT = ("", "along", "derivative", "map", "method", "model", "run", "step")
 """Headings of the columns that hold words."""
 
 WRONG = {"incomplete", "wrong"}

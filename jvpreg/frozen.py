@@ -167,13 +167,21 @@ class FrozenGraph:
         return [slots.get(value.slot) for value in self.outputs]
 
     def intercepts(self, names: Container[str] | None = None) -> dict[str, Any]:
-        """`y − pushforward(x)` at every output of the nodes of these names, or of every node, by name."""
+        """`y − pushforward(x)` at every output of the nodes of these names, or of every node, by name.
+
+        Where the rule knows it, nothing is pushed.
+        """
         made = [value for node in self.nodes for value in node.outputs]
         # What is not a float (an index, a comparison) has no tangent, and no intercept.
         fed = {value.slot for value in [*self.inputs, *made] if value.batched and is_float(value.primal)}
         result = {}
         for node in self.nodes:
             if names is not None and not any(name in names for name in node.output_names):
+                continue
+            known = None if node.pushforward is None else node.pushforward.intercept
+            if known is not None:
+                ((name, value),) = zip(node.output_names, node.outputs, strict=True)
+                result[name] = ops.broadcast_to(ops.cast(known, value.primal.dtype), ops.shape(value.primal))
                 continue
             # A constant among a node's inputs has no tangent: what it adds belongs to the intercept.
             tangents = [ops.expand_dims(v.primal, 0) if v.slot in fed else None for v in node.inputs]

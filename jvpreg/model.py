@@ -114,6 +114,16 @@ class JacobianModel(keras.Model):
             return self._running.linearization.outputs
         return self.base(inputs, training=training)
 
+    @property
+    def _has_penalties(self) -> bool:
+        """Whether a step linearizes the base."""
+        return bool(self.jacobian_regularizers)
+
+    @property
+    def _all_trackers(self) -> "list[PenaltyTracker]":
+        """Those of every penalty."""
+        return self._trackers
+
     def _is_plain_step(self) -> bool:
         """Whether the step is known to have no penalty, and the base model is the faster way to take it.
 
@@ -177,8 +187,8 @@ class JacobianModel(keras.Model):
         Raises:
             FloatingPointError: a penalty was not finite in an epoch; the error names it and the step.
         """
-        if self._trackers:
-            watch = _StopAtNonFinitePenalty(self._trackers)
+        if self._all_trackers:
+            watch = _StopAtNonFinitePenalty(self._all_trackers)
             # First in line: an epoch that went wrong must not be saved as a checkpoint.
             if isinstance(callbacks, keras.callbacks.CallbackList):
                 watch.set_model(self)
@@ -219,26 +229,29 @@ class JacobianModel(keras.Model):
 
     def train_step(self, *args, **kwargs):
         """One step of `fit`, as Keras does it on this backend."""
-        with self._running.step(penalized=bool(self.jacobian_regularizers)):
+        with self._running.step(penalized=self._has_penalties):
             return super().train_step(*args, **kwargs)
 
     def test_step(self, *args, **kwargs):
         """One step of `evaluate`, as Keras does it on this backend."""
-        with self._running.step(penalized=bool(self.jacobian_regularizers) and self.jacobian_evaluate):
+        with self._running.step(penalized=self._has_penalties and self.jacobian_evaluate):
             return super().test_step(*args, **kwargs)
 
     def get_metrics_result(self):
         """As Keras', without the penalties in an evaluation that leaves them out."""
         results = super().get_metrics_result()
         if self._running.active and not self._running.penalized:
-            ours = {tracker.name for tracker in self._trackers} | {measure.name for measure in self._measures}
+            ours = {tracker.name for tracker in self._all_trackers} | {measure.name for measure in self._measures}
             results = {k: v for k, v in results.items() if k not in ours}
         return results
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The loss as compiled, plus `strength × mean(penalty)` of each regularizer."""
-        loss = super().compute_loss(x, self._compiled_labels(y), y_pred, sample_weight, training=training)
         linearization, self._running.linearization = self._running.linearization, None
+        if self.loss is None and not self.losses and linearization is not None:
+            loss = ops.zeros(())  # Penalties alone: Keras would have nothing to compute.
+        else:
+            loss = super().compute_loss(x, self._compiled_labels(y), y_pred, sample_weight, training=training)
         if linearization is None:
             if self._running.penalized and self._is_plain_step():
                 self._step.assign(self._step + 1)
@@ -294,9 +307,9 @@ class JacobianModel(keras.Model):
             for at, members, seen, asked in views:
                 on_data = at == "data"
                 chosen = seen.take(indices) if on_data and indices is not None else seen
-                weights = _example_weights(sample_weight) if on_data else None
+                weights = example_weights(sample_weight) if on_data else None
                 for i, outcome in zip(members, outcomes(chosen, asked, labels if on_data else None), strict=True):
-                    found[i], means[i] = outcome, ops.cast(_weighted_mean(outcome.penalty, weights), dtype)
+                    found[i], means[i] = outcome, ops.cast(weighted_mean(outcome.penalty, weights), dtype)
             measured = [
                 ops.cast(outcome.measured[name], dtype)
                 for outcome, regularizer in zip(found, self.jacobian_regularizers, strict=True)
@@ -349,6 +362,8 @@ class JacobianModel(keras.Model):
 
     def get_compile_config(self):
         """As Keras', with the regularizers and how they are computed."""
+        if not self.compiled:
+            return super().get_compile_config()
         return {
             **super().get_compile_config(),
             "jacobian_regularizers": [
@@ -546,7 +561,7 @@ def _check_penalties_within(base, regularizers) -> None:
         )
 
 
-def _example_weights(sample_weight):
+def example_weights(sample_weight):
     """Weights `(B,)`, or None where there are none, or none that belong to examples as a whole."""
     if sample_weight is None or isinstance(sample_weight, (dict, list, tuple)):
         return None
@@ -556,7 +571,7 @@ def _example_weights(sample_weight):
     return weights if len(weights.shape) == 1 else None
 
 
-def _weighted_mean(penalty, weights):
+def weighted_mean(penalty, weights):
     """As Keras reduces a loss: the weighted sum over the number of examples."""
     return ops.mean(penalty if weights is None else penalty * ops.cast(weights, penalty.dtype))
 

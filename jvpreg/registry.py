@@ -50,6 +50,8 @@ class Pushforward:
         batch_axes: for each residual, its axis of the examples; by default the first one.
         couples_examples: whether one example's tangent depends on another's.
         takes_none: whether the function takes None for an input without a tangent; else it is given zeros.
+        intercept: what the operation adds to its linear part, to be broadcast to its output, where the rule knows it:
+            a bias; by default it is found as `y − function(x)`, at the cost of one more run and its gradient.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Pushforward:
         batch_axes: Sequence[int] | None = None,
         couples_examples: bool = False,
         takes_none: bool = False,
+        intercept: Any = None,
     ):
         self.function = function
         self.residuals = residuals
@@ -67,6 +70,7 @@ class Pushforward:
         self.weights = [(variable, part) for variable, part in weights if variable is not None]
         self.couples_examples = couples_examples
         self.takes_none = takes_none
+        self.intercept = intercept
 
     def __call__(self, *tangents):
         """The output's tangent `(P, B, …)` for the inputs' tangents `(P, B, …)`."""
@@ -97,11 +101,12 @@ def linear(function: Callable) -> Pushforward:
     return Pushforward(push)
 
 
-def affine(function: Callable, x, weights: Iterable[tuple[Any, Callable]]) -> Pushforward:
+def affine(function: Callable, x, weights: Iterable[tuple[Any, Callable]], intercept: Any = None) -> Pushforward:
     """As `linear`, for an operation with weights, in which it is linear too.
 
     `weights` pairs each variable (or None, which is left out) with `part(tangent, x)`: what the operation returns with
-    one tangent of the variable, `(*shape,)`, in its place, at the input `x` (B, …), and without the other weights.
+    one tangent of the variable, `(*shape,)`, in its place, at the input `x` (B, …), and without the other weights. The
+    `intercept` is that of `Pushforward`.
     """
     push = linear(function).function
 
@@ -109,7 +114,7 @@ def affine(function: Callable, x, weights: Iterable[tuple[Any, Callable]]) -> Pu
         return lambda tangent, x: ops.stack([part(ops.cast(row, x.dtype), x[0]) for row in ops.unstack(tangent)])
 
     parts = [(variable, probed(part)) for variable, part in weights]
-    return Pushforward(lambda tangent, x: push(tangent), x, weights=parts)
+    return Pushforward(lambda tangent, x: push(tangent), x, weights=parts, intercept=intercept)
 
 
 def each_probe(function: Callable) -> Callable:

@@ -1,15 +1,40 @@
-"""What a training step costs, a product along weights, and a measurement: `python -m experiments benchmark STUDY`."""
+"""What a step, a product or a measurement costs: `python -m experiments benchmark STUDY`."""
 
 from typing import Any
 
-from experiments.benchmark.config import ProbeConfig, StepConfig, WeightsConfig
+from experiments.benchmark.config import BiasesConfig, DistillConfig, ProbeConfig, StepConfig, WeightsConfig
 
-__all__ = ["ProbeConfig", "StepConfig", "WeightsConfig", "probe", "step", "weights"]
+__all__ = [
+    "BiasesConfig",
+    "DistillConfig",
+    "ProbeConfig",
+    "StepConfig",
+    "WeightsConfig",
+    "biases",
+    "distill",
+    "probe",
+    "step",
+    "weights",
+]
 
 
 def step(config: StepConfig) -> dict[str, Any]:
     """Measure a training step; the import waits for valid keys, because Keras takes seconds to load."""
     from experiments.benchmark.study import run
+
+    return run(config)
+
+
+def biases(config: BiasesConfig) -> dict[str, Any]:
+    """Measure training steps with bias-Jacobian penalties; the import waits as in `step`."""
+    from experiments.benchmark.biases_study import run
+
+    return run(config)
+
+
+def distill(config: DistillConfig) -> dict[str, Any]:
+    """Measure training steps of a student with its teacher; the import waits as in `step`."""
+    from experiments.benchmark.distill_study import run
 
     return run(config)
 

@@ -14,9 +14,10 @@ def _affine(layer, x, convolve, weights):
         return ops.reshape(ops.cast(bias, x.dtype), channels)
 
     y = convolve(x)
+    bias = ops.zeros((), x.dtype) if layer.bias is None else spread(layer.bias)
     if layer.bias is not None:
-        y = ops.add(y, spread(layer.bias))
-    return y, affine(convolve, x, [*weights, (layer.bias, lambda u, x: spread(u))])
+        y = ops.add(y, bias)
+    return y, affine(convolve, x, [*weights, (layer.bias, lambda u, x: spread(u))], bias)
 
 
 def _causal(layer, x):

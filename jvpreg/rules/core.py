@@ -22,10 +22,11 @@ def kernel_parts(layer, apply) -> list:
 def dense(layer, x, context):
     kernel = ops.cast(layer.kernel, x.dtype)
     y = ops.matmul(x, kernel)
+    bias = ops.cast(0.0 if layer.bias is None else layer.bias, x.dtype)
     if layer.bias is not None:
-        y = ops.add(y, ops.cast(layer.bias, x.dtype))
+        y = ops.add(y, bias)
     weights = [*kernel_parts(layer, lambda u, x: ops.matmul(x, u)), (layer.bias, lambda u, x: u)]
-    return y, affine(lambda tangent: ops.matmul(tangent, kernel), x, weights)
+    return y, affine(lambda tangent: ops.matmul(tangent, kernel), x, weights, bias)
 
 
 @register_rule(layers.Identity)

@@ -54,7 +54,9 @@ def batch_normalization(layer, x, context, mask=None):
             (layer.moving_variance, lambda u, x: along(u, x) * slope * half * standardize(x[0])),
         ]
     if mode != "coupled":
-        return y, Pushforward(lambda tangent, x: push(tangent), original, weights=weights)
+        intercept = -_along(layer.axis, mean, x) * slope
+        intercept = intercept if beta is None else intercept + _along(layer.axis, beta, x)
+        return y, Pushforward(lambda tangent, x: push(tangent), original, weights=weights, intercept=intercept)
 
     standardized = standardize(x)
     channel = layer.axis % len(x.shape)

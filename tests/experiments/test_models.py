@@ -65,3 +65,14 @@ def test_the_input_is_normalized_inside_and_survives_saving(tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     np.testing.assert_array_equal(loaded.predict(images[:9], verbose=0), model.predict(images[:9], verbose=0))
+
+
+@pytest.mark.parametrize("name", ["mlp", "vgg4", "resnet20"])
+def test_dropout_stands_before_the_head(name):
+    model = models.build(ModelConfig(name, 4, dropout=0.25), images_like((8, 8, 1)))
+    layer = model.get_layer("dropout")
+    assert layer.rate == 0.25
+    following = model.layers[model.layers.index(layer) + 1 :]
+    assert [type(after).__name__ for after in following] == (["GlobalAveragePooling2D"] if name != "mlp" else []) + [
+        "Dense"
+    ]

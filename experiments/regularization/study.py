@@ -1,0 +1,143 @@
+"""The `regularization` study: table 4 of Srinivas & Fleuret (2018), with what it may take to explain it."""
+
+import dataclasses
+import functools
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+from rich.console import Console
+
+import jvpreg
+from experiments import cells, data, models, timing
+from experiments.config import as_plain_dict
+from experiments.regularization import report
+from experiments.regularization.config import RegularizationConfig
+from experiments.train import optimizer
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to regularize the last convolution, and how much."""
+
+    name: str
+    dropout: float = 0.0
+    bias_decay: float = 0.0
+    bias_jacobian: float = 0.0
+
+
+def methods(config: RegularizationConfig) -> list[Method]:
+    """The rows of the table."""
+    return [
+        Method("no regularization"),
+        *(Method(f"dropout {rate:g}", dropout=rate) for rate in config.dropout),
+        *(Method(f"bias weight decay {weight:g}", bias_decay=weight) for weight in config.bias_decay),
+        *(Method(f"bias-Jacobian {strength:g}", bias_jacobian=strength) for strength in config.bias_jacobian),
+    ]
+
+
+def run(config: RegularizationConfig) -> dict[str, Any]:
+    """Train the cells that are not trained yet, then write and print the table.
+
+    Args:
+        config: see `RegularizationConfig`.
+
+    Returns:
+        What `regularization.json` holds: the settings, the machine and a row a method.
+
+    Raises:
+        ExperimentError: the data cannot be had or is too small, or the folder holds cells of other settings.
+    """
+    # The table is wider than the 80 columns that a pipe is given.
+    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 120)
+    dataset = data.load(dataclasses.replace(config.data, train_examples=None))
+    subsets = {n: data.balanced_subset(dataset, n * dataset.num_classes) for n in config.examples_per_class}
+    folder = Path(config.folder)
+    rows: list[dict[str, Any]] = [{"method": method.name, "columns": {}} for method in methods(config)]
+    for count, subset in subsets.items():
+        for row, method in zip(rows, methods(config), strict=True):
+            results = []
+            for seed in config.seeds:
+                name = f"{method.name}, {count} a class, seed {seed}"
+                result = cells.finished_or_run(
+                    folder / "cells" / f"{name}.json",
+                    settings(config, method, count, seed),
+                    functools.partial(trained, config, method, subset, seed),
+                )
+                console.print(f"{name}: {100 * result['test_accuracy']:.2f}% of the test images")
+                results.append(result)
+            row["columns"][str(count)] = results
+    summary = {
+        "study": "regularization",
+        "settings": as_plain_dict(config),
+        "machine": timing.machine(),
+        "rows": rows,
+    }
+    report.write(summary, folder, console)
+    return summary
+
+
+def settings(config: RegularizationConfig, method: Method, count: int, seed: int) -> dict[str, Any]:
+    """All that the result of a cell depends on."""
+    shared = as_plain_dict(config)
+    for key in ("examples_per_class", "seeds", "dropout", "bias_decay", "bias_jacobian", "folder"):
+        del shared[key]
+    return {**shared, "method": dataclasses.asdict(method), "examples_per_class": count, "seed": seed}
+
+
+def trained(config: RegularizationConfig, method: Method, dataset: data.Dataset, seed: int) -> dict[str, Any]:
+    """Train one cell.
+
+    Returns:
+        Accuracies in [0, 1], the training loss without penalties, and the mean of `‖f^b‖²` on test images.
+    """
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(seed)
+    base = models.build(dataclasses.replace(config.model, dropout=method.dropout), dataset)
+    layer = last_biased_layer(base)
+    if method.bias_decay:
+        bias = layer.beta if isinstance(layer, keras.layers.BatchNormalization) else layer.bias
+        bias.regularizer = keras.regularizers.L2(method.bias_decay)
+    penalty = jvpreg.regularizers.BiasJacobianNorm(method.bias_jacobian, layers=[layer.name])
+    augment = config.data.augment and dataset.name != "digits"
+    batches = data.Batches(dataset.train, config.batch_size, seed, augment)
+    epochs = math.ceil(config.steps / len(batches))
+    model = jvpreg.JacobianModel(base, seed=seed)
+    model.compile(
+        optimizer=optimizer(config.optimizer, epochs * len(batches)),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy", keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name="cross_entropy")],
+        jit_compile=config.jit_compile,
+        jacobian_regularizers=[penalty] if method.bias_jacobian else [],
+        jacobian_evaluate=False,
+    )
+    order = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: batches.start_epoch(epoch))
+    history = model.fit(batches, shuffle=False, epochs=epochs, callbacks=[order], verbose=0).history
+    tested = model.evaluate(dataset.test.images(), dataset.test.labels, batch_size=250, verbose=0, return_dict=True)
+    return {
+        "test_accuracy": tested["accuracy"],
+        "test_cross_entropy": tested["cross_entropy"],
+        "train_accuracy": history["accuracy"][-1],
+        "train_cross_entropy": history["cross_entropy"][-1],
+        "bias_jacobian_norm": bias_jacobian_norm(base, layer.name, dataset.test.take(slice(config.probed))),
+    }
+
+
+def last_biased_layer(model: keras.Model) -> keras.Layer:
+    """The last convolution, or the normalization after it, whose offset is its bias."""
+    kinds = (keras.layers.Conv2D, keras.layers.BatchNormalization)
+    return [layer for layer in model.layers if isinstance(layer, kinds)][-1]
+
+
+def bias_jacobian_norm(model: keras.Model, layer: str, split: data.Split, batch_size: int = 128) -> float:
+    """The mean of `‖f^b‖²` of a layer, for the labels' logits, in inference mode."""
+    total = 0.0
+    for start in range(0, len(split), batch_size):
+        part = split.take(slice(start, start + batch_size))
+        full = jvpreg.full_jacobian(model, part.images(), target=part.labels)
+        total += float(np.sum(keras.ops.convert_to_numpy(full.bias_jacobians[layer]).astype("float64") ** 2))
+    return total / len(split)
