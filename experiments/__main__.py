@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from experiments.config import CompareConfig, TrainConfig
+from experiments.constraints import ConstraintsConfig, constraints
 from experiments.distill import DistillConfig, distill
 from experiments.errors import ExperimentError
 from experiments.estimators import EstimatorsConfig, estimators
@@ -45,6 +46,7 @@ STUDIES = {
     "verify": Study(VerifyConfig, verify),
     "estimators": Study(EstimatorsConfig, estimators),
     "health": Study(HealthConfig, health),
+    "constraints": Study(ConstraintsConfig, constraints),
     "regularization": Study(RegularizationConfig, regularization),
     "distill": Study(DistillConfig, distill),
     "saliency": Study(SaliencyConfig, saliency),

@@ -1,6 +1,18 @@
 """jvpreg: the input-output Jacobian of a Keras model, to see and to train with."""
 
-from jvpreg import callbacks, clone, distillation, estimators, layers, probes, regularizers, rules, saliency, testing
+from jvpreg import (
+    callbacks,
+    clone,
+    constraints,
+    distillation,
+    estimators,
+    layers,
+    probes,
+    regularizers,
+    rules,
+    saliency,
+    testing,
+)
 from jvpreg.distillation import JacobianDistiller
 from jvpreg.freeze import jacobian, jvp, linearize, vjp, weight_jvp
 from jvpreg.full_jacobian import FullJacobian, full_jacobian
@@ -21,6 +33,7 @@ __all__ = [
     "affine",
     "callbacks",
     "clone",
+    "constraints",
     "distillation",
     "elementwise",
     "estimators",
