@@ -28,7 +28,7 @@ class FixedPointMonitor(keras.callbacks.Callback):
 
     >>> import keras, numpy as np, jvpreg
     >>> x, z = keras.Input((4,)), keras.Input((4,))
-    >>> cell = keras.Model([x, z], keras.ops.tanh(x + 0.1 * z))
+    >>> cell = keras.Model([x, z], keras.ops.tanh(keras.layers.Dense(4)(x) + 0.1 * z))
     >>> layer = jvpreg.layers.FixedPoint(cell, name="equilibrium")
     >>> model = keras.Sequential([keras.Input((4,)), layer])
     >>> model.compile(loss="mse")

@@ -6,7 +6,6 @@ from jvpreg import probes
 from jvpreg.estimators.operator import Operator
 from jvpreg.estimators.result import Estimate
 from jvpreg.estimators.spectrum import top_eigenvalues
-from jvpreg.frozen import Node
 from jvpreg.implicit import ImplicitPushforward
 from jvpreg.linearization import Linearization
 
@@ -40,7 +39,7 @@ def fixed_point_spectral_radius(
     >>> keras.ops.convert_to_numpy(estimate.value).round(4).tolist()
     [0.5]
     """
-    pushforward = fixed_point_node(linearization, layer).pushforward
+    pushforward = frozen_fixed_point(linearization, layer)
     z = pushforward.residuals[0]
     size, batch = probes.dimension(z), ops.shape(z)[0]
 
@@ -54,17 +53,18 @@ def fixed_point_spectral_radius(
     return Estimate(ops.abs(value), sem, residual, converged, found.num_matvecs)
 
 
-def fixed_point_node(linearization: Linearization, layer: str | None) -> Node:
-    """The node of a fixed-point layer; its pushforward is an `ImplicitPushforward`.
+def frozen_fixed_point(linearization: Linearization, layer: str | None) -> ImplicitPushforward:
+    """A fixed-point layer as it is frozen in a linearization; the first of its residuals is z.
 
     Raises:
         ValueError: there is no such layer, or there are several and none was named.
     """
-    nodes = [node for node in linearization.nodes if isinstance(node.pushforward, ImplicitPushforward)]
-    found = [node for node in nodes if layer in (None, node.name)]
+    pairs = [(node.name, node.pushforward) for node in linearization.nodes]
+    known = {name: pushforward for name, pushforward in pairs if isinstance(pushforward, ImplicitPushforward)}
+    found = [pushforward for name, pushforward in known.items() if layer in (None, name)]
     if len(found) != 1:
         raise ValueError(
             f"Invalid value for argument `layer`. Expected the path of a FixedPoint layer of the model, one of "
-            f"{[node.name for node in nodes]}, or None where there is one. Received: layer={layer!r}"
+            f"{list(known)}, or None where there is one. Received: layer={layer!r}"
         )
     return found[0]

@@ -9,6 +9,9 @@ import keras
 import numpy as np
 from keras import ops
 
+# Private, and there is no public one: whether Keras asks for shapes only.
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
+
 from jvpreg import implicit
 from jvpreg.graph import freeze, is_model
 from jvpreg.implicit import ImplicitPushforward
@@ -123,6 +126,8 @@ class FixedPoint(keras.layers.Layer):
 
     def call(self, inputs, training=None):
         """The fixed point, like z."""
+        if in_symbolic_scope():  # Torch asks for shapes with tensors that hold anything.
+            return ops.zeros(self.compute_output_shape(inputs.shape), self.compute_dtype)
         return self.find(inputs, bool(training))
 
     def find(self, x, training: bool):
@@ -230,7 +235,8 @@ class FixedPoint(keras.layers.Layer):
         return loop
 
     def _poisoned(self, tensor, converged):
-        return ops.where(converged, tensor, math.nan) if self.unconverged == "error" else tensor
+        # A product, whose gradient is NaN too.
+        return tensor * ops.where(converged, 1.0, math.nan) if self.unconverged == "error" else tensor
 
     def _tell(self, counts: list) -> None:
         implicit.tell(ops.stack([ops.cast(count, "float32") for count in counts]), self._hear, self._counts)

@@ -1,10 +1,10 @@
 """A penalty that stabilizes fixed-point layers."""
 
 import keras
-from keras import ops
+from keras import ops, tree
 
 from jvpreg import probes
-from jvpreg.estimators.fixed_point import fixed_point_node
+from jvpreg.estimators.fixed_point import frozen_fixed_point
 from jvpreg.estimators.norms import squared_norm
 from jvpreg.regularizers.base import JacobianRegularizer
 
@@ -45,13 +45,13 @@ class FixedPointJacobianNorm(JacobianRegularizer):
 
     def draw(self, linearization, inputs, seed):
         """Standard normal directions of z, `(P, B, …)`."""
-        z = fixed_point_node(linearization, self.layer).outputs[0].primal
-        batch = ops.shape(keras.tree.flatten(inputs)[0])[0]
+        z = frozen_fixed_point(linearization, self.layer).residuals[0]
+        batch = ops.shape(tree.flatten(inputs)[0])[0]
         return probes.draw("gaussian", ops.zeros((batch, *z.shape[1:]), z.dtype), self.num_probes, seed)
 
     def look(self, linearization, drawn, labels):
         """`∂_z f ε`: `(P, B, …)`."""
-        pushforward = fixed_point_node(linearization, self.layer).pushforward
+        pushforward = frozen_fixed_point(linearization, self.layer)
         product = pushforward.state_product(ops.cast(drawn, pushforward.residuals[0].dtype))
         return ops.cast(product, drawn.dtype)
 
