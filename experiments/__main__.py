@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from experiments.config import CompareConfig, TrainConfig
 from experiments.errors import ExperimentError
 from experiments.estimators import EstimatorsConfig, estimators
+from experiments.fixed_point import FixedPointConfig, fixed_point
 from experiments.health import HealthConfig, health
 from experiments.regularization import RegularizationConfig, regularization
 from experiments.saliency import SaliencyConfig, saliency
@@ -43,6 +44,7 @@ STUDIES = {
     "compare": Study(CompareConfig, compare),
     "verify": Study(VerifyConfig, verify),
     "estimators": Study(EstimatorsConfig, estimators),
+    "fixed_point": Study(FixedPointConfig, fixed_point),
     "health": Study(HealthConfig, health),
     "regularization": Study(RegularizationConfig, regularization),
     "saliency": Study(SaliencyConfig, saliency),

@@ -189,7 +189,7 @@ class FixedPoint(keras.layers.Layer):
         implicit.wait()
         counts = self._heard + ops.convert_to_numpy(self._counts)
         self._heard[:] = 0
-        self._counts.assign(ops.zeros_like(self._counts))
+        self._counts.assign(ops.zeros((len(COUNTS),)))
         return dict(zip(COUNTS, counts.tolist(), strict=True))
 
     def _values(self) -> list:
@@ -249,7 +249,7 @@ class FixedPoint(keras.layers.Layer):
             )
 
     def _hear(self, counts, at_once: bool) -> None:
-        self._heard += counts
+        self._heard += np.asarray(counts)
         examples, iterations, residual, failed, linear = (float(count) for count in counts)
         if not failed and not linear:
             return
