@@ -44,11 +44,14 @@ class FixedPointConfig:
     evaluated: PositiveInt = 1000
     """Test images on which the accuracy is measured."""
 
-    tolerances: list[PositiveFloat] = field(default_factory=lambda: [1e-1, 1e-2, 1e-3, 1e-4, 1e-6, 1e-8])
+    tolerances: list[PositiveFloat] = field(default_factory=lambda: [1e-1, 1e-2, 1e-4, 1e-6, 1e-8])
     """At which the gradient is measured, in float64, on as many training images as are probed."""
 
-    depths: list[PositiveInt] = field(default_factory=lambda: [5, 10, 20, 40])
+    depths: list[PositiveInt] = field(default_factory=lambda: [5, 20, 40])
     """Iterations at which the memory of a training step is measured."""
+
+    memory_batch_size: PositiveInt = 256
+    """Examples of these steps."""
 
     folder: str = "runs/fixed_point"
     """Where the files go."""

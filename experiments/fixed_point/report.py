@@ -58,7 +58,7 @@ def conditions(summary: dict[str, Any]) -> str:
         f"{settings['evaluated']} test images, the spectral radius on {settings['probed']}; unconverged in % of them, "
         f"at a tolerance of {settings['tolerance']:g} within {settings['max_iterations']} iterations; adjoints "
         "unconverged: solves of the last epoch's training. Memory: peak in MB that two training steps add to the "
-        f"imports, by iterations, batches of {settings['batch_size']}. Width {settings['width']}, "
+        f"imports, by iterations, on batches of {settings['memory_batch_size']}. Width {settings['width']}, "
         f"{settings['data']['train_examples'] or 'all'} training images of {settings['data']['name']}, "
         f"{settings['epochs']} epochs. {machine['cores']} cores of {machine['processor']}, Keras {machine['keras']}, "
         f"{machine['backend']}."

@@ -48,7 +48,11 @@ def run(config: FixedPointConfig) -> dict[str, Any]:
         "runs": runs,
         "gradients": gradients.errors(strongest, split, config.tolerances),
         "memory": [
-            {"kind": kind, "depth": depth, "bytes": memory.peak_bytes(kind, depth, config.width, config.batch_size)}
+            {
+                "kind": kind,
+                "depth": depth,
+                "bytes": memory.peak_bytes(kind, depth, config.width, config.memory_batch_size),
+            }
             for kind in kinds
             for depth in config.depths
         ],
