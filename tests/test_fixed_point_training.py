@@ -94,7 +94,7 @@ def test_fit(jit, tmp_path):
         jacobian_regularizers=[JacobianNorm(0.01), FixedPointJacobianNorm(0.1)],
         jacobian_fraction=0.5 if jit else 1.0,
     )
-    metrics = {"radius": fixed_point_spectral_radius}
+    metrics = ["fixed_point_spectral_radius"]
     history = model.fit(
         x,
         y,
@@ -110,7 +110,7 @@ def test_fit(jit, tmp_path):
         assert all(0 < value < 1e-3 for value in history[f"{prefix}equilibrium/residual"])
         assert history[f"{prefix}equilibrium/unconverged"] == [0, 0, 0]
     assert history["equilibrium/linear_unconverged"] == [0, 0, 0]
-    assert 0 < history["jacobian/radius"][0] < 1
+    assert 0 < history["jacobian/fixed_point_spectral_radius"][0] < 1
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     np.testing.assert_allclose(loaded.predict(x, verbose=0), model.predict(x, verbose=0), atol=1e-5)
