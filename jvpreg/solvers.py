@@ -101,7 +101,7 @@ def anderson(start):
         gram = ops.matmul(units, ops.transpose(units, (0, 2, 1))) + ridge * eye
         coefficients = ops.solve(gram, ops.matmul(units, ops.expand_dims(gap, -1)))
         steps = ops.where(usable, (moves + changes) / lengths, 0.0)
-        return z + gap - ops.sum(coefficients * steps, axis=1), (z, gap, moves, changes)
+        return z + gap - _combine(coefficients, steps), (z, gap, moves, changes)
 
     window = _empty(start, ANDERSON_WINDOW)
     return (start, ops.zeros_like(start), window, window), propose
@@ -114,19 +114,21 @@ def broyden(start):
     """
 
     def propose(i, z, gap, z_before, gap_before, lefts, rights):
-        def inverse(vector):
-            return _combine(_products(rights, vector), lefts) - vector
+        # Updates since the last restart.
+        count = i % (BROYDEN_WINDOW + 1)
+
+        def inverse(vector, count):
+            return _combine(_last(count, _products(rights, vector)), lefts) - vector
 
         move, change = _since_last(i, z, gap, z_before, gap_before)
-        solved, right = inverse(change), _combine(_products(lefts, move), rights) - move
+        solved = inverse(change, count - 1)
+        right = _combine(_last(count - 1, _products(lefts, move)), rights) - move
         denominator = ops.sum(right * change, axis=-1, keepdims=True)
         size = ops.sum(ops.square(move), axis=-1, keepdims=True)
         usable = ops.abs(denominator) > _root_of_precision(z.dtype) * size
         left = ops.where(usable, (move - solved) / ops.where(usable, denominator, 1.0), 0.0)
-        fresh = ops.equal(i % (BROYDEN_WINDOW + 1), 0)
-        lefts = ops.where(fresh, 0.0, _remember(lefts, left))
-        rights = ops.where(fresh, 0.0, _remember(rights, ops.where(usable, right, 0.0)))
-        return z - inverse(gap), (z, gap, lefts, rights)
+        lefts, rights = _remember(lefts, left), _remember(rights, ops.where(usable, right, 0.0))
+        return z - inverse(gap, count), (z, gap, lefts, rights)
 
     window = _empty(start, BROYDEN_WINDOW)
     return (start, ops.zeros_like(start), window, window), propose
@@ -143,28 +145,27 @@ def gmres(start):
     """
 
     def propose(i, z, gap, z_before, gap_before, length_before, moves, images):
+        # Steps since the restart; what the windows hold from before is masked, since a copy of them is large.
+        count = i % GMRES_WINDOW
         move, image = _since_last(i, z, gap, z_before, gap_before)
         whole = _norm(move)
         for _ in range(2):  # Twice is enough (Kahan, Parlett).
-            products = _products(images, image)
+            products = _last(count - 1, _products(images, image))
             move, image = move - _combine(products, moves), image - _combine(products, images)
         length = _norm(image)
         usable = length > _root_of_precision(z.dtype) * ops.maximum(_norm(move), 1e-3 * whole)
+        usable = ops.logical_and(usable, count > 0)
         length, usable = _column(ops.where(usable, length, 1.0)), _column(usable)
         image = ops.where(usable, image / length, 0.0)
         moves = _remember(moves, ops.where(usable, move / length, 0.0))
         images = _remember(images, image)
-        products = _products(images, gap)
+        products = _last(count, _products(images, gap))
         z_least, left = z - _combine(products, moves), gap - _combine(products, images)
         length = _norm(left)
         stalls = _all(length > 0.9 * length_before, usable[:, 0])
         step = ops.where(_column(stalls), _column(length) * image, left)
-        full = ops.equal((i + 1) % GMRES_WINDOW, 0)
-        proposal = z_least + ops.where(full, 0.0, step)
-        # After a restart there is no last step: the next image is that of a step of length zero.
-        moves, images = ops.where(full, 0.0, moves), ops.where(full, 0.0, images)
-        before = ops.where(full, proposal, z), ops.where(full, left, gap)
-        return proposal, (*before, length, moves, images)
+        full = ops.equal(count, GMRES_WINDOW - 1)
+        return z_least + ops.where(full, 0.0, step), (z, gap, length, moves, images)
 
     window = _empty(start, GMRES_WINDOW)
     zero = ops.zeros_like(start)
@@ -200,7 +201,14 @@ def _products(rows, vector):
 
 def _combine(coefficients, rows):
     """The sum `(B, n)` of rows `(B, m, n)` with coefficients `(B, m, 1)`."""
-    return ops.sum(coefficients * rows, axis=1)
+    return ops.matmul(ops.transpose(coefficients, (0, 2, 1)), rows)[:, 0]
+
+
+def _last(count, coefficients):
+    """Coefficients `(B, m, 1)`, zero but for the last `count`."""
+    size = coefficients.shape[1]
+    kept = ops.reshape(ops.arange(size, dtype="int32") >= size - count, (1, size, 1))
+    return ops.where(kept, coefficients, 0.0)
 
 
 def _empty(start, size: int):

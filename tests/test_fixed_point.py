@@ -3,11 +3,12 @@
 import keras
 import numpy as np
 import pytest
-from compare import assert_close, inner, normal
+from compare import assert_close, inner, normal, numpy
 from keras import layers, ops
 
 import jvpreg
 from jvpreg.layers import FixedPoint
+from jvpreg.solvers import find_fixed_point
 from jvpreg.transpose import transpose
 
 TIGHT = {"tolerance": 1e-12, "max_iterations": 200}
@@ -144,3 +145,20 @@ def test_second_derivatives(float64):
     step = 1e-5
     ahead, behind = (slope([ops.stop_gradient(x) + sign * step * u])[0] for sign in (1, -1))
     assert_close(ops.stop_gradient(second), (ahead - behind) / (2 * step), 1e-6)
+
+
+def test_expansive_linear_systems(float64):
+    """Of more dimensions than a window has, so that GMRES restarts; the short memory of the others is not enough."""
+    matrix, rhs = normal(2, 26, 26), normal(2, 26, seed=1)
+    matrix *= 1.2 / np.abs(np.linalg.eigvals(matrix)).max(axis=1)[:, None, None]
+    a, b = ops.convert_to_tensor(matrix), ops.convert_to_tensor(rhs)
+
+    def find(solver):
+        return find_fixed_point(lambda w: ops.squeeze(a @ ops.expand_dims(w, -1), -1) + b, b, solver, 1e-9, 300)
+
+    found = find("gmres")
+    expected = np.linalg.solve(np.eye(26) - matrix, rhs[..., None])[..., 0]
+    assert_close(found.value, expected, 1e-6)
+    assert numpy(found.converged).all()
+    for solver in ("anderson", "broyden", "picard"):
+        assert not numpy(find(solver).converged).any()
