@@ -13,6 +13,7 @@ from experiments.constraints import ConstraintsConfig, constraints
 from experiments.distill import DistillConfig, distill
 from experiments.errors import ExperimentError
 from experiments.estimators import EstimatorsConfig, estimators
+from experiments.fixed_point import FixedPointConfig, fixed_point
 from experiments.health import HealthConfig, health
 from experiments.regularization import RegularizationConfig, regularization
 from experiments.saliency import SaliencyConfig, saliency
@@ -45,6 +46,7 @@ STUDIES = {
     "compare": Study(CompareConfig, compare),
     "verify": Study(VerifyConfig, verify),
     "estimators": Study(EstimatorsConfig, estimators),
+    "fixed_point": Study(FixedPointConfig, fixed_point),
     "health": Study(HealthConfig, health),
     "constraints": Study(ConstraintsConfig, constraints),
     "regularization": Study(RegularizationConfig, regularization),

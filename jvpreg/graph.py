@@ -428,6 +428,11 @@ def _check_input_spec(layer, inputs) -> None:
         raise ValueError(f"Invalid value for argument `x`. {error}") from error
 
 
+def freeze(operation, *inputs, context: Context) -> tuple:
+    """An operation's outputs, and the operation frozen at `inputs` as one pushforward."""
+    return Tracer(context)._run_inner((), operation, *inputs)
+
+
 def trace(model, x, inputs: Sequence, context: Context) -> tuple[Tracer, list[Value], Any]:
     """Runs `model` once on the flat list of `inputs` `(B, …)`, which the user gave as the structure `x`.
 

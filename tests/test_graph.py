@@ -380,3 +380,12 @@ def test_a_quantized_layer():
     model.layers[0].quantize("int8")
     with pytest.raises(NotImplementedError, match=r"`rounded` is quantized \(int8\).* before it is quantized"):
         jvpreg.linearize(model, normal(2, 4))
+
+
+def test_a_batch_of_unknown_size_through_a_layer_that_reshapes():
+    """In `fit` on TensorFlow, group normalization reads off a batch that is not known."""
+    model = keras.Sequential([keras.Input((4, 4)), layers.GroupNormalization(2), layers.Flatten(), layers.Dense(2)])
+    model = jvpreg.JacobianModel(model)
+    model.compile(loss="mse", jacobian_regularizers=[jvpreg.regularizers.JacobianNorm(0.1)])
+    history = model.fit(normal(5, 4, 4), normal(5, 2), batch_size=2, verbose=0).history
+    assert np.isfinite(history["jacobian_norm"][0])

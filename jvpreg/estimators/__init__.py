@@ -1,5 +1,6 @@
 """Estimators: products with the Jacobian in, an estimate with its error out, for every example of a batch at once."""
 
+from jvpreg.estimators.fixed_point import fixed_point_spectral_radius
 from jvpreg.estimators.norms import frobenius_norm
 from jvpreg.estimators.operator import Operator
 from jvpreg.estimators.quadrature import SpectralDensity, inverse_frobenius_norm, log_determinant, spectral_density
@@ -20,6 +21,7 @@ __all__ = [
     "SpectralDensity",
     "condition_number",
     "effective_rank",
+    "fixed_point_spectral_radius",
     "frobenius_norm",
     "inverse_frobenius_norm",
     "log_determinant",

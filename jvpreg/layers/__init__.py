@@ -1,5 +1,6 @@
 """Layers."""
 
+from jvpreg.layers.fixed_point import FixedPoint
 from jvpreg.layers.jacobian_penalty import JacobianPenalty
 
-__all__ = ["JacobianPenalty"]
+__all__ = ["FixedPoint", "JacobianPenalty"]

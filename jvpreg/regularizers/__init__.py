@@ -1,8 +1,17 @@
 """Jacobian regularizers: directions in which to look at the Jacobian, and a price for what is seen."""
 
 from jvpreg.regularizers.base import JacobianRegularizer, Seen
+from jvpreg.regularizers.fixed_point import FixedPointJacobianNorm
 from jvpreg.regularizers.full_jacobian import BiasJacobianNorm, FullJacobianNorm
 from jvpreg.regularizers.jacobian import JacobianNorm
 from jvpreg.regularizers.spectral import SpectralNorm
 
-__all__ = ["BiasJacobianNorm", "FullJacobianNorm", "JacobianNorm", "JacobianRegularizer", "Seen", "SpectralNorm"]
+__all__ = [
+    "BiasJacobianNorm",
+    "FixedPointJacobianNorm",
+    "FullJacobianNorm",
+    "JacobianNorm",
+    "JacobianRegularizer",
+    "Seen",
+    "SpectralNorm",
+]

@@ -169,7 +169,8 @@ def reshape(operation, x, context):
     # A call that reads off its batch must not fix it: the tangents may be those of a part of the batch.
     if shape and shape[0] == x.shape[0] and -1 not in shape:
         shape[0] = -1
-    return operation.call(x), Pushforward(each_probe(lambda tangent: ops.reshape(tangent, shape)))
+    # Not by the operation itself, which on TensorFlow holds None for a batch that is not known.
+    return ops.reshape(x, shape), Pushforward(each_probe(lambda tangent: ops.reshape(tangent, shape)))
 
 
 @register_rule(numpy_ops.BroadcastTo)

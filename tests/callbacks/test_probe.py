@@ -284,10 +284,10 @@ def test_of_a_square_jacobian_the_log_says_so():
 
 
 def test_every_estimator_by_name():
-    """All of them of a square Jacobian, for which all of them are defined."""
+    """All of them of a square Jacobian, for which all of them are defined but that of a layer of its own."""
     model = keras.Sequential([keras.Input((6,)), layers.Dense(6, activation="tanh"), layers.Dense(6)])
     model.compile("sgd", make_model().loss)
-    names = [name for name in estimators.__all__ if name.islower()]
+    names = [name for name in estimators.__all__ if name.islower() and not name.startswith("fixed_point")]
     probe = JacobianProbe(data(4)[0], names, seed=3)
     logs = fit(model, probe).history
     assert set(probe.values) == set(names)

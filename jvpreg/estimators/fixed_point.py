@@ -1,0 +1,70 @@
+"""The Jacobian of a fixed-point layer's cell, by its state."""
+
+from keras import ops
+
+from jvpreg import probes
+from jvpreg.estimators.operator import Operator
+from jvpreg.estimators.result import Estimate
+from jvpreg.estimators.spectrum import top_eigenvalues
+from jvpreg.implicit import ImplicitPushforward
+from jvpreg.linearization import Linearization
+
+
+def fixed_point_spectral_radius(
+    linearization: Linearization, layer: str | None = None, tol: float = 1e-2, num_iterations: int = 20, seed=0
+) -> Estimate:
+    """The spectral radius of `∂_z f` at the fixed point of a `FixedPoint` layer's cell.
+
+    Below 1, plain iteration converges from nearby, by this factor in each step in the end.
+
+    Args:
+        linearization: from `jvpreg.linearize`, of a model that holds the layer.
+        layer: its path, as the linearization's nodes have it; by default the only one.
+        tol: as in `top_eigenvalues`.
+        num_iterations: as in `top_eigenvalues`.
+        seed: as in `top_eigenvalues`.
+
+    Returns:
+        An `Estimate`, each part `(B,)`: the magnitude of the largest eigenvalue, as `top_eigenvalues` finds it.
+
+    Raises:
+        ValueError: there is no such layer.
+
+    Example:
+
+    >>> import keras, numpy as np, jvpreg
+    >>> x, z = keras.Input((2,)), keras.Input((2,))
+    >>> model = keras.Sequential([keras.Input((2,)), jvpreg.layers.FixedPoint(keras.Model([x, z], x - 0.5 * z))])
+    >>> estimate = jvpreg.estimators.fixed_point_spectral_radius(jvpreg.linearize(model, np.ones((1, 2))))
+    >>> keras.ops.convert_to_numpy(estimate.value).round(4).tolist()
+    [0.5]
+    """
+    pushforward = frozen_fixed_point(linearization, layer)
+    z = pushforward.residuals[0]
+    size, batch = probes.dimension(z), ops.shape(z)[0]
+
+    def matvec(vectors):
+        count = ops.shape(vectors)[0]
+        tangents = ops.reshape(ops.cast(vectors, z.dtype), (count, batch, *z.shape[1:]))
+        return ops.reshape(pushforward.state_product(tangents), (count, batch, size))
+
+    found = top_eigenvalues(Operator(matvec, None, (size, size), batch), 1, tol, num_iterations, seed=seed)
+    value, sem, residual, converged = (part[:, 0] for part in found[:4])
+    return Estimate(ops.abs(value), sem, residual, converged, found.num_matvecs)
+
+
+def frozen_fixed_point(linearization: Linearization, layer: str | None) -> ImplicitPushforward:
+    """A fixed-point layer as it is frozen in a linearization; the first of its residuals is z.
+
+    Raises:
+        ValueError: there is no such layer, or there are several and none was named.
+    """
+    pairs = [(node.name, node.pushforward) for node in linearization.nodes]
+    known = {name: pushforward for name, pushforward in pairs if isinstance(pushforward, ImplicitPushforward)}
+    found = [pushforward for name, pushforward in known.items() if layer in (None, name)]
+    if len(found) != 1:
+        raise ValueError(
+            f"Invalid value for argument `layer`. Expected the path of a FixedPoint layer of the model, one of "
+            f"{list(known)}, or None where there is one. Received: layer={layer!r}"
+        )
+    return found[0]

@@ -1,0 +1,357 @@
+"""A layer that returns the fixed point of a cell, differentiated implicitly."""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import keras
+import numpy as np
+from keras import ops
+
+# Private, and there is no public one: whether Keras asks for shapes only.
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
+
+from jvpreg import implicit
+from jvpreg.graph import freeze, is_model
+from jvpreg.implicit import ImplicitPushforward
+from jvpreg.registry import Context, register_rule
+from jvpreg.solvers import NONLINEAR, SOLVERS, Solution, find_fixed_point
+
+Solver = Literal["anderson", "broyden", "picard"]
+LinearSolver = Literal["gmres", "anderson", "broyden", "picard"]
+
+# Sums over examples, but for the last one, which is of linear solves.
+COUNTS = ("examples", "iterations", "residual", "unconverged", "linear_unconverged")
+
+
+@keras.saving.register_keras_serializable(package="jvpreg")
+class FixedPoint(keras.layers.Layer):
+    """Returns the fixed point `z = f(x, z)` of a cell, found from z = 0 for each example by itself.
+
+    Derivatives are implicit, of any order: forwards `w = ∂ₓf v + ∂_z f w`, backwards `u = v + ∂_z fᵀ u` and then
+    `∂ₓfᵀ u`, solved with the cell frozen at the fixed point. Nothing of the solver's path is kept, so that the memory
+    of a training step does not grow with iterations. In a solve dropout has one mask; batch statistics are moved once,
+    and with them an example's residual depends on the others'.
+
+    Where a solve does not come within the tolerance, its best iterate is returned and counted: `FixedPointMonitor`
+    puts the numbers into the logs. An example whose iterates are no longer finite is held at its best one before, and
+    the rest of the batch is not affected.
+
+    Args:
+        cell: a model or layer of x and z that returns a tensor like z. It is called with the list `[x, z]`; a layer
+            whose `call` has two arguments, with these.
+        solver: `"anderson"`, `"broyden"` or `"picard"`.
+        tolerance: an example has converged when `‖f(x, z) − z‖ ≤ tolerance · ‖f(x, z)‖`, and a linear solve when its
+            residual is within this part of its right-hand side.
+        max_iterations: of each solve, in evaluations of the cell or products with its Jacobian.
+        adjoint_solver: of the linear solves of both modes: `"gmres"`, or one of the others.
+        unconverged: what to do about a solve that has not converged. `"warn"`: warn, where the layer runs eagerly at
+            once; in a compiled step only a `FixedPointMonitor` can, and without one the layer warns that nobody will.
+            `"error"`: raise, where the layer runs eagerly; in a compiled step the outputs of these examples, or their
+            derivatives, become NaN. `"ignore"`: count only.
+        state_shape: of z, without the batch; by default that of the second input of a functional model, or of x.
+        **kwargs: of `keras.Layer`: `name`.
+
+    Raises:
+        ValueError: an argument is out of its range; or, when the layer is built, the cell does not return what is like
+            z.
+        FloatingPointError: with `unconverged="error"`, see there.
+
+    Reference: Bai, Kolter & Koltun (2019), "Deep Equilibrium Models", section 3; Gavves, "Jacobian-vector and
+    vector-Jacobian products", on fixed points, for both modes.
+
+    Example:
+
+    >>> import keras, numpy as np, jvpreg
+    >>> x, z = keras.Input((3,)), keras.Input((1,))
+    >>> cell = keras.Model([x, z], keras.layers.Dense(1, kernel_initializer="ones")(x) + 0.5 * z)
+    >>> layer = jvpreg.layers.FixedPoint(cell)  # z = Σ x + z / 2
+    >>> keras.ops.convert_to_numpy(layer(np.ones((2, 3)))).round(2).tolist()
+    [[6.0], [6.0]]
+    """
+
+    def __init__(
+        self,
+        cell: keras.Layer,
+        solver: Solver = "anderson",
+        tolerance: float = 1e-4,
+        max_iterations: int = 50,
+        adjoint_solver: LinearSolver = "gmres",
+        unconverged: Literal["warn", "error", "ignore"] = "warn",
+        state_shape: Sequence[int] | None = None,
+        **kwargs,
+    ):
+        _check_cell(cell)
+        _check_choice("solver", solver, NONLINEAR)
+        _check_choice("adjoint_solver", adjoint_solver, tuple(SOLVERS))
+        _check_choice("unconverged", unconverged, ("warn", "error", "ignore"))
+        if not isinstance(tolerance, (int, float)) or not 0 < tolerance < 1:
+            raise ValueError(
+                f"Invalid value for argument `tolerance`. Expected a number between 0 and 1. Received: {tolerance!r}"
+            )
+        if not isinstance(max_iterations, int) or isinstance(max_iterations, bool) or max_iterations < 1:
+            raise ValueError(
+                f"Invalid value for argument `max_iterations`. Expected an integer, 1 or more. "
+                f"Received: {max_iterations!r}"
+            )
+        super().__init__(**{"autocast": False, "dtype": cell.dtype_policy, **kwargs})
+        self.cell = cell
+        self.solver = solver
+        self.tolerance = float(tolerance)
+        self.max_iterations = max_iterations
+        self.adjoint_solver = adjoint_solver
+        self.unconverged = unconverged
+        self.state_shape = None if state_shape is None else tuple(state_shape)
+        self.is_watched = False
+        self._heard = np.zeros(len(COUNTS))
+        # What a TensorFlow graph cannot tell otherwise. Under tf.distribute it is the mean over replicas, of which the
+        # ratios are right.
+        self._counts = self.add_weight(
+            shape=(len(COUNTS),), initializer="zeros", trainable=False, aggregation="mean", name="counts"
+        )
+
+    def build(self, input_shape):
+        """Builds the cell, and checks what it returns."""
+        x = keras.KerasTensor(input_shape, dtype=self.compute_dtype)
+        z = keras.KerasTensor((input_shape[0], *self._state(input_shape)), dtype=self.compute_dtype)
+        outputs = self.cell(*self._arguments(x, z))
+        received = tuple(outputs.shape) if isinstance(outputs, keras.KerasTensor) else f"{outputs!r}"
+        if received != tuple(z.shape):
+            raise ValueError(
+                f"The cell `{self.cell.name}` of `{self.name}` must return one tensor like z. "
+                f"Expected shape {tuple(z.shape)}. Received: {received}, for x with shape {tuple(x.shape)}. Change the "
+                "cell, or give the shape of z as `state_shape`."
+            )
+
+    def call(self, inputs, training=None):
+        """The fixed point, like z."""
+        if in_symbolic_scope():  # Torch asks for shapes with tensors that hold anything.
+            return ops.zeros(self.compute_output_shape(inputs.shape), self.compute_dtype)
+        return self.find(inputs, bool(training))
+
+    def find(self, x, training: bool):
+        """The fixed point, differentiable in `x` and the weights. The state of the cell is moved, once."""
+        values = self._values()
+        solution = self._solve(x, values, training)
+        value = ops.reshape(ops.cast(solution.value, self.compute_dtype), (-1, *self._state(x.shape)))
+        moving = [i for i, (variable, _) in enumerate(values) if variable.trainable]
+
+        def function(points, z):
+            chosen = list(values)
+            for i, point in zip(moving, points[1:], strict=True):
+                chosen[i] = (values[i][0], point)
+            with keras.StatelessScope(state_mapping=chosen):
+                return self._evaluate(points[0], z, training)
+
+        def frozen(z):
+            context = Context(training, "coupled" if training else "moving", "allow")
+            with keras.StatelessScope(state_mapping=values):
+                return freeze(self.cell, *self._arguments(x, z), context=context)[1]
+
+        def pull(z, v):
+            cell = frozen(z)
+            residuals = [ops.expand_dims(residual, 0) for residual in cell.residuals]
+            loop = self._loop(z, cell.couples_examples)
+            return implicit.close(cell, ops.expand_dims(v, 0), residuals, loop, transposed=True)[0]
+
+        coupled = keras.backend.backend() == "jax" and frozen(value).couples_examples
+        points = [x, *(values[i][1] for i in moving)]
+        z = implicit.at_fixed_point(value, points, function, pull, self._loop(value, coupled))
+        # For what an evaluation leaves behind, once: statistics, seeds, activity losses.
+        self._evaluate(x, z, training)
+        z = self._poisoned(z, ops.reshape(solution.converged, (-1, *[1] * (len(z.shape) - 1))))
+        counts = [ops.sum(ops.cast(part, "float32")) for part in solution[1:]]
+        examples = ops.sum(ops.ones_like(solution.residual, dtype="float32"))
+        self._tell([examples, counts[1], counts[0], examples - counts[2], 0.0])
+        return z
+
+    def solution(self, inputs, training: bool = False) -> Solution:
+        """What the solver finds, with no derivative, and without moving any state.
+
+        Args:
+            inputs: x.
+            training: whether the cell runs as in training.
+
+        Returns:
+            The fixed point `(B, n)`, flattened, and each `(B,)` its residual, its iterations and whether it converged.
+        """
+        return self._solve(ops.convert_to_tensor(inputs, self.compute_dtype), self._values(), training)
+
+    def freeze(self, x, z, context: Context) -> ImplicitPushforward:
+        """The layer frozen at the fixed point z."""
+        assert context.run is not None
+        _, cell = context.run(self.cell, *self._arguments(x, z))
+        return ImplicitPushforward(z, cell, self._loop(z, cell.couples_examples))
+
+    def take_counts(self) -> dict[str, float]:
+        """What has been counted since the last time, by the names in `COUNTS`."""
+        implicit.wait()
+        counts = self._heard + ops.convert_to_numpy(self._counts)
+        self._heard[:] = 0
+        self._counts.assign(ops.zeros((len(COUNTS),)))
+        return dict(zip(COUNTS, counts.tolist(), strict=True))
+
+    def _values(self) -> list:
+        """The variables of the cell with their values now: seeds and statistics that an evaluation moves are copied."""
+        return [(v, v.value if v.trainable else ops.stop_gradient(ops.copy(v.value))) for v in self.cell.variables]
+
+    def _solve(self, x, values, training: bool) -> Solution:
+        x = ops.stop_gradient(x)
+        stopped = [(variable, ops.stop_gradient(value)) for variable, value in values]
+        shape = (-1, *self._state(x.shape))
+        dtype = keras.backend.result_type(self.compute_dtype, "float32")
+
+        def function(rows):
+            z = ops.reshape(ops.cast(rows, self.compute_dtype), shape)
+            # A scope for each evaluation: the mask of a dropout is the same in all, and no state is moved.
+            with keras.StatelessScope(state_mapping=stopped):
+                return ops.cast(ops.reshape(self._evaluate(x, z, training), (-1, math.prod(shape[1:]))), dtype)
+
+        start = ops.zeros((ops.shape(x)[0], math.prod(shape[1:])), dtype)
+        with implicit.unrecorded():
+            return find_fixed_point(function, start, self.solver, self.tolerance, self.max_iterations)
+
+    def _loop(self, z, coupled: bool) -> Callable:
+        """The solver of `w = rhs + A w` for each example; where A couples them, for the batch as a whole."""
+
+        def loop(matvec, rhs):
+            dtype = keras.backend.result_type(rhs.dtype, "float32")
+            probes = rhs.shape[0] if len(rhs.shape) > len(z.shape) else 1
+            shape = (probes, -1) if coupled else (-1, math.prod(z.shape[1:]))
+
+            def product(rows):
+                image = matvec(ops.reshape(ops.cast(rows, rhs.dtype), ops.shape(rhs)))
+                return start + ops.cast(ops.reshape(image, shape), dtype)
+
+            start = ops.cast(ops.reshape(rhs, shape), dtype)
+            scale = ops.norm(start, axis=-1)
+            found = find_fixed_point(product, start, self.adjoint_solver, self.tolerance, self.max_iterations, scale)
+            value = self._poisoned(found.value, ops.expand_dims(found.converged, -1))
+            failed = ops.sum(ops.cast(ops.logical_not(found.converged), "float32"))
+            self._tell([0.0, 0.0, 0.0, 0.0, failed])
+            return ops.cast(ops.reshape(value, ops.shape(rhs)), rhs.dtype)
+
+        return loop
+
+    def _poisoned(self, tensor, converged):
+        # A product, whose gradient is NaN too.
+        return tensor * ops.where(converged, 1.0, math.nan) if self.unconverged == "error" else tensor
+
+    def _tell(self, counts: list) -> None:
+        implicit.tell(ops.stack([ops.cast(count, "float32") for count in counts]), self._hear, self._counts)
+        if implicit.is_graph() and self.unconverged == "warn" and not self.is_watched:
+            self.is_watched = True
+            warnings.warn(
+                f"`{self.name}` is compiled into a TensorFlow graph, which cannot warn where it does not converge. "
+                "Pass a `jvpreg.callbacks.FixedPointMonitor` to `fit`, or give the layer another `unconverged`.",
+                stacklevel=2,
+            )
+
+    def _hear(self, counts, at_once: bool) -> None:
+        self._heard += np.asarray(counts)
+        examples, iterations, residual, failed, linear = (float(count) for count in counts)
+        if not failed and not linear:
+            return
+        told = (
+            f"`{self.name}` has not converged in {failed:.0f} of {examples:.0f} examples: mean residual "
+            f"{residual / examples:.1e} after {iterations / examples:.1f} iterations in the mean."
+            if failed
+            else f"{linear:.0f} linear solve(s) for derivatives of `{self.name}` have not converged: these are wrong."
+        )
+        told += (
+            f" Expected a residual of at most {self.tolerance:.0e} within {self.max_iterations} iterations. Raise "
+            "`max_iterations` or `tolerance`, or make the cell more of a contraction "
+            "(`jvpreg.regularizers.FixedPointJacobianNorm`)."
+        )
+        if self.unconverged == "error" and at_once:
+            raise FloatingPointError(told)
+        if self.unconverged == "warn" and not self.is_watched:
+            warnings.warn(told, stacklevel=2)
+
+    def _evaluate(self, x, z, training: bool):
+        takes_training = "training" in self.cell._call_signature.parameters
+        keywords = {"training": training} if takes_training else {}
+        return ops.cast(self.cell(*self._arguments(x, z), **keywords), self.compute_dtype)
+
+    def _arguments(self, x, z) -> tuple:
+        """What the cell is called with."""
+        return (x, z) if _takes_two(self.cell) else ([x, z],)
+
+    def _state(self, input_shape) -> tuple[int, ...]:
+        """The shape of z, without the batch."""
+        shape = self.state_shape
+        if shape is None:
+            shape = tuple((self.cell.inputs[1].shape if is_model(self.cell) else input_shape)[1:])
+        if None in shape:
+            raise ValueError(
+                f"The shape of z of `{self.name}` is not known. Expected all its sizes but the batch's: pass "
+                f"`state_shape`. Received: {shape}"
+            )
+        return shape
+
+    def compute_output_shape(self, input_shape):
+        """That of z."""
+        return (input_shape[0], *self._state(input_shape))
+
+    def get_config(self):
+        """The arguments of `__init__`."""
+        return {
+            **super().get_config(),
+            "cell": keras.saving.serialize_keras_object(self.cell),
+            "solver": self.solver,
+            "tolerance": self.tolerance,
+            "max_iterations": self.max_iterations,
+            "adjoint_solver": self.adjoint_solver,
+            "unconverged": self.unconverged,
+            "state_shape": self.state_shape,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        """The layer that `get_config` described."""
+        return cls(**{**config, "cell": keras.saving.deserialize_keras_object(config["cell"])})
+
+
+@register_rule(FixedPoint)
+def fixed_point(layer, x, context):
+    """`w = ∂ₓf u + ∂_z f w`, with the cell frozen at a fixed point that moves with the weights."""
+    normalized = any(isinstance(part, keras.layers.BatchNormalization) for part in layer.cell._flatten_layers())
+    if normalized and context.training and context.batch_statistics == "moving":
+        raise NotImplementedError(
+            f"The cell of `{layer.name}` runs with the statistics of the batch in training. Expected "
+            '`batch_statistics="frozen"` or "coupled". Received: "moving"'
+        )
+    values = layer._values()
+    z = layer.find(x, context.training)
+    # The cell has run already: frozen once more at z, it moves no state.
+    with keras.StatelessScope(state_mapping=values):
+        return z, layer.freeze(x, z, context)
+
+
+def _takes_two(cell) -> bool:
+    """Whether the cell's `call` takes x and z as two arguments, and not as a list."""
+    parameters = cell._call_signature.parameters.values()
+    own = [p for p in parameters if p.name not in ("training", "mask") and p.default is p.empty and p.kind <= 1]
+    return not is_model(cell) and len(own) == 2
+
+
+def _check_cell(cell) -> None:
+    if not isinstance(cell, keras.Layer):
+        raise ValueError(
+            "Invalid value for argument `cell`. Expected a Keras model or layer of x and z. "
+            f"Received: cell={cell!r} (of type {type(cell).__name__})"
+        )
+    count = len(cell.inputs) if is_model(cell) else 2
+    if count != 2:
+        raise ValueError(
+            f"Invalid value for argument `cell`. Expected a model of two inputs, x and z. Received: `{cell.name}`, "
+            f"which has {count}."
+        )
+
+
+def _check_choice(argument: str, value: Any, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(
+            f"Invalid value for argument `{argument}`. Expected one of {list(choices)}. Received: {value!r}"
+        )
