@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from experiments.config import CompareConfig, TrainConfig
+from experiments.constraints import ConstraintsConfig, constraints
+from experiments.distill import DistillConfig, distill
 from experiments.errors import ExperimentError
 from experiments.estimators import EstimatorsConfig, estimators
 from experiments.fixed_point import FixedPointConfig, fixed_point
@@ -46,7 +48,9 @@ STUDIES = {
     "estimators": Study(EstimatorsConfig, estimators),
     "fixed_point": Study(FixedPointConfig, fixed_point),
     "health": Study(HealthConfig, health),
+    "constraints": Study(ConstraintsConfig, constraints),
     "regularization": Study(RegularizationConfig, regularization),
+    "distill": Study(DistillConfig, distill),
     "saliency": Study(SaliencyConfig, saliency),
 }
 
@@ -58,6 +62,7 @@ def benchmark_studies() -> dict[str, Study]:
     return {
         "step": Study(benchmark.StepConfig, benchmark.step),
         "biases": Study(benchmark.BiasesConfig, benchmark.biases),
+        "distill": Study(benchmark.DistillConfig, benchmark.distill),
         "weights": Study(benchmark.WeightsConfig, benchmark.weights),
         "probe": Study(benchmark.ProbeConfig, benchmark.probe),
     }
@@ -96,8 +101,9 @@ def parse(program: str, studies: Mapping[str, Study], words: Sequence[str]) -> t
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     note = (
         "`python -m experiments benchmark step` measures the cost of a training step, `benchmark biases` that "
-        "of one with bias-Jacobian penalties, `benchmark weights` that of products "
-        "along weights, and `benchmark probe` that of the Jacobian's norms and singular values."
+        "of one with bias-Jacobian penalties, `benchmark distill` that of a student's with its teacher, `benchmark "
+        "weights` that of products along weights, and `benchmark probe` that of the Jacobian's norms and singular "
+        "values."
     )
     parser = ArgumentParser(prog=program, description=__doc__, epilog=note, exit_on_error=False)
     subcommands = parser.add_subcommands(dest="study", metavar="STUDY")

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import yaml
 from rich.console import Console
 
 import jvpreg
 from experiments import data, models, plots, robustness, tracking
-from experiments.config import JacobianConfig, OptimizerConfig, TrainConfig
+from experiments.config import DataConfig, JacobianConfig, OptimizerConfig, TrainConfig
+from experiments.errors import ExperimentError
 from experiments.run_folder import RunFolder
 
 
@@ -45,6 +47,25 @@ def train(config: TrainConfig) -> dict[str, Any]:
         run.finish()
     announce(folder, run)
     return result
+
+
+def trained_model(folder: str) -> keras.Model:
+    """The plain model of a finished run.
+
+    Raises:
+        ExperimentError: the folder holds no finished run.
+    """
+    files = RunFolder(Path(folder))
+    if not files.model.exists():
+        raise ExperimentError(f"there is no trained model in {folder}. Expected the folder of a finished `train` run.")
+    model = keras.models.load_model(files.model, compile=False)
+    return getattr(model, "base", model)
+
+
+def trained_dataset(folder: str) -> data.Dataset:
+    """The data set of a run, as it was trained on."""
+    settings = yaml.safe_load(RunFolder(Path(folder)).config.read_text())
+    return data.load(DataConfig(**settings["data"]))
 
 
 def default_folder(config: TrainConfig) -> str:

@@ -1,6 +1,19 @@
 """jvpreg: the input-output Jacobian of a Keras model, to see and to train with."""
 
-from jvpreg import callbacks, clone, estimators, layers, probes, regularizers, rules, saliency, testing
+from jvpreg import (
+    callbacks,
+    clone,
+    constraints,
+    distillation,
+    estimators,
+    layers,
+    probes,
+    regularizers,
+    rules,
+    saliency,
+    testing,
+)
+from jvpreg.distillation import JacobianDistiller
 from jvpreg.freeze import jacobian, jvp, linearize, vjp, weight_jvp
 from jvpreg.full_jacobian import FullJacobian, full_jacobian
 from jvpreg.linearization import Linearization
@@ -12,6 +25,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "FullJacobian",
+    "JacobianDistiller",
     "JacobianModel",
     "Linearization",
     "Pushforward",
@@ -19,6 +33,8 @@ __all__ = [
     "affine",
     "callbacks",
     "clone",
+    "constraints",
+    "distillation",
     "elementwise",
     "estimators",
     "full_jacobian",

@@ -315,14 +315,7 @@ class Linearization:
         >>> [round(float(keras.ops.convert_to_numpy(gain)[0]), 4) for gain in gains.values()]
         [3.0, 0.8]
         """
-        flat = self._flatten_inputs(u, "u")
-        _check_count(flat, self.inputs, "u", "x")
-        tangents, _ = _standardize(flat, self.inputs, [("u", "x")] * len(self.inputs))
-        made = [value for node in self.nodes for value in node.outputs]
-        graph = FrozenGraph(self.nodes, self._graph.inputs, made, [])
-        part = None if self._whole is None else ops.shape(self.inputs[0])[0]
-        values = [*zip(self._graph.inputs, tangents, strict=True), *zip(made, graph.push(tangents, part), strict=True)]
-        known = {value.slot: tangent for value, tangent in values if tangent is not None}
+        known = self.tangents_by_slot(u)
         gains = {}
         for node in self.nodes:
             into, out = ([known[v.slot] for v in side if v.slot in known] for side in (node.inputs, node.outputs))
@@ -330,6 +323,27 @@ class Linearization:
                 before = _norm(into)
                 gains[node.name] = ops.where(before > 0, _norm(out) / ops.where(before > 0, before, 1.0), before)
         return gains
+
+    def tangents_by_slot(self, u) -> dict[int, Any]:
+        """The tangents `(P, B, …)` that `J u` passes on its way, by the `slot` of the values of `nodes`.
+
+        Args:
+            u: a tangent like `x`, or with a leading probe axis, as `jvp` takes it.
+
+        Returns:
+            A dict without those values that no tangent reaches.
+
+        Raises:
+            ValueError: a shape does not fit.
+        """
+        flat = self._flatten_inputs(u, "u")
+        _check_count(flat, self.inputs, "u", "x")
+        tangents, _ = _standardize(flat, self.inputs, [("u", "x")] * len(self.inputs))
+        made = [value for node in self.nodes for value in node.outputs]
+        graph = FrozenGraph(self.nodes, self._graph.inputs, made, [])
+        part = None if self._whole is None else ops.shape(self.inputs[0])[0]
+        values = [*zip(self._graph.inputs, tangents, strict=True), *zip(made, graph.push(tangents, part), strict=True)]
+        return {value.slot: tangent for value, tangent in values if tangent is not None}
 
     def jacobian(self, chunk_size: int = 64):
         """The whole Jacobian of each example, one chunk of rows or of columns after the other, whichever are fewer.

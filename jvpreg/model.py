@@ -13,7 +13,16 @@ from jvpreg.freeze import linearize
 from jvpreg.layers.jacobian_penalty import JacobianPenalty
 from jvpreg.linearization import Linearization
 from jvpreg.registry import register_wrapper
-from jvpreg.regularizers.base import JacobianRegularizer, check_regularizers, penalties, requests
+from jvpreg.regularizers.base import (
+    JacobianRegularizer,
+    by_points,
+    carried_initializer,
+    check_regularizers,
+    draw_points,
+    outcomes,
+    requests,
+)
+from jvpreg.trackers import MeasureTracker
 
 
 @keras.saving.register_keras_serializable(package="jvpreg")
@@ -71,6 +80,8 @@ class JacobianModel(keras.Model):
         )
         self._running = _RunningStep()
         self._trackers: list[PenaltyTracker] = []
+        # What the regularizers measure beside their penalties, in their order.
+        self._measures: list[MeasureTracker] = []
         self.built = base.built
 
     def build(self, input_shape):
@@ -81,17 +92,19 @@ class JacobianModel(keras.Model):
 
     def _build_carried(self) -> None:
         """Variables for what the regularizers carry from step to step, if the outputs' shape is known by now."""
-        outputs = getattr(self.base, "outputs", None)
-        if not outputs:  # A subclassed model.
+        if getattr(self.base, "outputs", None):
+            inputs, outputs = _single(list(self.base.inputs)), _single(list(self.base.outputs))
+        else:  # A subclassed model.
             shapes = (self.base.get_build_config() or {}).get("input_shape") if self.base.built else None
             if shapes is None:
                 return
             inputs = tree.map_shape_structure(lambda shape: keras.KerasTensor((None, *shape[1:])), shapes)
             outputs = self.base.compute_output_spec(inputs)
         for i, (regularizer, tracker) in enumerate(zip(self.jacobian_regularizers, self._trackers, strict=True)):
+            regularizer.check(inputs, outputs)
             shape = regularizer.carried_shape(outputs)
             if shape is not None and tracker.carried is None:
-                tracker.carry(shape, seed=i)
+                tracker.carry(shape, carried_initializer(regularizer, seed=i))
 
     def call(self, inputs, training=None):
         """What the base model computes; inside a step with penalties, by way of its linearization."""
@@ -100,6 +113,16 @@ class JacobianModel(keras.Model):
             self._running.linearization = linearize(self.base, inputs, training=bool(training))
             return self._running.linearization.outputs
         return self.base(inputs, training=training)
+
+    @property
+    def _has_penalties(self) -> bool:
+        """Whether a step linearizes the base."""
+        return bool(self.jacobian_regularizers)
+
+    @property
+    def _all_trackers(self) -> "list[PenaltyTracker]":
+        """Those of every penalty."""
+        return self._trackers
 
     def _is_plain_step(self) -> bool:
         """Whether the step is known to have no penalty, and the base model is the faster way to take it.
@@ -134,7 +157,8 @@ class JacobianModel(keras.Model):
             **kwargs: of `keras.Model.compile`.
 
         Raises:
-            ValueError: an argument is out of its range, or two regularizers share a name.
+            ValueError: an argument is out of its range, two regularizers share a name or contradict each other, or one
+                does not fit the model.
 
         `sample_weight` (and `class_weight`) of shape `(B,)` weigh an example's penalty as they weigh its loss.
         """
@@ -148,6 +172,12 @@ class JacobianModel(keras.Model):
         # Cleared first: Keras would go on reporting what an earlier `compile` tracked.
         self._trackers.clear()
         self._trackers.extend(PenaltyTracker(regularizer.name) for regularizer in regularizers)
+        self._measures.clear()
+        self._measures.extend(
+            MeasureTracker(f"{regularizer.name}/{measure}", kind)
+            for regularizer in regularizers
+            for measure, kind in regularizer.measures.items()
+        )
         self._build_carried()
         super().compile(*args, **kwargs)
 
@@ -157,8 +187,8 @@ class JacobianModel(keras.Model):
         Raises:
             FloatingPointError: a penalty was not finite in an epoch; the error names it and the step.
         """
-        if self._trackers:
-            watch = _StopAtNonFinitePenalty(self._trackers)
+        if self._all_trackers:
+            watch = _StopAtNonFinitePenalty(self._all_trackers)
             # First in line: an epoch that went wrong must not be saved as a checkpoint.
             if isinstance(callbacks, keras.callbacks.CallbackList):
                 watch.set_model(self)
@@ -199,25 +229,29 @@ class JacobianModel(keras.Model):
 
     def train_step(self, *args, **kwargs):
         """One step of `fit`, as Keras does it on this backend."""
-        with self._running.step(penalized=bool(self.jacobian_regularizers)):
+        with self._running.step(penalized=self._has_penalties):
             return super().train_step(*args, **kwargs)
 
     def test_step(self, *args, **kwargs):
         """One step of `evaluate`, as Keras does it on this backend."""
-        with self._running.step(penalized=bool(self.jacobian_regularizers) and self.jacobian_evaluate):
+        with self._running.step(penalized=self._has_penalties and self.jacobian_evaluate):
             return super().test_step(*args, **kwargs)
 
     def get_metrics_result(self):
         """As Keras', without the penalties in an evaluation that leaves them out."""
         results = super().get_metrics_result()
         if self._running.active and not self._running.penalized:
-            results = {k: v for k, v in results.items() if k not in {tracker.name for tracker in self._trackers}}
+            ours = {tracker.name for tracker in self._all_trackers} | {measure.name for measure in self._measures}
+            results = {k: v for k, v in results.items() if k not in ours}
         return results
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The loss as compiled, plus `strength × mean(penalty)` of each regularizer."""
-        loss = super().compute_loss(x, y, y_pred, sample_weight, training=training)
         linearization, self._running.linearization = self._running.linearization, None
+        if self.loss is None and not self.losses and linearization is not None:
+            loss = ops.zeros(())  # Penalties alone: Keras would have nothing to compute.
+        else:
+            loss = super().compute_loss(x, self._compiled_labels(y), y_pred, sample_weight, training=training)
         if linearization is None:
             if self._running.penalized and self._is_plain_step():
                 self._step.assign(self._step + 1)
@@ -226,6 +260,23 @@ class JacobianModel(keras.Model):
         # Private, and Keras' own hook for losses beside the compiled one: under tf.distribute it divides by the
         # number of replicas, whose losses are summed.
         return loss + ops.cast(self._aggregate_additional_loss(penalty), loss.dtype)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        """As Keras', with the labels that are the loss's."""
+        return super().compute_metrics(x, self._compiled_labels(y), y_pred, sample_weight)
+
+    def _compiled_labels(self, labels):
+        """The labels without those that are a regularizer's own; what is left alone is no dict."""
+        own = {key for regularizer in self.jacobian_regularizers for key in regularizer.label_keys}
+        if not own:
+            return labels
+        if not isinstance(labels, dict) or not own < set(labels):
+            raise ValueError(
+                f"Invalid value for argument `y`. Expected a dict with the labels of the loss and {sorted(own)}, which "
+                f"a regularizer asks for. Received: {sorted(labels) if isinstance(labels, dict) else type(labels)}"
+            )
+        left = {key: value for key, value in labels.items() if key not in own}
+        return next(iter(left.values())) if len(left) == 1 else left
 
     def _penalty(self, linearization: Linearization, labels, sample_weight, training: bool):
         """The weighted sum of the penalties' means, a scalar; the trackers are updated."""
@@ -241,30 +292,49 @@ class JacobianModel(keras.Model):
         # The directions are drawn outside the conditional below: a seed must not advance inside a branch.
         seed = self._training_seed if training else self._evaluation_seed
         carried = [None if t.carried is None else ops.convert_to_tensor(t.carried) for t in self._trackers]
-        asked = requests(self.jacobian_regularizers, linearization, inputs, outputs, labels, seed, carried)
+        views = []
+        for at, members in by_points(self.jacobian_regularizers):
+            # Elsewhere than on the data the model is run as it will be used: no statistics to update, no dropout.
+            seen = linearization if at == "data" else linearize(self.base, draw_points(at, inputs, seed))
+            x, y, own = (inputs, outputs, labels) if at == "data" else (_single(seen.inputs), seen.outputs, None)
+            regularizers = [self.jacobian_regularizers[i] for i in members]
+            asked = requests(regularizers, seen, x, y, own, seed, [carried[i] for i in members])
+            views.append((at, members, seen, asked))
 
         def compute():
-            chosen = linearization if indices is None else linearization.take(indices)
-            weights = _example_weights(sample_weight)
-            found, carried_on = penalties(chosen, asked, labels)
-            means = ops.stack([_weighted_mean(penalty, weights) for penalty in found])
-            return ops.cast(means, dtype), [value for value in carried_on if value is not None]
+            found: list = [None] * len(self.jacobian_regularizers)
+            means: list = [None] * len(self.jacobian_regularizers)
+            for at, members, seen, asked in views:
+                on_data = at == "data"
+                chosen = seen.take(indices) if on_data and indices is not None else seen
+                weights = example_weights(sample_weight) if on_data else None
+                for i, outcome in zip(members, outcomes(chosen, asked, labels if on_data else None), strict=True):
+                    found[i], means[i] = outcome, ops.cast(weighted_mean(outcome.penalty, weights), dtype)
+            measured = [
+                ops.cast(outcome.measured[name], dtype)
+                for outcome, regularizer in zip(found, self.jacobian_regularizers, strict=True)
+                for name in regularizer.measures
+            ]
+            return ops.stack(means), measured, [outcome.carried for outcome in found if outcome.carried is not None]
 
         def skip():
             means = ops.zeros((len(self.jacobian_regularizers),), dtype=dtype)
-            return means, [value for value in carried if value is not None]
+            measured = [ops.zeros((), dtype=dtype) for _ in self._measures]
+            return means, measured, [value for value in carried if value is not None]
 
         dtype = keras.backend.result_type(tree.flatten(outputs)[0].dtype, "float32")
-        (means, carried_on), active, step = self._run_when_due(compute, skip, training)
+        (means, measured, carried_on), active, step = self._run_when_due(compute, skip, training)
         for i, tracker in enumerate(self._trackers):
             tracker.update_state(means[i], active, batch, step if training else None)
+        for measure, value in zip(self._measures, measured, strict=True):
+            measure.update_state(value, active, batch)
         if training:
             holders = [tracker for tracker in self._trackers if tracker.carried is not None]
             for tracker, value in zip(holders, carried_on, strict=True):
                 tracker.carried.assign(value)
-        strengths = ops.convert_to_tensor([r.strength for r in self.jacobian_regularizers], dtype=means.dtype)
         factor = self.jacobian_interval if training else 1
-        return factor * ops.sum(strengths * means)
+        strengths = [ops.convert_to_tensor(r.strength_at(step), means.dtype) for r in self.jacobian_regularizers]
+        return factor * ops.sum(ops.stack(strengths) * means)
 
     def _run_when_due(self, compute, skip, training: bool):
         """What `compute` or `skip` returns, which of them (1 or 0), and the number of the training step, from 1."""
@@ -292,6 +362,8 @@ class JacobianModel(keras.Model):
 
     def get_compile_config(self):
         """As Keras', with the regularizers and how they are computed."""
+        if not self.compiled:
+            return super().get_compile_config()
         return {
             **super().get_compile_config(),
             "jacobian_regularizers": [
@@ -364,9 +436,8 @@ class PenaltyTracker(keras.metrics.Mean):
             shape=(), initializer="zeros", dtype="int32", aggregation="only_first_replica", name="failed_at"
         )
 
-    def carry(self, shape: tuple[int, ...], seed: int) -> None:
+    def carry(self, shape: tuple[int, ...], start: keras.initializers.Initializer) -> None:
         """Makes the variable `carried`."""
-        start = keras.initializers.RandomNormal(stddev=1.0, seed=seed)
         # Under tf.distribute, the mean of what the replicas found.
         self.carried = self.add_variable(shape=shape, initializer=start, aggregation="mean", name="carried")
 
@@ -490,7 +561,7 @@ def _check_penalties_within(base, regularizers) -> None:
         )
 
 
-def _example_weights(sample_weight):
+def example_weights(sample_weight):
     """Weights `(B,)`, or None where there are none, or none that belong to examples as a whole."""
     if sample_weight is None or isinstance(sample_weight, (dict, list, tuple)):
         return None
@@ -500,7 +571,7 @@ def _example_weights(sample_weight):
     return weights if len(weights.shape) == 1 else None
 
 
-def _weighted_mean(penalty, weights):
+def weighted_mean(penalty, weights):
     """As Keras reduces a loss: the weighted sum over the number of examples."""
     return ops.mean(penalty if weights is None else penalty * ops.cast(weights, penalty.dtype))
 

@@ -39,6 +39,10 @@ def attentive():
     return keras.Model(x, layers.Dense(3, activation="relu")(layers.Flatten()(y)))
 
 
+def globally_pooled():
+    return keras.Sequential([keras.Input((6, 6, 2)), layers.Conv2D(3, 3), layers.GlobalMaxPooling2D(), layers.Dense(2)])
+
+
 def two_inputs(as_dict=False):
     a, b = keras.Input((3,), name="a"), keras.Input((2,), name="b")
     y = layers.Dense(4, activation="tanh")(layers.Concatenate()([a, b]))
@@ -236,7 +240,7 @@ def test_saved_model_has_no_gradients(make, tmp_path):
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="the converter is TensorFlow's")
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated:UserWarning")
-@pytest.mark.parametrize("make", [convolutional, recurrent])
+@pytest.mark.parametrize("make", [*MODELS, globally_pooled])
 def test_litert_runs_on_its_own_operations(make, tmp_path):
     import tensorflow as tf
 

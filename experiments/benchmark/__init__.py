@@ -2,9 +2,20 @@
 
 from typing import Any
 
-from experiments.benchmark.config import BiasesConfig, ProbeConfig, StepConfig, WeightsConfig
+from experiments.benchmark.config import BiasesConfig, DistillConfig, ProbeConfig, StepConfig, WeightsConfig
 
-__all__ = ["BiasesConfig", "ProbeConfig", "StepConfig", "WeightsConfig", "biases", "probe", "step", "weights"]
+__all__ = [
+    "BiasesConfig",
+    "DistillConfig",
+    "ProbeConfig",
+    "StepConfig",
+    "WeightsConfig",
+    "biases",
+    "distill",
+    "probe",
+    "step",
+    "weights",
+]
 
 
 def step(config: StepConfig) -> dict[str, Any]:
@@ -17,6 +28,13 @@ def step(config: StepConfig) -> dict[str, Any]:
 def biases(config: BiasesConfig) -> dict[str, Any]:
     """Measure training steps with bias-Jacobian penalties; the import waits as in `step`."""
     from experiments.benchmark.biases_study import run
+
+    return run(config)
+
+
+def distill(config: DistillConfig) -> dict[str, Any]:
+    """Measure training steps of a student with its teacher; the import waits as in `step`."""
+    from experiments.benchmark.distill_study import run
 
     return run(config)
 

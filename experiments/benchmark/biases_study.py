@@ -2,7 +2,7 @@
 
 import functools
 import json
-import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,8 @@ from keras import ops
 from experiments import tables
 from experiments.benchmark import biases_entries, entries, measure, report, study
 from experiments.benchmark.biases_entries import ENTRIES, Entry
-from experiments.benchmark.check import DIFFERENCE, EXAMPLES, Check
-from experiments.benchmark.config import BiasesConfig
+from experiments.benchmark.check import EXAMPLES, Check, check_gradient, penalty_alone
+from experiments.benchmark.config import BenchmarkConfig, BiasesConfig
 from experiments.benchmark.reference import Reference, float64
 
 
@@ -30,32 +30,59 @@ def run(config: BiasesConfig) -> dict[str, Any]:
     Raises:
         ExperimentError: where the backend is not known.
     """
-    study.check_backend("biases")
+    labels = {entry.name: entry.label for entry in ENTRIES}
+    named = {entry.name: entry for entry in ENTRIES}
+    console = study.wide_console()
+    rows = measured(
+        "biases", labels, lambda name: check(named[name], config), lambda name: step(named[name], config), config
+    )
+    summary = {"study": "benchmark biases", **study.conditions(config), "entries": rows}
+    write("biases", summary, conditions(summary), config, console)
+    return summary
+
+
+def measured(
+    name: str,
+    labels: Mapping[str, str],
+    check: Callable[[str], Check],
+    step: Callable[[str], measure.Step],
+    config: BenchmarkConfig,
+) -> list[dict[str, Any]]:
+    """Check entries and time those that are right, in units of the one named "plain".
+
+    Args:
+        name: of the study.
+        labels: of the entries, by name.
+        check: checks an entry; not asked of the plain one.
+        step: makes the training step of an entry.
+        config: the number of rounds, and the tolerance.
+
+    Returns:
+        A row an entry.
+    """
+    study.check_backend(name)
     console = study.wide_console()
     checks: dict[str, Check] = {}
-    for entry in ENTRIES[1:]:
-        console.print(f"checking {entry.label}")
-        checks[entry.name] = check(entry, config)
-    right = [entry for entry in ENTRIES if entry.name not in checks or checks[entry.name].error <= config.tolerance]
+    for entry in labels:
+        if entry != "plain":
+            console.print(f"checking {labels[entry]}")
+            checks[entry] = check(entry)
+    right = [entry for entry in labels if entry not in checks or checks[entry].error <= config.tolerance]
     console.print(f"timing {config.rounds} rounds of {len(right)} entries")
-    makers = {entry.name: functools.partial(step, entry, config) for entry in right}
-    times = measure.in_turn(makers, "plain", config)
+    times = measure.in_turn({entry: functools.partial(step, entry) for entry in right}, "plain", config)
     rows = []
-    for entry in ENTRIES:
-        checked = checks.get(entry.name)
+    for entry, label in labels.items():
+        checked = checks.get(entry)
         rows.append(
             {
-                "name": entry.name,
-                "label": entry.label,
+                "name": entry,
+                "label": label,
                 "penalty_error": study.finite(checked.penalty_error) if checked else None,
                 "gradient_error": study.finite(checked.gradient_error) if checked else None,
-                **measure.outcome(entry in right, times.get(entry.name)),
+                **measure.outcome(entry in right, times.get(entry)),
             }
         )
-    summary = {"study": "benchmark biases", **study.conditions(config), "entries": rows}
-    folder = Path(config.folder or f"runs/benchmark/biases-{keras.backend.backend()}-{study.mode(config)}")
-    write(summary, folder, console)
-    return summary
+    return rows
 
 
 def step(entry: Entry, config: BiasesConfig) -> measure.Step:
@@ -67,30 +94,10 @@ def step(entry: Entry, config: BiasesConfig) -> measure.Step:
 
 
 def check(entry: Entry, config: BiasesConfig) -> Check:
-    """One step of an entry, compiled as it is timed, that moves the weights by the penalty's gradient and no more.
-
-    The gradient is checked along itself: there the slope of the penalty is its norm, if it is right.
-    """
-
-    def nothing(labels, outputs):
-        return 0.0 * ops.sum(outputs, axis=-1)
-
-    model = biases_entries.training_model(
-        entry, config, strength=1.0, loss=nothing, optimizer=keras.optimizers.SGD(1.0)
-    )
+    """Whether an entry, compiled as it is timed, trains on the penalty that it claims to."""
+    model = biases_entries.training_model(entry, config, strength=1.0, **penalty_alone())
     split = entries.images(config, EXAMPLES)
-    weights = [ops.convert_to_numpy(variable) for variable in model.base.trainable_variables]
-    penalty = float(model.train_on_batch(split.images(), split.labels, return_dict=True)["penalty"])
-    # On JAX, reading `trainable_variables` of the model that was trained brings them up to date.
-    moved = [ops.convert_to_numpy(variable) for variable in model.trainable_variables]
-    gradient = [np.float64(old) - new for old, new in zip(weights, moved, strict=True)]
-    norm = math.sqrt(sum(float(np.sum(part**2)) for part in gradient))
-    expected, ahead, behind = (
-        exact_penalty(entry, config, [distance / (norm or 1.0) * part for part in gradient])
-        for distance in (0.0, DIFFERENCE, -DIFFERENCE)
-    )
-    slope = (ahead - behind) / (2 * DIFFERENCE)
-    return Check(abs(penalty - expected) / expected, abs(norm - slope) / abs(slope) if slope else math.inf)
+    return check_gradient(model, split.images(), split.labels, functools.partial(exact_penalty, entry, config))
 
 
 def exact_penalty(entry: Entry, config: BiasesConfig, moved: list[np.ndarray]) -> float:
@@ -136,12 +143,13 @@ def conditions(summary: dict[str, Any]) -> str:
     )
 
 
-def write(summary: dict[str, Any], folder: Path, console: Any) -> None:
-    """Write biases.json and biases.md, and print the table."""
+def write(name: str, summary: dict[str, Any], conditions: str, config: BenchmarkConfig, console: Any) -> None:
+    """Write the JSON and the Markdown file of a study, and print the table."""
+    folder = Path(config.folder or f"runs/benchmark/{name}-{keras.backend.backend()}-{study.mode(config)}")
     folder.mkdir(parents=True, exist_ok=True)
     rows = [columns(row) for row in summary["entries"]]
-    (folder / "biases.json").write_text(json.dumps(summary, indent=2))
-    (folder / "biases.md").write_text(f"{tables.grid_markdown(rows)}\n\n{conditions(summary)}\n")
+    (folder / f"{name}.json").write_text(json.dumps(summary, indent=2))
+    (folder / f"{name}.md").write_text(f"{tables.grid_markdown(rows)}\n\n{conditions}\n")
     console.print(tables.grid(rows))
-    console.print(conditions(summary))
+    console.print(conditions)
     console.print(f"Files: {folder}")

@@ -67,6 +67,14 @@ class BiasesConfig(BenchmarkConfig):
 
 
 @dataclass
+class DistillConfig(BiasesConfig):
+    """Measure what full-Jacobian and attention matching add to a training step, on the backend of KERAS_BACKEND."""
+
+    teacher: ModelConfig = field(default_factory=lambda: ModelConfig("vgg9", 32, batch_normalization=False))
+    """A VGG-n without normalization, of four stages or more, as the student, `model`, is."""
+
+
+@dataclass
 class WeightsConfig(BenchmarkConfig):
     """Measure what a product along each kernel of a model costs, on the backend that KERAS_BACKEND names."""
 

@@ -15,6 +15,19 @@ def known_directions(like: Any, num_probes: int) -> Any:
     return ops.stack([ops.cos(FREQUENCY * (1 + probe) * like) for probe in range(num_probes)])
 
 
+class KnownDirection:
+    """One of the known directions, as a field that a constraint can be given."""
+
+    num_directions = 1
+
+    def __init__(self, probe: int):
+        self.probe = probe
+
+    def __call__(self, inputs):
+        """The direction, `(1, B, …)`."""
+        return known_directions(inputs, self.probe + 1)[self.probe :]
+
+
 class KnownJacobianNorm(JacobianNorm):
     """The same penalty in the known directions."""
 

@@ -11,9 +11,10 @@ import jvpreg
 from experiments import models
 from experiments.benchmark import autodiff
 from experiments.benchmark.config import BenchmarkConfig, StepConfig
-from experiments.benchmark.directions import KnownJacobianNorm, known_directions
+from experiments.benchmark.directions import KnownDirection, KnownJacobianNorm, known_directions
 from experiments.benchmark.reference import Derivative
 from experiments.data import Dataset, Split
+from jvpreg.constraints import Invariant, tangents
 
 STRENGTH = 1e-3
 
@@ -30,6 +31,7 @@ class Entry:
         num_probes: directions an example.
         interval: steps from one penalty to the next, which are timed as one turn.
         fraction: the part of a batch that the penalty sees.
+        constraints: whether each probe is a constraint of its own.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Entry:
     num_probes: int = 1
     interval: int = 1
     fraction: float = 1.0
+    constraints: bool = False
 
     def derivative(self, config: StepConfig) -> Derivative | Literal["none"]:
         """What is differentiated: nothing, or the map with its batch statistics moving, frozen or coupled."""
@@ -56,6 +59,8 @@ ENTRIES = (
     Entry("norm_interval", "JacobianNorm, interval=4", "input", interval=4),
     Entry("norm_fraction", "JacobianNorm, fraction=0.25", "input", fraction=0.25),
     Entry("norm_output", "JacobianNorm, side=output", "output"),
+    Entry("constraint", "1 constraint of 1 tangent", "input", constraints=True),
+    Entry("constraints", "3 constraints of 1 tangent each", "input", num_probes=3, constraints=True),
     Entry("double_backpropagation", "double backpropagation", "output", autodiff.backward),
     Entry("forward_autodiff", "forward autodiff", "input", autodiff.forward),
 )
@@ -120,12 +125,24 @@ def _compiled(entry: Entry, config: StepConfig, strength: float, known: bool = F
         model.seed = seed  # tracked, so that it advances in a compiled step
         model.compile(**arguments)
         return model
-    norm = KnownJacobianNorm if known else jvpreg.regularizers.JacobianNorm
     model = jvpreg.JacobianModel(base, seed=config.seed)
     model.compile(
-        jacobian_regularizers=[norm(strength, num_probes=entry.num_probes, side=entry.side, name="jacobian_norm")],
+        jacobian_regularizers=_regularizers(entry, strength, known),
         jacobian_interval=entry.interval,
         jacobian_fraction=entry.fraction,
         **arguments,
     )
     return model
+
+
+def _regularizers(entry: Entry, strength: float, known: bool) -> list[jvpreg.regularizers.JacobianRegularizer]:
+    """The penalty on the norm; or a constraint for each of its probes, which add up to the same penalty."""
+    if not entry.constraints:
+        assert entry.side is not None
+        norm = KnownJacobianNorm if known else jvpreg.regularizers.JacobianNorm
+        return [norm(strength, num_probes=entry.num_probes, side=entry.side, name="jacobian_norm")]
+    fields: list[Any] = [tangents.Rotation(), tangents.Scaling(), tangents.Brightness()]
+    if known:
+        fields = [KnownDirection(probe) for probe in range(entry.num_probes)]
+    share = strength / entry.num_probes
+    return [Invariant(fields[i], enforcement=share, name=f"invariant_{i}") for i in range(entry.num_probes)]

@@ -90,7 +90,7 @@ def figure(summary: dict[str, Any], path: Path) -> None:
 def _color(row: dict[str, Any]) -> str:
     if row["derivative"] == "none":
         return COLORS["none"]
-    return COLORS["jvpreg" if row["label"].startswith("JacobianNorm") else "autodiff"]
+    return COLORS["autodiff" if row["label"] in ("double backpropagation", "forward autodiff") else "jvpreg"]
 
 
 def _reason(row: dict[str, Any]) -> str:

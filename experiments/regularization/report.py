@@ -18,19 +18,27 @@ PAPER = {
 """Table 4 of Srinivas & Fleuret (2018): CIFAR-100, mean and deviation of two runs."""
 
 
-def columns(row: dict[str, Any]) -> dict[str, str]:
-    """One method, by the heading of its column."""
+def accuracies(row: dict[str, Any]) -> dict[str, str]:
+    """One method's accuracies and the paper's, by the heading of their column."""
     paper = PAPER.get(row["method"], {})
-    result = {"method": row["method"]}
-    for count, results in row["columns"].items():
-        result[f"{count} a class"] = cells.percent([one["test_accuracy"] for one in results])
-    for count in row["columns"]:
-        result[f"paper, {count}"] = paper.get(count, "–")
-    for count, results in row["columns"].items():
-        result[f"train, {count}"] = f"{100 * np.mean([one['train_accuracy'] for one in results]):.1f}"
-    for count, results in row["columns"].items():
-        result[f"‖f^b‖², {count}"] = f"{np.mean([one['bias_jacobian_norm'] for one in results]):.2g}"
-    return result
+    measured = {
+        f"{count} a class": cells.percent([one["test_accuracy"] for one in results])
+        for count, results in row["columns"].items()
+    }
+    return {"method": row["method"], **measured, **{f"paper, {n}": paper.get(n, "–") for n in row["columns"]}}
+
+
+def explanations(row: dict[str, Any]) -> dict[str, str]:
+    """How well one method's models know what they were trained on, and how large their bias-Jacobians are."""
+    train, norms = (
+        {count: float(np.mean([one[key] for one in results])) for count, results in row["columns"].items()}
+        for key in ("train_accuracy", "bias_jacobian_norm")
+    )
+    return {
+        "method": row["method"],
+        **{f"train, {count}": f"{100 * value:.1f}" for count, value in train.items()},
+        **{f"‖f^b‖², {count}": f"{value:.1g}" for count, value in norms.items()},
+    }
 
 
 def conditions(summary: dict[str, Any]) -> str:
@@ -50,11 +58,13 @@ def conditions(summary: dict[str, Any]) -> str:
 
 
 def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
-    """Write regularization.json and regularization.md, and print the table."""
+    """Write regularization.json and regularization.md, and print the tables."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "regularization.json").write_text(json.dumps(summary, indent=2))
-    rows = [columns(row) for row in summary["rows"]]
-    (folder / "regularization.md").write_text(f"{tables.grid_markdown(rows)}\n\n{conditions(summary)}\n")
-    console.print(tables.grid(rows))
+    both = [[columns(row) for row in summary["rows"]] for columns in (accuracies, explanations)]
+    text = "\n\n".join([*map(tables.grid_markdown, both), conditions(summary)])
+    (folder / "regularization.md").write_text(f"{text}\n")
+    for rows in both:
+        console.print(tables.grid(rows))
     console.print(conditions(summary))
     console.print(f"Files: {folder}")

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ def run(config: RegularizationConfig) -> dict[str, Any]:
     Raises:
         ExperimentError: the data cannot be had or is too small, or the folder holds cells of other settings.
     """
-    console = Console(soft_wrap=True, highlight=False)
+    # The table is wider than the 80 columns that a pipe is given.
+    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 120)
     dataset = data.load(dataclasses.replace(config.data, train_examples=None))
     subsets = {n: data.balanced_subset(dataset, n * dataset.num_classes) for n in config.examples_per_class}
     folder = Path(config.folder)

@@ -6,18 +6,17 @@ from typing import Any
 
 import keras
 import numpy as np
-import yaml
 from keras import ops
 from rich.console import Console
 from scipy import integrate
 
 import jvpreg
 from experiments import data, timing
-from experiments.config import DataConfig, as_plain_dict
+from experiments.config import as_plain_dict
 from experiments.errors import ExperimentError
-from experiments.run_folder import RunFolder
 from experiments.saliency import report
 from experiments.saliency.config import SaliencyConfig
+from experiments.train import trained_dataset, trained_model
 
 RANDOM = "random pixels"
 METHODS = {**jvpreg.saliency.METHODS, RANDOM: None}
@@ -36,7 +35,7 @@ def run(config: SaliencyConfig) -> dict[str, Any]:
         ExperimentError: where the run has no model, or the model gets too few images right.
     """
     console = Console(soft_wrap=True, highlight=False)
-    model, test = trained(config.run)
+    model, test = trained_model(config.run), trained_dataset(config.run).test
     images, labels = recognized(model, test, max(config.examples, config.shown))
     maps = {}
     for name in METHODS:
@@ -55,21 +54,6 @@ def run(config: SaliencyConfig) -> dict[str, Any]:
     shown = {name: salient[: config.shown] for name, salient in maps.items() if name != RANDOM}
     report.write(summary, images[: config.shown], shown, Path(config.folder), console)
     return summary
-
-
-def trained(folder: str) -> tuple[keras.Model, data.Split]:
-    """The plain model of a finished run, and its test images.
-
-    Raises:
-        ExperimentError: the folder holds no finished run.
-    """
-    files = RunFolder(Path(folder))
-    if not files.model.exists():
-        raise ExperimentError(f"run: there is no trained model in {folder}. Expected the folder of a `train` run.")
-    settings = yaml.safe_load(files.config.read_text())
-    model = keras.models.load_model(files.model, compile=False)
-    dataset = data.load(DataConfig(**settings["data"]))
-    return getattr(model, "base", model), dataset.test
 
 
 def recognized(model: keras.Model, test: data.Split, number: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,13 @@ from keras import ops, tree
 
 from jvpreg.freeze import linearize
 from jvpreg.registry import register_wrapper
-from jvpreg.regularizers.base import JacobianRegularizer, check_regularizers, penalties, requests
+from jvpreg.regularizers.base import (
+    JacobianRegularizer,
+    carried_initializer,
+    check_regularizers,
+    penalties,
+    requests,
+)
 
 
 @keras.saving.register_keras_serializable(package="jvpreg")
@@ -19,9 +25,12 @@ class JacobianPenalty(keras.layers.Layer):
 
     Args:
         block: a functional or Sequential model, or a layer that has a rule.
-        regularizers: from `jvpreg.regularizers`, or your own.
+        regularizers: from `jvpreg.regularizers`, or your own; constraints too, on the data and without a schedule.
         seed: of the random directions.
         **kwargs: of `keras.Layer`: `name`.
+
+    Raises:
+        ValueError: a regularizer asks for what only a `JacobianModel` has: other points, or the number of the step.
 
     Example:
 
@@ -43,6 +52,13 @@ class JacobianPenalty(keras.layers.Layer):
         super().__init__(**{"autocast": False, "dtype": block.dtype_policy, **kwargs})
         self.block = block
         self.regularizers = check_regularizers(regularizers, "regularizers")
+        for regularizer in self.regularizers:
+            if regularizer.at != "data" or regularizer.scheduled:
+                raise ValueError(
+                    "Invalid value for argument `regularizers`. Expected regularizers on the data, without a schedule, "
+                    f"which is what a layer sees. Received: `{regularizer.name}`, with at={regularizer.at!r}"
+                    f"{' and a schedule' if regularizer.scheduled else ''}. List it in `compile` of a JacobianModel."
+                )
         self.seed = seed
         self._seed_generator = keras.random.SeedGenerator(seed)
         self._carried: list = []
@@ -54,8 +70,9 @@ class JacobianPenalty(keras.layers.Layer):
         inputs = tree.map_shape_structure(lambda shape: keras.KerasTensor(shape), input_shape)
         outputs = _call(self.block, inputs, None)
         for i, regularizer in enumerate(self.regularizers):
+            regularizer.check(inputs, outputs)
             shape = regularizer.carried_shape(outputs)
-            start = keras.initializers.RandomNormal(stddev=1.0, seed=i)
+            start = carried_initializer(regularizer, seed=i)
             # Under tf.distribute, the mean of what the replicas found.
             self._carried.append(
                 shape

@@ -1,8 +1,9 @@
 """The base class of Jacobian regularizers, and the one tangent pass that a list of them shares."""
 
+import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ class Seen:
         outputs: the model's outputs, `(B, …)`.
         labels: the labels given to `fit`, or None.
         found: what `look` returned.
+        carried: what the regularizer carries from step to step, or None.
     """
 
     jvp: Any
@@ -35,6 +37,7 @@ class Seen:
     outputs: Any
     labels: Any
     found: Any = None
+    carried: Any = None
 
 
 class JacobianRegularizer:
@@ -46,6 +49,15 @@ class JacobianRegularizer:
     Args:
         strength: the penalty's weight in the loss, not negative: the loss gains `strength × mean(penalty)`.
         name: of its metric; by default the class's name in snake case.
+
+    Attributes:
+        at: where it looks: `"data"`, or a function `(inputs, seed) -> points (N, …)`. Regularizers with equal
+            functions share the points and the one run of the model at them.
+        label_keys: keys of a dict of labels that are its own, which neither the loss nor a metric gets to see.
+        measures: what it reports beside its penalty, by name, and how steps are put together: `"mean"`, `"max"` or
+            `"last"`.
+        carried_start: how what it carries starts: `"normal"` or `"zeros"`.
+        scheduled: whether `strength_at` depends on the step.
 
     Raises:
         ValueError: `strength` is negative or not finite.
@@ -63,6 +75,12 @@ class JacobianRegularizer:
     'brightness_invariance'
     """
 
+    at: str | Callable = "data"
+    label_keys: tuple[str, ...] = ()
+    measures: Mapping[str, str] = {}
+    carried_start = "normal"
+    scheduled = False
+
     def __init__(self, strength: float, name: str | None = None):
         if not isinstance(strength, (int, float)) or not (math.isfinite(strength) and strength >= 0):
             raise ValueError(
@@ -71,6 +89,18 @@ class JacobianRegularizer:
             )
         self.strength = float(strength)
         self.name = name or re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+
+    def check(self, inputs, outputs) -> None:
+        """Raises a ValueError where it does not fit a model of such inputs and outputs, `(B, …)`, at `compile`."""
+        return
+
+    def contradicts(self, other: "JacobianRegularizer") -> str | None:
+        """In what the two cannot both hold, in words; None if they can, as far as can be told beforehand."""
+        return None
+
+    def strength_at(self, step):
+        """The weight in the loss at a training step, counted from 1."""
+        return self.strength
 
     def directions(self, inputs, labels, seed):
         """Directions `(P, B, …)` like `inputs`, to be pushed forward; or None."""
@@ -91,16 +121,17 @@ class JacobianRegularizer:
     def carried_shape(self, outputs) -> tuple[int, ...] | None:
         """The shape of a variable that is carried from step to step, for outputs `(B, …)`; by default there is none.
 
-        It is not trained, starts with standard normal entries, and is saved with the model.
+        It is not trained, starts as `carried_start` says, and is saved with the model.
         """
         return None
 
     def search(self, linearization: Linearization, carried):
-        """Directions `(P, B, …)` like the inputs, in place of `directions`, for a regularizer that carries something.
+        """Directions `(P, B, …)` like the inputs, for a regularizer that finds them from what it carries.
 
-        Products with the Jacobian may be asked for here, at their own cost.
+        Products with the Jacobian may be asked for here, at their own cost. Overridden, it takes the place of
+        `directions`.
         """
-        raise NotImplementedError(f"{type(self).__name__} carries a variable and must override `search`.")
+        raise NotImplementedError(f"{type(self).__name__} does not override `search`.")
 
     def carry(self, seen: Seen, carried):
         """What is carried to the next step, once the products were seen."""
@@ -109,6 +140,10 @@ class JacobianRegularizer:
     def penalty(self, seen: Seen):
         """The penalty of each example, `(B,)`, from what was seen."""
         raise NotImplementedError(f"{type(self).__name__} must override `penalty(self, seen)`.")
+
+    def measure(self, seen: Seen) -> dict:
+        """A scalar for each of `measures`, by its name."""
+        return {}
 
     def get_config(self) -> dict:
         """The arguments of `__init__`, as Keras serializes them."""
@@ -124,7 +159,7 @@ def check_regularizers(regularizers, argument: str) -> tuple[JacobianRegularizer
     """The regularizers as a tuple; None is an empty one.
 
     Raises:
-        ValueError: it is not a list of regularizers.
+        ValueError: it is not a list of regularizers, or two of them contradict each other.
     """
     several = isinstance(regularizers, (list, tuple))
     if regularizers is not None and not (several and all(isinstance(r, JacobianRegularizer) for r in regularizers)):
@@ -132,7 +167,20 @@ def check_regularizers(regularizers, argument: str) -> tuple[JacobianRegularizer
             f"Invalid value for argument `{argument}`. Expected a list of `jvpreg.regularizers.JacobianRegularizer`. "
             f"Received: {argument}={regularizers!r}"
         )
+    for one, other in itertools.combinations(regularizers or (), 2):
+        if reason := one.contradicts(other):
+            raise ValueError(
+                f"Invalid value for argument `{argument}`. Expected constraints that can hold together. Received: "
+                f"`{one.name}` ({type(one).__name__}) and `{other.name}` ({type(other).__name__}), {reason}"
+            )
     return tuple(regularizers or ())
+
+
+def carried_initializer(regularizer: JacobianRegularizer, seed: int) -> keras.initializers.Initializer:
+    """Of the variable that it carries."""
+    if regularizer.carried_start == "zeros":
+        return keras.initializers.Zeros()
+    return keras.initializers.RandomNormal(stddev=1.0, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -140,7 +188,7 @@ class Request:
     """What one regularizer asks to see: its directions and cotangents, each `(P, B, …)` or None.
 
     Attributes:
-        carried: what it carries from step to step, from which its directions are found later.
+        carried: what it carries from step to step, from which its directions may be found later.
         drawn: what it drew for products of its own.
     """
 
@@ -177,9 +225,12 @@ def requests(
     drawn = []
     for regularizer, state in zip(regularizers, carried or [None] * len(regularizers), strict=True):
         if state is not None:
+            # A copy: Torch takes gradients after the variable was assigned to.
+            state = ops.copy(state)
+        if state is not None and _searches(regularizer):
             drawn.append(Request(regularizer, None, None, state))
             continue
-        if regularizer.carried_shape(outputs) is not None:
+        if state is None and regularizer.carried_shape(outputs) is not None:
             raise ValueError(
                 f"`{regularizer.name}` ({type(regularizer).__name__}) carries a variable from step to step, whose "
                 "shape was not known when the model was compiled. Give the model a `keras.Input`, or call the "
@@ -196,8 +247,12 @@ def requests(
         for method, probes, like in (("directions", directions, inputs), ("cotangents", cotangents, outputs)):
             _check_probes(regularizer, method, probes, like)
         own = regularizer.draw(linearization, inputs, seed) if looks else None
-        drawn.append(Request(regularizer, directions, cotangents, drawn=own))
+        drawn.append(Request(regularizer, directions, cotangents, state, own))
     return drawn
+
+
+def _searches(regularizer) -> bool:
+    return type(regularizer).search is not JacobianRegularizer.search
 
 
 def _check_probes(regularizer, method: str, probes, like) -> None:
@@ -219,8 +274,29 @@ def _readable(shape) -> str:
     return "(" + ", ".join(["B", *map(str, shape[1:])]) + ")"
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one request.
+
+    Attributes:
+        penalty: of each example, `(B,)` in float32.
+        carried: what the regularizer carries on; None if nothing.
+        measured: what it reports beside its penalty.
+    """
+
+    penalty: Any
+    carried: Any
+    measured: dict
+
+
 def penalties(linearization: Linearization, asked: Sequence[Request], labels) -> tuple[list, list]:
-    """The penalty of each example, `(B,)` in float32, for every request, and what it carries on (None: nothing).
+    """The penalty of each example, `(B,)` in float32, for every request, and what it carries on (None: nothing)."""
+    found = outcomes(linearization, asked, labels)
+    return [outcome.penalty for outcome in found], [outcome.carried for outcome in found]
+
+
+def outcomes(linearization: Linearization, asked: Sequence[Request], labels) -> list[Outcome]:
+    """What comes of every request.
 
     At most one pass in each direction, beside what a regularizer searches with.
     """
@@ -228,25 +304,55 @@ def penalties(linearization: Linearization, asked: Sequence[Request], labels) ->
     outputs = linearization.outputs
     wanted = [request.directions for request in asked]
     for i, request in enumerate(asked):
-        if request.carried is not None:
+        if request.carried is not None and _searches(request.regularizer):
             wanted[i] = request.regularizer.search(linearization, request.carried)
             _check_probes(request.regularizer, "search", wanted[i], inputs)
     pushed = _share(linearization.jvp, wanted)
     pulled = _share(linearization.vjp, [request.cotangents for request in asked])
-    result, carried = [], []
+    result = []
     for request, directions, jvp, vjp in zip(asked, wanted, pushed, pulled, strict=True):
-        found = request.regularizer.look(linearization, request.drawn, labels)
-        seen = Seen(jvp, vjp, directions, request.cotangents, inputs, outputs, labels, found)
-        penalty = request.regularizer.penalty(seen)
+        regularizer = request.regularizer
+        found = regularizer.look(linearization, request.drawn, labels)
+        seen = Seen(jvp, vjp, directions, request.cotangents, inputs, outputs, labels, found, request.carried)
+        penalty = regularizer.penalty(seen)
         batch = tree.flatten(outputs)[0].shape[0]
         if len(penalty.shape) != 1 or (None not in (batch, penalty.shape[0]) and penalty.shape[0] != batch):
             raise ValueError(
-                f"`{request.regularizer.name}` ({type(request.regularizer).__name__}) returned a penalty of the wrong "
+                f"`{regularizer.name}` ({type(regularizer).__name__}) returned a penalty of the wrong "
                 f"shape. Expected (B,), one number an example. Received: {tuple(penalty.shape)}"
             )
-        result.append(ops.cast(penalty, keras.backend.result_type(penalty.dtype, "float32")))
-        carried.append(None if request.carried is None else request.regularizer.carry(seen, request.carried))
-    return result, carried
+        penalty = ops.cast(penalty, keras.backend.result_type(penalty.dtype, "float32"))
+        carried = None if request.carried is None else regularizer.carry(seen, request.carried)
+        result.append(Outcome(penalty, carried, regularizer.measure(seen)))
+    return result
+
+
+def by_points(regularizers: Sequence[JacobianRegularizer]) -> list[tuple[Any, list[int]]]:
+    """Where they look, each place once, and the indices of those that look there."""
+    places: list[tuple[Any, list[int]]] = []
+    for i, regularizer in enumerate(regularizers):
+        members = next((members for at, members in places if at == regularizer.at), None)
+        if members is None:
+            places.append((regularizer.at, [i]))
+        else:
+            members.append(i)
+    return places
+
+
+def draw_points(at: Callable, inputs, seed):
+    """Points `(N, …)` like `inputs`.
+
+    Raises:
+        ValueError: they are not like them.
+    """
+    points = at(inputs, seed)
+    received, expected = ([tuple(t.shape) for t in tree.flatten(structure)] for structure in (points, inputs))
+    if [shape[1:] for shape in received] != [shape[1:] for shape in expected]:
+        raise ValueError(
+            f"Invalid value for argument `at`. Expected points like the inputs, {', '.join(map(_readable, expected))}. "
+            f"Received: {', '.join(map(str, received))} from {at!r}"
+        )
+    return points
 
 
 def _share(product, wanted: list) -> list:

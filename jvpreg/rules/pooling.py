@@ -131,13 +131,20 @@ def global_max_pooling(layer, x, context):
         return ops.reshape(x, (*batch, rest[0], -1) if positions_last else (*batch, -1, rest[-1]))
 
     axis = -1 if positions_last else -2
-    winner = ops.expand_dims(ops.argmax(flatten(x, 1), axis=axis), axis)
+
+    def positions(entries):
+        order = ops.arange(ops.shape(entries)[axis], dtype="int32")
+        return order if positions_last else ops.expand_dims(order, -1)
+
+    # Not by `ops.argmax`: on TensorFlow it is made of bits, for which LiteRT has no operation.
+    entries = flatten(x, 1)
+    largest = ops.equal(entries, ops.max(entries, axis=axis, keepdims=True))
+    last = ops.shape(entries)[axis] - 1
+    winner = ops.min(ops.where(largest, positions(entries), last), axis=axis, keepdims=True)
 
     def push(tangent, winner):
         entries = flatten(tangent, 2)
-        positions = ops.arange(ops.shape(entries)[axis], dtype=winner.dtype)
-        positions = positions if positions_last else ops.expand_dims(positions, -1)
-        picked = ops.sum(ops.where(ops.equal(positions, winner), entries, 0.0), axis=axis)
+        picked = ops.sum(ops.where(ops.equal(positions(entries), winner), entries, 0.0), axis=axis)
         return ops.expand_dims(picked, [a + 1 for a in axes]) if layer.keepdims else picked
 
     return layer.call(x), Pushforward(push, winner)

@@ -15,6 +15,8 @@ from experiments.benchmark import (
     autodiff,
     biases_entries,
     biases_study,
+    distill_entries,
+    distill_study,
     entries,
     measure,
     memory,
@@ -398,3 +400,39 @@ def test_a_wrong_bias_penalty_is_seen(biases_config, monkeypatch):
     checked = biases_study.check(next(e for e in biases_entries.ENTRIES if e.name == "last"), biases_config)
     assert checked.penalty_error == pytest.approx(0.01, rel=1e-2)
     assert checked.gradient_error == pytest.approx(0.01, rel=1e-2)
+
+
+@pytest.fixture(scope="module")
+def distill_config(tmp_path_factory):
+    network = ModelConfig("vgg4", 2, batch_normalization=False)
+    return benchmark.DistillConfig(
+        model=network,
+        teacher=dataclasses.replace(network, name="vgg6"),
+        image_size=16,
+        batch_size=4,
+        jit_compile=keras.backend.backend() == "jax",
+        rounds=1,
+        warmup=0,
+        folder=str(tmp_path_factory.mktemp("distill")),
+    )
+
+
+def test_distillation_is_checked_and_timed(distill_config):
+    summary = benchmark.distill(distill_config)
+    rows = {row["name"]: row for row in summary["entries"]}
+    assert list(rows) == list(distill_entries.LABELS)
+    for name, row in rows.items():
+        assert row["status"] == "ok"
+        assert row["seconds"] > 0
+        if name != "plain":
+            assert max(row["penalty_error"], row["gradient_error"]) < 1e-4
+    table = (Path(distill_config.folder) / "distill.md").read_text()
+    assert "double backpropagation, the same" in table
+
+
+def test_a_wrong_distance_is_seen(distill_config, monkeypatch):
+    monkeypatch.setitem(distill_entries.WEIGHTS, "jacobian", 0.02)
+    made = distill_entries.losses(*[distill_entries.network(distill_config, role) for role in ("teacher", "student")])
+    monkeypatch.undo()
+    monkeypatch.setattr(distill_entries, "losses", lambda teacher, student: made)
+    assert distill_study.check("full", distill_config).penalty_error > 1e-3

@@ -43,7 +43,7 @@ def test_a_small_run(tmp_path, capsys):
         assert one["history"]["jacobian/radius"][0] > 0
     errors = {(row["adjoint_solver"], row["tolerance"]): row["error"] for row in summary["gradients"]}
     assert errors["gmres", 0.0001] < errors["gmres", 0.01] < 1
-    assert [row["kind"] for row in summary["memory"]] == ["fixed point", "unrolled"]
+    assert [row["kind"] for row in summary["memory"]] == ["fixed point", "fixed point, picard", "unrolled"]
     assert all(row["bytes"] > 0 for row in summary["memory"])
     assert (tmp_path / "fixed_point.png").stat().st_size > 10_000
     assert "adjoints unconverged" in capsys.readouterr().out

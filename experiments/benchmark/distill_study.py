@@ -1,0 +1,83 @@
+"""The `benchmark distill` study: what full-Jacobian and attention matching add to a student's training step."""
+
+import functools
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from experiments.benchmark import biases_study, distill_entries, entries, measure, report, study
+from experiments.benchmark.check import EXAMPLES, Check, check_gradient, penalty_alone
+from experiments.benchmark.config import DistillConfig
+from experiments.benchmark.distill_entries import LABELS, WEIGHTS
+from experiments.benchmark.reference import Reference, float64
+
+
+def run(config: DistillConfig) -> dict[str, Any]:
+    """Measure the entries, and write and print what came out.
+
+    Args:
+        config: see `DistillConfig`.
+
+    Returns:
+        What `distill.json` holds: the settings, the machine, and a row an entry.
+
+    Raises:
+        ExperimentError: where the backend is not known.
+    """
+    console = study.wide_console()
+    rows = biases_study.measured(
+        "distill", LABELS, functools.partial(check, config=config), functools.partial(step, config=config), config
+    )
+    summary = {"study": "benchmark distill", **study.conditions(config), "entries": rows}
+    biases_study.write("distill", summary, conditions(summary), config, console)
+    return summary
+
+
+def step(name: str, config: DistillConfig) -> measure.Step:
+    """A training step of the entry's model; it returns its loss, and so is waited for."""
+    split = entries.images(config, config.batch_size)
+    batch = split.images(), split.labels
+    model = distill_entries.training_model(name, config)
+    return lambda: model.train_on_batch(*batch)
+
+
+def check(name: str, config: DistillConfig) -> Check:
+    """Whether an entry, compiled as it is timed, trains on the distances that it claims to."""
+    model = distill_entries.training_model(name, config, **penalty_alone())
+    split = entries.images(config, EXAMPLES)
+    return check_gradient(model, split.images(), split.labels, functools.partial(exact_loss, name, config))
+
+
+def exact_loss(name: str, config: DistillConfig, moved: list[np.ndarray]) -> float:
+    """The distances in float64, by one reverse pass of each network, not jitted, at the student moved by so much."""
+    split = entries.images(config, EXAMPLES)
+    exact = [
+        Reference(distill_entries.network(config, role), "moving", split.images()) for role in ("teacher", "student")
+    ]
+    with float64():
+        student = exact[1]
+        for variable, weight, change in zip(student.model.trainable_variables, student.weights, moved, strict=True):
+            variable.assign(weight + change)
+        cotangent = ops.one_hot(split.labels, 10, dtype="float64")
+        seen = []
+        for reference in exact:
+            outputs, products = distill_entries.differentiable(reference.model, reference.x)
+            seen.append((outputs, *products(cotangent)))
+        if name == "activation":
+            return float(ops.mean(WEIGHTS["activation"] * ops.sum(ops.square(seen[1][0] - seen[0][0]), axis=-1)))
+        return float(ops.mean(distill_entries.distances(*seen)))
+
+
+def conditions(summary: dict[str, Any]) -> str:
+    """What the figures mean and where they are from."""
+    settings = summary["settings"]
+    teacher = settings["teacher"]
+    return (
+        f"{report.subject(settings)}; teacher {teacher['name']} of width {teacher['width']}; biases and no "
+        "normalization, three pairs of layers, the label's logit. Ratios to the plain step of the same round, median "
+        f"and quartiles of {settings['rounds']} rounds. Errors are relative, of one step's distances and of their "
+        "gradient by the weights, against one reverse pass of each network in float64 that is not jitted; above "
+        f"{settings['tolerance']:g} a step is wrong and is not timed. First s: seconds of the first call, compilation "
+        f"included. {report.ran_on(summary)}"
+    )

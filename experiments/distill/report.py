@@ -1,0 +1,146 @@
+"""The study as tables, beside the paper's, and as pages of curves."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from experiments import cells, tables
+from experiments.plots import STYLE
+
+PAPER = {
+    "cifar10": {
+        "cross-entropy": ("49.29 ± 1.6", "59.93 ± 0.1", "79.36 ± 0.04", "83.87 ± 0.1", "91.95 ± 0.1"),
+        "activation": ("55.43 ± 2.1", "65.33 ± 2.2", "85.44 ± 0.1", "88.77 ± 0.3", "92.47 ± 0.1"),
+        "i-Jacobian": ("55.73 ± 2", "67.22 ± 3.0", "85.84 ± 0.1", "89.30 ± 0.3", "92.04 ± 0.01"),
+        "attention": ("68.11 ± 0.8", "74.44 ± 0.2", "85.88 ± 0.1", "88.61 ± 0.1", "91.20 ± 0.01"),
+        "i-Jacobian + attention": ("70.83 ± 1.0", "77.06 ± 0.2", "86.51 ± 0.3", "89.63 ± 0.1", "90.68 ± 0.04"),
+        "full-Jacobian": ("58.88 ± 0.2", "69.42 ± 1.4", "86.55 ± 0.1", "89.76 ± 0.1", "91.49 ± 0.05"),
+        "full-Jacobian + attention": ("72.75 ± 0.4", "78.71 ± 0.1", "87.31 ± 0.3", "89.87 ± 0.3", "90.68 ± 0.1"),
+    },
+    "cifar100": {
+        "cross-entropy": ("7.45 ± 0.3", "11.83 ± 0.4", "40.88 ± 0.8", "51.19 ± 0.01", "69.95 ± 0.2"),
+        "activation": ("23.72 ± 1.3", "37.22 ± 0.2", "59.43 ± 0.02", "63.91 ± 0.2", "66.99 ± 0.2"),
+        "i-Jacobian": ("27.27 ± 1.2", "41.47 ± 1", "61.83 ± 0.01", "65.43 ± 0.6", "66.92 ± 0.7"),
+        "attention": ("38.18 ± 1.9", "46.39 ± 0.1", "60.27 ± 0.3", "64.28 ± 0.2", "66.53 ± 0.3"),
+        "i-Jacobian + attention": ("42.75 ± 1.7", "51.16 ± 0.6", "62.62 ± 0.6", "65.38 ± 0.2", "67.25 ± 0.8"),
+        "full-Jacobian": ("35.15 ± 0.5", "48.00 ± 0.4", "62.88 ± 0.1", "65.84 ± 0.1", "66.83 ± 0.1"),
+        "full-Jacobian + attention": ("47.11 ± 0.9", "54.59 ± 0.2", "63.20 ± 0.4", "65.49 ± 0.1", "66.65 ± 0.4"),
+    },
+}
+"""Tables 3 and 2 of Srinivas & Fleuret (2018): mean and deviation of two runs, by examples a class."""
+
+PAPER_COLUMNS = {"cifar10": ("50", "100", "500", "1000", "5000"), "cifar100": ("5", "10", "50", "100", "500")}
+PAPER_STUDENTS = {"cifar100": {"vgg4": "50.87", "vgg6": "58.08", "vgg11": "62.95"}}
+"""Section 7.1.2, with full-Jacobian matching and 50 examples a class."""
+
+
+def columns(row: dict[str, Any], data: str) -> dict[str, str]:
+    """One method, by the heading of its column."""
+    paper = dict(zip(PAPER_COLUMNS.get(data, ()), PAPER.get(data, {}).get(row["method"], ()), strict=True))
+    result = {"method": row["method"]}
+    for count, results in row["columns"].items():
+        result[f"{count} a class"] = accuracy(results)
+        result[f"paper, {count}"] = paper.get(count, "–")
+    for count, results in row["columns"].items():
+        result[f"angle, {count}"] = angle(results)
+    return result
+
+
+def student_columns(row: dict[str, Any], data: str) -> dict[str, str]:
+    """One student, by the heading of its column."""
+    return {
+        "model": row["student"],
+        "accuracy": accuracy(row["results"]),
+        "paper": PAPER_STUDENTS.get(data, {}).get(row["student"], "–"),
+        "angle": angle(row["results"]),
+    }
+
+
+def accuracy(results: list[dict[str, Any]]) -> str:
+    """On the test images, in %, with its deviation."""
+    return cells.percent([one["test_accuracy"] for one in results])
+
+
+def angle(results: list[dict[str, Any]]) -> str:
+    """In degrees."""
+    return f"{np.mean([one['angle'] for one in results]):.1f}"
+
+
+def conditions(summary: dict[str, Any]) -> str:
+    """What the figures mean and where they are from."""
+    settings, machine, teacher = summary["settings"], summary["machine"], summary["teacher"]
+    student = settings["student"]
+    weights = ", ".join(f"{name} {value:g}" for name, value in settings["weights"].items())
+    return (
+        f"Test accuracy in %, mean ± deviation over seeds {', '.join(map(str, settings['seeds']))}, by training "
+        "examples a class; angle: mean degrees between the input-Jacobians of student and teacher for the label's "
+        f"logit, on {settings['probed']} test images. Paper: Srinivas & Fleuret (2018), tables 2 and 3, with networks "
+        f"of a width that is not given. {summary['data']}; teacher {teacher['model'].upper()} of {settings['teacher']} "
+        f"({100 * teacher['test_accuracy']:.2f}%), student {student['name'].upper()} of width {student['width']}. "
+        f"Weights: {weights}; stages {', '.join(map(str, settings['stages']))}. {settings['steps']} steps of "
+        f"{settings['batch_size']} {'augmented ' if settings['augment'] else ''}examples, "
+        f"{settings['optimizer']['name']} {settings['optimizer']['learning_rate']:g} falling along a cosine. "
+        f"{machine['cores']} cores of {machine['processor']}, Keras {machine['keras']}, {machine['backend']}."
+    )
+
+
+def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
+    """Write distill.json, distill.md, methods.png and, of several students, students.png; and print the tables."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "distill.json").write_text(json.dumps(summary, indent=2))
+    found = [[columns(row, summary["data"]) for row in summary["rows"]]]
+    first = summary["settings"]["examples_per_class"][0]
+    methods = {row["method"]: row["columns"][str(first)] for row in summary["rows"]}
+    figure(methods, f"{first} examples a class", folder / "methods.png")
+    if summary["students"]:
+        found.append([student_columns(row, summary["data"]) for row in summary["students"]])
+        students = {row["student"]: row["results"] for row in summary["students"]}
+        title = f"{summary['settings']['methods'][-1]}, {first} examples a class"
+        figure(students, title, folder / "students.png")
+    text = "\n\n".join([*map(tables.grid_markdown, found), conditions(summary)])
+    (folder / "distill.md").write_text(f"{text}\n")
+    for rows in found:
+        console.print(tables.grid(rows))
+    console.print(conditions(summary))
+    console.print(f"Files: {folder}")
+
+
+def figure(results: dict[str, list[dict[str, Any]]], title: str, path: Path) -> None:
+    """Draw angle and accuracy over the training steps, the mean over the seeds, into a PNG file.
+
+    Args:
+        results: by the label of the curve.
+        title: of the page.
+        path: the file.
+    """
+    with matplotlib.rc_context(STYLE):
+        page = Figure(figsize=(9.5, 4), layout="constrained")
+        angles, accuracies = page.subplots(1, 2)
+        for number, (label, several) in enumerate(results.items()):
+            color = f"C{number}"
+            histories = [one["history"] for one in several]
+            if "train_angle" in histories[0]:
+                curve(angles, histories, "train_angle", color, linestyle="-")
+                curve(angles, histories, "val_angle", color, linestyle="--")
+            curve(accuracies, histories, "val_accuracy", color, scale=100, label=label)
+        angles.set_ylabel("angle of the input-Jacobians (degrees)\n– training, -- test images")
+        accuracies.set_ylabel("test accuracy (%)")
+        for axes in (angles, accuracies):
+            axes.set_xlabel("training step")
+        page.suptitle(title, fontsize=10)
+        page.legend(*accuracies.get_legend_handles_labels(), loc="outside right center")
+        page.savefig(path, dpi=150)
+
+
+def curve(axes: Axes, histories: list[dict[str, Any]], key: str, color: str, scale: float = 1, **style: Any) -> None:
+    """The mean of a column, and the band of its deviation over the seeds."""
+    values = scale * np.array([history[key] for history in histories])
+    steps, mean, deviation = histories[0]["step"], values.mean(axis=0), values.std(axis=0)
+    axes.plot(steps, mean, color=color, **style)
+    axes.fill_between(steps, mean - deviation, mean + deviation, color=color, alpha=0.15, linewidth=0)

@@ -1,0 +1,140 @@
+"""The base class of constraints: a regularizer whose price is that of a violation."""
+
+from collections.abc import Callable, Mapping
+
+import keras
+from keras import ops
+
+from jvpreg.constraints.enforcement import AugmentedLagrangian, Penalty, as_enforcement
+from jvpreg.constraints.points import as_points, between
+from jvpreg.estimators.operator import flatten
+from jvpreg.regularizers.base import JacobianRegularizer
+
+MEASURES = {"violation_mean": "mean", "violation_max": "max", "violated": "mean"}
+MULTIPLIER = "multiplier_max"
+
+
+class Constraint(JacobianRegularizer):
+    """Base class: a subclass says where it looks (`directions`, `cotangents`) and how far it is violated.
+
+    Its metrics, in training and validation, for a constraint named `monotone`: `monotone`, what the enforcement
+    charges; `monotone/violation_mean` and `monotone/violation_max`, of the largest component of each point, over the
+    points of an epoch; `monotone/violated`, the fraction of points where it exceeds the tolerance; and with an
+    `AugmentedLagrangian` `monotone/multiplier_max`, the largest multiplier.
+
+    Args:
+        enforcement: a `Penalty`, an `AugmentedLagrangian`, or a number, the weight of a penalty.
+        at: where it must hold: `"data"`, `"between"` (points between examples of the batch), or a sampler
+            `(inputs, seed) -> points (N, …)` such as `Box`. Away from the data the model is run once more, in
+            inference mode, for all constraints of the same `at`; points have no labels and no sample weights.
+        tolerance: the violation above which a point counts as violated.
+        name: of its metrics.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        enforcement: Penalty | AugmentedLagrangian | float = 1.0,
+        at: str | Callable = "data",
+        tolerance: float = 1e-3,
+        name: str | None = None,
+    ):
+        self.enforcement = as_enforcement(enforcement)
+        super().__init__(self.enforcement.weight, name)
+        if not isinstance(tolerance, (int, float)) or not tolerance >= 0:
+            raise ValueError(
+                f"Invalid value for argument `tolerance`. Expected a number, 0 or more. Received: {tolerance!r}"
+            )
+        self.at = as_points(at)
+        self.tolerance = float(tolerance)
+        self.scheduled = self.enforcement.schedule is not None
+        self.carried_start = "zeros"
+        self.measures = {**MEASURES, MULTIPLIER: "last"} if self._has_multipliers else MEASURES
+
+    @property
+    def _has_multipliers(self) -> bool:
+        return isinstance(self.enforcement, AugmentedLagrangian)
+
+    def violation(self, seen):
+        """How far each component is violated, `(B, C)`: zero where it holds, and positive where it does not."""
+        raise NotImplementedError(f"{type(self).__name__} must override `violation(self, seen)`.")
+
+    def components(self, outputs) -> int:
+        """How many components have a multiplier of their own: C, or 1 where all share one."""
+        return 1
+
+    def intervals(self) -> Mapping[int, tuple[float, float]]:
+        """Between what the slope by a feature must lie, for features of which the constraint says so."""
+        return {}
+
+    @property
+    def is_constant_in_regions(self) -> bool:
+        """Whether the violation of a piecewise affine model is constant in each of its regions."""
+        return False
+
+    def contradicts(self, other):
+        """In which feature the slopes that the two allow do not meet, or only in zero."""
+        if not isinstance(other, Constraint):
+            return None
+        mine, theirs = self.intervals(), other.intervals()
+        for feature in sorted(set(mine) & set(theirs)):
+            (low, high), (other_low, other_high) = mine[feature], theirs[feature]
+            least, most = max(low, other_low), min(high, other_high)
+            if least > most:
+                return f"which leave no slope by feature {feature}: {mine[feature]} and {theirs[feature]}."
+            if least == most and low < high and other_low < other_high:
+                return (
+                    f"which leave the slope by feature {feature} nothing but {least:g}: {mine[feature]} and "
+                    f"{theirs[feature]}. If it is meant, say `Bounded({least:g}, {least:g}, [{feature}])`."
+                )
+        return None
+
+    def strength_at(self, step):
+        """The weight of the penalty at a training step; 1 where multipliers are the weights."""
+        return self.enforcement.weight_at(step)
+
+    def carried_shape(self, outputs):
+        """Of the multipliers and what they are to grow by."""
+        return self.enforcement.state_shape(self.components(outputs))
+
+    def penalty(self, seen):
+        """What the enforcement charges: `(B,)`."""
+        return self.enforcement.price(self._components_of(seen), seen.carried)
+
+    def carry(self, seen, carried):
+        """The multipliers after this step."""
+        assert isinstance(self.enforcement, AugmentedLagrangian)
+        return self.enforcement.advance(self._components_of(seen), carried)
+
+    def measure(self, seen):
+        """The violation's mean, its maximum, the fraction of points, and the largest multiplier."""
+        worst = ops.stop_gradient(ops.max(self._components_of(seen), axis=-1))
+        measured = {
+            "violation_mean": ops.mean(worst),
+            "violation_max": ops.max(worst),
+            "violated": ops.mean(ops.cast(worst > self.tolerance, worst.dtype)),
+        }
+        return {**measured, MULTIPLIER: ops.max(seen.carried[0])} if self._has_multipliers else measured
+
+    def _components_of(self, seen):
+        violation = self.violation(seen)
+        return ops.cast(violation, keras.backend.result_type(violation.dtype, "float32"))
+
+    def get_config(self):
+        """The arguments of `__init__`."""
+        at = "between" if self.at is between else self.at
+        return {"enforcement": self.enforcement, "at": at, "tolerance": self.tolerance, "name": self.name}
+
+    @classmethod
+    def from_config(cls, config):
+        """The constraint that `get_config` described."""
+        return cls(**{key: keras.saving.deserialize_keras_object(value) for key, value in config.items()})
+
+
+def by_example(products):
+    """Products `(P, B, …)`, or a structure of them, as components of each example: `(B, P·K)`."""
+    flat = flatten(products)
+    count, size = flat.shape[0], flat.shape[2]
+    return ops.reshape(ops.transpose(flat, (1, 0, 2)), (ops.shape(flat)[1], count * size))

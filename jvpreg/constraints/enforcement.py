@@ -1,0 +1,162 @@
+"""How a constraint is enforced: by a penalty of a given weight, or by multipliers that grow until it holds."""
+
+import math
+from collections.abc import Callable
+
+import keras
+from keras import ops
+
+
+@keras.saving.register_keras_serializable(package="jvpreg")
+class Penalty:
+    """The loss gains `weight × mean Σ v²`, v being the violations of an example.
+
+    A square has no slope where it is zero, so at any fixed weight a constraint that costs something is violated by
+    about `1 / weight` of what it costs. `AugmentedLagrangian` has no such remainder.
+
+    Args:
+        weight: not negative.
+        schedule: multiplies the weight: a function of the training step, counted from 1, such as a
+            `keras.optimizers.schedules.LearningRateSchedule`. None: constant.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Example:
+
+    >>> import keras, jvpreg
+    >>> rising = keras.optimizers.schedules.PolynomialDecay(0.0, decay_steps=1000, end_learning_rate=1.0)
+    >>> jvpreg.constraints.Monotone([0], enforcement=jvpreg.constraints.Penalty(10.0, rising)).scheduled
+    True
+    """
+
+    def __init__(self, weight: float = 1.0, schedule: Callable | None = None):
+        _check_positive("weight", weight, least=0.0)
+        if schedule is not None and not callable(schedule):
+            raise ValueError(
+                "Invalid value for argument `schedule`. Expected a function of the training step, or None. "
+                f"Received: schedule={schedule!r}"
+            )
+        self.weight = float(weight)
+        self.schedule = schedule
+
+    def weight_at(self, step):
+        """The weight at a training step."""
+        return self.weight if self.schedule is None else self.weight * self.schedule(step)
+
+    def state_shape(self, components: int) -> None:
+        """None: nothing is carried from step to step."""
+        return
+
+    def price(self, violation, carried):
+        """What violations `(B, C)` cost an example: `(B,)`."""
+        return ops.sum(ops.square(violation), axis=-1)
+
+    def get_config(self) -> dict:
+        """The arguments of `__init__`."""
+        return {"weight": self.weight, "schedule": self.schedule}
+
+    @classmethod
+    def from_config(cls, config: dict) -> "Penalty":
+        """The enforcement that `get_config` described."""
+        return cls(config["weight"], keras.saving.deserialize_keras_object(config["schedule"]))
+
+
+@keras.saving.register_keras_serializable(package="jvpreg")
+class AugmentedLagrangian:
+    """The loss gains `mean Σ (λ v + rho/2 v²)`; every few steps each multiplier λ grows by `rho × mean v`.
+
+    The examples of a batch are others in each step, so an example has no multiplier of its own: there is one for each
+    component of a constraint (a feature and an output, say), for the requirement that its mean violation is zero. As
+    v is not negative, that is the constraint itself, at almost every point of what the points are drawn from. λ v
+    has a slope down to zero violation, so a finite λ holds the constraint exactly where a square never would, and λ
+    grows until it does.
+
+    Guaranteed is this much: where training settles with finite multipliers, the mean violation is zero on what the
+    points are drawn from. That it is small at points that were not drawn is to be measured (the validation metrics,
+    `verify`), and helped by drawing new points in every step (`at="between"`, or a sampler of the domain). Let the
+    learning rate fall to zero: at a constant one the kink of v keeps the weights moving about it.
+
+    Args:
+        rho: how fast multipliers grow, positive.
+        update_every: they grow every so many steps, by the mean over these.
+
+    Raises:
+        ValueError: an argument is out of its range.
+
+    Reference: Márquez-Neila, Salzmann & Fua (2017), "Imposing hard constraints on deep networks", on Lagrangian
+    methods in training; Bertsekas (1982), "Constrained optimization and Lagrange multiplier methods", chapters 2 and
+    4, on exact penalties.
+
+    Example:
+
+    >>> import jvpreg
+    >>> jvpreg.constraints.AugmentedLagrangian(rho=10.0, update_every=20).get_config()
+    {'rho': 10.0, 'update_every': 20}
+    """
+
+    schedule = None
+    weight = 1.0
+
+    def __init__(self, rho: float = 1.0, update_every: int = 10):
+        _check_positive("rho", rho)
+        if not isinstance(update_every, int) or update_every < 1:
+            raise ValueError(
+                f"Invalid value for argument `update_every`. Expected an integer, 1 or more. Received: {update_every!r}"
+            )
+        self.rho = float(rho)
+        self.update_every = update_every
+
+    def weight_at(self, step):
+        """1: the multipliers are the weights."""
+        return self.weight
+
+    def state_shape(self, components: int) -> tuple[int, int]:
+        """Of what is carried: rows of multipliers, of sums of violations, and of the number of steps in them."""
+        return 3, components
+
+    def price(self, violation, carried):
+        """What violations `(B, C)` cost an example: `(B,)`."""
+        multipliers = ops.cast(carried[0], violation.dtype)
+        return ops.sum(multipliers * violation + self.rho / 2 * ops.square(violation), axis=-1)
+
+    def advance(self, violation, carried):
+        """What is carried on after a step with violations `(B, C)`."""
+        multipliers, total, steps = ops.unstack(carried)
+        mean = ops.cast(ops.mean(ops.stop_gradient(violation), axis=0), carried.dtype)
+        shared = multipliers.shape[0] == 1
+        total = total + (ops.mean(mean, keepdims=True) if shared else mean)
+        steps = steps + 1.0
+        due = steps >= self.update_every - 0.5
+        grown = ops.where(due, multipliers + self.rho * total / steps, multipliers)
+        return ops.stack([grown, ops.where(due, 0.0, total), ops.where(due, 0.0, steps)])
+
+    def get_config(self) -> dict:
+        """The arguments of `__init__`."""
+        return {"rho": self.rho, "update_every": self.update_every}
+
+    @classmethod
+    def from_config(cls, config: dict) -> "AugmentedLagrangian":
+        """The enforcement that `get_config` described."""
+        return cls(**config)
+
+
+def as_enforcement(given) -> Penalty | AugmentedLagrangian:
+    """The enforcement; a number is the weight of a penalty."""
+    if isinstance(given, (Penalty, AugmentedLagrangian)):
+        return given
+    if isinstance(given, (int, float)) and not isinstance(given, bool):
+        return Penalty(given)
+    raise ValueError(
+        "Invalid value for argument `enforcement`. Expected a `Penalty`, an `AugmentedLagrangian`, or the weight of a "
+        f"penalty. Received: enforcement={given!r}"
+    )
+
+
+def _check_positive(argument: str, value, least: float | None = None) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or (value < 0 if least is not None else value <= 0):
+        expected = "a finite number, 0 or more" if least is not None else "a finite number above 0"
+        raise ValueError(
+            f"Invalid value for argument `{argument}`. Expected {expected}. Received: {argument}={value!r}"
+        )

@@ -1,0 +1,110 @@
+"""Where a constraint is to hold beside the data: functions `(inputs, seed) -> points (N, …)`."""
+
+import keras
+import numpy as np
+from keras import ops, tree
+
+
+@keras.saving.register_keras_serializable(package="jvpreg", name="between")
+def between(inputs, seed):
+    """Points between data: each example moved towards the next one of its batch, by a part that is drawn at random.
+
+    Args:
+        inputs: `(B, …)`, or a structure of them.
+        seed: a `keras.random.SeedGenerator`.
+
+    Returns:
+        Points like `inputs`.
+
+    Example:
+
+    >>> import keras, numpy as np, jvpreg
+    >>> points = jvpreg.constraints.between(np.array([[0.0], [1.0]]), keras.random.SeedGenerator(0))
+    >>> bool(keras.ops.all(points >= 0)), bool(keras.ops.all(points <= 1))
+    (True, True)
+    """
+    first = ops.convert_to_tensor(tree.flatten(inputs)[0])
+    part = keras.random.uniform((ops.shape(first)[0],), dtype="float32", seed=seed)
+
+    def moved(x):
+        x = ops.convert_to_tensor(x)
+        t = ops.cast(ops.reshape(part, (-1, *[1] * (len(x.shape) - 1))), x.dtype)
+        return x + t * (ops.roll(x, 1, axis=0) - x)
+
+    return tree.map_structure(moved, inputs)
+
+
+@keras.saving.register_keras_serializable(package="jvpreg")
+class Box:
+    """Points drawn uniformly from a box, anew in each step: a sampler of a domain.
+
+    Args:
+        low: a number, or an array like one example.
+        high: as `low`, and nowhere below it.
+        num_points: N.
+
+    Raises:
+        ValueError: the box is empty, or N is not a positive integer.
+
+    Example:
+
+    >>> import keras, numpy as np, jvpreg
+    >>> box = jvpreg.constraints.Box(-1.0, [1.0, 2.0], num_points=64)
+    >>> tuple(box(np.zeros((8, 2)), keras.random.SeedGenerator(0)).shape)
+    (64, 2)
+    """
+
+    def __init__(self, low, high, num_points: int):
+        if not np.all(np.isfinite(low)) or not np.all(np.asarray(low) <= np.asarray(high)):
+            raise ValueError(
+                "Invalid value for argument `low`. Expected finite numbers, nowhere above `high`. "
+                f"Received: low={low!r}, high={high!r}"
+            )
+        if not isinstance(num_points, int) or num_points < 1:
+            raise ValueError(
+                f"Invalid value for argument `num_points`. Expected an integer, 1 or more. Received: {num_points!r}"
+            )
+        self.low = np.asarray(low, "float64").tolist()
+        self.high = np.asarray(high, "float64").tolist()
+        self.num_points = num_points
+
+    def __call__(self, inputs, seed):
+        """Points `(N, …)` like `inputs` (B, …)."""
+        inputs = ops.convert_to_tensor(inputs)
+        low, high = (ops.convert_to_tensor(bound, dtype=inputs.dtype) for bound in (self.low, self.high))
+        part = keras.random.uniform((self.num_points, *inputs.shape[1:]), dtype=inputs.dtype, seed=seed)
+        return low + part * (high - low)
+
+    def get_config(self) -> dict:
+        """The arguments of `__init__`."""
+        return {"low": self.low, "high": self.high, "num_points": self.num_points}
+
+    @classmethod
+    def from_config(cls, config: dict) -> "Box":
+        """The box that `get_config` described."""
+        return cls(**config)
+
+    def __eq__(self, other):
+        return isinstance(other, Box) and self.get_config() == other.get_config()
+
+    def __hash__(self):
+        return hash(str(self.get_config()))
+
+    def __repr__(self):
+        return f"Box(low={self.low}, high={self.high}, num_points={self.num_points})"
+
+
+def as_points(given):
+    """What `at` stands for: `"data"`, or a function.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if given == "between":
+        return between
+    if given == "data" or (callable(given) and not isinstance(given, str)):
+        return given
+    raise ValueError(
+        'Invalid value for argument `at`. Expected "data", "between", or a function `(inputs, seed) -> points`. '
+        f"Received: at={given!r}"
+    )

@@ -1,0 +1,251 @@
+"""The affine regions of a piecewise affine model on a segment or a rectangle, found exactly."""
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from jvpreg.freeze import linearize
+from jvpreg.linearization import Linearization
+
+MOST_REGIONS = 20_000
+# Of the segment, or of the rectangle's sides: what is narrower is not told apart. In float32 points are no closer.
+RESOLUTION = {"float32": 1e-6, "float64": 1e-12}
+BATCH = 1024
+
+
+class Segment:
+    """The inputs `start + t (end − start)`, 0 ≤ t ≤ 1.
+
+    Args:
+        start: like one example's input.
+        end: another one.
+
+    Raises:
+        ValueError: they differ in shape, or not at all.
+    """
+
+    def __init__(self, start, end):
+        self.origin = np.asarray(start, "float64")
+        self.sides = [np.asarray(end, "float64") - self.origin]
+        _check_sides(self)
+
+
+class Rectangle:
+    """The inputs `corner + s first + t second`, 0 ≤ s, t ≤ 1: a box in two features, or any parallelogram.
+
+    Args:
+        corner: like one example's input.
+        first: one side of it, a vector.
+        second: the other one.
+
+    Raises:
+        ValueError: they differ in shape, or a side is zero.
+    """
+
+    def __init__(self, corner, first, second):
+        self.origin = np.asarray(corner, "float64")
+        self.sides = [np.asarray(side, "float64") for side in (first, second)]
+        _check_sides(self)
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of a segment or a rectangle in which the model is affine.
+
+    Attributes:
+        corners: `(n, 1)` or `(n, 2)`: the two ends t, or the corners (s, t) of a convex polygon in their order.
+        size: its part of the whole, from 0 to 1.
+    """
+
+    corners: np.ndarray
+    size: float
+
+    @property
+    def middle(self) -> np.ndarray:
+        """A point inside, `(1,)` or `(2,)`."""
+        return self.corners.mean(axis=0)
+
+
+def regions(model, domain: Segment | Rectangle) -> list[Region]:
+    """The affine regions.
+
+    Args:
+        model: whose nonlinear operations freeze masks (ReLU and its kin, max pooling); on a rectangle, only those with
+            their kink at zero.
+        domain: where.
+
+    Returns:
+        Regions that cover the domain, along a segment in their order.
+
+    Raises:
+        ValueError: the model is not affine between the kinks that were found; or it has too many regions.
+    """
+    found = _along(model, domain) if len(domain.sides) == 1 else _across(model, domain)
+    _check_affine(model, domain, found)
+    return found
+
+
+def points_of(domain: Segment | Rectangle, places) -> np.ndarray:
+    """The inputs `(N, …)` at places `(N, 1)` or `(N, 2)`."""
+    return domain.origin + np.tensordot(np.asarray(places, "float64"), np.stack(domain.sides), axes=1)
+
+
+def _along(model, domain) -> list[Region]:
+    """By bisection: a region is convex, so two places with the same masks have nothing else between them."""
+    resolution = _resolution(model, domain)
+    known = dict(zip((0.0, 1.0), _masks(model, domain, [[0.0], [1.0]]), strict=True))
+    wide = [(0.0, 1.0)]
+    while wide := [(a, b) for a, b in wide if known[a] != known[b] and b - a > resolution]:
+        middles = [(a + b) / 2 for a, b in wide]
+        known |= dict(zip(middles, _masks(model, domain, np.reshape(middles, (-1, 1))), strict=True))
+        wide = [half for (a, b), m in zip(wide, middles, strict=True) for half in ((a, m), (m, b))]
+        if len(known) > 64 * MOST_REGIONS:
+            raise _too_many(model)
+    places = sorted(known)
+    changes = [(a + b) / 2 for a, b in itertools.pairwise(places) if known[a] != known[b]]
+    ends = [0.0, *changes, 1.0]
+    return [Region(np.array([[a], [b]]), b - a) for a, b in itertools.pairwise(ends)]
+
+
+def _across(model, domain) -> list[Region]:
+    """By cutting: what a layer's kinks are in a polygon is known once the layers before it have none left there."""
+    resolution = _resolution(model, domain)
+    waiting = [np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])]
+    done: list[np.ndarray] = []
+    while waiting:
+        lines = [line for part in _batches(waiting) for line in _first_kinks(model, domain, part, resolution)]
+        cut: list[np.ndarray] = []
+        for polygon, kinks in zip(waiting, lines, strict=True):
+            pieces = [polygon]
+            for normal, offset in kinks:
+                pieces = [half for piece in pieces for half in _halves(piece, normal, offset, resolution)]
+            (cut if kinks else done).extend(pieces)
+        waiting = cut
+        if len(waiting) + len(done) > MOST_REGIONS:
+            raise _too_many(model)
+    return [Region(polygon, _area(polygon)) for polygon in done]
+
+
+def _first_kinks(model, domain, polygons, resolution) -> list[list[tuple[np.ndarray, float]]]:
+    """For each polygon the lines `normal · place = offset` in it that are kinks of the first node that has some."""
+    middles = np.array([polygon.mean(axis=0) for polygon in polygons])
+    lin = _linearized(model, domain, middles)
+    sides = [np.broadcast_to(side, (len(polygons), *side.shape)) for side in domain.sides]
+    tangents = lin.tangents_by_slot(np.stack(sides))
+    kinks: list[list[tuple[np.ndarray, float]]] = [[] for _ in polygons]
+    for node in lin.nodes:
+        if not _frozen_masks(node):
+            continue
+        value = node.inputs[0]
+        slopes = tangents.get(value.slot)
+        if slopes is None:
+            continue
+        heights = _rows(value.primal)
+        gradients = np.stack([_rows(slope) for slope in slopes], axis=-1)
+        for i, polygon in enumerate(polygons):
+            if kinks[i]:
+                continue
+            corners = heights[i] + (polygon - middles[i]) @ gradients[i].T
+            least = resolution * np.linalg.norm(gradients[i], axis=-1)
+            for unit in np.flatnonzero((corners.min(0) < -least) & (corners.max(0) > least)):
+                normal = gradients[i, unit]
+                kinks[i].append((normal, float(normal @ middles[i] - heights[i, unit])))
+    return kinks
+
+
+def _halves(polygon, normal, offset, resolution) -> list[np.ndarray]:
+    """The polygon on both sides of a line; itself, where the line does not really cross it."""
+    distances = (polygon @ normal - offset) / np.linalg.norm(normal)
+    if distances.min() > -resolution or distances.max() < resolution:
+        return [polygon]
+    sides: tuple[list, list] = ([], [])
+    for i, here in enumerate(distances):
+        there, following = distances[(i + 1) % len(polygon)], polygon[(i + 1) % len(polygon)]
+        for side, sign in zip(sides, (1, -1), strict=True):
+            if sign * here >= 0:
+                side.append(polygon[i])
+            if here * there < 0:
+                side.append(polygon[i] + here / (here - there) * (following - polygon[i]))
+    return [np.array(side) for side in sides]
+
+
+def _area(polygon) -> float:
+    x, y = polygon.T
+    return float(abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2)
+
+
+def _check_affine(model, domain, found: list[Region]) -> None:
+    """Raises if the model is not the affine map of a region's middle at the region's corners."""
+    for part in _batches(found):
+        lin = _linearized(model, domain, [region.middle for region in part])
+        outputs = _rows(lin.outputs)
+        for corner in range(max(len(region.corners) for region in part)):
+            places = np.array([region.corners[corner % len(region.corners)] for region in part])
+            steps = points_of(domain, places) - points_of(domain, [region.middle for region in part])
+            expected = outputs + _rows(lin.jvp(steps))
+            received = _rows(_linearized(model, domain, places).outputs)
+            off = np.abs(received - expected).max(axis=1) / (1e-3 + np.abs(received).max())
+            if off.max() > 1e-3:
+                where = part[int(off.argmax())].corners.round(6).tolist()
+                raise ValueError(
+                    f"Invalid value for argument `model`. Expected a piecewise affine model with masks (ReLU and its "
+                    f"kin, max pooling{'' if len(domain.sides) == 1 else ' not on a rectangle'}). Received: "
+                    f"`{model.name}`, which is not affine between {where}. Verify it at points instead."
+                )
+
+
+def _masks(model, domain, places) -> list[bytes]:
+    """What is frozen as a mask, of each place, packed."""
+    result = []
+    for part in _batches(list(places)):
+        lin = _linearized(model, domain, part)
+        frozen = [_rows(mask, axis) for node in lin.nodes for mask, axis in _frozen_masks(node)]
+        packed = np.packbits(np.concatenate(frozen, axis=1), axis=1) if frozen else np.zeros((len(part), 0))
+        result += [row.tobytes() for row in packed]
+    return result
+
+
+def _frozen_masks(node) -> list[tuple[Any, int]]:
+    """The masks of a node that depend on the input, with their axis of the examples."""
+    if node.pushforward is None:
+        return []
+    pairs = zip(node.pushforward.residuals, node.pushforward.batch_axes, strict=True)
+    return [(r, axis) for r, axis in pairs if not node.is_constant(r) and "bool" in str(r.dtype)]
+
+
+def _linearized(model, domain, places) -> Linearization:
+    return linearize(model, points_of(domain, places).astype(model.variable_dtype))
+
+
+def _rows(tensor, axis: int = 0) -> np.ndarray:
+    """As `(B, n)`."""
+    array = np.moveaxis(ops.convert_to_numpy(tensor), axis, 0)
+    array = array if array.dtype == bool else array.astype("float64")
+    return array.reshape(len(array), -1)
+
+
+def _batches(items: list) -> list[list]:
+    return [items[start : start + BATCH] for start in range(0, len(items), BATCH)]
+
+
+def _resolution(model, domain) -> float:
+    return RESOLUTION.get(model.variable_dtype, RESOLUTION["float32"])
+
+
+def _too_many(model) -> ValueError:
+    return ValueError(
+        f"`{model.name}` has more than {MOST_REGIONS} affine regions here. Expected a smaller model or domain. Verify "
+        "it at points instead."
+    )
+
+
+def _check_sides(domain) -> None:
+    shapes = [domain.origin.shape, *[side.shape for side in domain.sides]]
+    if len(set(shapes)) > 1 or not all(np.any(side) and np.all(np.isfinite(side)) for side in domain.sides):
+        raise ValueError(
+            f"Invalid value for argument of {type(domain).__name__}. Expected arrays like one example's input, and "
+            f"sides that are not zero. Received: shapes {shapes}"
+        )

@@ -1,0 +1,286 @@
+"""`JacobianDistiller`: a student that is trained to match its teacher, through plain `compile` and `fit`."""
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+from keras import ops, tree
+
+from jvpreg.distillation.base import KerasLoss, MatchingLoss, View
+from jvpreg.distillation.checks import check_models, checked_losses, metric_names, zeros_like_inputs
+from jvpreg.distillation.pairs import Site
+from jvpreg.freeze import linearize
+from jvpreg.full_jacobian import as_cotangent
+from jvpreg.linearization import Linearization
+from jvpreg.model import JacobianModel, PenaltyTracker, example_weights, weighted_mean
+from jvpreg.registry import register_wrapper, unwrap
+from jvpreg.regularizers.full_jacobian import target_cotangent
+
+INPUTS, PRODUCTS = "inputs", "teacher_products"
+
+
+@keras.saving.register_keras_serializable(package="jvpreg")
+class JacobianDistiller(JacobianModel):
+    """Trains a student to match its teacher: outputs, Jacobians, feature maps. It computes what the student computes.
+
+    In a step the student and the teacher run once each, and one backward pass of each serves all losses that pull a
+    cotangent back. The loss is the compiled one, plus `weight × mean(distance)` of each matching loss, plus Jacobian
+    regularizers, if `compile` is given any. The distances are metrics, in training and in evaluation.
+
+    Both networks see the same input, and Jacobians are with respect to it: where they expect different ranges, put a
+    `Rescaling` or `Normalization` layer in front of one of them. The teacher runs in inference mode, and is frozen:
+    `teacher.trainable` is set to False, as Keras' own `Distiller` does.
+
+    Args:
+        teacher: a built Keras model. Of a `JacobianModel`, its base.
+        student: a Keras model with outputs like the teacher's. `distiller.student` is the plain model, to save.
+        losses: of `jvpreg.distillation`, or of `keras.distillation`.
+        seed: of the random directions.
+        **kwargs: of `keras.Model`: `name`.
+
+    Raises:
+        ValueError: a model is not one, not built, or shares variables with the other; the outputs differ; a layer is
+            not found, or does not fit its partner.
+
+    Reference: Srinivas & Fleuret (2018), "Full-Jacobian Representation of Neural Networks", sections 4 and 7.1.
+
+    Example:
+
+    >>> import keras, numpy as np, jvpreg
+    >>> def network(width):
+    ...     return keras.Sequential([keras.Input((8,)), keras.layers.Dense(width, activation="relu"),
+    ...         keras.layers.Dense(3)])
+    >>> distiller = jvpreg.JacobianDistiller(network(16), network(4), losses=[
+    ...     jvpreg.distillation.ActivationMatching(1.0), jvpreg.distillation.JacobianMatching(0.1)])
+    >>> distiller.compile(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    >>> history = distiller.fit(np.ones((32, 8)), np.zeros(32), verbose=0)
+    >>> sorted(history.history)
+    ['activation_matching', 'jacobian_matching', 'jacobian_matching_angle', 'loss']
+    """
+
+    def __init__(
+        self,
+        teacher: keras.Model,
+        student: keras.Model,
+        losses: Sequence[MatchingLoss | keras.distillation.DistillationLoss],
+        seed: int | None = None,
+        **kwargs,
+    ):
+        matching = checked_losses(losses)
+        check_models(teacher, student)
+        super().__init__(student, seed, **kwargs)
+        self.teacher = unwrap(teacher)
+        self.teacher.trainable = False
+        self.matching_losses = matching
+        self._sites = self._find_sites()
+        self._matching_trackers = [PenaltyTracker(name) for name in metric_names(matching)]
+        self._given = threading.local()
+
+    @property
+    def student(self) -> keras.Model:
+        """The plain model that is trained."""
+        return self.base
+
+    @property
+    def _has_penalties(self) -> bool:
+        return True
+
+    @property
+    def _all_trackers(self):
+        return [*self._trackers, *self._matching_trackers]
+
+    def _is_plain_step(self) -> bool:
+        return False
+
+    def compile(self, *args, jacobian_regularizers: Sequence = (), **kwargs):
+        """As `JacobianModel.compile`. `jacobian_evaluate` is for the distances too; interval and fraction are not.
+
+        Raises:
+            ValueError: a regularizer has the name of a matching loss.
+        """
+        taken = metric_names(self.matching_losses)
+        if both := [r.name for r in jacobian_regularizers or () if getattr(r, "name", None) in taken]:
+            raise ValueError(
+                "Invalid value for argument `jacobian_regularizers`. Expected names that differ from those of the "
+                f"matching losses, since each names a metric (pass `name=`). Received: {both}"
+            )
+        super().compile(*args, jacobian_regularizers=jacobian_regularizers, **kwargs)
+
+    def call(self, inputs, training=None):
+        """What the student computes."""
+        x, products = _split(inputs)
+        if self._running.penalized:
+            self._given.x, self._given.products = x, products
+        return super().call(x, training=training)
+
+    def _penalty(self, linearization: Linearization, labels, sample_weight, training: bool):
+        x, products = self._given.x, self._given.products
+        del self._given.x, self._given.products
+        seed = self._training_seed if training else self._evaluation_seed
+        directions = {loss.name: loss.draw(x, seed) if loss.draws else None for loss in self.matching_losses}
+        if products is None:
+            products = self._teacher_products(x, labels, directions)
+        products = tree.map_structure(ops.stop_gradient, products)
+        cotangents = {
+            target: products["predicted"]
+            if target == "predicted"
+            else target_cotangent(loss, linearization.outputs, labels)
+            for target, loss in self._targets().items()
+        }
+        seen = self._see(linearization, labels, cotangents, directions, side=1)
+        total = self._compare(products, seen, sample_weight, training)
+        if self.jacobian_regularizers:
+            return total + super()._penalty(linearization, labels, sample_weight, training)
+        if training:
+            self._step.assign(self._step + 1)
+        return total
+
+    def _compare(self, products: dict, seen: dict, sample_weight, training: bool):
+        """The weighted sum of the mean distances; the trackers are updated."""
+        weights = example_weights(sample_weight)
+        trackers = {tracker.name: tracker for tracker in self._matching_trackers}
+        number = self._step + 1 if training else None
+        total = ops.zeros(())
+        for loss in self.matching_losses:
+            teacher, student = (_of_loss(loss, side) for side in (products, seen))
+            if len(teacher) != len(student):
+                raise ValueError(
+                    "Invalid value for argument `x`. Expected the teacher's products as this distiller's "
+                    f"`with_teacher` returns them. Received: none for `{loss.name}`."
+                )
+            distance, batch = weighted_mean(loss.distance(teacher, student), weights), ops.shape(student[0])[0]
+            trackers[loss.name].update_state(distance, 1.0, batch, number)
+            for measure, value in loss.measure(teacher, tree.map_structure(ops.stop_gradient, student)).items():
+                trackers[f"{loss.name}_{measure}"].update_state(ops.mean(value), 1.0, batch, number)
+            if loss.weight:
+                total = total + loss.weight * distance
+        return total
+
+    def _targets(self) -> dict[str, MatchingLoss]:
+        """The targets that are asked for, each with a loss that asks for it."""
+        return {loss.target: loss for loss in self.matching_losses if loss.target is not None}
+
+    def _teacher_products(self, x, labels, directions: dict) -> dict[str, Any]:
+        """What the losses see of the teacher, `(B, …)` each, by name; and the cotangent of what it predicts."""
+        linearization = linearize(self.teacher, x)
+        targets = self._targets()
+        cotangents = {}
+        if "label" in targets:
+            cotangents["label"] = target_cotangent(targets["label"], linearization.outputs, labels)
+        if "predicted" in targets:
+            cotangents["predicted"] = as_cotangent(linearization.outputs, None)
+        products = self._see(linearization, labels, cotangents, directions, side=0)
+        return products | {key: value for key, value in cotangents.items() if key == "predicted"}
+
+    def _see(
+        self, linearization: Linearization, labels, cotangents: dict, directions: dict, side: int
+    ) -> dict[str, Any]:
+        """What the losses see of the teacher (side 0) or of the student (side 1)."""
+        sites = {name: [pair[side] for pair in pairs] for name, pairs in self._sites.items()}
+        biased = [loss for loss in self.matching_losses if loss.pairs is not None and loss.pairs.kind == "biases"]
+        nodes = dict.fromkeys(node for loss in biased for site in sites[loss.name] for node in site.nodes)
+        with_inputs = any(loss.sees_inputs for loss in self.matching_losses)
+        view = View(linearization, labels, cotangents, list(nodes), with_inputs)
+        return {
+            f"{loss.name}/{i}": tensor
+            for loss in self.matching_losses
+            for i, tensor in enumerate(loss.see(view, sites[loss.name], directions[loss.name]))
+        }
+
+    def with_teacher(self, x, y=None, batch_size: int = 128) -> dict[str, Any]:
+        """The data with what the losses see of the teacher, computed once: to be passed to `fit` in place of `x`.
+
+        For data that is the same in every epoch. The teacher is not run again; the products take about as much
+        memory as `x` where input-Jacobians are matched.
+
+        Args:
+            x: arrays `(N, …)`, as `fit` takes them.
+            y: the labels `(N, …)`, where a loss has `target="label"`.
+            batch_size: examples at once.
+
+        Returns:
+            A dict of arrays, each with a first axis N, for `fit`, `evaluate` or `tf.data`.
+
+        Raises:
+            ValueError: a loss has random directions, which are new in every step.
+
+        Example:
+
+        >>> import keras, numpy as np, jvpreg
+        >>> teacher, student = (keras.Sequential([keras.Input((8,)), keras.layers.Dense(3)]) for _ in range(2))
+        >>> distiller = jvpreg.JacobianDistiller(teacher, student, [jvpreg.distillation.JacobianMatching(0.1)])
+        >>> distiller.compile(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+        >>> x, y = np.ones((32, 8)), np.zeros(32)
+        >>> history = distiller.fit(distiller.with_teacher(x, y), y, epochs=3, verbose=0)
+        """
+        if random := [loss.name for loss in self.matching_losses if loss.draws]:
+            raise ValueError(
+                "`with_teacher` needs losses that see the same of the teacher in every step. Received losses with "
+                f"random directions: {random}. Pass the plain data to `fit`."
+            )
+        given = {INPUTS: x} if y is None else {INPUTS: x, "labels": y}
+        products = _TeacherProducts(self).predict(given, batch_size=batch_size, verbose=0)
+        return {INPUTS: x, PRODUCTS: products}
+
+    def _find_sites(self) -> dict[str, list[tuple[Site, Site]]]:
+        """The layers that each loss has named, by a run of both networks on one example of zeros, if any did."""
+        sites: dict[str, list[tuple[Site, Site]]] = {loss.name: [] for loss in self.matching_losses}
+        paired = [loss for loss in self.matching_losses if loss.pairs is not None]
+        if paired:
+            teacher, student = (linearize(model, zeros_like_inputs(model, role)) for model, role in _roles(self))
+            sites |= {loss.name: loss.pairs.find(teacher, student) for loss in paired if loss.pairs is not None}
+        return sites
+
+    def get_config(self):
+        """The teacher, the student, the losses and the seed."""
+        losses = [loss.loss if isinstance(loss, KerasLoss) else loss for loss in self.matching_losses]
+        return {
+            "teacher": keras.saving.serialize_keras_object(self.teacher),
+            "student": keras.saving.serialize_keras_object(self.student),
+            "losses": [keras.saving.serialize_keras_object(loss) for loss in losses],
+            "seed": self.seed,
+            "name": self.name,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        """The distiller that `get_config` described."""
+        parts = {
+            key: keras.saving.deserialize_keras_object(config[key], custom_objects=custom_objects)
+            for key in ("teacher", "student", "losses")
+        }
+        return cls(**{**config, **parts})
+
+
+register_wrapper(JacobianDistiller, lambda model: model.base)
+
+
+class _TeacherProducts(keras.Model):
+    """Inputs, and labels if there are any, to the teacher's products, for `predict`."""
+
+    def __init__(self, distiller: JacobianDistiller):
+        super().__init__(autocast=False, name="teacher_products")
+        self.distiller = distiller
+        self.built = True
+
+    def call(self, given):
+        nothing = dict.fromkeys(loss.name for loss in self.distiller.matching_losses)
+        return self.distiller._teacher_products(given[INPUTS], given.get("labels"), nothing)
+
+
+def _split(inputs) -> tuple[Any, dict[str, Any] | None]:
+    """The inputs, and the teacher's products if they came with them."""
+    if isinstance(inputs, dict) and PRODUCTS in inputs:
+        return inputs[INPUTS], inputs[PRODUCTS]
+    return inputs, None
+
+
+def _of_loss(loss: MatchingLoss, products: dict[str, Any]) -> list:
+    """What a loss saw, in its order."""
+    count = sum(key.rpartition("/")[0] == loss.name for key in products)
+    return [products[f"{loss.name}/{i}"] for i in range(count)]
+
+
+def _roles(distiller: JacobianDistiller):
+    return (distiller.teacher, "teacher"), (distiller.student, "student")

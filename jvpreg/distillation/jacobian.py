@@ -1,0 +1,169 @@
+"""Matching of input-Jacobians and of bias-Jacobians."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import keras
+from keras import ops, tree
+
+from jvpreg import probes
+from jvpreg.distillation.base import MatchingLoss, check_target, squared_distance
+from jvpreg.distillation.maps import alike
+from jvpreg.distillation.pairs import LayerPairs
+
+
+@keras.saving.register_keras_serializable(package="jvpreg")
+class JacobianMatching(MatchingLoss):
+    """Matches input-Jacobians: `‖∇ₓ f_c − ∇ₓ g_c‖²` for one output c, or `‖J_f − J_g‖_F²` for all of them.
+
+    Its metric has a companion, `NAME_angle`: the mean angle between the two Jacobians, in degrees. A weight of 0
+    reports both and trains on neither.
+
+    Args:
+        weight: the loss gains `weight × mean` of it.
+        target: which output. `"label"`: that of the label, the default; labels are those of `fit`, class indices or
+            one-hot. `"predicted"`: the largest of the teacher.
+        num_probes: in place of a target, P: all outputs, by P random directions u an example, the same for both
+            networks. `‖(J_f − J_g) u‖²` has the mean `‖J_f − J_g‖_F²`, and its weight gradient takes first-order
+            autodiff through a forward computation only. The angle is then that of the products, an estimate.
+        name: of its metric.
+
+    Raises:
+        ValueError: an argument is out of its range; in `fit`, there are no labels.
+
+    Reference: Czarnecki et al. (2017), "Sobolev Training for Neural Networks"; Srinivas & Fleuret (2018),
+    "Full-Jacobian Representation of Neural Networks", section 7.1.
+
+    Example:
+
+    >>> import jvpreg
+    >>> jvpreg.distillation.JacobianMatching(0.1).target, jvpreg.distillation.JacobianMatching(0.1, num_probes=4).target
+    ('label', None)
+    """
+
+    measures = ("angle",)
+
+    def __init__(
+        self,
+        weight: float,
+        target: Literal["label", "predicted"] | None = None,
+        num_probes: int | None = None,
+        name: str | None = None,
+    ):
+        super().__init__(weight, name)
+        if num_probes is None:
+            self.target = "label" if target is None else target
+            check_target(self.target)
+        elif target is not None or not isinstance(num_probes, int) or num_probes < 1:
+            raise ValueError(
+                "Invalid value for argument `num_probes`. Expected an integer, 1 or more, and no `target`, or None. "
+                f"Received: num_probes={num_probes!r}, target={target!r}"
+            )
+        self.num_probes = num_probes
+        self.draws = num_probes is not None
+        self.sees_inputs = num_probes is None
+
+    def draw(self, inputs, seed):
+        """Standard normal directions, `(P, B, …)`."""
+        return probes.draw("gaussian", inputs, self.num_probes or 1, seed)
+
+    def see(self, view, sites, directions):
+        """The input-Jacobian of the target, like the inputs; or `J u`, `(B, P, …)` like the outputs."""
+        if directions is None:
+            return view.input_jacobian(self.target)
+        return [ops.moveaxis(product, 0, 1) for product in tree.flatten(view.linearization.jvp(directions))]
+
+    def distance(self, teacher, student):
+        """Of each example, over all inputs; or the mean over the probes: `(B,)`."""
+        return squared_distance(teacher, student) / (self.num_probes or 1)
+
+    def measure(self, teacher, student):
+        """The angle in degrees, `(B,)`."""
+        return {"angle": angle(teacher, student)}
+
+    def get_config(self):
+        """The arguments of `__init__`."""
+        return {**super().get_config(), "target": self.target, "num_probes": self.num_probes}
+
+
+@keras.saving.register_keras_serializable(package="jvpreg")
+class BiasJacobianMatching(MatchingLoss):
+    """Matches bias-Jacobians layer by layer, summed over channels only: `Σ_l ‖Σ_ch f^b_l − Σ_ch g^b_l‖²`.
+
+    The bias-Jacobian of a layer is `∂f_c/∂y ⊙ c`, with y its output and c its intercept: an explicit bias, the implicit
+    one of batch normalization, or what a smooth activation leaves. With `JacobianMatching` it matches full-Jacobians.
+
+    Args:
+        weight: the loss gains `weight × mean` of it.
+        layers: pairs of paths, `(teacher_layer, student_layer)`, of layers or of blocks of them; or `"auto"`: the last
+            layer with a bias, or normalization, of each spatial size that both have, and the choice is printed. Of maps
+            whose sizes differ, each is summed to the smaller size.
+        target: `"label"` or `"predicted"`: see `JacobianMatching`. Losses of one target share their backward passes.
+        name: of its metric.
+
+    Raises:
+        ValueError: an argument is out of its range; in `JacobianDistiller`, a layer is not found, or has no bias.
+
+    Reference: Srinivas & Fleuret (2018), "Full-Jacobian Representation of Neural Networks", section 4.1.3.
+
+    Example:
+
+    >>> import jvpreg
+    >>> jvpreg.distillation.BiasJacobianMatching(0.1, layers=[("norm6", "norm9")]).target
+    'label'
+    """
+
+    def __init__(
+        self,
+        weight: float,
+        layers: Sequence[tuple[str, str]] | Literal["auto"] = "auto",
+        target: Literal["label", "predicted"] = "label",
+        name: str | None = None,
+    ):
+        super().__init__(weight, name)
+        check_target(target)
+        self.pairs = LayerPairs(layers, "biases", type(self).__name__)
+        self.layers = layers if isinstance(layers, str) else [list(pair) for pair in layers]
+        self.target = target
+
+    def see(self, view, sites, directions):
+        """The bias-Jacobian of each layer, summed over its channels: `(B, *sizes)`."""
+        return [
+            sum(ops.sum(view.bias_jacobian(self.target, node), axis=site.channel_axis) for node in site.nodes)
+            for site in sites
+        ]
+
+    def distance(self, teacher, student):
+        """Of each example, over all pairs: `(B,)`."""
+        maps = [alike(g, f, keep_sum=True) for g, f in zip(teacher, student, strict=True)]
+        return squared_distance([g for g, _ in maps], [f for _, f in maps])
+
+    def get_config(self):
+        """The arguments of `__init__`."""
+        return {**super().get_config(), "layers": self.layers, "target": self.target}
+
+
+def angle(left: Sequence, right: Sequence):
+    """The angle between two lists of tensors `(B, …)`, each list one vector an example: degrees, `(B,)`.
+
+    By half-angles, since an arccos near 1 has no digits left; with a vector of zeros it is 90, between two it is 0.
+
+    Reference: Kahan (2006), "How Futile are Mindless Assessments of Roundoff in Floating-Point Computation?"
+    """
+    a, b = (_unit(vector) for vector in (left, right))
+    return (360 / math.pi) * ops.arctan2(_length(a - b), _length(a + b))
+
+
+def _unit(tensors: Sequence):
+    flat = [ops.reshape(tensor, (ops.shape(tensor)[0], -1)) for tensor in tensors]
+    joined = ops.concatenate(flat, axis=-1)
+    # In units of the largest entry first: the square of a small one may be 0.
+    largest = ops.max(ops.abs(joined), axis=-1, keepdims=True)
+    joined = joined / ops.where(largest > 0, largest, 1.0)
+    length = ops.expand_dims(_length(joined), -1)
+    return joined / ops.where(length > 0, length, 1.0)
+
+
+def _length(vectors):
+    return ops.sqrt(ops.sum(ops.square(vectors), axis=-1))
