@@ -6,6 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 STEPS = 2
+KINDS = ("fixed point", "fixed point, picard", "unrolled")
+"""By Anderson and GMRES; by plain iteration both ways; and without any solver."""
 SMALLEST_TOLERANCE = 1e-30  # never met: all iterations are taken
 
 
@@ -13,7 +15,7 @@ def peak_bytes(kind: str, depth: int, width: int, batch_size: int) -> int:
     """Peak memory that training steps on CIFAR-sized noise add to what a process holds after its imports.
 
     Args:
-        kind: `"fixed point"` or `"unrolled"`.
+        kind: one of `KINDS`.
         depth: iterations of both solves, or of the unrolled cell.
         width: channels.
         batch_size: examples a step.
@@ -40,6 +42,8 @@ def main(kind: str, depth: str, width: str, batch_size: str) -> None:
         arguments: dict = {"unrolled": int(depth)}
     else:
         arguments = {"tolerance": SMALLEST_TOLERANCE, "max_iterations": int(depth), "unconverged": "ignore"}
+        if kind == "fixed point, picard":
+            arguments |= {"solver": "picard", "adjoint_solver": "picard"}
     random = np.random.default_rng(0)
     images = random.random((int(batch_size), 32, 32, 3), dtype="float32")
     labels = random.integers(10, size=int(batch_size))

@@ -40,7 +40,6 @@ def run(config: FixedPointConfig) -> dict[str, Any]:
     strongest = models[max(config.strengths)]
     split = dataset.train.take(slice(config.probed))
     console.print("measuring: gradients, memory")
-    kinds = ("fixed point", "unrolled")
     summary = {
         "study": "fixed_point",
         "settings": as_plain_dict(config),
@@ -53,7 +52,7 @@ def run(config: FixedPointConfig) -> dict[str, Any]:
                 "depth": depth,
                 "bytes": memory.peak_bytes(kind, depth, config.width, config.memory_batch_size),
             }
-            for kind in kinds
+            for kind in memory.KINDS
             for depth in config.depths
         ],
     }

@@ -28,7 +28,8 @@ def test_an_unrolled_network_comes_to_the_same_fixed_point():
     for arguments in ({"unrolled": 60}, {"tolerance": 1e-6, "max_iterations": 60, "unconverged": "ignore"}):
         keras.utils.set_random_seed(0)
         model = network.build((8, 8, 3), 10, 4, **arguments)
-        norm = model.get_layer("cell").get_layer("norm")
+        cell = model.get_layer("cell") if "unrolled" in arguments else model.get_layer(network.LAYER).cell
+        norm = cell.get_layer("norm")
         norm.gamma.assign(0.3 * norm.gamma)  # so that plain iteration converges
         logits.append(keras.ops.convert_to_numpy(model(images)))
     np.testing.assert_allclose(logits[0], logits[1], atol=1e-5)
@@ -43,7 +44,7 @@ def test_a_small_run(tmp_path, capsys):
         assert one["history"]["jacobian/radius"][0] > 0
     errors = {(row["adjoint_solver"], row["tolerance"]): row["error"] for row in summary["gradients"]}
     assert errors["gmres", 0.0001] < errors["gmres", 0.01] < 1
-    assert [row["kind"] for row in summary["memory"]] == ["fixed point", "unrolled"]
+    assert [row["kind"] for row in summary["memory"]] == ["fixed point", "fixed point, picard", "unrolled"]
     assert all(row["bytes"] > 0 for row in summary["memory"])
     assert (tmp_path / "fixed_point.png").stat().st_size > 10_000
     assert "adjoints unconverged" in capsys.readouterr().out
