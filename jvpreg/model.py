@@ -1,8 +1,6 @@
 """`JacobianModel`: a Keras model that is trained with penalties on its Jacobian, through plain `compile` and `fit`."""
 
-import contextlib
 import math
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +20,8 @@ from jvpreg.regularizers.base import (
     outcomes,
     requests,
 )
-from jvpreg.trackers import MeasureTracker
+from jvpreg.steps import RunningStep, alternate, example_weights, weighted_mean
+from jvpreg.trackers import MeasureTracker, PenaltyTracker, StopAtNonFinitePenalty
 
 
 @keras.saving.register_keras_serializable(package="jvpreg")
@@ -78,7 +77,7 @@ class JacobianModel(keras.Model):
             name="jacobian_step",
             autocast=False,
         )
-        self._running = _RunningStep()
+        self._running = RunningStep()
         self._trackers: list[PenaltyTracker] = []
         # What the regularizers measure beside their penalties, in their order.
         self._measures: list[MeasureTracker] = []
@@ -188,11 +187,11 @@ class JacobianModel(keras.Model):
             FloatingPointError: a penalty was not finite in an epoch; the error names it and the step.
         """
         if self._all_trackers:
-            watch = _StopAtNonFinitePenalty(self._all_trackers)
+            watch = StopAtNonFinitePenalty(self._all_trackers)
             # First in line: an epoch that went wrong must not be saved as a checkpoint.
             if isinstance(callbacks, keras.callbacks.CallbackList):
                 watch.set_model(self)
-                others = [c for c in callbacks.callbacks if not isinstance(c, _StopAtNonFinitePenalty)]
+                others = [c for c in callbacks.callbacks if not isinstance(c, StopAtNonFinitePenalty)]
                 callbacks.callbacks = [watch, *others]
             else:
                 callbacks = [watch, *tree.flatten(callbacks or [])]
@@ -211,7 +210,7 @@ class JacobianModel(keras.Model):
         if self.train_function is None or force:
             functions = {due: self._train_function_when(due) for due in (True, False)}
             taken = int(ops.convert_to_numpy(self._step))
-            self.train_function = _alternate(functions, self.jacobian_interval, first=taken)
+            self.train_function = alternate(functions, self.jacobian_interval, first=taken)
         return self.train_function
 
     def _train_function_when(self, due: bool):
@@ -421,113 +420,6 @@ class JacobianModel(keras.Model):
 register_wrapper(JacobianModel, lambda model: model.base)
 
 
-class PenaltyTracker(keras.metrics.Mean):
-    """The mean of a penalty over the examples of the steps in which it was computed, and its first failure.
-
-    Attributes:
-        carried: the variable that the regularizer carries from step to step, which outlives every reset; or None.
-    """
-
-    def __init__(self, name: str):
-        super().__init__(name=name)
-        self.carried: Any = None
-        # Of the first replica: under tf.distribute, Keras would add up the replicas' steps.
-        self.failed_at = self.add_variable(
-            shape=(), initializer="zeros", dtype="int32", aggregation="only_first_replica", name="failed_at"
-        )
-
-    def carry(self, shape: tuple[int, ...], start: keras.initializers.Initializer) -> None:
-        """Makes the variable `carried`."""
-        # Under tf.distribute, the mean of what the replicas found.
-        self.carried = self.add_variable(shape=shape, initializer=start, aggregation="mean", name="carried")
-
-    def reset_state(self):
-        """As Keras', but for what is carried."""
-        for variable in self.variables:
-            if variable is not self.carried:
-                variable.assign(ops.zeros(variable.shape, dtype=variable.dtype))
-
-    def update_state(self, mean, active, batch, step):
-        """Adds a step's `mean` over `batch` examples if `active` is 1, and not if it is 0.
-
-        `step` is the number of the training step, from 1, so that 0 says that nothing failed; None in evaluation.
-        """
-        weight = ops.cast(active, "float32") * ops.cast(batch, "float32")
-        # A mean that was not computed is 0, so the product with a weight of 0 is harmless.
-        super().update_state(mean, sample_weight=weight)
-        if step is not None:
-            failed_at = ops.convert_to_tensor(self.failed_at)
-            first = ops.logical_and(ops.equal(failed_at, 0), ops.logical_not(ops.isfinite(mean)))
-            self.failed_at.assign(ops.where(first, ops.cast(step, "int32"), failed_at))
-
-    def result(self):
-        """The mean; NaN, and not 0, when the penalty was computed in no step (an epoch shorter than the interval)."""
-        return ops.where(ops.equal(self.count, 0), math.nan, super().result())
-
-
-class _StopAtNonFinitePenalty(keras.callbacks.Callback):
-    """Raises at the end of an epoch in which a penalty was not finite: nothing is read in the steps themselves."""
-
-    def __init__(self, trackers: list[PenaltyTracker]):
-        super().__init__()
-        self.trackers = trackers
-
-    def on_train_begin(self, logs=None):
-        for tracker in self.trackers:
-            tracker.failed_at.assign(0)
-
-    def on_epoch_end(self, epoch, logs=None):
-        for tracker in self.trackers:
-            if not math.isfinite((logs or {}).get(tracker.name, 0.0)):
-                assert self.model is not None  # On JAX, reading `model` brings the variables up to date.
-                if float(ops.convert_to_numpy(tracker.count)) == 0:
-                    continue
-                step = int(ops.convert_to_numpy(tracker.failed_at))
-                raise FloatingPointError(
-                    f"The penalty `{tracker.name}` was not finite at training step {step} (epoch {epoch + 1}). "
-                    "Lower its strength or the learning rate, or clip gradients (`clipnorm` of the optimizer); the "
-                    "weights have since been updated with it, so start from an earlier checkpoint."
-                )
-
-
-class _RunningStep(threading.local):
-    """What `train_step`, `call` and `compute_loss` of one step share. tf.distribute runs a thread a replica."""
-
-    active = False
-    penalized = False
-    due: bool | None = None
-    linearization: Linearization | None = None
-
-    @contextlib.contextmanager
-    def scheduled(self, due: bool):
-        self.due = due
-        try:
-            yield
-        finally:
-            self.due = None
-
-    @contextlib.contextmanager
-    def step(self, penalized: bool):
-        self.active, self.penalized = True, penalized
-        try:
-            yield
-        finally:
-            self.active, self.penalized, self.linearization = False, False, None
-
-
-def _alternate(functions: dict, interval: int, first: int):
-    """Runs `functions[True]` every `interval`-th time and `functions[False]` else; `first` steps were taken before."""
-    step = first
-
-    def train_function(*args):
-        nonlocal step
-        result = functions[step % interval == 0](*args)
-        step += 1  # Only now: at the end of the data there was no step.
-        return result
-
-    return train_function
-
-
 def _check_compile_arguments(regularizers, interval, fraction) -> None:
     names = [regularizer.name for regularizer in regularizers]
     if len(set(names)) < len(names):
@@ -559,21 +451,6 @@ def _check_penalties_within(base, regularizers) -> None:
             "model would leave out. Expected either `jacobian_regularizers` or JacobianPenalty layers. Received both: "
             "compile with `jacobian_regularizers=[]`, or take the blocks out of their JacobianPenalty."
         )
-
-
-def example_weights(sample_weight):
-    """Weights `(B,)`, or None where there are none, or none that belong to examples as a whole."""
-    if sample_weight is None or isinstance(sample_weight, (dict, list, tuple)):
-        return None
-    weights = ops.convert_to_tensor(sample_weight)
-    if len(weights.shape) == 2 and weights.shape[1] == 1:
-        weights = ops.squeeze(weights, 1)
-    return weights if len(weights.shape) == 1 else None
-
-
-def weighted_mean(penalty, weights):
-    """As Keras reduces a loss: the weighted sum over the number of examples."""
-    return ops.mean(penalty if weights is None else penalty * ops.cast(weights, penalty.dtype))
 
 
 def _single(inputs: list):

@@ -1,6 +1,7 @@
-"""The metrics of what regularizers measure beside their penalties."""
+"""The metrics of penalties and of what regularizers measure beside them, and the watch over both."""
 
 import math
+from typing import Any
 
 import keras
 from keras import ops
@@ -40,3 +41,74 @@ class MeasureTracker(keras.metrics.Metric):
         if self.kind == "mean":
             value = value / ops.where(count > 0, count, 1.0)
         return ops.where(count > 0, value, math.nan)
+
+
+class PenaltyTracker(keras.metrics.Mean):
+    """The mean of a penalty over the examples of the steps in which it was computed, and its first failure.
+
+    Attributes:
+        carried: the variable that the regularizer carries from step to step, which outlives every reset; or None.
+    """
+
+    def __init__(self, name: str):
+        super().__init__(name=name)
+        self.carried: Any = None
+        # Of the first replica: under tf.distribute, Keras would add up the replicas' steps.
+        self.failed_at = self.add_variable(
+            shape=(), initializer="zeros", dtype="int32", aggregation="only_first_replica", name="failed_at"
+        )
+
+    def carry(self, shape: tuple[int, ...], start: keras.initializers.Initializer) -> None:
+        """Makes the variable `carried`."""
+        # Under tf.distribute, the mean of what the replicas found.
+        self.carried = self.add_variable(shape=shape, initializer=start, aggregation="mean", name="carried")
+
+    def reset_state(self):
+        """As Keras', but for what is carried."""
+        for variable in self.variables:
+            if variable is not self.carried:
+                variable.assign(ops.zeros(variable.shape, dtype=variable.dtype))
+
+    def update_state(self, mean, active, batch, step):
+        """Adds a step's `mean` over `batch` examples if `active` is 1, and not if it is 0.
+
+        `step` is the number of the training step, from 1, so that 0 says that nothing failed; None in evaluation.
+        """
+        weight = ops.cast(active, "float32") * ops.cast(batch, "float32")
+        # A mean that was not computed is 0, so the product with a weight of 0 is harmless.
+        super().update_state(mean, sample_weight=weight)
+        if step is not None:
+            failed_at = ops.convert_to_tensor(self.failed_at)
+            first = ops.logical_and(ops.equal(failed_at, 0), ops.logical_not(ops.isfinite(mean)))
+            self.failed_at.assign(ops.where(first, ops.cast(step, "int32"), failed_at))
+
+    def result(self):
+        """The mean; NaN, and not 0, when the penalty was computed in no step (an epoch shorter than the interval)."""
+        return ops.where(ops.equal(self.count, 0), math.nan, super().result())
+
+
+class StopAtNonFinitePenalty(keras.callbacks.Callback):
+    """Raises at the end of an epoch in which a penalty was not finite: nothing is read in the steps themselves."""
+
+    def __init__(self, trackers: list[PenaltyTracker]):
+        super().__init__()
+        self.trackers = trackers
+
+    def on_train_begin(self, logs=None):
+        """Forgets earlier failures."""
+        for tracker in self.trackers:
+            tracker.failed_at.assign(0)
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Raises, if a penalty of the epoch was not finite."""
+        for tracker in self.trackers:
+            if not math.isfinite((logs or {}).get(tracker.name, 0.0)):
+                assert self.model is not None  # On JAX, reading `model` brings the variables up to date.
+                if float(ops.convert_to_numpy(tracker.count)) == 0:
+                    continue
+                step = int(ops.convert_to_numpy(tracker.failed_at))
+                raise FloatingPointError(
+                    f"The penalty `{tracker.name}` was not finite at training step {step} (epoch {epoch + 1}). "
+                    "Lower its strength or the learning rate, or clip gradients (`clipnorm` of the optimizer); the "
+                    "weights have since been updated with it, so start from an earlier checkpoint."
+                )

@@ -13,9 +13,11 @@ from jvpreg.distillation.pairs import Site
 from jvpreg.freeze import linearize
 from jvpreg.full_jacobian import as_cotangent
 from jvpreg.linearization import Linearization
-from jvpreg.model import JacobianModel, PenaltyTracker, example_weights, weighted_mean
+from jvpreg.model import JacobianModel
 from jvpreg.registry import register_wrapper, unwrap
 from jvpreg.regularizers.full_jacobian import target_cotangent
+from jvpreg.steps import example_weights, weighted_mean
+from jvpreg.trackers import PenaltyTracker
 
 INPUTS, PRODUCTS = "inputs", "teacher_products"
 
