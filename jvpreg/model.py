@@ -109,7 +109,9 @@ class JacobianModel(keras.Model):
         """What the base model computes; inside a step with penalties, by way of its linearization."""
         symbolic = any(isinstance(x, keras.KerasTensor) for x in tree.flatten(inputs))
         if self._running.penalized and not symbolic and not self._is_plain_step():
-            self._running.linearization = linearize(self.base, inputs, training=bool(training))
+            self._running.linearization = linearize(
+                self.base, inputs, training=bool(training), xla=bool(self.jit_compile)
+            )
             return self._running.linearization.outputs
         return self.base(inputs, training=training)
 

@@ -26,6 +26,7 @@ class Context:
         training: whether dropout is active and moving averages are updated.
         batch_statistics: `"moving"`, `"frozen"` or `"coupled"`: see `jvpreg.linearize`.
         fallback: `"warn"`, `"allow"` or `"error"`: see `jvpreg.linearize`.
+        xla: whether XLA compiles the run; None where that is not known.
         run: `run(operation, *inputs) -> (outputs, Pushforward)` linearizes another operation, for the rule of a
             wrapper or of a layer that repeats another one.
     """
@@ -33,6 +34,7 @@ class Context:
     training: bool = False
     batch_statistics: str = "moving"
     fallback: str = "warn"
+    xla: bool | None = None
     run: Callable | None = None
 
 

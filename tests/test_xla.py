@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from compare import norm, normal
+from compare import norm, normal, numpy
 from keras import layers
 
 import jvpreg
@@ -126,3 +126,14 @@ def test_probes_are_the_same_under_xla(kind):
     drawn = [tf.function(draw, jit_compile=jit)().numpy() for jit in (False, True)]
     np.testing.assert_allclose(drawn[0], drawn[1], rtol=1e-4)
     assert np.all(np.any(drawn[0] != 0, axis=-1))
+
+
+@pytest.mark.parametrize("pooling", [layers.MaxPooling2D(2), layers.MaxPooling2D(3, strides=2, padding="same")])
+def test_without_xla_the_backends_own_max_pooling_gives_the_same(pooling):
+    """What is said of XLA chooses a kernel, in a plain TensorFlow graph, and changes nothing that comes out."""
+    model = keras.Sequential([keras.Input((6, 6, 2)), layers.Conv2D(3, 3, padding="same"), pooling, layers.Flatten()])
+    x, u = normal(2, 6, 6, 2, seed=0).astype("float32"), normal(2, 6, 6, 2, seed=1).astype("float32")
+    received, expected = (jvpreg.linearize(model, x, xla=xla) for xla in (False, None))
+    np.testing.assert_array_equal(numpy(received.outputs), numpy(expected.outputs))
+    np.testing.assert_array_equal(numpy(received.jvp(u)), numpy(expected.jvp(u)))
+    np.testing.assert_array_equal(numpy(received.vjp(expected.outputs)), numpy(expected.vjp(expected.outputs)))

@@ -2,6 +2,7 @@
 
 import itertools
 
+import keras
 from keras import layers, ops
 
 from jvpreg.registry import Pushforward, fold, linear, register_rule, unfold
@@ -38,7 +39,8 @@ def max_pooling(layer, x, context):
     """The running maximum over the entries of each window, in row-major order: a tie goes to the first entry.
 
     The primal is computed so too, not by `ops.max_pool`: the masks come for free, and the gradient is a select,
-    which under XLA is several times faster than the gradient of the backends' own max pooling.
+    which under XLA is several times faster than the gradient of the backends' own max pooling. Not so in a plain
+    TensorFlow graph, whose own kernels are the faster ones; what no tangent passes needs no masks there.
     """
     best, *rest = _window_entries(layer, x, outside=-float("inf"))
     masks = []
@@ -55,6 +57,8 @@ def max_pooling(layer, x, context):
             chosen = ops.where(wins, entry, chosen)
         return chosen
 
+    if keras.backend.backend() == "tensorflow" and context.xla is False:
+        best = layer.call(x)
     return best, Pushforward(push, *masks)
 
 
