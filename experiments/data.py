@@ -115,7 +115,7 @@ class Batches(keras.utils.PyDataset):
     """Shuffled and, if wanted, augmented training batches: a pure function of seed, epoch and index.
 
     A resumed run therefore sees the batches that the uninterrupted one would have seen, provided
-    that `start_epoch` is called when an epoch begins.
+    that `start_epoch` is called when an epoch begins, as the callback of `order_epochs` does.
 
     Args:
         split: the training examples.
@@ -134,6 +134,10 @@ class Batches(keras.utils.PyDataset):
         self.epoch = epoch
         self.order = np.random.default_rng((self.seed, epoch)).permutation(len(self.split))
 
+    def order_epochs(self) -> keras.callbacks.Callback:
+        """The callback that starts each epoch; it goes with `shuffle=False`."""
+        return keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: self.start_epoch(epoch))
+
     def __len__(self) -> int:
         return math.ceil(len(self.split) / self.batch_size)
 
@@ -144,6 +148,11 @@ class Batches(keras.utils.PyDataset):
         if self.augment:
             pixels = shift_and_flip(pixels, np.random.default_rng((self.seed, self.epoch, index)))
         return unit_range(pixels, self.split.white), self.split.labels[chosen]
+
+
+def training_batches(dataset: Dataset, batch_size: int, seed: int, augment: bool) -> Batches:
+    """The training batches of a data set; digits are never augmented, for a mirrored 2 is not a 5."""
+    return Batches(dataset.train, batch_size, seed, augment and dataset.name != "digits")
 
 
 def shift_and_flip(pixels: np.ndarray, generator: np.random.Generator, padding: int = 4) -> np.ndarray:

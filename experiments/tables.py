@@ -1,7 +1,9 @@
 """Tables on the terminal and in Markdown: of any study's rows, and of a comparison."""
 
+import sys
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 LEFT = ("", "along", "derivative", "map", "method", "model", "run", "step")
@@ -26,6 +28,11 @@ def grid_markdown(rows: list[dict[str, str]]) -> str:
     aligned = ["---" if heading in LEFT else "---:" for heading in rows[0]]
     lines = [list(rows[0]), aligned, *[list(row.values()) for row in rows]]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def wide_console() -> Console:
+    """The terminal; the tables are wider than the 80 columns that a pipe is given."""
+    return Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 def columns(row: dict[str, Any]) -> dict[str, str]:

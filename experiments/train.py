@@ -75,9 +75,8 @@ def default_folder(config: TrainConfig) -> str:
 
 
 def training_batches(config: TrainConfig, dataset: data.Dataset) -> data.Batches:
-    """The training batches of a run; digits are never mirrored, for a 2 is not a 5."""
-    augment = config.data.augment and dataset.name != "digits"
-    return data.Batches(dataset.train, config.batch_size, config.seed, augment)
+    """The training batches of a run."""
+    return data.training_batches(dataset, config.batch_size, config.seed, config.data.augment)
 
 
 def compiled_model(config: TrainConfig, dataset: data.Dataset, steps: int) -> jvpreg.JacobianModel:
@@ -148,7 +147,7 @@ def callbacks(
     """The callbacks, in an order that matters: a logger sees what those before it put into the logs."""
     history = folder.read_history()
     return [
-        keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: batches.start_epoch(epoch)),
+        batches.order_epochs(),
         *jacobian_callbacks(dataset, config, folder),
         keras.callbacks.CSVLogger(folder.history, append=True),
         tracking.EpochLogger(run),

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from experiments.benchmark import biases_study, distill_entries, entries, measure, report, study
+from experiments.benchmark import checked, distill_entries, entries, measure, report, study
 from experiments.benchmark.check import EXAMPLES, Check, check_gradient, penalty_alone
 from experiments.benchmark.config import DistillConfig
 from experiments.benchmark.distill_entries import LABELS, WEIGHTS
@@ -25,21 +25,17 @@ def run(config: DistillConfig) -> dict[str, Any]:
     Raises:
         ExperimentError: where the backend is not known.
     """
-    console = study.wide_console()
-    rows = biases_study.measured(
+    rows = checked.measured(
         "distill", LABELS, functools.partial(check, config=config), functools.partial(step, config=config), config
     )
     summary = {"study": "benchmark distill", **study.conditions(config), "entries": rows}
-    biases_study.write("distill", summary, conditions(summary), config, console)
+    checked.write("distill", summary, conditions(summary), config)
     return summary
 
 
 def step(name: str, config: DistillConfig) -> measure.Step:
-    """A training step of the entry's model; it returns its loss, and so is waited for."""
-    split = entries.images(config, config.batch_size)
-    batch = split.images(), split.labels
-    model = distill_entries.training_model(name, config)
-    return lambda: model.train_on_batch(*batch)
+    """A training step of the entry's model."""
+    return measure.batch_step(distill_entries.training_model(name, config), config)
 
 
 def check(name: str, config: DistillConfig) -> Check:

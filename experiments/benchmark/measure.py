@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import keras
+
 from experiments.benchmark import entries
 from experiments.benchmark.config import BenchmarkConfig, StepConfig
 from experiments.benchmark.entries import Entry
@@ -40,10 +42,14 @@ def timings(chosen: list[Entry], config: StepConfig) -> dict[str, Timing | Memor
 
 
 def training_step(entry: Entry, config: StepConfig) -> Step:
-    """A training step of the entry's model; it returns its loss, and so is waited for."""
+    """A training step of the entry's model."""
+    return batch_step(entries.training_model(entry, config), config)
+
+
+def batch_step(model: keras.Model, config: BenchmarkConfig) -> Step:
+    """A training step of a compiled model on random images; it returns its loss, and so is waited for."""
     split = entries.images(config, config.batch_size)
     batch = split.images(), split.labels
-    model = entries.training_model(entry, config)
     return lambda: model.train_on_batch(*batch)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 
 import jvpreg
+from experiments import tables
 from experiments.benchmark import entries, measure, probe_report, study
 from experiments.benchmark.config import BenchmarkConfig, ProbeConfig
 from experiments.benchmark.probe_entries import CALLBACK, ENTRIES, FEW, MANY, NUM_PROBES, TOL, Entry, nothing
@@ -73,7 +74,7 @@ def run(config: ProbeConfig) -> dict[str, Any]:
     study.check_backend("probe")
     if config.unet_image_size % 4:
         raise ExperimentError(f"unet_image_size: expected a multiple of 4. Received: {config.unet_image_size}.")
-    console = study.wide_console()
+    console = tables.wide_console()
     rows: list[dict[str, Any]] = []
     for name, subject in (("classifier", classifier(config)), ("unet", pixelwise(config))):
         chosen = [entry for entry in ENTRIES if entry.network == name]

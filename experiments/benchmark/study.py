@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ def run(config: StepConfig) -> dict[str, Any]:
     """
     check_backend("step")
     chosen = chosen_entries(config)
-    console = wide_console()
+    console = tables.wide_console()
     checker = Checker(config)
     checks: dict[str, Check | None] = {}
     for entry in chosen:
@@ -62,11 +61,6 @@ def check_backend(study: str) -> None:
     """An error on a backend that the benchmarks do not know."""
     if keras.backend.backend() not in ("tensorflow", "jax"):
         raise ExperimentError(f"benchmark {study} runs on TensorFlow and JAX: set KERAS_BACKEND to one of the two.")
-
-
-def wide_console() -> Console:
-    """The terminal; the tables are wider than the 80 columns that a pipe is given."""
-    return Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 110)
 
 
 def conditions(config: BenchmarkConfig) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import numpy as np
 from keras import ops
 
 import jvpreg
+from experiments import tables
 from experiments.benchmark import entries, measure, study, weights_report
 from experiments.benchmark.config import WeightsConfig
 from experiments.benchmark.reference import Reference, float64
@@ -52,7 +53,7 @@ def run(config: WeightsConfig) -> dict[str, Any]:
         ExperimentError: where the backend is not known.
     """
     study.check_backend("weights")
-    console = study.wide_console()
+    console = tables.wide_console()
     model = entries.plain_model(config)
     chosen = model_entries(model, config)
     console.print(f"checking {len(chosen)} entries")

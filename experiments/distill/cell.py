@@ -73,8 +73,7 @@ def trained(
         `test_accuracy` in [0, 1] and the `angle` between the input-Jacobians on test images in degrees, at the end, and
         the `history` of both in training.
     """
-    augment = config.augment and dataset.name != "digits"
-    batches = data.Batches(dataset.train, config.batch_size, seed, augment)
+    batches = data.training_batches(dataset, config.batch_size, seed, config.augment)
     epochs = math.ceil(config.steps / len(batches))
     every = max(1, epochs // config.evaluations)
     probed = dataset.test.take(slice(config.probed))
@@ -95,9 +94,8 @@ def trained(
         "validation_freq": every,
         "validation_batch_size": config.batch_size,
     }
-    if augment or not matching:
-        order = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: batches.start_epoch(epoch))
-        history = model.fit(batches, shuffle=False, callbacks=[order], **fit).history
+    if batches.augment or not matching:
+        history = model.fit(batches, shuffle=False, callbacks=[batches.order_epochs()], **fit).history
     else:
         x, y = dataset.train.images(), dataset.train.labels
         history = model.fit(model.with_teacher(x, y), y, batch_size=config.batch_size, **fit).history

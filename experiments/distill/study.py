@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import keras
-from rich.console import Console
 
-from experiments import cells, data, models, timing
+from experiments import cells, data, models, tables, timing
 from experiments.config import ModelConfig, as_plain_dict
 from experiments.distill import cell, report
 from experiments.distill.config import DistillConfig
@@ -29,7 +28,7 @@ def run(config: DistillConfig) -> dict[str, Any]:
         ExperimentError: there is no teacher, the data cannot be had or is too small, or the folder holds cells of
             other settings.
     """
-    console = Console(soft_wrap=True, highlight=False)
+    console = tables.wide_console()
     teacher, dataset = trained_model(config.teacher), trained_dataset(config.teacher)
     check(config, teacher)
     accuracy = teacher_accuracy(teacher, dataset)

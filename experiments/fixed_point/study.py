@@ -67,7 +67,7 @@ def train(
     keras.utils.set_random_seed(seed)
     arguments = {"tolerance": config.tolerance, "max_iterations": config.max_iterations, "unconverged": "ignore"}
     base = network.build(dataset.image_shape, dataset.num_classes, config.width, **arguments)
-    batches = data.Batches(dataset.train, config.batch_size, seed, config.data.augment and dataset.name != "digits")
+    batches = data.training_batches(dataset, config.batch_size, seed, config.data.augment)
     penalties = [jvpreg.regularizers.FixedPointJacobianNorm(strength)] if strength else []
     model = jvpreg.JacobianModel(base)
     model.compile(
@@ -89,7 +89,7 @@ def train(
         validation_batch_size=config.batch_size,
         verbose=0,
         callbacks=[
-            keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: batches.start_epoch(epoch)),
+            batches.order_epochs(),
             jvpreg.callbacks.FixedPointMonitor(),
             probe,
         ],

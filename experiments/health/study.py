@@ -85,7 +85,7 @@ def measured_run(train: TrainConfig, dataset: data.Dataset, config: HealthConfig
         epochs=train.epochs,
         verbose=0,
         callbacks=[
-            keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: batches.start_epoch(epoch)),
+            batches.order_epochs(),
             recorder,
         ],
     )

@@ -3,21 +3,21 @@
 import dataclasses
 import functools
 import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
-from rich.console import Console
 
 import jvpreg
-from experiments import cells, data, models, timing
+from experiments import cells, data, models, tables, timing
 from experiments.config import as_plain_dict
 from experiments.regularization import report
 from experiments.regularization.config import RegularizationConfig
 from experiments.train import optimizer
+from jvpreg.full_jacobian import as_cotangent
+from jvpreg.regularizers.full_jacobian import bias_jacobians
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ def run(config: RegularizationConfig) -> dict[str, Any]:
     Raises:
         ExperimentError: the data cannot be had or is too small, or the folder holds cells of other settings.
     """
-    # The table is wider than the 80 columns that a pipe is given.
-    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 120)
+    console = tables.wide_console()
     dataset = data.load(dataclasses.replace(config.data, train_examples=None))
     subsets = {n: data.balanced_subset(dataset, n * dataset.num_classes) for n in config.examples_per_class}
     folder = Path(config.folder)
@@ -103,8 +102,7 @@ def trained(config: RegularizationConfig, method: Method, dataset: data.Dataset,
         bias = layer.beta if isinstance(layer, keras.layers.BatchNormalization) else layer.bias
         bias.regularizer = keras.regularizers.L2(method.bias_decay)
     penalty = jvpreg.regularizers.BiasJacobianNorm(method.bias_jacobian, layers=[layer.name])
-    augment = config.data.augment and dataset.name != "digits"
-    batches = data.Batches(dataset.train, config.batch_size, seed, augment)
+    batches = data.training_batches(dataset, config.batch_size, seed, config.data.augment)
     epochs = math.ceil(config.steps / len(batches))
     model = jvpreg.JacobianModel(base, seed=seed)
     model.compile(
@@ -115,8 +113,7 @@ def trained(config: RegularizationConfig, method: Method, dataset: data.Dataset,
         jacobian_regularizers=[penalty] if method.bias_jacobian else [],
         jacobian_evaluate=False,
     )
-    order = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: batches.start_epoch(epoch))
-    history = model.fit(batches, shuffle=False, epochs=epochs, callbacks=[order], verbose=0).history
+    history = model.fit(batches, shuffle=False, epochs=epochs, callbacks=[batches.order_epochs()], verbose=0).history
     tested = model.evaluate(dataset.test.images(), dataset.test.labels, batch_size=250, verbose=0, return_dict=True)
     return {
         "test_accuracy": tested["accuracy"],
@@ -138,6 +135,8 @@ def bias_jacobian_norm(model: keras.Model, layer: str, split: data.Split, batch_
     total = 0.0
     for start in range(0, len(split), batch_size):
         part = split.take(slice(start, start + batch_size))
-        full = jvpreg.full_jacobian(model, part.images(), target=part.labels)
-        total += float(np.sum(keras.ops.convert_to_numpy(full.bias_jacobians[layer]).astype("float64") ** 2))
+        lin = jvpreg.linearize(model, part.images())
+        # Of one layer: the whole full-Jacobian would go back to the input.
+        _, found = bias_jacobians(lin, as_cotangent(lin.outputs, part.labels), [layer], with_inputs=False)
+        total += float(np.sum(keras.ops.convert_to_numpy(found[layer]).astype("float64") ** 2))
     return total / len(split)
