@@ -148,7 +148,7 @@ def test_second_derivatives(float64):
 
 
 def test_expansive_linear_systems(float64):
-    """Of more dimensions than a window has, so that GMRES restarts; the short memory of the others is not enough."""
+    """Of more dimensions than a window has, so that GMRES restarts. What plain iteration leaves does not shrink."""
     matrix, rhs = normal(2, 26, 26), normal(2, 26, seed=1)
     matrix *= 1.2 / np.abs(np.linalg.eigvals(matrix)).max(axis=1)[:, None, None]
     a, b = ops.convert_to_tensor(matrix), ops.convert_to_tensor(rhs)
@@ -160,5 +160,4 @@ def test_expansive_linear_systems(float64):
     expected = np.linalg.solve(np.eye(26) - matrix, rhs[..., None])[..., 0]
     assert_close(found.value, expected, 1e-6)
     assert numpy(found.converged).all()
-    for solver in ("anderson", "broyden", "picard"):
-        assert not numpy(find(solver).converged).any()
+    assert not numpy(find("picard").converged).any()

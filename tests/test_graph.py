@@ -134,20 +134,13 @@ def test_random_architectures_draw_from_the_whole_table():
 def at_once(function):
     """On JAX, whose eager mode compiles every operation for every shape (25 s a model), `function` compiled as one.
 
-    XLA's optimizations are off, so that what runs is what eager mode would run.
+    `conftest.py` turned XLA's optimizations off, so what runs is what eager mode would run.
     """
     if keras.backend.backend() != "jax":
         return function
     import jax
 
-    def run(*arguments):
-        jax.config.update("jax_disable_most_optimizations", True)
-        try:
-            return jax.jit(function)(*arguments)
-        finally:
-            jax.config.update("jax_disable_most_optimizations", False)
-
-    return run
+    return jax.jit(function)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
