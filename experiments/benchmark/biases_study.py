@@ -10,7 +10,9 @@ from experiments.benchmark import biases_entries, checked, entries, measure, rep
 from experiments.benchmark.biases_entries import ENTRIES, Entry
 from experiments.benchmark.check import EXAMPLES, Check, check_gradient, penalty_alone
 from experiments.benchmark.config import BiasesConfig
+from experiments.benchmark.kinks import far_from_kinks
 from experiments.benchmark.reference import Reference, float64
+from experiments.data import Split
 
 
 def run(config: BiasesConfig) -> dict[str, Any]:
@@ -43,13 +45,18 @@ def step(entry: Entry, config: BiasesConfig) -> measure.Step:
 def check(entry: Entry, config: BiasesConfig) -> Check:
     """Whether an entry, compiled as it is timed, trains on the penalty that it claims to."""
     model = biases_entries.training_model(entry, config, strength=1.0, **penalty_alone())
-    split = entries.images(config, EXAMPLES)
+    split = checked_images(config)
     return check_gradient(model, split.images(), split.labels, functools.partial(exact_penalty, entry, config))
+
+
+def checked_images(config: BiasesConfig) -> Split:
+    """The images at which entries are checked."""
+    return far_from_kinks(entries.images(config, config.batch_size), [biases_entries.plain_model(config)], EXAMPLES)
 
 
 def exact_penalty(entry: Entry, config: BiasesConfig, moved: list[np.ndarray]) -> float:
     """The penalty in float64, by one reverse pass that is not jitted, at the weights moved by so much."""
-    split = entries.images(config, EXAMPLES)
+    split = checked_images(config)
     exact = Reference(biases_entries.plain_model(config), "moving", split.images())
     with float64():
         for variable, weight, change in zip(exact.model.trainable_variables, exact.weights, moved, strict=True):

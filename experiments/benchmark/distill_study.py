@@ -10,7 +10,9 @@ from experiments.benchmark import checked, distill_entries, entries, measure, re
 from experiments.benchmark.check import EXAMPLES, Check, check_gradient, penalty_alone
 from experiments.benchmark.config import DistillConfig
 from experiments.benchmark.distill_entries import LABELS, WEIGHTS
+from experiments.benchmark.kinks import far_from_kinks
 from experiments.benchmark.reference import Reference, float64
+from experiments.data import Split
 
 
 def run(config: DistillConfig) -> dict[str, Any]:
@@ -41,13 +43,19 @@ def step(name: str, config: DistillConfig) -> measure.Step:
 def check(name: str, config: DistillConfig) -> Check:
     """Whether an entry, compiled as it is timed, trains on the distances that it claims to."""
     model = distill_entries.training_model(name, config, **penalty_alone())
-    split = entries.images(config, EXAMPLES)
+    split = checked_images(config)
     return check_gradient(model, split.images(), split.labels, functools.partial(exact_loss, name, config))
+
+
+def checked_images(config: DistillConfig) -> Split:
+    """The images at which entries are checked."""
+    networks = [distill_entries.network(config, role) for role in ("teacher", "student")]
+    return far_from_kinks(entries.images(config, config.batch_size), networks, EXAMPLES)
 
 
 def exact_loss(name: str, config: DistillConfig, moved: list[np.ndarray]) -> float:
     """The distances in float64, by one reverse pass of each network, not jitted, at the student moved by so much."""
-    split = entries.images(config, EXAMPLES)
+    split = checked_images(config)
     exact = [
         Reference(distill_entries.network(config, role), "moving", split.images()) for role in ("teacher", "student")
     ]

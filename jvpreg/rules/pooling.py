@@ -58,8 +58,36 @@ def max_pooling(layer, x, context):
         return chosen
 
     if keras.backend.backend() == "tensorflow" and context.xla is False:
-        best = layer.call(x)
+        return layer.call(x), Pushforward(_with_transpose_by_kernel(layer, push), x, *masks)
     return best, Pushforward(push, *masks)
+
+
+def _with_transpose_by_kernel(layer, push):
+    """`push`, whose transpose is the gradient that TensorFlow has for `layer` at x, and not that of the selects.
+
+    The kernel finds the winners again and writes each number once: a third of the time. Its own gradient is `push`,
+    which here is the faster one.
+    """
+    import tensorflow as tf
+
+    def push_at(tangent, x, *masks):
+        num_probes = ops.shape(tangent)[0]
+
+        @tf.custom_gradient
+        def forward(tangent):
+            return push(tangent, *masks), backward
+
+        @tf.custom_gradient
+        def backward(cotangent):
+            points = fold(ops.repeat(x, num_probes, axis=0))
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(points)
+                best = layer.call(points)
+            return unfold(tape.gradient(best, points, fold(cotangent)), num_probes), forward
+
+        return forward(tangent)
+
+    return push_at
 
 
 def _window_entries(layer, x, outside: float) -> list:
