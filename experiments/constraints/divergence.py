@@ -11,6 +11,8 @@ from jvpreg.constraints import Box, DivergenceFree, verify
 
 PLACES = 200
 GRID = 50
+DRAWN = 1.1
+"""The constraint's points are drawn up to here, so that those at the edge of the square have neighbours outside too."""
 
 
 def run(config: ConstraintsConfig) -> dict[str, dict[str, Any]]:
@@ -24,7 +26,7 @@ def run(config: ConstraintsConfig) -> dict[str, dict[str, Any]]:
         for name, enforcement in enforcements(config).items():
             keras.utils.set_random_seed(seed)
             base = network(2, 2, config.width)
-            wanted = DivergenceFree(enforcement=enforcement, at=Box(-1.0, 1.0, config.points))
+            wanted = DivergenceFree(enforcement=enforcement, at=Box(-DRAWN, DRAWN, config.points))
             draw = repeated(x, y, np.random.default_rng(seed))
             curve = fit(base, [wanted], draw, config, lambda model: verify(model, DivergenceFree(), grid).max, seed)
             report = verify(base, DivergenceFree(), grid)
