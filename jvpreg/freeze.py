@@ -10,7 +10,8 @@ import keras
 from keras import tree
 
 from jvpreg.frozen import Node
-from jvpreg.graph import flatten_inputs, standardize_inputs, trace
+from jvpreg.graph import trace
+from jvpreg.inputs import flatten_inputs, standardize_inputs
 from jvpreg.linearization import Linearization
 from jvpreg.registry import Context, unwrap
 

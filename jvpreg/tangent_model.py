@@ -4,7 +4,7 @@ import keras
 from keras import tree
 
 from jvpreg.freeze import linearize
-from jvpreg.graph import flatten_inputs
+from jvpreg.inputs import flatten_inputs
 from jvpreg.registry import unwrap
 
 

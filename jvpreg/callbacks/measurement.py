@@ -6,7 +6,7 @@ import keras
 from keras import ops, tree
 
 from jvpreg.freeze import linearize
-from jvpreg.graph import standardize_inputs
+from jvpreg.inputs import standardize_inputs
 
 
 class Measurement(keras.Model):
