@@ -1,6 +1,7 @@
 """The images: decoded once, kept in memory as small integers, and served in seeded batches on any backend."""
 
 import dataclasses
+import importlib.util
 import math
 import urllib.error
 import urllib.request
@@ -189,6 +190,11 @@ def _digits() -> Dataset:
 def _tensorflow_dataset(name: str) -> Dataset:
     import tensorflow_datasets as tfds
 
+    if importlib.util.find_spec("tensorflow") is None:
+        raise ExperimentError(
+            f"--data.name={name}: tensorflow-datasets reads its files by TensorFlow, which is not installed here, on "
+            "whichever backend a model runs. Run `pip install tensorflow`, or try --data.name=digits."
+        )
     builder = tfds.builder(name)
     if not builder.is_prepared():
         _require_connection(name, builder.info.homepage, builder.data_path)

@@ -107,6 +107,12 @@ def test_tensorflow_datasets_are_decoded_into_memory(name, classes, monkeypatch)
     assert len(dataset.train) == len(dataset.test) == 8
 
 
+def test_without_tensorflow_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ExperimentError, match=r"--data.name=cifar10: .* is not installed here.*pip install tensorflow"):
+        data.load(DataConfig(name="cifar10"))
+
+
 def test_without_data_and_network_the_error_comes_in_seconds_and_says_what_to_do(tmp_path):
     pytest.importorskip("tensorflow")
     closed = "http://127.0.0.1:9"  # a proxy that refuses: no network, wherever the test runs
