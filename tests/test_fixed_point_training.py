@@ -1,5 +1,6 @@
 """Models that hold a `FixedPoint` layer: penalties, `fit`, diagnostics, saving; and solves that fail."""
 
+import functools
 import warnings
 
 import keras
@@ -303,3 +304,42 @@ def test_a_cell_that_returns_another_shape(axes):
         layer.build((None, 3))
     with pytest.raises(ValueError, match=r"The shape of z of .* is not known"):
         FixedPoint(Affine()).build((None, None, 3))
+
+
+def half_model(policy, **arguments):
+    def dense(units):
+        return layers.Dense(units, dtype=policy)
+
+    x, z = keras.Input((3,)), keras.Input((4,))
+    cell = keras.Model([x, z], ops.tanh(0.3 * dense(4)(z) + dense(4)(x)))
+    inputs = keras.Input((3,))
+    hidden = FixedPoint(cell, unconverged="error", dtype=policy, **arguments)(inputs)
+    return keras.Model(inputs, layers.Dense(2, dtype="float32")(hidden))
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
+def test_mixed_precision(policy):
+    """The cell computes in 16 bits: the Jacobian is that of float32 but for their rounding."""
+    model, exact = half_model(policy, tolerance=1e-2), half_model("float32", tolerance=1e-5)
+    exact.set_weights(model.get_weights())
+    x = normal(4, 3).astype("float32")
+    received, expected = (numpy(jitted(functools.partial(jvpreg.jacobian, m))(x)) for m in (model, exact))
+    np.testing.assert_allclose(received, expected, atol=0.02 * np.abs(expected).max())
+
+
+def test_a_tangent_model_is_saved(tmp_path):
+    model = make_model(tanh_cell(), tolerance=1e-5, unconverged="error")
+    x, u = (normal(4, 2, seed=seed).astype("float32") for seed in range(2))
+    tangent = jvpreg.TangentModel(model)
+    _, expected = tangent.predict([x, u], verbose=0)
+    jacobian = numpy(jitted(functools.partial(jvpreg.jacobian, model))(x))
+    np.testing.assert_allclose(expected, np.einsum("bij,bj->bi", jacobian, u), atol=1e-4)
+    tangent.save(tmp_path / "tangent.keras")
+    loaded = keras.saving.load_model(tmp_path / "tangent.keras")
+    np.testing.assert_array_equal(loaded.predict([x, u], verbose=0)[1], expected)
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        tangent.export(tmp_path / "tangent", verbose=False)
+        loaded = tf.saved_model.load(tmp_path / "tangent")
+        np.testing.assert_allclose(loaded.serve([x, u])[1], expected, atol=1e-6)

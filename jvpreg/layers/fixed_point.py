@@ -236,7 +236,9 @@ class FixedPoint(keras.layers.Layer):
 
     def _poisoned(self, tensor, converged):
         # A product, whose gradient is NaN too.
-        return tensor * ops.where(converged, 1.0, math.nan) if self.unconverged == "error" else tensor
+        if self.unconverged != "error":
+            return tensor
+        return tensor * ops.cast(ops.where(converged, 1.0, math.nan), tensor.dtype)
 
     def _tell(self, counts: list) -> None:
         implicit.tell(ops.stack([ops.cast(count, "float32") for count in counts]), self._hear, self._counts)
