@@ -30,9 +30,9 @@ def grid_markdown(rows: list[dict[str, str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def wide_console() -> Console:
+def wide_console(columns: int = 120) -> Console:
     """The terminal; the tables are wider than the 80 columns that a pipe is given."""
-    return Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 120)
+    return Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else columns)
 
 
 def columns(row: dict[str, Any]) -> dict[str, str]:

@@ -2,17 +2,32 @@
 
 from typing import Any
 
-from experiments.benchmark.config import BiasesConfig, DistillConfig, ProbeConfig, StepConfig, WeightsConfig
+from experiments.benchmark.config import (
+    BiasesConfig,
+    DistillConfig,
+    IterateConfig,
+    JvpConfig,
+    ProbeConfig,
+    ProbesConfig,
+    StepConfig,
+    WeightsConfig,
+)
 
 __all__ = [
     "BiasesConfig",
     "DistillConfig",
+    "IterateConfig",
+    "JvpConfig",
     "ProbeConfig",
+    "ProbesConfig",
     "StepConfig",
     "WeightsConfig",
     "biases",
     "distill",
+    "iterate",
+    "jvp",
     "probe",
+    "probes",
     "step",
     "weights",
 ]
@@ -51,3 +66,24 @@ def probe(config: ProbeConfig) -> dict[str, Any]:
     from experiments.benchmark.probe_study import run
 
     return run(config)
+
+
+def jvp(config: JvpConfig) -> dict[str, Any]:
+    """Measure one product on whole architectures; the import waits as in `step`."""
+    from experiments.benchmark.jvp_study import run
+
+    return run(config)
+
+
+def probes(config: ProbesConfig) -> dict[str, Any]:
+    """Measure several products at once; the import waits as in `step`."""
+    from experiments.benchmark.counts_study import probes
+
+    return probes(config)
+
+
+def iterate(config: IterateConfig) -> dict[str, Any]:
+    """Measure products one after the other; the import waits as in `step`."""
+    from experiments.benchmark.counts_study import iterate
+
+    return iterate(config)

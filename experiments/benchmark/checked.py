@@ -3,10 +3,7 @@
 import functools
 import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
-
-import keras
 
 from experiments import tables
 from experiments.benchmark import measure, report, study
@@ -74,7 +71,7 @@ def columns(row: dict[str, Any]) -> dict[str, str]:
 
 def write(name: str, summary: dict[str, Any], conditions: str, config: BenchmarkConfig) -> None:
     """Write the JSON and the Markdown file of a study, and print the table."""
-    folder = Path(config.folder or f"runs/benchmark/{name}-{keras.backend.backend()}-{study.mode(config)}")
+    folder = study.folder(name, config)
     folder.mkdir(parents=True, exist_ok=True)
     rows = [columns(row) for row in summary["entries"]]
     (folder / f"{name}.json").write_text(json.dumps(summary, indent=2))

@@ -9,20 +9,15 @@ from experiments.config import ModelConfig
 
 
 @dataclass
-class BenchmarkConfig:
-    """What is measured, and how often."""
-
-    model: ModelConfig = field(default_factory=lambda: ModelConfig("vgg6", 32))
-    """The architecture."""
-
-    image_size: PositiveInt = 32
-    """Height and width of the random images."""
+class TimingConfig:
+    """How something is compiled, checked and timed."""
 
     batch_size: PositiveInt = 64
     """Examples a step, or a call."""
 
     jit_compile: bool = True
-    """Compile by XLA on TensorFlow, by `jax.jit` on JAX. If not: a plain graph on TensorFlow, eager on JAX."""
+    """Compile by XLA on TensorFlow, by `jax.jit` on JAX, by `torch.compile` on Torch. If not: a plain graph on
+    TensorFlow, eager on JAX and Torch."""
 
     rounds: PositiveInt = 30
     """How often each entry is timed, in turn with the others."""
@@ -38,6 +33,17 @@ class BenchmarkConfig:
 
     folder: str | None = None
     """Where the files go; by default runs/benchmark/STUDY-BACKEND-MODE."""
+
+
+@dataclass
+class BenchmarkConfig(TimingConfig):
+    """What is measured, and how often."""
+
+    model: ModelConfig = field(default_factory=lambda: ModelConfig("vgg6", 32))
+    """The architecture."""
+
+    image_size: PositiveInt = 32
+    """Height and width of the random images."""
 
 
 @dataclass
@@ -100,3 +106,63 @@ class ProbeConfig(BenchmarkConfig):
 
     unet_batch_size: PositiveInt = 8
     """Images of the UNet, whose Jacobians are left to iterations."""
+
+
+@dataclass
+class ProductsConfig(TimingConfig):
+    """What the studies of `J u` on architectures of `verify` share."""
+
+    batch_size: PositiveInt = 2
+    """Examples a call."""
+
+    image_size: PositiveInt | None = None
+    """Height and width of images, for the architectures that take images; by default the smallest that each takes."""
+
+    rounds: PositiveInt = 15
+    """How often each entry is timed, in turn with the others."""
+
+    warmup: NonNegativeInt = 1
+    """Turns of each entry after the first call and before the rounds that count."""
+
+    tolerance: PositiveFloat = 1e-3
+    """Relative error of a product above which an entry is wrong and is not timed; where autodiff in float32 without
+    jit is off by more, as much as twice that."""
+
+
+@dataclass
+class JvpConfig(ProductsConfig):
+    """Measure what one Jacobian-vector product costs, on whole architectures and on the backend of KERAS_BACKEND."""
+
+    only: list[str] | None = None
+    """Names of the architectures, as keras.applications has them, or RNN and UNet; by default the 13 of the paper."""
+
+    along: list[Literal["input", "weight"]] = field(default_factory=lambda: ["input", "weight"])
+    """Along the input, and along the kernel in the middle of the model."""
+
+    num_probes: PositiveInt = 1
+    """Directions, pushed in one call."""
+
+    time_limit: PositiveInt = 1800
+    """Seconds that an architecture may take; its row has what was measured by then."""
+
+
+@dataclass
+class ProbesConfig(ProductsConfig):
+    """Measure what several Jacobian-vector products at one point cost, on the backend that KERAS_BACKEND names."""
+
+    architecture: str = "VGG16"
+    """Its name, as `verify` has it."""
+
+    counts: list[PositiveInt] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
+    """Numbers of directions, pushed in one call."""
+
+
+@dataclass
+class IterateConfig(ProductsConfig):
+    """Measure what Jacobian-vector products at one point, each of which waits for the one before, cost."""
+
+    architecture: str = "VGG16"
+    """Its name, as `verify` has it."""
+
+    counts: list[PositiveInt] = field(default_factory=lambda: [1, 4, 16])
+    """Numbers of products, two at least."""

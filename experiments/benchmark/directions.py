@@ -7,12 +7,20 @@ from keras import ops
 from jvpreg.regularizers import JacobianNorm
 
 FREQUENCY = 20.0
+FEEDBACK = 1e-3
 
 
 def known_directions(like: Any, num_probes: int) -> Any:
     """Directions `(P, B, …)` that follow from `like` (B, …), so that they stay with an example in any batch."""
     like = ops.stop_gradient(like)
     return ops.stack([ops.cos(FREQUENCY * (1 + probe) * like) for probe in range(num_probes)])
+
+
+def following(vector, image):
+    """The vector `(B, …)` of the next of several products, which depends on the product before, `(B, …)`."""
+    mean = ops.mean(ops.reshape(image, (ops.shape(image)[0], -1)), axis=1)
+    moved = FEEDBACK * mean / (1 + ops.abs(mean))
+    return vector + ops.reshape(moved, (-1, *[1] * (len(vector.shape) - 1)))
 
 
 class KnownDirection:

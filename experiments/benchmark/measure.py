@@ -10,8 +10,9 @@ from typing import Any
 
 import keras
 
+import jvpreg
 from experiments.benchmark import entries
-from experiments.benchmark.config import BenchmarkConfig, StepConfig
+from experiments.benchmark.config import BenchmarkConfig, StepConfig, TimingConfig
 from experiments.benchmark.entries import Entry
 
 Step = Callable[[], object]
@@ -56,7 +57,7 @@ def batch_step(model: keras.Model, config: BenchmarkConfig) -> Step:
 def in_turn(
     makers: Mapping[str, Callable[[], Step]],
     unit: str,
-    config: BenchmarkConfig,
+    config: TimingConfig,
     steps: Mapping[str, int] | None = None,
 ) -> dict[str, Timing | MemoryError]:
     """Time entries in turn, so that a busy machine is busy for all of them.
@@ -70,30 +71,57 @@ def in_turn(
     Returns:
         By name; a MemoryError for an entry that ran out of memory, which then takes no further turn.
     """
-    steps = steps or {}
     made: dict[str, Step] = {}
     failures: dict[str, MemoryError] = {}
     first_calls: dict[str, float] = {}
-    seconds: dict[str, list[float]] = {}
     for name, make in makers.items():
         try:
             step = make()
             first_calls[name] = turn(step)
-            made[name], seconds[name] = step, []
+            made[name] = step
         except Exception as error:
             failures[name] = out_of_memory(error)
+    seconds, failed = rounds(made, config, steps or {})
+    timed = {name: summary(first_calls[name], taken, seconds[unit]) for name, taken in seconds.items()}
+    return {**failures, **failed, **timed}
+
+
+def rounds(
+    made: Mapping[str, Step], config: TimingConfig, steps: Mapping[str, int]
+) -> tuple[dict[str, list[float]], dict[str, MemoryError]]:
+    """Take the rounds: the seconds of a step in each, by name, and what ran out of memory.
+
+    Args:
+        made: the steps, which were taken before.
+        config: the number of rounds.
+        steps: how many steps of an entry are one turn; 1 where nothing is said.
+    """
+    able = dict(made)
+    seconds: dict[str, list[float]] = {name: [] for name in made}
+    failures: dict[str, MemoryError] = {}
     for number in range(config.warmup + config.rounds):
-        for name in makers:
-            if name in made:
+        for name in made:
+            if name in able:
                 try:
-                    taken = turn(made[name], steps.get(name, 1)) / steps.get(name, 1)
+                    taken = turn(able[name], steps.get(name, 1)) / steps.get(name, 1)
                 except Exception as error:
                     failures[name] = out_of_memory(error)
-                    del made[name]
+                    del able[name]
                     continue
                 if number >= config.warmup:
                     seconds[name].append(taken)
-    return {**failures, **{name: _summary(first_calls[name], seconds[name], seconds[unit]) for name in made}}
+    return {name: seconds[name] for name in able}, failures
+
+
+def compiled(function: Callable, jit: bool) -> Callable:
+    """The function by XLA, or by `torch.compile`; or else as a graph on TensorFlow, and as it is on JAX and Torch."""
+    if jit:
+        return jvpreg.testing.compiled(function)
+    if keras.backend.backend() != "tensorflow":
+        return function
+    import tensorflow as tf
+
+    return tf.function(function, autograph=False)
 
 
 def turn(step: Step, steps: int = 1) -> float:
@@ -128,7 +156,8 @@ def out_of_memory(error: Exception) -> MemoryError:
     raise error
 
 
-def _summary(first_call: float, seconds: list[float], units: list[float]) -> Timing:
+def summary(first_call: float, seconds: list[float], units: list[float]) -> Timing:
+    """The times of an entry, and its ratios to those of the unit, round by round."""
     lower, median, upper = quartiles([taken / unit for taken, unit in zip(seconds, units, strict=True)])
     return Timing(first_call, statistics.median(seconds), median, (lower, upper))
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from keras import ops
 
+from experiments.benchmark.directions import FEEDBACK, following
 from jvpreg import Linearization, estimators
 
 NUM_PROBES = 16
@@ -17,7 +18,6 @@ FEW, MANY = 1, 9
 CALLBACK = "callback"
 """The entry that is compiled by `JacobianProbe` itself."""
 
-FEEDBACK = 1e-3
 SEM_FACTOR = 5.0
 """Standard errors that an estimate from random probes may be off."""
 
@@ -169,10 +169,7 @@ def products(kind: Literal["jvp", "vjp"], count: int) -> Callable[[Linearization
         like = lin.inputs[0] if kind == "jvp" else lin.outputs
 
         def step(_, state):
-            vector, image = state
-            mean = ops.mean(ops.reshape(image, (ops.shape(image)[0], -1)), axis=1)
-            moved = FEEDBACK * mean / (1 + ops.abs(mean))
-            vector = vector + ops.reshape(moved, (-1, *[1] * (len(vector.shape) - 1)))
+            vector = following(*state)
             return vector, product(vector)
 
         vector = ops.ones_like(like)

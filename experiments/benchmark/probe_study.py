@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -14,9 +13,9 @@ import jvpreg
 from experiments import tables
 from experiments.benchmark import entries, measure, probe_report, study
 from experiments.benchmark.config import BenchmarkConfig, ProbeConfig
+from experiments.benchmark.measure import compiled
 from experiments.benchmark.probe_entries import CALLBACK, ENTRIES, FEW, MANY, NUM_PROBES, TOL, Entry, nothing
 from experiments.benchmark.reference import Reference, float64
-from experiments.benchmark.weights_study import compiled
 from experiments.errors import ExperimentError
 from experiments.verify.architectures import unet
 from experiments.verify.products import stateless
@@ -91,8 +90,7 @@ def run(config: ProbeConfig) -> dict[str, Any]:
         "further_product": further,
         "aims": aims(rows, further),
     }
-    folder = Path(config.folder or f"runs/benchmark/probe-{keras.backend.backend()}-{study.mode(config)}")
-    probe_report.write(summary, folder, console)
+    probe_report.write(summary, study.folder("probe", config), console)
     return summary
 
 

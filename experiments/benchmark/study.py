@@ -13,7 +13,7 @@ from rich.console import Console
 from experiments import tables, timing
 from experiments.benchmark import entries, measure, memory, report
 from experiments.benchmark.check import Check, Checker
-from experiments.benchmark.config import BenchmarkConfig, StepConfig
+from experiments.benchmark.config import StepConfig, TimingConfig
 from experiments.benchmark.entries import Entry
 from experiments.errors import ExperimentError
 
@@ -63,7 +63,7 @@ def check_backend(study: str) -> None:
         raise ExperimentError(f"benchmark {study} runs on TensorFlow and JAX: set KERAS_BACKEND to one of the two.")
 
 
-def conditions(config: BenchmarkConfig) -> dict[str, Any]:
+def conditions(config: TimingConfig) -> dict[str, Any]:
     """What a file says beside its figures: how steps were compiled, the settings and the machine."""
     return {
         "mode": mode(config),
@@ -119,11 +119,17 @@ def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
     console.print(f"Files: {folder}")
 
 
-def mode(config: BenchmarkConfig) -> str:
+def mode(config: TimingConfig) -> str:
     """How steps are compiled, in a word."""
-    if keras.backend.backend() == "jax":
-        return "jit" if config.jit_compile else "eager"
-    return "xla" if config.jit_compile else "graph"
+    compiled, other = {"tensorflow": ("xla", "graph"), "jax": ("jit", "eager"), "torch": ("compile", "eager")}[
+        keras.backend.backend()
+    ]
+    return compiled if config.jit_compile else other
+
+
+def folder(name: str, config: TimingConfig) -> Path:
+    """The folder that is named, or one after the study, the backend and the mode."""
+    return Path(config.folder or f"runs/benchmark/{name}-{keras.backend.backend()}-{mode(config)}")
 
 
 def default_folder(config: StepConfig) -> Path:

@@ -4,7 +4,6 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -15,6 +14,7 @@ import jvpreg
 from experiments import tables
 from experiments.benchmark import entries, measure, study, weights_report
 from experiments.benchmark.config import WeightsConfig
+from experiments.benchmark.measure import compiled
 from experiments.benchmark.reference import Reference, float64
 from experiments.verify.measure import error
 from experiments.verify.products import Products, stateless
@@ -76,8 +76,7 @@ def run(config: WeightsConfig) -> dict[str, Any]:
             for entry in chosen
         ],
     }
-    folder = Path(config.folder or f"runs/benchmark/weights-{keras.backend.backend()}-{study.mode(config)}")
-    weights_report.write(summary, folder, console)
+    weights_report.write(summary, study.folder("weights", config), console)
     return summary
 
 
@@ -177,14 +176,3 @@ def call(
     values = [ops.convert_to_tensor(variable.value) for variable in model.variables]
     tensors = [ops.convert_to_tensor(tensor) for tensor in (x, *vectors)]
     return lambda: function(values, *tensors)
-
-
-def compiled(function: Callable, jit: bool) -> Callable:
-    """The function by XLA; or else as a graph on TensorFlow, and as it is on JAX."""
-    if jit:
-        return jvpreg.testing.compiled(function)
-    if keras.backend.backend() == "jax":
-        return function
-    import tensorflow as tf
-
-    return tf.function(function, autograph=False)

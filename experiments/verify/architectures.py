@@ -1,10 +1,12 @@
 """The architectures: those of Balestriero & Baraniuk (2021), and a member of each family of `keras.applications`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import keras
 from keras import layers
+
+from experiments.errors import ExperimentError
 
 NUM_CLASSES = 10
 
@@ -85,6 +87,23 @@ ARCHITECTURES = (
     _application("NASNetMobile"),
     _application("InceptionResNetV2", 75),
 )
+
+
+def named(key: str, names: Sequence[str]) -> list[Architecture]:
+    """The architectures of these names, in the order of the table.
+
+    Args:
+        key: of the configuration, which an error names.
+        names: of architectures.
+
+    Raises:
+        ExperimentError: where a name is not known.
+    """
+    known = [architecture.name for architecture in ARCHITECTURES]
+    for name in names:
+        if name not in known:
+            raise ExperimentError(f"{key}: there is no architecture {name!r}. Expected names among {', '.join(known)}.")
+    return [architecture for architecture in ARCHITECTURES if architecture.name in names]
 
 
 def find(name: str) -> Architecture:

@@ -41,7 +41,7 @@ def figures(architecture: Architecture, config: VerifyConfig) -> Iterator[dict[s
     u = random.normal(size=x.shape).astype("float32")
     yield {"parameters": model.count_params()}
     with jvpreg.testing.float64():
-        exact = _made_again(architecture, model)
+        exact = made_again(architecture, model)
         expected = yield from _figures_in_float64(Products(exact, x), u, random)
     del exact
     yield from _figures_of_jvp(lambda: Products(model, x), FLOAT32, u, expected)
@@ -50,7 +50,7 @@ def figures(architecture: Architecture, config: VerifyConfig) -> Iterator[dict[s
     # Last, because a row is complete without them.
     for policy, names in MIXED.items():
         with _dtype_policy(policy):
-            yield from _figures_of_jvp(lambda: Products(_made_again(architecture, model), x), names, u, expected)
+            yield from _figures_of_jvp(lambda: Products(made_again(architecture, model), x), names, u, expected)
     yield {"seconds": time.perf_counter() - start}
 
 
@@ -86,7 +86,7 @@ def _figures_of_jvp(
     yield from _figure(by_autodiff, lambda: error(products().autodiff_jvp(u), expected))
 
 
-def _made_again(architecture: Architecture, model: keras.Model) -> keras.Model:
+def made_again(architecture: Architecture, model: keras.Model) -> keras.Model:
     """The model with the same weights, under the dtype policy that Keras is set to."""
     made = architecture.make(architecture.input_shape)
     made.set_weights(model.get_weights())

@@ -2,16 +2,13 @@
 
 import json
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import keras
-from rich.console import Console
 
 from experiments import tables, timing
 from experiments.config import as_plain_dict
-from experiments.errors import ExperimentError
 from experiments.verify import architectures, process, report
 from experiments.verify.architectures import Architecture
 from experiments.verify.config import VerifyConfig
@@ -30,8 +27,7 @@ def run(config: VerifyConfig) -> dict[str, Any]:
         ExperimentError: where the name of an architecture is not known.
     """
     chosen = chosen_architectures(config)
-    # The table is wider than the 80 columns that a pipe is given.
-    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 240)
+    console = tables.wide_console(240)
     folder = Path(config.folder or f"runs/verify-{keras.backend.backend()}")
     settings = as_plain_dict(config)
     summary: dict[str, Any] = {
@@ -64,11 +60,7 @@ def run(config: VerifyConfig) -> dict[str, Any]:
 
 def chosen_architectures(config: VerifyConfig) -> list[Architecture]:
     """What `only` names."""
-    names = [architecture.name for architecture in architectures.ARCHITECTURES]
-    for name in config.only or []:
-        if name not in names:
-            raise ExperimentError(f"only: there is no architecture {name!r}. Expected names among {', '.join(names)}.")
-    return [a for a in architectures.ARCHITECTURES if config.only is None or a.name in config.only]
+    return list(architectures.ARCHITECTURES) if config.only is None else architectures.named("only", config.only)
 
 
 def kept_rows(folder: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,309 @@
+"""Jacobian-vector products by jvpreg and by all that a backend offers, each of which is right to use.
+
+A start is a function of a `Point` to a push: what it does once for a point. A push is a function of tangents, one
+`(P, …)` like each of the point's primals, to `f(x)` and the products `(P, B, …)`: what it does for each direction.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import keras
+from keras import ops
+
+import jvpreg
+from experiments.benchmark import literal
+
+Tangents = Sequence[Any]
+Push = Callable[[Tangents], tuple[Any, Any]]
+
+FEW_OUTPUTS = 16
+"""Of an example, up to which the whole Jacobian is an alternative."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where a model is differentiated, and by what.
+
+    Attributes:
+        model: with one input and one output.
+        values: of its variables.
+        x: `(B, …)`.
+        weights: places, among the variables, of those that are differentiated by; none of them: the input is.
+        xla: whether all is compiled by XLA.
+    """
+
+    model: keras.Model
+    values: Sequence[Any]
+    x: Any
+    weights: tuple[int, ...] = ()
+    xla: bool = False
+
+    @property
+    def primals(self) -> tuple:
+        """What is differentiated by."""
+        return tuple(self.values[place] for place in self.weights) or (self.x,)
+
+    def outputs(self, *primals):
+        """The model's outputs, `(B, …)`, as a function of what is differentiated by."""
+        values = list(self.values)
+        for place, value in zip(self.weights, primals, strict=False):
+            values[place] = value
+        with keras.StatelessScope(state_mapping=list(zip(self.model.variables, values, strict=True))):
+            return self.model(self.x if self.weights else primals[0], training=False)
+
+
+Start = Callable[[Point], Push]
+
+
+def linearize(point: Point) -> Push:
+    """By jvpreg, all directions at once."""
+    lin = jvpreg.linearize(point.model, point.x, fallback="error", xla=point.xla)
+
+    def push(tangents):
+        if not point.weights:
+            return lin.outputs, lin.jvp(tangents[0])
+        variables = [point.model.variables[place] for place in point.weights]
+        return lin.outputs, lin.jvp(weights=list(zip(variables, tangents, strict=True)))
+
+    return push
+
+
+def clone(point: Point) -> Push:
+    """By a model that takes a concatenated batch, as `literal` makes it."""
+
+    def push(tangents):
+        h = point.outputs(jvpreg.clone.stack(point.x, tangents[0]))
+        return jvpreg.clone.unstack(h, tangents[0].shape[0])
+
+    return push
+
+
+def forward_mode(point: Point) -> Push:
+    """By `keras.ops.jvp`, which is the backend's forward mode, one direction after the other."""
+
+    def push(tangents):
+        pairs = [ops.jvp(point.outputs, point.primals, row) for row in _rows(tangents)]
+        return pairs[0][0], ops.stack([product for _, product in pairs])
+
+    return push
+
+
+def vectorized_forward_mode(point: Point) -> Push:
+    """The same for all directions at once, by the backend's vectorized map."""
+
+    def push(tangents):
+        outputs, products = ops.vectorized_map(
+            lambda row: ops.jvp(point.outputs, point.primals, tuple(row)), tuple(tangents)
+        )
+        return outputs[0], products
+
+    return push
+
+
+def jax_linearize(point: Point) -> Push:
+    """By `jax.linearize`, and by `jax.vmap` of it for several directions."""
+    import jax
+
+    outputs, product = jax.linearize(point.outputs, *point.primals)
+    return _jax_push(outputs, product)
+
+
+def jax_double_vjp(point: Point) -> Push:
+    """`Jᵀ v` is linear in `v`, and its reverse mode is `J u`."""
+    import jax
+
+    outputs, pull = jax.vjp(point.outputs, *point.primals)
+    _, pull_again = jax.vjp(pull, ops.zeros_like(outputs))
+    return _jax_push(outputs, lambda *row: pull_again(row)[0])
+
+
+def _jax_push(outputs: Any, product: Callable) -> Push:
+    import jax
+
+    def push(tangents):
+        if tangents[0].shape[0] == 1:
+            return outputs, product(*next(_rows(tangents)))[None]
+        return outputs, jax.vmap(product)(*tangents)
+
+    return push
+
+
+def jax_batch_jacobian(point: Point) -> Push:
+    """By `jax.jacrev`, under `jax.vmap` over the examples if the input is differentiated by."""
+    import jax
+
+    def twice(*primals):
+        y = point.outputs(*primals)
+        return y, y
+
+    def of_example(x):
+        y = point.outputs(x[None])[0]
+        return y, y
+
+    if point.weights:
+        jacobians, outputs = jax.jacrev(twice, argnums=tuple(range(len(point.primals))), has_aux=True)(*point.primals)
+        return lambda tangents: (outputs, _product(jacobians, tangents, point))
+    jacobian, outputs = jax.vmap(jax.jacrev(of_example, has_aux=True))(point.x)
+    return lambda tangents: (outputs, _product([jacobian], tangents, point))
+
+
+def tensorflow_double_vjp(point: Point) -> Push:
+    """A tape within a tape, of which the outer one is asked once for each direction."""
+    import tensorflow as tf
+
+    with tf.GradientTape(watch_accessed_variables=False) as inner:
+        inner.watch(point.primals)
+        outputs = point.outputs(*point.primals)
+    cotangent = tf.zeros_like(outputs)
+    with tf.GradientTape(watch_accessed_variables=False, persistent=True) as outer:
+        outer.watch(cotangent)
+        pulled = inner.gradient(outputs, point.primals, output_gradients=cotangent)
+
+    def push(tangents):
+        products = [outer.gradient(pulled, cotangent, output_gradients=row) for row in _rows(tangents)]
+        return outputs, ops.stack(products)
+
+    return push
+
+
+def tensorflow_batch_jacobian(point: Point) -> Push:
+    """By `tape.batch_jacobian`, or `tape.jacobian` if weights are differentiated by."""
+    import tensorflow as tf
+
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(point.primals)
+        outputs = point.outputs(*point.primals)
+    jacobians = (
+        tape.jacobian(outputs, point.primals) if point.weights else [tape.batch_jacobian(outputs, point.primals[0])]
+    )
+    return lambda tangents: (outputs, _product(jacobians, tangents, point))
+
+
+def torch_linearize(point: Point) -> Push:
+    """By `torch.func.linearize`, which traces the model."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the traced graph, about constants that no module owns
+        outputs, product = torch.func.linearize(point.outputs, *point.primals)
+    return lambda tangents: (outputs, ops.stack([product(*row) for row in _rows(tangents)]))
+
+
+def torch_double_vjp(point: Point) -> Push:
+    """Twice `torch.autograd.grad`, the second once for each direction."""
+    import torch
+
+    primals = [primal.detach().requires_grad_() for primal in point.primals]
+    outputs = point.outputs(*primals)
+    cotangent = torch.zeros_like(outputs, requires_grad=True)
+    pulled = torch.autograd.grad(outputs, primals, cotangent, create_graph=True)
+
+    def push(tangents):
+        products = [torch.autograd.grad(pulled, cotangent, row, retain_graph=True)[0] for row in _rows(tangents)]
+        return outputs.detach(), ops.stack(products)
+
+    return push
+
+
+def torch_batch_jacobian(point: Point) -> Push:
+    """A row of the Jacobian by each of so many reverse passes."""
+    import torch
+
+    primals = [primal.detach().requires_grad_() for primal in point.primals]
+    outputs = point.outputs(*primals)
+    if point.weights:
+        rows = [torch.autograd.grad(y, primals, retain_graph=True) for y in outputs.flatten()]
+        jacobians = [torch.stack(part).reshape(*outputs.shape, *part[0].shape) for part in zip(*rows, strict=True)]
+    else:  # an input reaches the outputs of its own example only
+        rows = [torch.autograd.grad(y, primals, retain_graph=True) for y in outputs.sum(dim=0)]
+        jacobians = [torch.stack(part, dim=1) for part in zip(*rows, strict=True)]
+    return lambda tangents: (outputs.detach(), _product(jacobians, tangents, point))
+
+
+def _rows(tangents: Tangents):
+    """The tangents of one direction after the other."""
+    return zip(*(ops.unstack(tangent) for tangent in tangents), strict=True)
+
+
+def _product(jacobians: Sequence, tangents: Tangents, point: Point):
+    """`J u` of Jacobians `(B, K, …)`, one by each primal, and tangents `(P, …)`: `(P, B, K)`."""
+    products = []
+    for jacobian, tangent in zip(jacobians, tangents, strict=True):
+        batch, outputs = jacobian.shape[:2]
+        matrices = ops.reshape(jacobian, (batch, outputs, -1))
+        if point.weights:
+            vectors = ops.reshape(tangent, (tangent.shape[0], -1))
+            products.append(ops.einsum("bkn,pn->pbk", matrices, vectors))
+        else:
+            vectors = ops.reshape(tangent, (tangent.shape[0], batch, -1))
+            products.append(ops.einsum("bkn,pbn->pbk", matrices, vectors))
+    return sum(products[1:], start=products[0])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One way to compute products.
+
+    Attributes:
+        name: in the files.
+        label: in the table and in the figures.
+        start: None for a forward pass without a product.
+        alternative: whether it is one to jvpreg.
+        model: from the model and the number of directions to the model that it needs.
+        only: what it is for, where it is not for all: along the input, several directions, few outputs.
+    """
+
+    name: str
+    label: str
+    start: Start | None
+    alternative: bool = True
+    model: Callable[[keras.Model, int], keras.Model] = lambda model, num_probes: model
+    only: tuple[Literal["input", "several", "few outputs"], ...] = ()
+
+
+JVPREG = "jvpreg"
+FORWARD = Entry("forward", "forward pass", None, alternative=False)
+_OURS = (
+    FORWARD,
+    Entry(JVPREG, "jvpreg", linearize, alternative=False),
+    Entry("clone", "jvpreg.clone", clone, alternative=False, model=literal.cloned, only=("input",)),
+)
+
+
+def _alternatives(forward: str, vectorized: str, *others: Entry) -> tuple[Entry, ...]:
+    return (
+        Entry("forward_mode", forward, forward_mode),
+        Entry("vectorized", vectorized, vectorized_forward_mode, only=("several",)),
+        *others,
+    )
+
+
+ENTRIES = {
+    "tensorflow": (
+        *_OURS,
+        *_alternatives("ForwardAccumulator", "vectorized_map of it"),
+        Entry("double_vjp", "double VJP", tensorflow_double_vjp),
+        Entry("batch_jacobian", "batch Jacobian", tensorflow_batch_jacobian, only=("few outputs",)),
+    ),
+    "jax": (
+        *_OURS,
+        *_alternatives("jax.jvp", "vmap of jax.jvp"),
+        Entry("linearize", "jax.linearize", jax_linearize),
+        Entry("double_vjp", "double VJP", jax_double_vjp),
+        Entry("batch_jacobian", "batch Jacobian", jax_batch_jacobian, only=("few outputs",)),
+    ),
+    "torch": (
+        *_OURS,
+        *_alternatives("torch.func.jvp", "vmap of it"),
+        Entry("linearize", "torch.func.linearize", torch_linearize),
+        Entry("double_vjp", "double VJP", torch_double_vjp),
+        Entry("batch_jacobian", "batch Jacobian", torch_batch_jacobian, only=("few outputs",)),
+    ),
+}
+
+
+def entries() -> tuple[Entry, ...]:
+    """Those of the backend."""
+    return ENTRIES[keras.backend.backend()]

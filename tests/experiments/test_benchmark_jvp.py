@@ -1,0 +1,247 @@
+"""The benchmarks of `J u`: each competitor is checked before it is timed, and a wrong one gets no time."""
+
+import dataclasses
+import json
+import math
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+from experiments import benchmark
+from experiments.__main__ import benchmark_studies, parse
+from experiments.benchmark import (
+    competitors,
+    counts_study,
+    jvp_process,
+    jvp_report,
+    jvp_study,
+    literal,
+    products_study,
+)
+from experiments.benchmark.competitors import Entry
+from experiments.benchmark.directions import FEEDBACK
+from experiments.errors import ExperimentError
+from experiments.verify import architectures
+from experiments.verify.architectures import Architecture
+
+BACKEND = keras.backend.backend()
+CONFIG = {"jit_compile": BACKEND == "jax", "rounds": 2, "warmup": 0}
+FEW = {"jvpreg", "clone", "forward_mode", "double_vjp", "batch_jacobian"} | (
+    set() if BACKEND == "tensorflow" else {"linearize"}
+)
+
+
+def small(input_shape):
+    x = keras.Input(input_shape)
+    y = layers.BatchNormalization()(layers.Conv2D(4, 3, activation="relu")(x))
+    y = layers.MaxPooling2D()(layers.ReLU()(y))
+    y = layers.Concatenate()([y, layers.Activation("relu")(y)])
+    return keras.Model(x, layers.Dense(3)(layers.Flatten()(y)))
+
+
+def smooth(input_shape):
+    x = keras.Input(input_shape)
+    return keras.Model(x, layers.Dense(3)(layers.Dense(4, activation="tanh")(x)))
+
+
+SMALL, SMOOTH = Architecture("small", (6, 6, 2), small, paper=True), Architecture("smooth", (5,), smooth, paper=True)
+
+
+def too_long(point):
+    push = competitors.forward_mode(point)
+
+    def wrong(tangents):
+        y, products = push(tangents)
+        return y, 1.01 * products
+
+    return wrong
+
+
+def raises(point):
+    raise ValueError("no such product")
+
+
+def with_entries(monkeypatch, *entries):
+    monkeypatch.setitem(competitors.ENTRIES, BACKEND, (*competitors.ENTRIES[BACKEND][:2], *entries))
+
+
+def by_name(comparison):
+    return {entry["name"]: entry for entry in comparison["entries"]}
+
+
+@pytest.fixture(scope="module")
+def measured():
+    row = {"name": "small"}
+    for part in jvp_study.parts(SMALL, benchmark.JvpConfig(**CONFIG)):
+        row.update(part)
+    return row
+
+
+def test_every_competitor_is_right_and_timed(measured):
+    assert (measured["input_shape"], measured["output_shape"]) == ([6, 6, 2], [3])
+    for along in ("input", "weight"):
+        rows = by_name(measured[along])
+        assert set(rows) == {"forward", *FEW} - ({"clone"} if along == "weight" else set())
+        for name, row in rows.items():
+            assert row["status"] == "ok", row
+            assert row["error"] < 1e-5
+            assert row["seconds"] > 0
+            assert row["first_call_seconds"] > 0
+            assert row["ratio"] == 1 if name == "forward" else row["ratio"] > 0
+        assert measured[along]["best_alternative"] in FEW - {"jvpreg", "clone"}
+        assert measured[along]["speed_up"] == sorted(measured[along]["speed_up"])
+
+
+def test_a_wrong_product_gets_no_time_and_is_no_alternative(monkeypatch):
+    with_entries(
+        monkeypatch,
+        Entry("wrong", "1% too long", too_long),
+        Entry("raises", "raises", raises),
+        Entry("clone", "jvpreg.clone", competitors.clone, alternative=False, model=literal.cloned, only=("input",)),
+    )
+    config = benchmark.JvpConfig(**CONFIG)
+    subject = products_study.subject(SMOOTH, config)
+    found = products_study.comparison(subject, jvp_study.along_input(subject, 1, config), config)
+    rows = by_name(found)
+    assert set(rows) == {"forward", "jvpreg", "wrong", "raises"}  # a tanh has no literal clone
+    assert rows["wrong"]["status"] == "wrong"
+    assert rows["wrong"]["error"] == pytest.approx(0.01, rel=1e-2)
+    assert rows["raises"]["status"] == "failed"
+    assert rows["raises"]["message"] == "ValueError: no such product"
+    assert rows["wrong"]["seconds"] is rows["wrong"]["ratio"] is rows["raises"]["ratio"] is None
+    assert rows["jvpreg"]["seconds"] > 0
+    assert found["best_alternative"] is found["speed_up"] is None
+    assert jvp_report.cell(rows["wrong"]) == "wrong: 1e-02"
+    assert jvp_report.speed_up(found) == "no other is right"
+
+
+def test_no_more_is_asked_than_float32_can_have():
+    config = benchmark.JvpConfig(**CONFIG)
+    subject = products_study.subject(SMOOTH, config)
+    task = jvp_study.along_input(subject, 1, config)
+    outputs, product = products_study.by_autodiff(subject.model, subject.x, task)
+    # As if float64 were elsewhere, by rounding that moved a mask.
+    found = products_study.comparison(subject, task, config, [outputs, product / 1.05])
+    assert found["allowed_error"] == pytest.approx(0.1, rel=1e-3)
+    assert {row["status"] for row in found["entries"]} == {"ok"}
+
+
+def test_what_is_not_a_number_is_wrong():
+    ones = np.ones((2, 3))
+    assert products_study.worst([ones, np.nan * ones], [ones, ones]) == math.inf
+    assert products_study.worst([1.5 * ones], [ones, ones]) == pytest.approx(0.5)
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    monkeypatch.setattr(architectures, "ARCHITECTURES", (SMALL, SMOOTH))
+
+
+def test_several_directions_are_pushed_at_once(registered, tmp_path):
+    config = benchmark.ProbesConfig(architecture="small", counts=[3, 1], folder=str(tmp_path), **CONFIG)
+    summary = benchmark.probes(config)
+    one, three = summary["rows"]
+    assert (one["count"], three["count"]) == (1, 3)
+    assert set(by_name(one)) == {"forward", *FEW}
+    rows = by_name(three)
+    assert set(rows) == {"forward", "vectorized", *FEW}
+    # Keras' convolution has an operation that Torch cannot vectorize; and what `torch.func.linearize` returns changes a
+    # constant of batch normalization in place, so that only its first product is right.
+    odd = {"vectorized": "failed", "linearize": "wrong"} if BACKEND == "torch" else {}
+    for name, row in rows.items():
+        assert row["status"] == odd.get(name, "ok"), row
+        assert name in odd or row["error"] < 1e-5
+    slope = (rows["jvpreg"]["ratio"] - by_name(one)["jvpreg"]["ratio"]) / 2
+    assert summary["further_product"]["jvpreg"] == pytest.approx(slope)
+    assert json.loads((tmp_path / "probes.json").read_text()) == json.loads(json.dumps(summary))
+    assert (tmp_path / "probes.png").read_bytes().startswith(b"\x89PNG")
+    assert "| one more |" in (tmp_path / "probes.md").read_text()
+
+
+def test_products_one_after_the_other_are_right_and_timed(registered, tmp_path):
+    config = benchmark.IterateConfig(architecture="smooth", counts=[1, 3], folder=str(tmp_path), **CONFIG)
+    summary = benchmark.iterate(config)
+    names = {"forward", *FEW} - {"clone"}
+    for row in summary["rows"]:
+        assert {entry["name"]: entry["status"] for entry in row["entries"]} == dict.fromkeys(names, "ok")
+        assert all(entry["error"] < 1e-5 for entry in row["entries"])
+    assert set(summary["further_product"]) == names
+    assert (tmp_path / "iterate.md").exists()
+
+
+@pytest.mark.parametrize("loop", [ops.fori_loop, counts_study.python_loop])
+def test_each_direction_depends_on_the_product_before(loop):
+    random = np.random.default_rng(0)
+    matrix, vector = random.normal(size=(4, 5)).astype("float32"), random.normal(size=(2, 4)).astype("float32")
+
+    def push(tangents):
+        return "f(x)", ops.matmul(tangents[0], ops.convert_to_tensor(matrix))
+
+    expected = vector
+    for _ in range(2):
+        mean = np.mean(expected @ matrix, axis=1, keepdims=True)
+        expected = expected + FEEDBACK * mean / (1 + np.abs(mean))
+    outputs, product = counts_study.iterated(push, [ops.convert_to_tensor(vector[None])], 3, loop)
+    assert outputs == "f(x)"
+    moved = np.linalg.norm((expected - vector) @ matrix)
+    assert np.linalg.norm(ops.convert_to_numpy(product)[0] - expected @ matrix) < 1e-2 * moved
+
+
+def test_a_study_writes_each_architecture_and_goes_on(registered, measured, tmp_path, monkeypatch):
+    asked = []
+
+    def in_process(name, config):
+        asked.append(name)
+        return {"failure": "stopped after 1 s"} if name == "smooth" else measured
+
+    monkeypatch.setattr(jvp_process, "measured", in_process)
+    config = benchmark.JvpConfig(folder=str(tmp_path), **CONFIG)
+    summary = benchmark.jvp(config)
+    assert asked == ["small", "smooth"]
+    written = json.loads((tmp_path / "jvp.json").read_text())
+    assert written["rows"] == json.loads(json.dumps(summary["rows"]))
+    assert written["geometric_means"]["input"] == pytest.approx(measured["input"]["speed_up"][1])
+    assert (tmp_path / "jvp.png").read_bytes().startswith(b"\x89PNG")
+    text = (tmp_path / "jvp.md").read_text()
+    assert "smooth: stopped after 1 s." in text
+    rows = jvp_report.table(summary)
+    assert [row["model"] for row in rows] == ["small", "small", "geometric mean", "geometric mean", "smooth"]
+    assert len({tuple(row) for row in rows}) == 1  # the same columns in each
+
+    benchmark.jvp(dataclasses.replace(config, only=["small"]))
+    assert asked == ["small", "smooth"]
+    with pytest.raises(ExperimentError, match="num_probes was 1 and is now 2"):
+        benchmark.jvp(dataclasses.replace(config, num_probes=2))
+
+
+def test_the_geometric_mean_is_that_of_the_medians():
+    rows = [{"name": str(place), "input": {"speed_up": [0.0, median, 9.0]}} for place, median in enumerate((2.0, 8.0))]
+    means = jvp_report.means({"settings": {"along": ["input", "weight"]}, "rows": [*rows, {"name": "stopped"}]})
+    assert means == {"input": pytest.approx(4.0)}
+
+
+def test_the_process_prints_what_was_measured(registered, capsys):
+    config = benchmark.JvpConfig(along=["input"], image_size=5, **CONFIG)
+    jvp_process.main("smooth", json.dumps(dataclasses.asdict(config)))
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["input_shape"] == [5]  # no image
+    assert by_name(second["input"])["jvpreg"]["status"] == "ok"
+
+
+def test_mistakes_in_the_keys_are_told():
+    with pytest.raises(ExperimentError, match="only: there is no architecture 'VGG17'"):
+        benchmark.jvp(benchmark.JvpConfig(only=["VGG17"]))
+    with pytest.raises(ExperimentError, match="architecture: there is no architecture 'VGG17'"):
+        benchmark.probes(benchmark.ProbesConfig(architecture="VGG17"))
+    with pytest.raises(ExperimentError, match="counts: expected a number or more"):
+        benchmark.probes(benchmark.ProbesConfig(counts=[]))
+    with pytest.raises(ExperimentError, match="counts: expected two different numbers"):
+        benchmark.iterate(benchmark.IterateConfig(counts=[4, 4]))
+
+
+def test_the_default_is_the_papers_13():
+    _, config = parse("experiments benchmark", benchmark_studies(), ["jvp", "--along=[input]"])
+    assert config.along == ["input"]
+    assert len(jvp_study.chosen_architectures(config)) == 13
