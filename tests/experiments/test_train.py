@@ -209,7 +209,7 @@ def kill_between_epochs(config, folder):
     # A W&B service of its own: this process's would go on after the kill, and hold the run.
     environment = {key: value for key, value in os.environ.items() if key != "WANDB_SERVICE"}
     with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while folder.finished_epochs() == 0:
             assert process.poll() is None, "the run ended before it could be killed"
             assert time.monotonic() < deadline
