@@ -106,7 +106,7 @@ def test_the_configurations_are_valid():
     keys = [f"--{key}={values['values'][-1]}" for key, values in sweep["parameters"].items()]
     words = [f"--config={CONFIGS / 'distill.yaml'}", *[word for word in sweep["command"] if word.startswith("--st")]]
     _, config = parse("experiments", STUDIES, ["distill", *words, *keys])
-    assert (config.methods, config.examples_per_class, config.seeds) == (["full-Jacobian + attention"], [5000], [1])
+    assert (config.methods, config.examples_per_class, config.seeds) == (["full-Jacobian + attention"], [5000], [2])
     assert config.student_sizes == []
     assert {method for text in sweep["parameters"]["methods"]["values"] for method in yaml.safe_load(text)} == set(
         cell.MATCHED
