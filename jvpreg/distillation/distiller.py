@@ -165,7 +165,7 @@ class JacobianDistiller(JacobianModel):
 
     def _teacher_products(self, x, labels, directions: dict) -> dict[str, Any]:
         """What the losses see of the teacher, `(B, …)` each, by name; and the cotangent of what it predicts."""
-        linearization = linearize(self.teacher, x)
+        linearization = linearize(self.teacher, x, xla=bool(self.jit_compile))
         targets = self._targets()
         cotangents = {}
         if "label" in targets:
