@@ -65,6 +65,9 @@ def benchmark_studies() -> dict[str, Study]:
         "distill": Study(benchmark.DistillConfig, benchmark.distill),
         "weights": Study(benchmark.WeightsConfig, benchmark.weights),
         "probe": Study(benchmark.ProbeConfig, benchmark.probe),
+        "layers": Study(benchmark.LayersConfig, benchmark.layers),
+        "memory": Study(benchmark.MemoryConfig, benchmark.measure_memory),
+        "scale": Study(benchmark.ScaleConfig, benchmark.scale),
     }
 
 
@@ -102,8 +105,9 @@ def parse(program: str, studies: Mapping[str, Study], words: Sequence[str]) -> t
     note = (
         "`python -m experiments benchmark step` measures the cost of a training step, `benchmark biases` that "
         "of one with bias-Jacobian penalties, `benchmark distill` that of a student's with its teacher, `benchmark "
-        "weights` that of products along weights, and `benchmark probe` that of the Jacobian's norms and singular "
-        "values."
+        "weights` that of products along weights, `benchmark probe` that of the Jacobian's norms and singular values, "
+        "`benchmark layers` that of a product layer by layer, `benchmark memory` what a frozen model holds, and "
+        "`benchmark scale` how costs grow."
     )
     parser = ArgumentParser(prog=program, description=__doc__, epilog=note, exit_on_error=False)
     subcommands = parser.add_subcommands(dest="study", metavar="STUDY")

@@ -2,17 +2,32 @@
 
 from typing import Any
 
-from experiments.benchmark.config import BiasesConfig, DistillConfig, ProbeConfig, StepConfig, WeightsConfig
+from experiments.benchmark.config import (
+    BiasesConfig,
+    DistillConfig,
+    LayersConfig,
+    MemoryConfig,
+    ProbeConfig,
+    ScaleConfig,
+    StepConfig,
+    WeightsConfig,
+)
 
 __all__ = [
     "BiasesConfig",
     "DistillConfig",
+    "LayersConfig",
+    "MemoryConfig",
     "ProbeConfig",
+    "ScaleConfig",
     "StepConfig",
     "WeightsConfig",
     "biases",
     "distill",
+    "layers",
+    "measure_memory",
     "probe",
+    "scale",
     "step",
     "weights",
 ]
@@ -49,5 +64,26 @@ def weights(config: WeightsConfig) -> dict[str, Any]:
 def probe(config: ProbeConfig) -> dict[str, Any]:
     """Measure what the Jacobian's norms and singular values cost; the import waits as in `step`."""
     from experiments.benchmark.probe_study import run
+
+    return run(config)
+
+
+def layers(config: LayersConfig) -> dict[str, Any]:
+    """Measure products layer by layer; the import waits as in `step`."""
+    from experiments.benchmark.layers_study import run
+
+    return run(config)
+
+
+def scale(config: ScaleConfig) -> dict[str, Any]:
+    """Measure how the cost grows; the import waits as in `step`."""
+    from experiments.benchmark.scale_study import run
+
+    return run(config)
+
+
+def measure_memory(config: MemoryConfig) -> dict[str, Any]:
+    """Measure what a frozen model holds; the import waits as in `step`. `memory` is the module of processes."""
+    from experiments.benchmark.memory_study import run
 
     return run(config)

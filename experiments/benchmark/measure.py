@@ -11,7 +11,7 @@ from typing import Any
 import keras
 
 from experiments.benchmark import entries
-from experiments.benchmark.config import BenchmarkConfig, StepConfig
+from experiments.benchmark.config import BenchmarkConfig, StepConfig, TimingConfig
 from experiments.benchmark.entries import Entry
 
 Step = Callable[[], object]
@@ -35,6 +35,28 @@ class Timing:
     ratio_quartiles: tuple[float, float]
 
 
+@dataclass(frozen=True)
+class Turns:
+    """What an entry took.
+
+    Attributes:
+        first_call_seconds: of the first call, tracing and compilation included.
+        seconds: of a step, in each round.
+    """
+
+    first_call_seconds: float
+    seconds: list[float]
+
+    def timing(self, unit: "Turns") -> Timing:
+        """The medians, in units of what another entry took in the same rounds."""
+        lower, median, upper = self.ratio(unit)
+        return Timing(self.first_call_seconds, statistics.median(self.seconds), median, (lower, upper))
+
+    def ratio(self, unit: "Turns") -> tuple[float, float, float]:
+        """The quartiles, the median between them, of the ratios to another entry in the same rounds."""
+        return quartiles([taken / other for taken, other in zip(self.seconds, unit.seconds, strict=True)])
+
+
 def timings(chosen: list[Entry], config: StepConfig) -> dict[str, Timing | MemoryError]:
     """Time a training step of the entries, in units of the plain step, which is to be among them."""
     makers = {entry.name: functools.partial(training_step, entry, config) for entry in chosen}
@@ -56,16 +78,36 @@ def batch_step(model: keras.Model, config: BenchmarkConfig) -> Step:
 def in_turn(
     makers: Mapping[str, Callable[[], Step]],
     unit: str,
-    config: BenchmarkConfig,
+    config: TimingConfig,
     steps: Mapping[str, int] | None = None,
 ) -> dict[str, Timing | MemoryError]:
-    """Time entries in turn, so that a busy machine is busy for all of them.
+    """Time entries in turn, in units of one of them.
 
     Args:
         makers: return the step of each entry, by name.
         unit: the entry whose step is the unit.
         config: the number of rounds.
         steps: how many steps of an entry are one turn; by default 1.
+
+    Returns:
+        By name; a MemoryError for an entry that ran out of memory.
+    """
+    taken = turns(makers, config, steps)
+    measured = taken[unit]
+    if isinstance(measured, MemoryError):
+        raise measured
+    return {name: entry if isinstance(entry, MemoryError) else entry.timing(measured) for name, entry in taken.items()}
+
+
+def turns(
+    makers: Mapping[str, Callable[[], Step]], config: TimingConfig, steps: Mapping[str, int] | None = None
+) -> dict[str, Turns | MemoryError]:
+    """Run entries in turn, so that a busy machine is busy for all of them.
+
+    Args:
+        makers: as in `in_turn`, as the others are.
+        config: the number of rounds.
+        steps: how many steps of an entry are one turn.
 
     Returns:
         By name; a MemoryError for an entry that ran out of memory, which then takes no further turn.
@@ -93,7 +135,7 @@ def in_turn(
                     continue
                 if number >= config.warmup:
                     seconds[name].append(taken)
-    return {**failures, **{name: _summary(first_calls[name], seconds[name], seconds[unit]) for name in made}}
+    return {**failures, **{name: Turns(first_calls[name], seconds[name]) for name in made}}
 
 
 def turn(step: Step, steps: int = 1) -> float:
@@ -126,11 +168,6 @@ def out_of_memory(error: Exception) -> MemoryError:
     if any(mark.lower() in message.lower() for mark in marks):
         return MemoryError(message.splitlines()[0])
     raise error
-
-
-def _summary(first_call: float, seconds: list[float], units: list[float]) -> Timing:
-    lower, median, upper = quartiles([taken / unit for taken, unit in zip(seconds, units, strict=True)])
-    return Timing(first_call, statistics.median(seconds), median, (lower, upper))
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:

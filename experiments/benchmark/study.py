@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from experiments import tables, timing
 from experiments.benchmark import entries, measure, memory, report
 from experiments.benchmark.check import Check, Checker
-from experiments.benchmark.config import BenchmarkConfig, StepConfig
+from experiments.benchmark.config import StepConfig, TimingConfig
 from experiments.benchmark.entries import Entry
 from experiments.errors import ExperimentError
 
@@ -63,7 +64,7 @@ def check_backend(study: str) -> None:
         raise ExperimentError(f"benchmark {study} runs on TensorFlow and JAX: set KERAS_BACKEND to one of the two.")
 
 
-def conditions(config: BenchmarkConfig) -> dict[str, Any]:
+def conditions(config: TimingConfig) -> dict[str, Any]:
     """What a file says beside its figures: how steps were compiled, the settings and the machine."""
     return {
         "mode": mode(config),
@@ -75,11 +76,20 @@ def conditions(config: BenchmarkConfig) -> dict[str, Any]:
 def chosen_entries(config: StepConfig) -> list[Entry]:
     """The plain step and what `only` names."""
     names = [entry.name for entry in entries.ENTRIES]
-    for name in config.only or []:
+    wanted = ["plain", *chosen_names(config.only, names)]
+    return [entry for entry in entries.ENTRIES if entry.name in wanted]
+
+
+def chosen_names(only: Sequence[str] | None, names: Sequence[str]) -> list[str]:
+    """The names that the key `only` lists, by default all.
+
+    Raises:
+        ExperimentError: there is no such name.
+    """
+    for name in only or []:
         if name not in names:
             raise ExperimentError(f"only: there is no entry {name!r}. Expected names among {', '.join(names)}.")
-    wanted = names if config.only is None else ["plain", *config.only]
-    return [entry for entry in entries.ENTRIES if entry.name in wanted]
+    return list(names if only is None else only)
 
 
 def is_right(check: Check | None, config: StepConfig) -> bool:
@@ -119,11 +129,16 @@ def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
     console.print(f"Files: {folder}")
 
 
-def mode(config: BenchmarkConfig) -> str:
+def mode(config: TimingConfig) -> str:
     """How steps are compiled, in a word."""
-    if keras.backend.backend() == "jax":
-        return "jit" if config.jit_compile else "eager"
-    return "xla" if config.jit_compile else "graph"
+    if keras.backend.backend() == "tensorflow":
+        return "xla" if config.jit_compile else "graph"
+    return "jit" if config.jit_compile and keras.backend.backend() == "jax" else "eager"
+
+
+def folder(name: str, config: TimingConfig) -> Path:
+    """The folder that is named, or one after the study, the backend and the mode."""
+    return Path(config.folder or f"runs/benchmark/{name}-{keras.backend.backend()}-{mode(config)}")
 
 
 def default_folder(config: StepConfig) -> Path:
