@@ -3,6 +3,7 @@
 Each entry is a function `(subject, run) -> held`, where `run` compiles a function of tensors, or leaves it eager.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,14 +69,10 @@ def forward(subject: Subject, run: Compile) -> Any:
     """The logits."""
 
     def function(x):
-        return ops.stop_gradient(subject.model(x, training=False))
+        return subject.model(x, training=False)
 
-    if keras.backend.backend() != "torch":
+    with _without_graph():
         return subject.compiled("forward", function, run)(subject.x)
-    import torch
-
-    with torch.no_grad():  # or else it would be a training pass
-        return function(subject.x)
 
 
 def training(subject: Subject, run: Compile) -> Any:
@@ -137,9 +134,10 @@ def linearization(subject: Subject, run: Compile, training: bool = False) -> Any
         lin = jvpreg.linearize(subject.model, x, training=training, fallback="error")
         return list(residuals(lin)), lin.outputs
 
-    if run is eager:
-        return _linearize(subject, training)
-    return subject.compiled("linearization", function, run)(subject.x)
+    with _without_graph():
+        if run is eager:
+            return jvpreg.linearize(subject.model, subject.x, training=training, fallback="error")
+        return subject.compiled("linearization", function, run)(subject.x)
 
 
 def linearization_in_training(subject: Subject, run: Compile) -> Any:
@@ -154,19 +152,20 @@ def product(subject: Subject, run: Compile) -> Any:
         lin = jvpreg.linearize(subject.model, x, fallback="error")
         return lin.outputs, lin.jvp(us)
 
-    if run is eager:
-        lin = _linearize(subject, training=False)
-        return lin, lin.jvp(subject.us)
-    return subject.compiled("product", function, run)(subject.x, subject.us)
+    with _without_graph():
+        if run is eager:
+            lin = jvpreg.linearize(subject.model, subject.x, fallback="error")
+            return lin, lin.jvp(subject.us)
+        return subject.compiled("product", function, run)(subject.x, subject.us)
 
 
-def _linearize(subject: Subject, training: bool) -> jvpreg.Linearization:
+def _without_graph() -> contextlib.AbstractContextManager:
+    """On Torch, without autodiff's graph of what is run, which would be kept too."""
     if keras.backend.backend() != "torch":
-        return jvpreg.linearize(subject.model, subject.x, training=training, fallback="error")
+        return contextlib.nullcontext()
     import torch
 
-    with torch.no_grad():  # or else autodiff's graph of the same pass would be kept too
-        return jvpreg.linearize(subject.model, subject.x, training=training, fallback="error")
+    return torch.no_grad()
 
 
 def eager(function: Callable) -> Callable:

@@ -27,8 +27,8 @@ def headline(aims: list[dict[str, Any]]) -> str:
     """What linearizations hold over what training keeps, in a sentence each."""
     return "\n".join(
         f"- {aim['mode']}, {'training=True' if aim['name'].endswith('training') else 'inference'}: a frozen "
-        f"linearization holds {_times(aim['held'])} what plain training keeps (by its tensors "
-        f"{_times(aim['counted'])}); aim: {aim['aim']} at most"
+        f"linearization holds {_times(aim['held'])} what plain training keeps"
+        f"{'' if aim['counted'] is None else ', by its tensors ' + _times(aim['counted'])}; aim: {aim['aim']} at most"
         f"{'' if aim['met'] is None else ', met' if aim['met'] else ', missed'}."
         for aim in aims
     )
@@ -45,10 +45,11 @@ def conditions(summary: dict[str, Any]) -> str:
         "counted one by one, each buffer once, without weights and batch; TensorFlow's tape does not tell. What "
         "training keeps: between the forward and the backward pass of a step by the weights, in training mode "
         "(TensorFlow: a `GradientTape`; JAX: what `jax.vjp` returns; Torch: the graph). Linearization: eagerly the "
-        "object that `jvpreg.linearize(model, x)` returns (on Torch under `no_grad`), with the outputs of all its "
+        "object that `jvpreg.linearize(model, x)` returns, with the outputs of all its "
         "nodes; compiled, what a function returns that returns the residuals of its nodes, all that tangent passes "
         "along inputs and weights need. TensorFlow runs without oneDNN, which "
-        "would keep what is freed in a pool. Products: of `f(x)` and `J u`, of one direction or of "
+        "would keep what is freed in a pool. On Torch, all but training runs under `no_grad`. Products: "
+        "of `f(x)` and `J u`, of one direction or of "
         f"{settings['num_probes']}. Errors are relative, of `f(x)` and `J u` at a few images against float64 without "
         f"jit; above {settings['tolerance']:g} an entry is wrong and gets no bytes. {report.ran_on(summary)}"
     )

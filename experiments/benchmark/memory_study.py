@@ -1,5 +1,6 @@
 """The `benchmark memory` study: what a frozen model holds, and what products need, beside plain training."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,26 +32,32 @@ def run(config: MemoryConfig) -> dict[str, Any]:
         raise ExperimentError("benchmark memory reads and resets a process' peak in /proc, which only Linux has.")
     console = tables.wide_console()
     modes: list[Mode] = ["eager"] if study.mode(config) == "eager" else ["eager", "compiled"]
+    errors = check(modes, config)
     rows = []
     for mode in modes:
-        errors = {num_probes: check(mode, num_probes, config) for num_probes in {1, config.num_probes}}
         for entry in ENTRIES:
             console.print(f"measuring {entry.label}, {mode}")
-            error = errors[config.num_probes if entry.several else 1] if entry.frozen else None
+            error = errors[mode, entry.several] if entry.frozen else None
             rows.append(row(entry, mode, error, config))
     summary = {"study": "benchmark memory", **study.conditions(config), "entries": rows, "aims": aims(rows)}
     memory_report.write(summary, study.folder("memory", config), console)
     return summary
 
 
-def check(mode: Mode, num_probes: int, config: MemoryConfig) -> float:
-    """The relative error of the products with a linearization, by float64 without jit."""
+def check(modes: Sequence[Mode], config: MemoryConfig) -> dict[tuple[Mode, bool], float]:
+    """Relative errors of products of one direction and of several, by mode, against float64 without jit."""
     model = entries.plain_model(config)
     xs = [kinks.far_from_kinks(entries.images(config, CANDIDATES), [model], EXAMPLES).images()]
-    us = products.directions(xs, num_probes, config.seed)
-    expected = products.exact(Reference(model, "moving", xs[0]).model, xs, us)
-    received = products.call(model, products.by_jvpreg, xs, us, None if mode == "eager" else config.jit_compile)()
-    return products.largest_error(received, expected)
+    us = products.directions(xs, config.num_probes, config.seed)
+    y, expected = products.exact(Reference(model, "moving", xs[0]).model, xs, us)
+    errors = {}
+    for mode in modes:
+        jit = None if mode == "eager" else config.jit_compile
+        for several in (False, True):
+            count = config.num_probes if several else 1
+            received = products.call(model, products.by_jvpreg, xs, [u[:count] for u in us], jit)()
+            errors[mode, several] = products.largest_error(received, [y, expected[:count]])
+    return errors
 
 
 def row(entry: Entry, mode: Mode, error: float | None, config: MemoryConfig) -> dict[str, Any]:

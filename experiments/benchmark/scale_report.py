@@ -24,8 +24,8 @@ def columns(axis: str, row: dict[str, Any]) -> dict[str, str]:
     for name, label in LABELS.items():
         found = row[name]
         cells[f"ms: {label}"] = f"{1000 * found['seconds']:.2f}" if found["seconds"] is not None else found["status"]
-    forward, own = row["forward"]["ratio"], row["jvpreg"]["ratio"]
-    cells["× forward pass"] = f"{own / forward:.2f}" if forward and own else ""
+    over = row["over_forward"]
+    cells["× forward pass"] = f"{over:.2f}" if over is not None else ""
     return cells
 
 
@@ -46,7 +46,8 @@ def conditions(summary: dict[str, Any]) -> str:
         f"of the base point: batches of {settings['batch_size']}, {settings['width']} channels, {settings['depth']} "
         f"convolutions, {settings['num_probes']} direction(s). One compiled call computes `f(x)` and `J u` "
         f"(`linearize(...).jvp(u)`). Medians of {settings['rounds']} rounds of all points in turn. An exponent is that "
-        "of time = constant × size ** exponent by least squares on the logarithms, with its standard error; times are "
+        "of time = constant × size ** exponent by least squares on the logarithms, with its standard error; "
+        "the times that are fitted are "
         "in units of the base point's forward pass in the same round. Along batch, channels and convolutions the whole "
         "time is fitted; along probes, what is over jvpreg's `f(x)` alone, which does not grow with them (of the "
         "forward pass there is nothing to fit). Errors are relative, of `f(x)` and the compiled product in float32 "

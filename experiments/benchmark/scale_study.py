@@ -54,6 +54,8 @@ class Fit:
 Key = tuple[str, Point]
 """What is timed: the name of a product, and a point."""
 
+Times = dict[Key, measure.Turns | MemoryError]
+
 
 def run(config: ScaleConfig) -> dict[str, Any]:
     """Measure the points, fit the exponents, and write and print what came out.
@@ -84,8 +86,10 @@ def run(config: ScaleConfig) -> dict[str, Any]:
         raise ExperimentError(
             f"tolerance: the forward pass is off by more than {config.tolerance:g}, nothing is timed."
         )
-    taken = measure.in_turn(makers, str(right[unit]), config)
+    taken = measure.turns(makers, config)
     times = {key: taken[str(name)] for key, name in right.items()}
+    if isinstance(times[unit], MemoryError):
+        raise ExperimentError(f"batch_size: the forward pass of the base point runs out of memory: {times[unit]}.")
     summary = {
         "study": "benchmark scale",
         **study.conditions(config),
@@ -164,42 +168,36 @@ def call(key: Key, config: ScaleConfig) -> measure.Step:
     return products.call(chain(point, config), PRODUCTS[name], xs, us, config.jit_compile)
 
 
-def axis_row(
-    axis: str, times: dict[Key, measure.Timing | MemoryError], errors: dict[Key, float], config: ScaleConfig
-) -> dict[str, Any]:
+def axis_row(axis: str, times: Times, errors: dict[Key, float], config: ScaleConfig) -> dict[str, Any]:
     """What the JSON file says of an axis: its points, and the exponents."""
-    points = along(axis, config)
-    rows = [
-        {
-            "size": getattr(point, axis),
-            **{name: part(name, point, times, errors, config) for name in ("forward", "jvpreg")},
-        }
-        for point in points
-    ]
-    alone = times.get(("primal", replace(base(config), probes=0)))
+    rows = []
+    for point in along(axis, config):
+        keys: dict[str, Key] = {"forward": ("forward", replace(point, probes=0)), "jvpreg": ("jvpreg", point)}
+        parts = {name: part(key, times, errors, config) for name, key in keys.items()}
+        over = ratio(times.get(keys["jvpreg"]), times.get(keys["forward"]))
+        rows.append({"size": getattr(point, axis), **parts, "over_forward": over})
     if axis != "probes":
-        fits = {name: fitted(rows, name, 0.0) for name in ("forward", "jvpreg")}
-    else:
-        # Without the primal pass, which does not grow with the probes; the forward pass has none.
-        fits = {"jvpreg": fitted(rows, "jvpreg", alone.ratio) if isinstance(alone, measure.Timing) else None}
-    return {
-        "points": rows,
-        "at_zero": alone.ratio if axis == "probes" and isinstance(alone, measure.Timing) else 0.0,
-        "fits": fits,
-    }
+        return {"points": rows, "at_zero": 0.0, "fits": {name: fitted(rows, name, 0.0) for name in keys}}
+    # Without the primal pass, which does not grow with the probes; the forward pass has none.
+    alone = part(("primal", replace(base(config), probes=0)), times, errors, config)["ratio"]
+    fit = None if alone is None else fitted(rows, "jvpreg", alone)
+    return {"points": rows, "at_zero": alone, "fits": {"jvpreg": fit}}
 
 
-def part(
-    name: str,
-    point: Point,
-    times: dict[Key, measure.Timing | MemoryError],
-    errors: dict[Key, float],
-    config: ScaleConfig,
-) -> dict[str, Any]:
+def part(key: Key, times: Times, errors: dict[Key, float], config: ScaleConfig) -> dict[str, Any]:
     """The error, the status and the time of one call; times in units of the forward pass of the base point."""
-    key = (name, point if name == "jvpreg" else replace(point, probes=0))
-    error = errors[checked_at(key)]
-    return {"error": study.finite(error), **measure.outcome(is_right(error, config), times.get(key))}
+    error, taken = errors[checked_at(key)], times.get(key)
+    unit = times["forward", replace(base(config), probes=0)]
+    assert isinstance(unit, measure.Turns)
+    timing = taken.timing(unit) if isinstance(taken, measure.Turns) else taken
+    return {"error": study.finite(error), **measure.outcome(is_right(error, config), timing)}
+
+
+def ratio(own: measure.Turns | MemoryError | None, other: measure.Turns | MemoryError | None) -> float | None:
+    """The median ratio of two calls in the same rounds; None where one of them has no time."""
+    if isinstance(own, measure.Turns) and isinstance(other, measure.Turns):
+        return own.ratio(other)[1]
+    return None
 
 
 def fitted(rows: Sequence[dict[str, Any]], name: str, at_zero: float) -> dict[str, float] | None:

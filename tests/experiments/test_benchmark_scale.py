@@ -49,6 +49,7 @@ def test_every_point_is_checked_and_timed(summary):
                 assert point[name]["status"] == "ok"
                 assert 0 < point[name]["error"] < 1e-5
                 assert point[name]["seconds"] > 0
+            assert point["over_forward"] > 0
     batch = summary["axes"]["batch"]
     assert np.isfinite(batch["fits"]["jvpreg"]["exponent"])
     assert batch["points"][1]["forward"]["ratio"] == 1  # the base point
