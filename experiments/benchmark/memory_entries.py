@@ -131,7 +131,8 @@ def linearization(subject: Subject, run: Compile, training: bool = False) -> Any
     """A frozen linearization: eagerly the object itself; compiled, what of it a tangent pass needs, and the outputs."""
 
     def function(x):
-        lin = jvpreg.linearize(subject.model, x, training=training, fallback="error")
+        with keras.StatelessScope():  # moving statistics are not to be updated by what is traced
+            lin = jvpreg.linearize(subject.model, x, training=training, fallback="error")
         return list(residuals(lin)), lin.outputs
 
     with _without_graph():

@@ -84,7 +84,7 @@ def test_a_process_measures_what_an_entry_holds(config):
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 @pytest.mark.parametrize("entry", memory_entries.ENTRIES, ids=lambda entry: entry.name)
 def test_every_entry_runs(entry, mode, config):
-    run = memory_entries.eager if mode == "eager" else functools.partial(calls.compiled, jit=False)
+    run = memory_entries.eager if mode == "eager" else functools.partial(calls.compiled, jit=config.jit_compile)
     subject = memory_entries.subject(config, 2)
     held = entry.make(subject, run)
     counted = memory_entries.counted_bytes(held, subject)
