@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+import os
 import resource
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from experiments.benchmark.config import StepConfig
@@ -29,16 +31,34 @@ def peak_bytes(name: str, config: StepConfig) -> int | MemoryError:
     Raises:
         RuntimeError: the process failed in another way.
     """
-    command = [sys.executable, "-m", "experiments.benchmark.memory", name, json.dumps(dataclasses.asdict(config))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    printed = last_line("experiments.benchmark.memory", [name, json.dumps(dataclasses.asdict(config))])
+    return printed if isinstance(printed, MemoryError) else int(printed)
+
+
+def last_line(module: str, words: list[str], environment: Mapping[str, str] | None = None) -> str | MemoryError:
+    """What a module prints last that runs in a process of its own.
+
+    Args:
+        module: its name.
+        words: its arguments, the first of which is the name of what it measures.
+        environment: variables that it has beside those of this process.
+
+    Returns:
+        The line; a MemoryError where the process ran out of memory or was killed.
+
+    Raises:
+        RuntimeError: the process failed in another way.
+    """
+    command = [sys.executable, "-m", module, *words]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **(environment or {})}, capture_output=True, text=True)
     if done.returncode == 0:
-        return int(done.stdout.split()[-1])
+        return done.stdout.splitlines()[-1]
     from experiments.benchmark.measure import out_of_memory
 
     last = (done.stderr.strip() or "no message").splitlines()[-1]
     if done.returncode == -9:
         return MemoryError("the process was killed, as a system does that runs out of memory")
-    return out_of_memory(RuntimeError(f"The process that measures the memory of {name!r} failed: {last}"))
+    return out_of_memory(RuntimeError(f"The process that measures the memory of {words[0]!r} failed: {last}"))
 
 
 def resident_peak() -> int:

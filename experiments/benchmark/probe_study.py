@@ -12,8 +12,8 @@ from keras import ops
 import jvpreg
 from experiments import tables
 from experiments.benchmark import entries, measure, probe_report, study
+from experiments.benchmark.calls import compiled
 from experiments.benchmark.config import BenchmarkConfig, ProbeConfig
-from experiments.benchmark.measure import compiled
 from experiments.benchmark.probe_entries import CALLBACK, ENTRIES, FEW, MANY, NUM_PROBES, TOL, Entry, nothing
 from experiments.benchmark.reference import Reference, float64
 from experiments.errors import ExperimentError

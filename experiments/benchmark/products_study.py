@@ -12,10 +12,11 @@ import keras
 import numpy as np
 from keras import ops
 
-from experiments.benchmark import competitors, measure, study
+from experiments.benchmark import calls, competitors, measure, study
 from experiments.benchmark.competitors import FEW_OUTPUTS, FORWARD, JVPREG, Entry, Point, Push
 from experiments.benchmark.config import ProductsConfig
 from experiments.benchmark.literal import NotPiecewiseLinearError
+from experiments.benchmark.measure import Turns
 from experiments.benchmark.reference import float64
 from experiments.verify import weights
 from experiments.verify.architectures import Architecture
@@ -131,13 +132,13 @@ def comparison(
         # Where rounding moves a mask, no product in float32 could be better.
         allowed = max(allowed, 2 * worst(by_autodiff(subject.model, subject.x, task), expected))
     right = {name: step for name, step in steps.items() if errors[name] <= allowed}
-    calls = turns(right)
-    seconds, out_of_memory = measure.rounds(right, config, dict.fromkeys(right, calls))
+    calls_a_turn = turns(right)
+    seconds, out_of_memory = measure.rounds(right, config, dict.fromkeys(right, calls_a_turn))
     rows = []
     for entry in (entry for entry in chosen if entry.name in errors or entry.name in failures):
         taken, cause = seconds.get(entry.name), failures.get(entry.name, out_of_memory.get(entry.name))
         units = seconds.get(FORWARD.name)
-        timed = measure.summary(firsts[entry.name], taken, units) if taken and units else None
+        timed = Turns(firsts[entry.name], taken).timing(Turns(firsts[FORWARD.name], units)) if taken and units else None
         found = errors.get(entry.name)
         rows.append(
             {
@@ -152,7 +153,7 @@ def comparison(
         "entries": rows,
         "num_probes": task.num_probes,
         "allowed_error": allowed,
-        "calls_a_turn": calls,
+        "calls_a_turn": calls_a_turn,
         "best_alternative": best,
         "speed_up": faster,
     }
@@ -203,7 +204,7 @@ def call(subject: Subject, task: Task, entry: Entry, config: ProductsConfig) -> 
         return stateless(model, lambda: list(task.use(start(point), tangents)))(values)
 
     # A partial, because TensorFlow takes functions of one code for one that is traced again, and warns.
-    jitted = measure.compiled(functools.partial(compute), config.jit_compile)
+    jitted = calls.compiled(functools.partial(compute), config.jit_compile)
     # As arguments, so that nothing of them is computed when compiling.
     tensors = [ops.convert_to_tensor(tensor) for tensor in (subject.x, *task.tangents)]
     given = values(model)

@@ -12,9 +12,8 @@ from keras import ops
 
 import jvpreg
 from experiments import tables
-from experiments.benchmark import entries, measure, study, weights_report
+from experiments.benchmark import calls, entries, measure, study, weights_report
 from experiments.benchmark.config import WeightsConfig
-from experiments.benchmark.measure import compiled
 from experiments.benchmark.reference import Reference, float64
 from experiments.verify.measure import error
 from experiments.verify.products import Products, stateless
@@ -149,9 +148,7 @@ def directions(model: keras.Model, entry: Entry, x: np.ndarray, config: WeightsC
 def step(model: keras.Model, entry: Entry, config: WeightsConfig) -> measure.Step:
     """The call that is timed."""
     x = entries.images(config, config.batch_size).images()
-    computed = call(model, entry, config, x, directions(model, entry, x, config))
-    # JAX returns before it has computed.
-    return lambda: [ops.convert_to_numpy(tensor) for tensor in computed()]
+    return call(model, entry, config, x, directions(model, entry, x, config))
 
 
 def call(
@@ -171,8 +168,5 @@ def call(
             return lin.outputs, lin.jvp(vectors[0])
         return lin.outputs, lin.jvp(weights=list(zip(weights, vectors, strict=True)))
 
-    function = compiled(stateless(model, forward if entry.name == "forward" else product), config.jit_compile)
-    # As arguments, so that nothing of them is computed when compiling.
-    values = [ops.convert_to_tensor(variable.value) for variable in model.variables]
-    tensors = [ops.convert_to_tensor(tensor) for tensor in (x, *vectors)]
-    return lambda: function(values, *tensors)
+    function = stateless(model, forward if entry.name == "forward" else product)
+    return calls.prepared(model, function, config.jit_compile, [x, *vectors])
