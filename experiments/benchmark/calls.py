@@ -24,16 +24,20 @@ def prepared(
     """
     # A partial, because TensorFlow takes functions of one code for one that is traced again, and warns.
     jitted = compiled(functools.partial(function), jit)
-    # As arguments, so that nothing of them is computed when compiling; on Torch, without a graph of autodiff's.
-    values = [ops.stop_gradient(ops.convert_to_tensor(variable.value)) for variable in model.variables]
-    given = [ops.convert_to_tensor(tensor) for tensor in tensors]
+    # As arguments, so that nothing of them is computed when compiling.
+    held, given = values(model), [ops.convert_to_tensor(tensor) for tensor in tensors]
 
     def call() -> Any:
-        results = jitted(values, *given)
+        results = jitted(held, *given)
         wait(results)
         return results
 
     return call
+
+
+def values(model: keras.Model) -> list:
+    """Of the model's variables, as tensors; on Torch, without a graph of autodiff's."""
+    return [ops.stop_gradient(ops.convert_to_tensor(variable.value)) for variable in model.variables]
 
 
 def compiled(function: Callable, jit: bool | None) -> Callable:

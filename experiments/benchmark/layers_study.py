@@ -9,9 +9,10 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
 from experiments import tables
-from experiments.benchmark import layers_report, measure, products, study
+from experiments.benchmark import competitors, layers_report, measure, products, study
 from experiments.benchmark.config import LayersConfig
 from experiments.benchmark.layers_cases import CASES, HEADS, Case
 from experiments.benchmark.reference import float64
@@ -22,13 +23,8 @@ from experiments.verify.measure import reason
 EXAMPLES = 4  # at which products are checked
 CALLS = 5  # in a turn
 
-PRODUCTS: dict[str, products.Product] = {
-    "plain": products.plain,
-    "jvpreg": products.by_jvpreg,
-    "forward_mode": products.forward_mode,
-    "double_vjp": products.double_vjp,
-}
 ALTERNATIVES = ("forward_mode", "double_vjp")
+PRODUCTS = ("plain", "jvpreg", *ALTERNATIVES)
 
 
 def run(config: LayersConfig) -> dict[str, Any]:
@@ -94,15 +90,27 @@ def check(case: Case, model: keras.Model, exact: keras.Model, name: str, config:
     except Exception as cause:
         return reason(cause)
     if case.expected is not None:
-        return products.largest_error(received, case.expected(products.to_numpy(received[0]), xs, us))
-    return products.largest_error(received, products.exact(exact, xs, us))
+        return products.worst(received, case.expected(ops.convert_to_numpy(received[0]), xs, us))
+    return products.worst(received, products.exact(exact, xs, us))
 
 
 def call(case: Case, model: keras.Model, name: str, config: LayersConfig, batch_size: int) -> Any:
     """A product as one compiled call, which waits."""
     xs, us = inputs(case, config, batch_size)
     training = case.expected is not None
-    return products.call(model, PRODUCTS[name], xs, us, config.jit_compile, training)
+    return products.call(model, starts(config)[name], xs, us, config.jit_compile, training=training)
+
+
+def starts(config: LayersConfig) -> dict[str, competitors.Start | None]:
+    """How each product is computed; forward mode at once for several directions, where the backend can as a rule."""
+    known = {entry.name: entry.start for entry in competitors.entries()}
+    at_once = config.num_probes > 1 and keras.backend.backend() != "tensorflow"
+    return {
+        "plain": None,
+        "jvpreg": known["jvpreg"],
+        "forward_mode": known["vectorized" if at_once else "forward_mode"],
+        "double_vjp": known["double_vjp"],
+    }
 
 
 def inputs(case: Case, config: LayersConfig, batch_size: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -110,7 +118,7 @@ def inputs(case: Case, config: LayersConfig, batch_size: int) -> tuple[list[np.n
     random = np.random.default_rng(config.seed)
     shape = (batch_size, *case.input_shape(config))
     xs = [random.normal(size=shape).astype("float32") for _ in range(case.num_inputs)]
-    return xs, products.directions(xs, config.num_probes, config.seed)
+    return xs, products.directions([shape] * case.num_inputs, config.num_probes, config.seed)
 
 
 def outcome(

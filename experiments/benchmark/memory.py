@@ -2,18 +2,20 @@
 
 import dataclasses
 import json
-import os
 import resource
-import subprocess
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from experiments import processes
 from experiments.benchmark.config import StepConfig
 from experiments.config import ModelConfig
 
-ROOT = Path(__file__).parents[2]
 KILOBYTE = 1024
+TIME_LIMIT = 3600
+"""Seconds that a process may take."""
 
 
 def peak_bytes(name: str, config: StepConfig) -> int | MemoryError:
@@ -31,34 +33,34 @@ def peak_bytes(name: str, config: StepConfig) -> int | MemoryError:
     Raises:
         RuntimeError: the process failed in another way.
     """
-    printed = last_line("experiments.benchmark.memory", [name, json.dumps(dataclasses.asdict(config))])
-    return printed if isinstance(printed, MemoryError) else int(printed)
+    found = of_process("experiments.benchmark.memory", [name, json.dumps(dataclasses.asdict(config))], {})
+    return found if isinstance(found, MemoryError) else found["peak"]
 
 
-def last_line(module: str, words: list[str], environment: Mapping[str, str] | None = None) -> str | MemoryError:
-    """What a module prints last that runs in a process of its own.
+def of_process(module: str, words: list[str], environment: Mapping[str, str]) -> dict[str, Any] | MemoryError:
+    """What a module measures in a process of its own; see `processes.row`.
 
     Args:
-        module: its name.
+        module: prints it as JSON.
         words: its arguments, the first of which is the name of what it measures.
         environment: variables that it has beside those of this process.
 
     Returns:
-        The line; a MemoryError where the process ran out of memory or was killed.
+        That; a MemoryError where the process ran out of memory or was killed.
 
     Raises:
         RuntimeError: the process failed in another way.
     """
-    command = [sys.executable, "-m", module, *words]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **(environment or {})}, capture_output=True, text=True)
-    if done.returncode == 0:
-        return done.stdout.splitlines()[-1]
+    found = processes.row(module, words, TIME_LIMIT, environment)
+    if "failure" not in found:
+        return found
+    if found["failure"].startswith(f"exit status {-signal.SIGKILL}:"):
+        return MemoryError("the process was killed, as a system does that runs out of memory")
     from experiments.benchmark.measure import out_of_memory
 
-    last = (done.stderr.strip() or "no message").splitlines()[-1]
-    if done.returncode == -9:
-        return MemoryError("the process was killed, as a system does that runs out of memory")
-    return out_of_memory(RuntimeError(f"The process that measures the memory of {words[0]!r} failed: {last}"))
+    return out_of_memory(
+        RuntimeError(f"The process that measures the memory of {words[0]!r} failed: {found['failure']}")
+    )
 
 
 def resident_peak() -> int:
@@ -82,7 +84,7 @@ def main(name: str, settings: str) -> None:
     entry = next(entry for entry in entries.ENTRIES if entry.name == name)
     before = resident_peak()
     measure.turn(measure.training_step(entry, config), config.memory_steps)
-    print(resident_peak() - before)
+    print(json.dumps({"peak": resident_peak() - before}))
 
 
 if __name__ == "__main__":

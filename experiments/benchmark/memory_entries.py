@@ -1,6 +1,6 @@
 """The entries of `benchmark memory`: what is run, and what of it is kept alive.
 
-Each entry is a function `(subject, run) -> held`, where `run` compiles a function of tensors, or leaves it eager.
+Each entry is a function `subject -> held`.
 """
 
 import contextlib
@@ -13,11 +13,9 @@ import numpy as np
 from keras import ops, tree
 
 import jvpreg
-from experiments.benchmark import entries
+from experiments.benchmark import calls, entries
 from experiments.benchmark.config import MemoryConfig
 from experiments.benchmark.products import directions
-
-Compile = Callable[[Callable], Callable]
 
 
 @dataclass
@@ -29,6 +27,7 @@ class Subject:
         x: images `(B, H, W, 3)`.
         labels: `(B,)`.
         us: directions `(P, B, H, W, 3)`.
+        jit: see `calls.compiled`; None if all is eager.
         made: functions that were compiled, by name.
     """
 
@@ -36,6 +35,7 @@ class Subject:
     x: Any
     labels: Any
     us: Any
+    jit: bool | None
     made: dict[str, Callable] = field(default_factory=dict)
 
     @property
@@ -49,39 +49,43 @@ class Subject:
             logits = self.model(x, training=True)
         return ops.mean(keras.losses.sparse_categorical_crossentropy(self.labels, logits, from_logits=True))
 
-    def compiled(self, name: str, function: Callable, run: Compile) -> Callable:
+    def linearize(self, x: Any, training: bool = False) -> jvpreg.Linearization:
+        """The model frozen at `x`."""
+        return jvpreg.linearize(self.model, x, training=training, fallback="error", xla=bool(self.jit))
+
+    def compiled(self, name: str, function: Callable) -> Callable:
         """The function, compiled once."""
         if name not in self.made:
-            self.made[name] = run(function)
+            self.made[name] = calls.compiled(function, self.jit)
         return self.made[name]
 
 
-def subject(config: MemoryConfig, num_probes: int) -> Subject:
+def subject(config: MemoryConfig, num_probes: int, jit: bool | None) -> Subject:
     """The model with its weights, a batch, and so many directions."""
     model = entries.plain_model(config)
     split = entries.images(config, config.batch_size)
-    x = split.images()
-    (us,) = directions([x], num_probes, config.seed)
-    return Subject(model, *(ops.convert_to_tensor(array) for array in (x, split.labels, us)))
+    x, labels = (ops.convert_to_tensor(array) for array in (split.images(), split.labels))
+    (us,) = directions([tuple(x.shape)], num_probes, config.seed)
+    return Subject(model, x, labels, ops.convert_to_tensor(us), jit)
 
 
-def forward(subject: Subject, run: Compile) -> Any:
+def forward(subject: Subject) -> Any:
     """The logits."""
 
     def function(x):
         return subject.model(x, training=False)
 
     with _without_graph():
-        return subject.compiled("forward", function, run)(subject.x)
+        return subject.compiled("forward", function)(subject.x)
 
 
-def training(subject: Subject, run: Compile) -> Any:
+def training(subject: Subject) -> Any:
     """What a training step keeps between its forward and its backward pass."""
     weights = subject.weights
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        function = subject.compiled("loss", subject.loss, run)
+        function = subject.compiled("loss", subject.loss)
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(weights)
             loss = function(weights, subject.x)
@@ -92,7 +96,7 @@ def training(subject: Subject, run: Compile) -> Any:
         def residuals(weights, x):
             return jax.vjp(lambda weights: subject.loss(weights, x), weights)
 
-        return subject.compiled("residuals", residuals, run)(weights, subject.x)
+        return subject.compiled("residuals", residuals)(weights, subject.x)
     import torch
 
     saved: list[Any] = []
@@ -105,7 +109,7 @@ def training(subject: Subject, run: Compile) -> Any:
         return subject.loss(weights, subject.x), saved
 
 
-def gradient(subject: Subject, run: Compile) -> Any:
+def gradient(subject: Subject) -> Any:
     """The gradient of the loss by the weights."""
     weights, backend = subject.weights, keras.backend.backend()
     if backend == "tensorflow":
@@ -117,47 +121,47 @@ def gradient(subject: Subject, run: Compile) -> Any:
                 loss = subject.loss(weights, x)
             return tape.gradient(loss, weights)
 
-        return subject.compiled("gradient", gradients, run)(weights, subject.x)
+        return subject.compiled("gradient", gradients)(weights, subject.x)
     if backend == "jax":
         import jax
 
-        return subject.compiled("gradient", jax.grad(subject.loss), run)(weights, subject.x)
+        return subject.compiled("gradient", jax.grad(subject.loss))(weights, subject.x)
     import torch
 
     return torch.autograd.grad(subject.loss(weights, subject.x), weights)
 
 
-def linearization(subject: Subject, run: Compile, training: bool = False) -> Any:
+def linearization(subject: Subject, training: bool = False) -> Any:
     """A frozen linearization: eagerly the object itself; compiled, what of it a tangent pass needs, and the outputs."""
 
     def function(x):
         with keras.StatelessScope():  # moving statistics are not to be updated by what is traced
-            lin = jvpreg.linearize(subject.model, x, training=training, fallback="error")
+            lin = subject.linearize(x, training)
         return list(residuals(lin)), lin.outputs
 
     with _without_graph():
-        if run is eager:
-            return jvpreg.linearize(subject.model, subject.x, training=training, fallback="error")
-        return subject.compiled("linearization", function, run)(subject.x)
+        if subject.jit is None:
+            return subject.linearize(subject.x, training)
+        return subject.compiled("linearization", function)(subject.x)
 
 
-def linearization_in_training(subject: Subject, run: Compile) -> Any:
+def linearization_in_training(subject: Subject) -> Any:
     """The same in training mode, as a `JacobianModel` runs it."""
-    return linearization(subject, run, training=True)
+    return linearization(subject, training=True)
 
 
-def product(subject: Subject, run: Compile) -> Any:
+def product(subject: Subject) -> Any:
     """`f(x)` and `J u` of all directions at once; eagerly with the linearization kept alive."""
 
     def function(x, us):
-        lin = jvpreg.linearize(subject.model, x, fallback="error")
+        lin = subject.linearize(x)
         return lin.outputs, lin.jvp(us)
 
     with _without_graph():
-        if run is eager:
-            lin = jvpreg.linearize(subject.model, subject.x, fallback="error")
+        if subject.jit is None:
+            lin = subject.linearize(subject.x)
             return lin, lin.jvp(subject.us)
-        return subject.compiled("product", function, run)(subject.x, subject.us)
+        return subject.compiled("product", function)(subject.x, subject.us)
 
 
 def _without_graph() -> contextlib.AbstractContextManager:
@@ -167,11 +171,6 @@ def _without_graph() -> contextlib.AbstractContextManager:
     import torch
 
     return torch.no_grad()
-
-
-def eager(function: Callable) -> Callable:
-    """Compiles nothing."""
-    return function
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,7 @@ class Entry:
 
     name: str
     label: str
-    make: Callable[[Subject, Compile], Any]
+    make: Callable[[Subject], Any]
     frozen: bool = False
     several: bool = False
 

@@ -1,7 +1,6 @@
 """The memory of one entry, in a process: `python -m experiments.benchmark.memory_process NAME MODE SETTINGS`."""
 
 import dataclasses
-import functools
 import gc
 import json
 import sys
@@ -39,26 +38,25 @@ def measured(name: str, mode: Mode, config: MemoryConfig) -> dict[str, int | Non
         ran out of memory or was killed.
     """
     words = [name, mode, json.dumps(dataclasses.asdict(config))]
-    printed = memory.last_line("experiments.benchmark.memory_process", words, ENVIRONMENT)
-    return printed if isinstance(printed, MemoryError) else json.loads(printed)
+    return memory.of_process("experiments.benchmark.memory_process", words, ENVIRONMENT)
 
 
 def main(name: str, mode: Mode, settings: str) -> None:
     """Run an entry twice, and print what the second run added."""
     from experiments.benchmark import calls
-    from experiments.benchmark.memory_entries import ENTRIES, counted_bytes, eager, subject
+    from experiments.benchmark.memory_entries import ENTRIES, counted_bytes, subject
 
     keys = json.loads(settings)
     config = MemoryConfig(**{**keys, "model": ModelConfig(**keys["model"])})
     entry = next(entry for entry in ENTRIES if entry.name == name)
-    made = subject(config, config.num_probes if entry.several else 1)
-    run = eager if mode == "eager" else functools.partial(calls.compiled, jit=config.jit_compile)
+    jit = None if mode == "eager" else config.jit_compile
+    made = subject(config, config.num_probes if entry.several else 1, jit)
     # Compiles, and lets the libraries take what they never give back.
-    calls.wait(entry.make(made, run))
+    calls.wait(entry.make(made))
     settle()
     baseline = resident()
     forget_peak()
-    held = entry.make(made, run)
+    held = entry.make(made)
     calls.wait(held)
     peak = memory.resident_peak()
     settle()

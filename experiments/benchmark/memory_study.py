@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import tables
-from experiments.benchmark import entries, kinks, memory_process, memory_report, products, study
+from experiments.benchmark import competitors, entries, kinks, memory_process, memory_report, products, study
 from experiments.benchmark.config import MemoryConfig
 from experiments.benchmark.memory_entries import ENTRIES, Entry
 from experiments.benchmark.memory_process import Mode
@@ -48,15 +48,15 @@ def check(modes: Sequence[Mode], config: MemoryConfig) -> dict[tuple[Mode, bool]
     """Relative errors of products of one direction and of several, by mode, against float64 without jit."""
     model = entries.plain_model(config)
     xs = [kinks.far_from_kinks(entries.images(config, CANDIDATES), [model], EXAMPLES).images()]
-    us = products.directions(xs, config.num_probes, config.seed)
+    us = products.directions([xs[0].shape], config.num_probes, config.seed)
     y, expected = products.exact(Reference(model, "moving", xs[0]).model, xs, us)
     errors = {}
     for mode in modes:
         jit = None if mode == "eager" else config.jit_compile
         for several in (False, True):
             count = config.num_probes if several else 1
-            received = products.call(model, products.by_jvpreg, xs, [u[:count] for u in us], jit)()
-            errors[mode, several] = products.largest_error(received, [y, expected[:count]])
+            received = products.call(model, competitors.linearize, xs, [u[:count] for u in us], jit)()
+            errors[mode, several] = products.worst(received, [y, expected[:count]])
     return errors
 
 

@@ -231,7 +231,7 @@ def call(
         traced()  # by Python, and so when traced only
         if entry.compute is None:
             return [model(x, training=False)], ops.convert_to_tensor(0)
-        lin = jvpreg.linearize(model, x, fallback="error")
+        lin = jvpreg.linearize(model, x, fallback="error", xla=config.jit_compile)
         tensors, products = entry.compute(lin)
         return [*tensors, lin.outputs], ops.convert_to_tensor(products)
 

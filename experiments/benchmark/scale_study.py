@@ -10,7 +10,7 @@ import numpy as np
 from keras import layers
 
 from experiments import tables
-from experiments.benchmark import kinks, measure, products, scale_report, study
+from experiments.benchmark import competitors, kinks, measure, products, scale_report, study
 from experiments.benchmark.config import ScaleConfig
 from experiments.benchmark.reference import float64
 from experiments.errors import ExperimentError
@@ -19,10 +19,10 @@ CANDIDATES, EXAMPLES = 16, 2  # of the inputs at which products are checked, and
 AXES = {"batch": "batch_sizes", "width": "widths", "depth": "depths", "probes": "probes"}
 """The sizes that are varied, and the keys of their values."""
 
-PRODUCTS: dict[str, products.Product] = {
-    "forward": products.plain,
-    "primal": products.primal,
-    "jvpreg": products.by_jvpreg,
+STARTS: dict[str, competitors.Start | None] = {
+    "forward": None,
+    "primal": competitors.linearize_alone,
+    "jvpreg": competitors.linearize,
 }
 
 
@@ -131,12 +131,12 @@ def check(keys: Sequence[Key], config: ScaleConfig) -> dict[Key, float]:
         candidates = inputs(replace(point, batch=CANDIDATES), config)
         far = np.argsort(kinks.network_margin(model, candidates))[-EXAMPLES:]
         xs = [candidates[far]]
-        us = products.directions(xs, max(point.probes, 1), config.seed)
+        us = products.directions([xs[0].shape], max(point.probes, 1), config.seed)
         with float64():
             exact = chain(point, config)
             exact.set_weights(model.get_weights())
-        received = products.call(model, PRODUCTS[name], xs, us if point.probes else [], config.jit_compile)()
-        errors[name, point] = products.largest_error(received, products.exact(exact, xs, us))
+        received = products.call(model, STARTS[name], xs, us if point.probes else [], config.jit_compile)()
+        errors[name, point] = products.worst(received, products.exact(exact, xs, us))
     return errors
 
 
@@ -164,8 +164,8 @@ def call(key: Key, config: ScaleConfig) -> measure.Step:
     """The call that is timed."""
     name, point = key
     xs = [inputs(point, config)]
-    us = products.directions(xs, point.probes, config.seed) if point.probes else []
-    return products.call(chain(point, config), PRODUCTS[name], xs, us, config.jit_compile)
+    us = products.directions([xs[0].shape], point.probes, config.seed) if point.probes else []
+    return products.call(chain(point, config), STARTS[name], xs, us, config.jit_compile)
 
 
 def axis_row(axis: str, times: Times, errors: dict[Key, float], config: ScaleConfig) -> dict[str, Any]:

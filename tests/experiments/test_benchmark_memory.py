@@ -1,7 +1,6 @@
 """`benchmark memory`: bytes are counted once, a process measures itself, and a wrong entry gets no bytes."""
 
 import dataclasses
-import functools
 import json
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from keras import ops
 import jvpreg
 from experiments import benchmark
 from experiments.__main__ import benchmark_studies, parse
-from experiments.benchmark import calls, memory_entries, memory_process, memory_report, memory_study
+from experiments.benchmark import memory_entries, memory_process, memory_report, memory_study
 from experiments.config import ModelConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -84,9 +83,8 @@ def test_a_process_measures_what_an_entry_holds(config):
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 @pytest.mark.parametrize("entry", memory_entries.ENTRIES, ids=lambda entry: entry.name)
 def test_every_entry_runs(entry, mode, config):
-    run = memory_entries.eager if mode == "eager" else functools.partial(calls.compiled, jit=config.jit_compile)
-    subject = memory_entries.subject(config, 2)
-    held = entry.make(subject, run)
+    subject = memory_entries.subject(config, 2, None if mode == "eager" else config.jit_compile)
+    held = entry.make(subject)
     counted = memory_entries.counted_bytes(held, subject)
     if entry.name == "training" and keras.backend.backend() == "tensorflow":
         assert counted is None
@@ -95,7 +93,7 @@ def test_every_entry_runs(entry, mode, config):
 
 
 def test_buffers_are_counted_once_and_the_weights_never(config):
-    subject = memory_entries.subject(config, 1)
+    subject = memory_entries.subject(config, 1, None)
     tensor = ops.convert_to_tensor(np.arange(1000, dtype="float32")) + 1
     other = ops.ones((50,), "float32") * 2
     held = [tensor, tensor, other, subject.x, ops.convert_to_tensor(subject.model.variables[0].value)]
@@ -103,7 +101,7 @@ def test_buffers_are_counted_once_and_the_weights_never(config):
 
 
 def test_residuals_are_less_than_the_outputs_of_all_nodes(config):
-    subject = memory_entries.subject(config, 1)
+    subject = memory_entries.subject(config, 1, None)
     lin = jvpreg.linearize(subject.model, subject.x)
     needed = list(memory_entries.residuals(lin))
     assert len({id(tensor) for tensor in needed}) == len(needed) > 5
