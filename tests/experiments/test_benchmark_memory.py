@@ -10,9 +10,9 @@ import pytest
 from keras import ops
 
 import jvpreg
-from experiments import benchmark
+from experiments import benchmark, processes
 from experiments.__main__ import benchmark_studies, parse
-from experiments.benchmark import memory_entries, memory_process, memory_report, memory_study
+from experiments.benchmark import memory, memory_entries, memory_process, memory_report, memory_study
 from experiments.config import ModelConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -78,6 +78,19 @@ def test_a_process_measures_what_an_entry_holds(config):
     assert 0.9 * found["counted"] < found["held"] < 1.5 * found["counted"]
     assert found["held"] < 1.1 * found["peak"]  # the system counts pages in batches
     assert found["baseline"] > 10**8
+
+
+def test_a_process_that_is_killed_has_run_out_of_memory_and_another_failure_is_told(monkeypatch):
+    def failed(text):
+        monkeypatch.setattr(processes, "row", lambda *arguments: {"held": 1, "failure": text})
+        return memory.of_process("module", ["product"], {})
+
+    assert isinstance(failed("exit status -9: no message"), MemoryError)
+    assert isinstance(failed("exit status 1: ResourceExhaustedError: OOM"), MemoryError)
+    with pytest.raises(RuntimeError, match="the memory of 'product' failed: exit status 1: ValueError: no"):
+        failed("exit status 1: ValueError: no")
+    with pytest.raises(RuntimeError, match="stopped after 3600 s"):
+        failed("stopped after 3600 s")
 
 
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
