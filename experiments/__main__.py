@@ -68,6 +68,9 @@ def benchmark_studies() -> dict[str, Study]:
         "jvp": Study(benchmark.JvpConfig, benchmark.jvp),
         "probes": Study(benchmark.ProbesConfig, benchmark.probes),
         "iterate": Study(benchmark.IterateConfig, benchmark.iterate),
+        "layers": Study(benchmark.LayersConfig, benchmark.layers),
+        "memory": Study(benchmark.MemoryConfig, benchmark.measure_memory),
+        "scale": Study(benchmark.ScaleConfig, benchmark.scale),
     }
 
 
@@ -107,7 +110,8 @@ def parse(program: str, studies: Mapping[str, Study], words: Sequence[str]) -> t
         "of one with bias-Jacobian penalties, `benchmark distill` that of a student's with its teacher, `benchmark "
         "weights` that of products along weights, `benchmark probe` that of the Jacobian's norms and singular values, "
         "`benchmark jvp` that of one Jacobian-vector product beside its alternatives, `benchmark probes` that of "
-        "several at once, and `benchmark iterate` that of several one after the other."
+        "several at once, `benchmark iterate` that of several one after the other, `benchmark layers` that of one "
+        "layer by layer, `benchmark memory` what a frozen model holds, and `benchmark scale` how costs grow."
     )
     parser = ArgumentParser(prog=program, description=__doc__, epilog=note, exit_on_error=False)
     subcommands = parser.add_subcommands(dest="study", metavar="STUDY")

@@ -7,8 +7,11 @@ from experiments.benchmark.config import (
     DistillConfig,
     IterateConfig,
     JvpConfig,
+    LayersConfig,
+    MemoryConfig,
     ProbeConfig,
     ProbesConfig,
+    ScaleConfig,
     StepConfig,
     WeightsConfig,
 )
@@ -18,16 +21,22 @@ __all__ = [
     "DistillConfig",
     "IterateConfig",
     "JvpConfig",
+    "LayersConfig",
+    "MemoryConfig",
     "ProbeConfig",
     "ProbesConfig",
+    "ScaleConfig",
     "StepConfig",
     "WeightsConfig",
     "biases",
     "distill",
     "iterate",
     "jvp",
+    "layers",
+    "measure_memory",
     "probe",
     "probes",
+    "scale",
     "step",
     "weights",
 ]
@@ -75,6 +84,13 @@ def jvp(config: JvpConfig) -> dict[str, Any]:
     return run(config)
 
 
+def layers(config: LayersConfig) -> dict[str, Any]:
+    """Measure products layer by layer; the import waits as in `step`."""
+    from experiments.benchmark.layers_study import run
+
+    return run(config)
+
+
 def probes(config: ProbesConfig) -> dict[str, Any]:
     """Measure several products at once; the import waits as in `step`."""
     from experiments.benchmark.counts_study import probes
@@ -87,3 +103,17 @@ def iterate(config: IterateConfig) -> dict[str, Any]:
     from experiments.benchmark.counts_study import iterate
 
     return iterate(config)
+
+
+def scale(config: ScaleConfig) -> dict[str, Any]:
+    """Measure how the cost grows; the import waits as in `step`."""
+    from experiments.benchmark.scale_study import run
+
+    return run(config)
+
+
+def measure_memory(config: MemoryConfig) -> dict[str, Any]:
+    """Measure what a frozen model holds; the import waits as in `step`. `memory` is the module of processes."""
+    from experiments.benchmark.memory_study import run
+
+    return run(config)

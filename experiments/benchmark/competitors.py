@@ -4,6 +4,7 @@ A start is a function of a `Point` to a push: what it does once for a point. A p
 `(P, …)` like each of the point's primals, to `f(x)` and the products `(P, B, …)`: what it does for each direction.
 """
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import jvpreg
 from experiments.benchmark import literal
 
 Tangents = Sequence[Any]
-Push = Callable[[Tangents], tuple[Any, Any]]
+Push = Callable[[Tangents], tuple]
 
 FEW_OUTPUTS = 16
 """Of an example, up to which the whole Jacobian is an alternative."""
@@ -27,23 +28,25 @@ class Point:
     """Where a model is differentiated, and by what.
 
     Attributes:
-        model: with one input and one output.
-        values: of its variables.
-        x: `(B, …)`.
-        weights: places, among the variables, of those that are differentiated by; none of them: the input is.
+        model: with one output.
+        values: of its variables, which every run starts from: it draws the same dropout masks again.
+        xs: its inputs, `(B, …)` each.
+        weights: places, among the variables, of those that are differentiated by; none of them: the inputs are.
+        training: whether it runs in training mode.
         xla: whether all is compiled by XLA.
     """
 
     model: keras.Model
     values: Sequence[Any]
-    x: Any
+    xs: tuple
     weights: tuple[int, ...] = ()
+    training: bool = False
     xla: bool = False
 
     @property
     def primals(self) -> tuple:
         """What is differentiated by."""
-        return tuple(self.values[place] for place in self.weights) or (self.x,)
+        return tuple(self.values[place] for place in self.weights) or self.xs
 
     def outputs(self, *primals):
         """The model's outputs, `(B, …)`, as a function of what is differentiated by."""
@@ -51,7 +54,11 @@ class Point:
         for place, value in zip(self.weights, primals, strict=False):
             values[place] = value
         with keras.StatelessScope(state_mapping=list(zip(self.model.variables, values, strict=True))):
-            return self.model(self.x if self.weights else primals[0], training=False)
+            return self.model(packed(self.xs if self.weights else primals), training=self.training)
+
+    def linearize(self) -> jvpreg.Linearization:
+        """The model frozen here, by the values that its variables have; an error where a node has no rule."""
+        return jvpreg.linearize(self.model, packed(self.xs), training=self.training, fallback="error", xla=self.xla)
 
 
 Start = Callable[[Point], Push]
@@ -59,22 +66,28 @@ Start = Callable[[Point], Push]
 
 def linearize(point: Point) -> Push:
     """By jvpreg, all directions at once."""
-    lin = jvpreg.linearize(point.model, point.x, fallback="error", xla=point.xla)
+    lin = point.linearize()
 
     def push(tangents):
         if not point.weights:
-            return lin.outputs, lin.jvp(tangents[0])
+            return lin.outputs, lin.jvp(packed(tangents))
         variables = [point.model.variables[place] for place in point.weights]
         return lin.outputs, lin.jvp(weights=list(zip(variables, tangents, strict=True)))
 
     return push
 
 
+def linearize_alone(point: Point) -> Push:
+    """`f(x)` by jvpreg, and no products."""
+    lin = point.linearize()
+    return lambda tangents: (lin.outputs,)
+
+
 def clone(point: Point) -> Push:
-    """By a model that takes a concatenated batch, as `literal` makes it."""
+    """By a model of one input that takes a concatenated batch, as `literal` makes it."""
 
     def push(tangents):
-        h = point.outputs(jvpreg.clone.stack(point.x, tangents[0]))
+        h = point.outputs(jvpreg.clone.stack(point.xs[0], tangents[0]))
         return jvpreg.clone.unstack(h, tangents[0].shape[0])
 
     return push
@@ -84,8 +97,9 @@ def forward_mode(point: Point) -> Push:
     """By `keras.ops.jvp`, which is the backend's forward mode, one direction after the other."""
 
     def push(tangents):
-        pairs = [ops.jvp(point.outputs, point.primals, row) for row in _rows(tangents)]
-        return pairs[0][0], ops.stack([product for _, product in pairs])
+        with _differentiable_attention():
+            pairs = [ops.jvp(point.outputs, point.primals, row) for row in _rows(tangents)]
+        return pairs[0][0], _stacked([product for _, product in pairs])
 
     return push
 
@@ -93,10 +107,20 @@ def forward_mode(point: Point) -> Push:
 def vectorized_forward_mode(point: Point) -> Push:
     """The same for all directions at once, by the backend's vectorized map."""
 
+    def both(*row):
+        return ops.jvp(point.outputs, point.primals, row)
+
     def push(tangents):
-        outputs, products = ops.vectorized_map(
-            lambda row: ops.jvp(point.outputs, point.primals, tuple(row)), tuple(tangents)
-        )
+        if keras.backend.backend() == "jax":
+            import jax
+
+            return jax.vmap(both, out_axes=(None, 0))(*tangents)
+        if keras.backend.backend() == "torch":
+            import torch
+
+            with _differentiable_attention():
+                return torch.func.vmap(both, out_dims=(None, 0), randomness="same")(*tangents)
+        outputs, products = ops.vectorized_map(lambda row: both(*row), tuple(tangents))
         return outputs[0], products
 
     return push
@@ -131,22 +155,22 @@ def _jax_push(outputs: Any, product: Callable) -> Push:
 
 
 def jax_batch_jacobian(point: Point) -> Push:
-    """By `jax.jacrev`, under `jax.vmap` over the examples if the input is differentiated by."""
+    """By `jax.jacrev`, under `jax.vmap` over the examples if inputs are differentiated by."""
     import jax
 
     def twice(*primals):
         y = point.outputs(*primals)
         return y, y
 
-    def of_example(x):
-        y = point.outputs(x[None])[0]
+    def of_example(*xs):
+        y = point.outputs(*(x[None] for x in xs))[0]
         return y, y
 
-    if point.weights:
-        jacobians, outputs = jax.jacrev(twice, argnums=tuple(range(len(point.primals))), has_aux=True)(*point.primals)
-        return lambda tangents: (outputs, _product(jacobians, tangents, point))
-    jacobian, outputs = jax.vmap(jax.jacrev(of_example, has_aux=True))(point.x)
-    return lambda tangents: (outputs, _product([jacobian], tangents, point))
+    jacobian = jax.jacrev(
+        twice if point.weights else of_example, argnums=tuple(range(len(point.primals))), has_aux=True
+    )
+    jacobians, outputs = (jacobian if point.weights else jax.vmap(jacobian))(*point.primals)
+    return lambda tangents: (outputs, _product(jacobians, tangents, point))
 
 
 def tensorflow_double_vjp(point: Point) -> Push:
@@ -159,11 +183,13 @@ def tensorflow_double_vjp(point: Point) -> Push:
     cotangent = tf.zeros_like(outputs)
     with tf.GradientTape(watch_accessed_variables=False, persistent=True) as outer:
         outer.watch(cotangent)
-        pulled = inner.gradient(outputs, point.primals, output_gradients=cotangent)
+        pulled = inner.gradient(
+            outputs, point.primals, output_gradients=cotangent, unconnected_gradients=tf.UnconnectedGradients.ZERO
+        )
 
     def push(tangents):
         products = [outer.gradient(pulled, cotangent, output_gradients=row) for row in _rows(tangents)]
-        return outputs, ops.stack(products)
+        return outputs, _stacked(products)
 
     return push
 
@@ -172,12 +198,14 @@ def tensorflow_batch_jacobian(point: Point) -> Push:
     """By `tape.batch_jacobian`, or `tape.jacobian` if weights are differentiated by."""
     import tensorflow as tf
 
-    with tf.GradientTape(watch_accessed_variables=False) as tape:
+    with tf.GradientTape(watch_accessed_variables=False, persistent=len(point.primals) > 1) as tape:
         tape.watch(point.primals)
         outputs = point.outputs(*point.primals)
-    jacobians = (
-        tape.jacobian(outputs, point.primals) if point.weights else [tape.batch_jacobian(outputs, point.primals[0])]
-    )
+    zero = {"unconnected_gradients": tf.UnconnectedGradients.ZERO}
+    if point.weights:
+        jacobians = tape.jacobian(outputs, point.primals, **zero)
+    else:
+        jacobians = [tape.batch_jacobian(outputs, x, **zero) for x in point.primals]
     return lambda tangents: (outputs, _product(jacobians, tangents, point))
 
 
@@ -185,10 +213,10 @@ def torch_linearize(point: Point) -> Push:
     """By `torch.func.linearize`, which traces the model."""
     import torch
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _differentiable_attention():
         warnings.simplefilter("ignore")  # of the traced graph, about constants that no module owns
         outputs, product = torch.func.linearize(point.outputs, *point.primals)
-    return lambda tangents: (outputs, ops.stack([product(*row) for row in _rows(tangents)]))
+    return lambda tangents: (outputs, _stacked([product(*row) for row in _rows(tangents)]))
 
 
 def torch_double_vjp(point: Point) -> Push:
@@ -196,13 +224,14 @@ def torch_double_vjp(point: Point) -> Push:
     import torch
 
     primals = [primal.detach().requires_grad_() for primal in point.primals]
-    outputs = point.outputs(*primals)
+    with _differentiable_attention():
+        outputs = point.outputs(*primals)
     cotangent = torch.zeros_like(outputs, requires_grad=True)
     pulled = torch.autograd.grad(outputs, primals, cotangent, create_graph=True)
 
     def push(tangents):
         products = [torch.autograd.grad(pulled, cotangent, row, retain_graph=True)[0] for row in _rows(tangents)]
-        return outputs.detach(), ops.stack(products)
+        return outputs.detach(), _stacked(products)
 
     return push
 
@@ -225,6 +254,25 @@ def torch_batch_jacobian(point: Point) -> Push:
 def _rows(tangents: Tangents):
     """The tangents of one direction after the other."""
     return zip(*(ops.unstack(tangent) for tangent in tangents), strict=True)
+
+
+def packed(tensors: Sequence) -> Any:
+    """As a model takes its inputs: one, or a list of several."""
+    return tensors[0] if len(tensors) == 1 else list(tensors)
+
+
+def _stacked(rows: list) -> Any:
+    """With an axis for the directions; of one, without a copy."""
+    return ops.expand_dims(rows[0], 0) if len(rows) == 1 else ops.stack(rows)
+
+
+def _differentiable_attention() -> contextlib.AbstractContextManager:
+    """On Torch, attention by the only kernel that has a forward mode and a second derivative."""
+    if keras.backend.backend() != "torch":
+        return contextlib.nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def _product(jacobians: Sequence, tangents: Tangents, point: Point):

@@ -10,7 +10,7 @@ from experiments.config import ModelConfig
 
 @dataclass
 class TimingConfig:
-    """How something is compiled, checked and timed."""
+    """How calls are compiled, checked and timed."""
 
     batch_size: PositiveInt = 64
     """Examples a step, or a call."""
@@ -29,7 +29,7 @@ class TimingConfig:
     """Relative error (of a product; of a penalty or its gradient) above which an entry is wrong and is not timed."""
 
     seed: NonNegativeInt = 0
-    """Seed of the images, the weights and the directions."""
+    """Seed of the inputs, the weights and the directions."""
 
     folder: str | None = None
     """Where the files go; by default runs/benchmark/STUDY-BACKEND-MODE."""
@@ -37,7 +37,7 @@ class TimingConfig:
 
 @dataclass
 class BenchmarkConfig(TimingConfig):
-    """What is measured, and how often."""
+    """A model on random images, and how often it is timed."""
 
     model: ModelConfig = field(default_factory=lambda: ModelConfig("vgg6", 32))
     """The architecture."""
@@ -166,3 +166,75 @@ class IterateConfig(ProductsConfig):
 
     counts: list[PositiveInt] = field(default_factory=lambda: [1, 4, 16])
     """Numbers of products, two at least."""
+
+
+@dataclass
+class LayersConfig(TimingConfig):
+    """Measure how much slower than a layer the layer with its product is, layer by layer, on the backend that
+    KERAS_BACKEND names."""
+
+    batch_size: PositiveInt = 32
+    """Images, or sequences."""
+
+    image_size: PositiveInt = 32
+    """Height and width of the images."""
+
+    channels: PositiveInt = 32
+    """Channels of the images, before and after a layer."""
+
+    sequence_length: PositiveInt = 64
+    """Steps of the sequences."""
+
+    units: PositiveInt = 128
+    """Numbers in each step of a sequence, before and after a layer; a multiple of 8, the heads of attention."""
+
+    num_probes: PositiveInt = 1
+    """Directions, pushed at once."""
+
+    only: list[str] | None = None
+    """Names of the layers to measure; all of them by default."""
+
+
+@dataclass
+class MemoryConfig(BenchmarkConfig):
+    """Measure the memory of a frozen model and its products beside that of plain training, each in a process of its
+    own, on the processor, on the backend that KERAS_BACKEND names."""
+
+    batch_size: PositiveInt = 256
+    """Images of a call: enough for their activations to rise above the noise of some megabytes."""
+
+    num_probes: PositiveInt = 8
+    """Directions of the product of several at once."""
+
+
+@dataclass
+class ScaleConfig(TimingConfig):
+    """Measure how the cost of `f(x)` and `J u` grows with batch, width, depth and probes, one at a time around a base
+    point, for a chain of convolutions, on the backend that KERAS_BACKEND names."""
+
+    batch_size: PositiveInt = 16
+    """Images at the base point."""
+
+    width: PositiveInt = 32
+    """Channels at the base point."""
+
+    depth: PositiveInt = 4
+    """Convolutions at the base point."""
+
+    num_probes: PositiveInt = 1
+    """Directions at the base point."""
+
+    batch_sizes: list[PositiveInt] = field(default_factory=lambda: [4, 8, 16, 32, 64])
+    """Images of each point of the first panel."""
+
+    widths: list[PositiveInt] = field(default_factory=lambda: [8, 16, 32, 64, 128])
+    """Channels of each point of the second panel."""
+
+    depths: list[PositiveInt] = field(default_factory=lambda: [1, 2, 4, 8, 16])
+    """Convolutions of each point of the third panel."""
+
+    probes: list[PositiveInt] = field(default_factory=lambda: [1, 2, 4, 8, 16])
+    """Directions of each point of the fourth panel."""
+
+    image_size: PositiveInt = 16
+    """Height and width of the images."""

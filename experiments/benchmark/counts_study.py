@@ -15,8 +15,8 @@ from experiments.benchmark import counts_report, jvp_study, products_study, stud
 from experiments.benchmark.competitors import Push
 from experiments.benchmark.config import IterateConfig, ProbesConfig
 from experiments.benchmark.directions import following
-from experiments.benchmark.products_study import Subject, Task, directions
-from experiments.benchmark.reference import float64
+from experiments.benchmark.products import directions
+from experiments.benchmark.products_study import Subject, Task
 from experiments.errors import ExperimentError
 from experiments.verify import architectures
 
@@ -76,8 +76,7 @@ def run(
 def probe_comparisons(subject: Subject, config: ProbesConfig) -> Iterator[Comparison]:
     """So many directions in one call; of the largest number, the first ones are those of the smaller numbers."""
     largest = jvp_study.along_input(subject, max(config.counts), config)
-    with float64():
-        outputs, products = products_study.by_autodiff(subject.exact, subject.x, largest)
+    outputs, products = products_study.exact(subject, largest)
     for count in sorted(set(config.counts)):
         task = Task((), [largest.tangents[0][:count]], largest.use, largest.use_eagerly)
         yield products_study.comparison(subject, task, config, [outputs, products[:count]])
@@ -85,7 +84,7 @@ def probe_comparisons(subject: Subject, config: ProbesConfig) -> Iterator[Compar
 
 def iterate_comparisons(subject: Subject, config: IterateConfig) -> Iterator[Comparison]:
     """So many products one after the other."""
-    tangents = directions([subject.x.shape], 1, config)
+    tangents = directions([subject.x.shape], 1, config.seed)
     for count in sorted(set(config.counts)):
         use = functools.partial(iterated, count=count)
         task = Task((), tangents, use, functools.partial(use, loop=python_loop))

@@ -7,7 +7,8 @@ from typing import Any
 from experiments import tables
 from experiments.benchmark import jvp_process, jvp_report, products_study, study
 from experiments.benchmark.config import JvpConfig
-from experiments.benchmark.products_study import Task, directions, once
+from experiments.benchmark.products import directions, once
+from experiments.benchmark.products_study import Task
 from experiments.cells import finished_or_run
 from experiments.config import as_plain_dict
 from experiments.verify import architectures
@@ -69,11 +70,11 @@ def parts(architecture: Architecture, config: JvpConfig) -> Iterator[dict[str, A
 
 def along_input(subject: products_study.Subject, num_probes: int, config: products_study.ProductsConfig) -> Task:
     """Products along the input."""
-    return Task((), directions([subject.x.shape], num_probes, config), once, once)
+    return Task((), directions([subject.x.shape], num_probes, config.seed), once, once)
 
 
 def along_weight(subject: products_study.Subject, config: JvpConfig) -> Task:
     """Products along the kernel in the middle of the model."""
     kernel = middle_kernel(subject.model.trainable_variables)
     place = next(place for place, variable in enumerate(subject.model.variables) if variable is kernel)
-    return Task((place,), directions([tuple(kernel.shape)], config.num_probes, config), once, once)
+    return Task((place,), directions([tuple(kernel.shape)], config.num_probes, config.seed), once, once)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import keras
 import numpy as np
-from keras import ops
+from keras import ops, tree
 
 from experiments.data import Split
 
@@ -27,7 +27,8 @@ def far_from_kinks(candidates: Split, networks: Sequence[keras.Model], number: i
 def network_margin(network: keras.Model, images: np.ndarray) -> np.ndarray:
     """How far each image is from the nearest kink, in units of the largest number at that layer: `(B,)`."""
     kinks = [layer for layer in network.layers if isinstance(layer, keras.layers.ReLU | keras.layers.MaxPooling2D)]
-    values = map(ops.convert_to_numpy, keras.Model(network.inputs, [layer.input for layer in kinks])([images]))
+    inner = keras.Model(network.inputs, [layer.input for layer in kinks])
+    values = map(ops.convert_to_numpy, tree.flatten(inner([images])))
     return np.min(
         [
             (windows_margin(value) if isinstance(layer, keras.layers.MaxPooling2D) else smallest(np.abs(value)))

@@ -10,7 +10,6 @@ from typing import Any
 
 import keras
 
-import jvpreg
 from experiments.benchmark import entries
 from experiments.benchmark.config import BenchmarkConfig, StepConfig, TimingConfig
 from experiments.benchmark.entries import Entry
@@ -34,6 +33,28 @@ class Timing:
     seconds: float
     ratio: float
     ratio_quartiles: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Turns:
+    """What an entry took.
+
+    Attributes:
+        first_call_seconds: of the first call, tracing and compilation included.
+        seconds: of a step, in each round.
+    """
+
+    first_call_seconds: float
+    seconds: list[float]
+
+    def timing(self, unit: "Turns") -> Timing:
+        """The medians, in units of what another entry took in the same rounds."""
+        lower, median, upper = self.ratio(unit)
+        return Timing(self.first_call_seconds, statistics.median(self.seconds), median, (lower, upper))
+
+    def ratio(self, unit: "Turns") -> tuple[float, float, float]:
+        """The quartiles, the median between them, of the ratios to another entry in the same rounds."""
+        return quartiles([taken / other for taken, other in zip(self.seconds, unit.seconds, strict=True)])
 
 
 def timings(chosen: list[Entry], config: StepConfig) -> dict[str, Timing | MemoryError]:
@@ -60,13 +81,33 @@ def in_turn(
     config: TimingConfig,
     steps: Mapping[str, int] | None = None,
 ) -> dict[str, Timing | MemoryError]:
-    """Time entries in turn, so that a busy machine is busy for all of them.
+    """Time entries in turn, in units of one of them.
 
     Args:
         makers: return the step of each entry, by name.
         unit: the entry whose step is the unit.
         config: the number of rounds.
         steps: how many steps of an entry are one turn; by default 1.
+
+    Returns:
+        By name; a MemoryError for an entry that ran out of memory.
+    """
+    taken = turns(makers, config, steps)
+    measured = taken[unit]
+    if isinstance(measured, MemoryError):
+        raise measured
+    return {name: entry if isinstance(entry, MemoryError) else entry.timing(measured) for name, entry in taken.items()}
+
+
+def turns(
+    makers: Mapping[str, Callable[[], Step]], config: TimingConfig, steps: Mapping[str, int] | None = None
+) -> dict[str, Turns | MemoryError]:
+    """Run entries in turn, so that a busy machine is busy for all of them.
+
+    Args:
+        makers: as in `in_turn`, as the others are.
+        config: the number of rounds.
+        steps: how many steps of an entry are one turn.
 
     Returns:
         By name; a MemoryError for an entry that ran out of memory, which then takes no further turn.
@@ -82,8 +123,7 @@ def in_turn(
         except Exception as error:
             failures[name] = out_of_memory(error)
     seconds, failed = rounds(made, config, steps or {})
-    timed = {name: summary(first_calls[name], taken, seconds[unit]) for name, taken in seconds.items()}
-    return {**failures, **failed, **timed}
+    return {**failures, **failed, **{name: Turns(first_calls[name], taken) for name, taken in seconds.items()}}
 
 
 def rounds(
@@ -111,17 +151,6 @@ def rounds(
                 if number >= config.warmup:
                     seconds[name].append(taken)
     return {name: seconds[name] for name in able}, failures
-
-
-def compiled(function: Callable, jit: bool) -> Callable:
-    """The function by XLA, or by `torch.compile`; or else as a graph on TensorFlow, and as it is on JAX and Torch."""
-    if jit:
-        return jvpreg.testing.compiled(function)
-    if keras.backend.backend() != "tensorflow":
-        return function
-    import tensorflow as tf
-
-    return tf.function(function, autograph=False)
 
 
 def turn(step: Step, steps: int = 1) -> float:
@@ -154,12 +183,6 @@ def out_of_memory(error: Exception) -> MemoryError:
     if any(mark.lower() in message.lower() for mark in marks):
         return MemoryError(message.splitlines()[0])
     raise error
-
-
-def summary(first_call: float, seconds: list[float], units: list[float]) -> Timing:
-    """The times of an entry, and its ratios to those of the unit, round by round."""
-    lower, median, upper = quartiles([taken / unit for taken, unit in zip(seconds, units, strict=True)])
-    return Timing(first_call, statistics.median(seconds), median, (lower, upper))
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:

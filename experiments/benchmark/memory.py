@@ -3,15 +3,19 @@
 import dataclasses
 import json
 import resource
-import subprocess
+import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from experiments import processes
 from experiments.benchmark.config import StepConfig
 from experiments.config import ModelConfig
 
-ROOT = Path(__file__).parents[2]
 KILOBYTE = 1024
+TIME_LIMIT = 3600
+"""Seconds that a process may take."""
 
 
 def peak_bytes(name: str, config: StepConfig) -> int | MemoryError:
@@ -29,16 +33,34 @@ def peak_bytes(name: str, config: StepConfig) -> int | MemoryError:
     Raises:
         RuntimeError: the process failed in another way.
     """
-    command = [sys.executable, "-m", "experiments.benchmark.memory", name, json.dumps(dataclasses.asdict(config))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode == 0:
-        return int(done.stdout.split()[-1])
+    found = of_process("experiments.benchmark.memory", [name, json.dumps(dataclasses.asdict(config))], {})
+    return found if isinstance(found, MemoryError) else found["peak"]
+
+
+def of_process(module: str, words: list[str], environment: Mapping[str, str]) -> dict[str, Any] | MemoryError:
+    """What a module measures in a process of its own; see `processes.row`.
+
+    Args:
+        module: prints it as JSON.
+        words: its arguments, the first of which is the name of what it measures.
+        environment: variables that it has beside those of this process.
+
+    Returns:
+        That; a MemoryError where the process ran out of memory or was killed.
+
+    Raises:
+        RuntimeError: the process failed in another way.
+    """
+    found = processes.row(module, words, TIME_LIMIT, environment)
+    if "failure" not in found:
+        return found
+    if found["failure"].startswith(f"exit status {-signal.SIGKILL}:"):
+        return MemoryError("the process was killed, as a system does that runs out of memory")
     from experiments.benchmark.measure import out_of_memory
 
-    last = (done.stderr.strip() or "no message").splitlines()[-1]
-    if done.returncode == -9:
-        return MemoryError("the process was killed, as a system does that runs out of memory")
-    return out_of_memory(RuntimeError(f"The process that measures the memory of {name!r} failed: {last}"))
+    return out_of_memory(
+        RuntimeError(f"The process that measures the memory of {words[0]!r} failed: {found['failure']}")
+    )
 
 
 def resident_peak() -> int:
@@ -62,7 +84,7 @@ def main(name: str, settings: str) -> None:
     entry = next(entry for entry in entries.ENTRIES if entry.name == name)
     before = resident_peak()
     measure.turn(measure.training_step(entry, config), config.memory_steps)
-    print(resident_peak() - before)
+    print(json.dumps({"peak": resident_peak() - before}))
 
 
 if __name__ == "__main__":

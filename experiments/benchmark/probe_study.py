@@ -12,8 +12,8 @@ from keras import ops
 import jvpreg
 from experiments import tables
 from experiments.benchmark import entries, measure, probe_report, study
+from experiments.benchmark.calls import compiled
 from experiments.benchmark.config import BenchmarkConfig, ProbeConfig
-from experiments.benchmark.measure import compiled
 from experiments.benchmark.probe_entries import CALLBACK, ENTRIES, FEW, MANY, NUM_PROBES, TOL, Entry, nothing
 from experiments.benchmark.reference import Reference, float64
 from experiments.errors import ExperimentError
@@ -231,7 +231,7 @@ def call(
         traced()  # by Python, and so when traced only
         if entry.compute is None:
             return [model(x, training=False)], ops.convert_to_tensor(0)
-        lin = jvpreg.linearize(model, x, fallback="error")
+        lin = jvpreg.linearize(model, x, fallback="error", xla=config.jit_compile)
         tensors, products = entry.compute(lin)
         return [*tensors, lin.outputs], ops.convert_to_tensor(products)
 

@@ -1,7 +1,6 @@
 """What the studies of `J u` share: entries are checked against float64, and those that are right are timed in turn."""
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -10,23 +9,20 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
-from experiments.benchmark import competitors, measure, study
-from experiments.benchmark.competitors import FEW_OUTPUTS, FORWARD, JVPREG, Entry, Point, Push
+from experiments.benchmark import competitors, measure, products, study
+from experiments.benchmark.competitors import FEW_OUTPUTS, FORWARD, JVPREG, Entry
 from experiments.benchmark.config import ProductsConfig
 from experiments.benchmark.literal import NotPiecewiseLinearError
+from experiments.benchmark.measure import Turns
+from experiments.benchmark.products import Use
 from experiments.benchmark.reference import float64
 from experiments.verify import weights
 from experiments.verify.architectures import Architecture
-from experiments.verify.measure import error, made_again, reason
-from experiments.verify.products import stateless
+from experiments.verify.measure import made_again, reason
 
 SHORTEST_TURN = 0.02
 """Seconds; a forward pass that takes less is taken several times a turn, and so is every entry beside it."""
-
-Use = Callable[[Push, Sequence], tuple[Any, Any]]
-"""What is done with a push, from tangents: to `f(x)` and the products that are checked."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ class Task:
     Attributes:
         weights: places, among the model's variables, of those that are pushed along; of none: the input.
         tangents: `(P, …)`, of each weight or of the input.
-        use: see `Use`.
+        use: see `products.Use`.
         use_eagerly: the same without anything that a backend would compile.
     """
 
@@ -66,11 +62,6 @@ class Task:
     def num_probes(self) -> int:
         """P."""
         return len(self.tangents[0])
-
-
-def once(push: Push, tangents: Sequence) -> tuple[Any, Any]:
-    """All directions in one call."""
-    return push(tangents)
 
 
 def subject(architecture: Architecture, config: ProductsConfig) -> Subject:
@@ -88,22 +79,9 @@ def subject(architecture: Architecture, config: ProductsConfig) -> Subject:
     return Subject(sized.name, model, exact, weights.inputs(model, config.batch_size, random))
 
 
-def directions(shapes: Sequence[tuple[int, ...]], num_probes: int, config: ProductsConfig) -> list[np.ndarray]:
-    """Random directions `(P, …)` in float32, of the first shapes first."""
-    random = np.random.default_rng(config.seed + 1)
-    return [random.normal(size=(num_probes, *shape)).astype("float32") for shape in shapes]
-
-
-def by_autodiff(model: keras.Model, x: np.ndarray, task: Task) -> list[np.ndarray]:
-    """What a task should give: by forward autodiff that is not jitted, in the model's precision."""
-    x, *tangents = (ops.convert_to_tensor(tensor, model.variable_dtype) for tensor in (x, *task.tangents))
-    push = competitors.forward_mode(Point(model, values(model), x, task.weights))
-    return [ops.convert_to_numpy(tensor) for tensor in task.use_eagerly(push, tangents)]
-
-
-def values(model: keras.Model) -> list:
-    """Of the model's variables, as tensors without a gradient."""
-    return [ops.stop_gradient(ops.convert_to_tensor(variable.value)) for variable in model.variables]
+def exact(subject: Subject, task: Task) -> list[np.ndarray]:
+    """What a task should give, in float64."""
+    return products.exact(subject.exact, [subject.x], task.tangents, task.weights, task.use_eagerly)
 
 
 def comparison(
@@ -122,22 +100,22 @@ def comparison(
         speed-up: how many times longer than jvpreg it takes, in the same round, as the three quartiles.
     """
     if expected is None:
-        with float64():
-            expected = by_autodiff(subject.exact, subject.x, task)
+        expected = exact(subject, task)
     chosen = [entry for entry in competitors.entries() if applies(entry, task, expected[0])]
     steps, firsts, errors, failures = first_calls(subject, task, chosen, expected, config)
     allowed = config.tolerance
     if not all(found <= allowed for found in errors.values()):
         # Where rounding moves a mask, no product in float32 could be better.
-        allowed = max(allowed, 2 * worst(by_autodiff(subject.model, subject.x, task), expected))
+        autodiff = products.by_autodiff(subject.model, [subject.x], task.tangents, task.weights, task.use_eagerly)
+        allowed = max(allowed, 2 * products.worst(autodiff, expected))
     right = {name: step for name, step in steps.items() if errors[name] <= allowed}
-    calls = turns(right)
-    seconds, out_of_memory = measure.rounds(right, config, dict.fromkeys(right, calls))
+    calls_a_turn = turns(right)
+    seconds, out_of_memory = measure.rounds(right, config, dict.fromkeys(right, calls_a_turn))
     rows = []
     for entry in (entry for entry in chosen if entry.name in errors or entry.name in failures):
         taken, cause = seconds.get(entry.name), failures.get(entry.name, out_of_memory.get(entry.name))
         units = seconds.get(FORWARD.name)
-        timed = measure.summary(firsts[entry.name], taken, units) if taken and units else None
+        timed = Turns(firsts[entry.name], taken).timing(Turns(firsts[FORWARD.name], units)) if taken and units else None
         found = errors.get(entry.name)
         rows.append(
             {
@@ -152,7 +130,7 @@ def comparison(
         "entries": rows,
         "num_probes": task.num_probes,
         "allowed_error": allowed,
-        "calls_a_turn": calls,
+        "calls_a_turn": calls_a_turn,
         "best_alternative": best,
         "speed_up": faster,
     }
@@ -182,7 +160,7 @@ def first_calls(
             step = call(subject, task, entry, config)
             received = step()
             firsts[entry.name] = time.perf_counter() - start
-            errors[entry.name] = worst(received, expected)
+            errors[entry.name] = products.worst(received, expected)
             steps[entry.name] = step
         except NotPiecewiseLinearError:
             continue  # no row of its own, as of what is not for such a task
@@ -191,30 +169,12 @@ def first_calls(
     return steps, firsts, errors, failures
 
 
-def call(subject: Subject, task: Task, entry: Entry, config: ProductsConfig) -> Callable[[], list[np.ndarray]]:
-    """`f(x)` and the products as one call; without `f(x)`, the end of the primal pass would be left out."""
+def call(subject: Subject, task: Task, entry: Entry, config: ProductsConfig) -> Callable[[], tuple]:
+    """`f(x)` and the products of an entry as one call."""
     model = entry.model(subject.model, task.num_probes)
-
-    def compute(values, x, *tangents):
-        point = Point(model, values, x, task.weights, config.jit_compile)
-        if entry.start is None:
-            return [point.outputs(*point.primals)]
-        start = entry.start
-        return stateless(model, lambda: list(task.use(start(point), tangents)))(values)
-
-    # A partial, because TensorFlow takes functions of one code for one that is traced again, and warns.
-    jitted = measure.compiled(functools.partial(compute), config.jit_compile)
-    # As arguments, so that nothing of them is computed when compiling.
-    tensors = [ops.convert_to_tensor(tensor) for tensor in (subject.x, *task.tangents)]
-    given = values(model)
-    # JAX returns before it has computed.
-    return lambda: [ops.convert_to_numpy(tensor) for tensor in jitted(given, *tensors)]
-
-
-def worst(received: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> float:
-    """The larger of the relative errors of `f(x)` and the products; a forward pass has no products."""
-    errors = [error(tensor, right) for tensor, right in zip(received, expected, strict=False)]
-    return math.inf if any(map(math.isnan, errors)) else max(errors)
+    return products.call(
+        model, entry.start, [subject.x], task.tangents, config.jit_compile, weights=task.weights, use=task.use
+    )
 
 
 def turns(right: dict[str, measure.Step]) -> int:

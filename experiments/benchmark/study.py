@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,20 @@ def conditions(config: TimingConfig) -> dict[str, Any]:
 def chosen_entries(config: StepConfig) -> list[Entry]:
     """The plain step and what `only` names."""
     names = [entry.name for entry in entries.ENTRIES]
-    for name in config.only or []:
+    wanted = ["plain", *chosen_names(config.only, names)]
+    return [entry for entry in entries.ENTRIES if entry.name in wanted]
+
+
+def chosen_names(only: Sequence[str] | None, names: Sequence[str]) -> list[str]:
+    """The names that the key `only` lists, by default all.
+
+    Raises:
+        ExperimentError: there is no such name.
+    """
+    for name in only or []:
         if name not in names:
             raise ExperimentError(f"only: there is no entry {name!r}. Expected names among {', '.join(names)}.")
-    wanted = names if config.only is None else ["plain", *config.only]
-    return [entry for entry in entries.ENTRIES if entry.name in wanted]
+    return list(names if only is None else only)
 
 
 def is_right(check: Check | None, config: StepConfig) -> bool:

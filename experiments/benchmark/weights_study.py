@@ -8,18 +8,16 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
-import jvpreg
 from experiments import tables
-from experiments.benchmark import entries, measure, study, weights_report
+from experiments.benchmark import competitors, entries, measure, products, study, weights_report
 from experiments.benchmark.config import WeightsConfig
-from experiments.benchmark.measure import compiled
-from experiments.benchmark.reference import Reference, float64
-from experiments.verify.measure import error
-from experiments.verify.products import Products, stateless
+from experiments.benchmark.reference import Reference
 
 EXAMPLES = 4  # at which products are checked
+
+STARTS: dict[str, competitors.Start | None] = {"forward": None, "primal": competitors.linearize_alone}
+"""Of the entries without a product."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Entry:
     Attributes:
         name: in the files; of a kernel, that of its layer.
         label: in the table.
-        weights: places of the weights to push along, among the trainable ones.
+        weights: places of the weights to push along, among the model's variables; of none: the input, if at all.
         expected: the cost in forward passes, if multiplications by kernels were all that costs and every layer
             followed from the one before it.
     """
@@ -82,7 +80,7 @@ def run(config: WeightsConfig) -> dict[str, Any]:
 
 def model_entries(model: keras.Model, config: WeightsConfig) -> list[Entry]:
     """`f(x)` by the model and by jvpreg, and the products: along the input, each kernel by depth, and all weights."""
-    places = {id(variable): place for place, variable in enumerate(model.trainable_variables)}
+    places = {id(variable): place for place, variable in enumerate(model.variables)}
     owners = [layer for layer in model.layers if getattr(layer, "kernel", None) is not None]
     counts = [multiplications(layer) for layer in owners]
     total, probes = sum(counts), config.num_probes
@@ -98,7 +96,7 @@ def model_entries(model: keras.Model, config: WeightsConfig) -> list[Entry]:
         Entry("primal", "linearize alone", (), 1.0),
         Entry("input", "input", (), 1.0 + probes),
         *kernels,
-        Entry("all", "all weights", tuple(places.values()), everything),
+        Entry("all", "all weights", tuple(places[id(weight)] for weight in model.trainable_variables), everything),
     ]
 
 
@@ -114,22 +112,9 @@ def check(model: keras.Model, chosen: Sequence[Entry], config: WeightsConfig) ->
     errors = {}
     for entry in chosen:
         vectors = directions(model, entry, x, config)
-        received = ops.convert_to_numpy(call(model, entry, config, x, vectors)()[-1])
-        with float64():
-            errors[entry.name] = error(received, expected(exact, entry, x, vectors))
+        expected = products.exact(exact, [x], vectors, entry.weights)
+        errors[entry.name] = products.worst(call(model, entry, config, x, vectors)(), expected)
     return errors
-
-
-def expected(exact: keras.Model, entry: Entry, x: np.ndarray, vectors: Sequence[np.ndarray]) -> np.ndarray:
-    """The product of an entry by autodiff in the model's precision, a probe at a time; or `f(x)`."""
-    products = Products(exact, x)
-    if entry.name in ("forward", "primal"):
-        return products.outputs()
-    weights = [exact.trainable_variables[place] for place in entry.weights]
-    probes = zip(*vectors, strict=True)
-    if not weights:
-        return np.stack([products.autodiff_jvp(u) for (u,) in probes])
-    return np.stack([products.autodiff_weight_jvp(weights, us) for us in probes])
 
 
 def is_right(relative_error: float, config: WeightsConfig) -> bool:
@@ -138,41 +123,20 @@ def is_right(relative_error: float, config: WeightsConfig) -> bool:
 
 
 def directions(model: keras.Model, entry: Entry, x: np.ndarray, config: WeightsConfig) -> list[np.ndarray]:
-    """Random directions `(P, …)` in float32, of the input or of each weight of an entry."""
-    random = np.random.default_rng(config.seed)
-    shapes = [model.trainable_variables[place].shape for place in entry.weights]
-    if entry.name == "input":
-        shapes = [x.shape]
-    return [random.normal(size=(config.num_probes, *shape)).astype("float32") for shape in shapes]
+    """Random directions `(P, …)` of each weight of an entry; of none, of the input."""
+    shapes = [tuple(model.variables[place].shape) for place in entry.weights]
+    return products.directions(shapes or [x.shape], config.num_probes, config.seed)
 
 
 def step(model: keras.Model, entry: Entry, config: WeightsConfig) -> measure.Step:
     """The call that is timed."""
     x = entries.images(config, config.batch_size).images()
-    computed = call(model, entry, config, x, directions(model, entry, x, config))
-    # JAX returns before it has computed.
-    return lambda: [ops.convert_to_numpy(tensor) for tensor in computed()]
+    return call(model, entry, config, x, directions(model, entry, x, config))
 
 
 def call(
     model: keras.Model, entry: Entry, config: WeightsConfig, x: np.ndarray, vectors: Sequence[np.ndarray]
 ) -> Callable[[], tuple]:
-    """`f(x)` and the product, in one compiled call: without `f(x)`, the end of the primal pass would be left out."""
-    weights = [model.trainable_variables[place] for place in entry.weights]
-
-    def forward(x):
-        return (model(x, training=False),)
-
-    def product(x, *vectors):
-        lin = jvpreg.linearize(model, x, fallback="error")
-        if entry.name == "primal":
-            return (lin.outputs,)
-        if entry.name == "input":
-            return lin.outputs, lin.jvp(vectors[0])
-        return lin.outputs, lin.jvp(weights=list(zip(weights, vectors, strict=True)))
-
-    function = compiled(stateless(model, forward if entry.name == "forward" else product), config.jit_compile)
-    # As arguments, so that nothing of them is computed when compiling.
-    values = [ops.convert_to_tensor(variable.value) for variable in model.variables]
-    tensors = [ops.convert_to_tensor(tensor) for tensor in (x, *vectors)]
-    return lambda: function(values, *tensors)
+    """`f(x)` and the product, in one compiled call."""
+    start = STARTS.get(entry.name, competitors.linearize)
+    return products.call(model, start, [x], vectors, config.jit_compile, weights=entry.weights)

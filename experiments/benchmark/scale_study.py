@@ -1,0 +1,219 @@
+"""The `benchmark scale` study: how the cost of `f(x)` and `J u` grows, one size at a time."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers
+
+from experiments import tables
+from experiments.benchmark import competitors, kinks, measure, products, scale_report, study
+from experiments.benchmark.config import ScaleConfig
+from experiments.benchmark.reference import float64
+from experiments.errors import ExperimentError
+
+CANDIDATES, EXAMPLES = 16, 2  # of the inputs at which products are checked, and that are
+AXES = {"batch": "batch_sizes", "width": "widths", "depth": "depths", "probes": "probes"}
+"""The sizes that are varied, and the keys of their values."""
+
+STARTS: dict[str, competitors.Start | None] = {
+    "forward": None,
+    "primal": competitors.linearize_alone,
+    "jvpreg": competitors.linearize,
+}
+
+
+@dataclass(frozen=True)
+class Point:
+    """The sizes of one measurement; of 0 probes, where nothing is pushed."""
+
+    batch: int
+    width: int
+    depth: int
+    probes: int
+
+
+@dataclass(frozen=True)
+class Fit:
+    """`time = constant × size ** exponent`, by least squares on logarithms.
+
+    Attributes:
+        exponent: the slope.
+        sem: its standard error.
+        constant: the time at size 1.
+    """
+
+    exponent: float
+    sem: float
+    constant: float
+
+
+Key = tuple[str, Point]
+"""What is timed: the name of a product, and a point."""
+
+Times = dict[Key, measure.Turns | MemoryError]
+
+
+def run(config: ScaleConfig) -> dict[str, Any]:
+    """Measure the points, fit the exponents, and write and print what came out.
+
+    Args:
+        config: see `ScaleConfig`.
+
+    Returns:
+        What `scale.json` holds: the settings, the machine, and for each axis its points and fits.
+
+    Raises:
+        ExperimentError: where an axis has too few points for a standard error.
+    """
+    for name in AXES.values():
+        if len(set(getattr(config, name))) < 3:
+            raise ExperimentError(
+                f"{name}: expected three different values or more. Received: {getattr(config, name)}."
+            )
+    console = tables.wide_console()
+    keys = all_keys(config)
+    console.print(f"checking {len(keys)} calls")
+    errors = check(keys, config)
+    right = {key: name for name, key in enumerate(keys) if is_right(errors[checked_at(key)], config)}
+    console.print(f"timing {config.rounds} rounds of {len(right)} calls")
+    makers = {str(name): functools.partial(call, key, config) for key, name in right.items()}
+    unit = ("forward", replace(base(config), probes=0))
+    if unit not in right:
+        raise ExperimentError(
+            f"tolerance: the forward pass is off by more than {config.tolerance:g}, nothing is timed."
+        )
+    taken = measure.turns(makers, config)
+    times = {key: taken[str(name)] for key, name in right.items()}
+    if isinstance(times[unit], MemoryError):
+        raise ExperimentError(f"batch_size: the forward pass of the base point runs out of memory: {times[unit]}.")
+    summary = {
+        "study": "benchmark scale",
+        **study.conditions(config),
+        "axes": {axis: axis_row(axis, times, errors, config) for axis in AXES},
+    }
+    scale_report.write(summary, study.folder("scale", config), console)
+    return summary
+
+
+def base(config: ScaleConfig) -> Point:
+    """The point around which sizes vary."""
+    return Point(config.batch_size, config.width, config.depth, config.num_probes)
+
+
+def along(axis: str, config: ScaleConfig) -> list[Point]:
+    """The points of an axis, in order of size."""
+    return [replace(base(config), **{axis: size}) for size in sorted(set(getattr(config, AXES[axis])))]
+
+
+def all_keys(config: ScaleConfig) -> list[Key]:
+    """What is timed, each once: the forward pass and `f(x)` with `J u` at every point, and `f(x)` by jvpreg."""
+    points = [base(config), *(point for axis in AXES for point in along(axis, config))]
+    passes: list[Key] = [("forward", replace(point, probes=0)) for point in points]
+    alone: list[Key] = [("primal", replace(base(config), probes=0))]
+    pushed: list[Key] = [("jvpreg", point) for point in points]
+    return list(dict.fromkeys([*passes, *alone, *pushed]))
+
+
+def checked_at(key: Key) -> Key:
+    """Where a call is checked: at a few examples, whatever its batch."""
+    return key[0], replace(key[1], batch=EXAMPLES)
+
+
+def check(keys: Sequence[Key], config: ScaleConfig) -> dict[Key, float]:
+    """Relative errors of the calls, compiled as they are timed, by autodiff in float64 without jit."""
+    errors = {}
+    for name, point in dict.fromkeys(checked_at(key) for key in keys):
+        model = chain(point, config)
+        candidates = inputs(replace(point, batch=CANDIDATES), config)
+        far = np.argsort(kinks.network_margin(model, candidates))[-EXAMPLES:]
+        xs = [candidates[far]]
+        us = products.directions([xs[0].shape], max(point.probes, 1), config.seed)
+        with float64():
+            exact = chain(point, config)
+            exact.set_weights(model.get_weights())
+        received = products.call(model, STARTS[name], xs, us if point.probes else [], config.jit_compile)()
+        errors[name, point] = products.worst(received, products.exact(exact, xs, us))
+    return errors
+
+
+def is_right(error: float, config: ScaleConfig) -> bool:
+    """Whether a call is to be timed; not if its error is not a number."""
+    return error <= config.tolerance
+
+
+def chain(point: Point, config: ScaleConfig) -> keras.Model:
+    """Convolutions of 3x3 with ReLU, one after the other, from as many channels to as many."""
+    keras.utils.set_random_seed(config.seed)
+    x = y = keras.Input((config.image_size, config.image_size, point.width))
+    for _ in range(point.depth):
+        y = layers.ReLU()(layers.Conv2D(point.width, 3, padding="same", kernel_initializer="he_normal")(y))
+    return keras.Model(x, y)
+
+
+def inputs(point: Point, config: ScaleConfig) -> np.ndarray:
+    """Random images `(B, H, W, width)` in float32."""
+    shape = (point.batch, config.image_size, config.image_size, point.width)
+    return np.random.default_rng(config.seed).normal(size=shape).astype("float32")
+
+
+def call(key: Key, config: ScaleConfig) -> measure.Step:
+    """The call that is timed."""
+    name, point = key
+    xs = [inputs(point, config)]
+    us = products.directions([xs[0].shape], point.probes, config.seed) if point.probes else []
+    return products.call(chain(point, config), STARTS[name], xs, us, config.jit_compile)
+
+
+def axis_row(axis: str, times: Times, errors: dict[Key, float], config: ScaleConfig) -> dict[str, Any]:
+    """What the JSON file says of an axis: its points, and the exponents."""
+    rows = []
+    for point in along(axis, config):
+        keys: dict[str, Key] = {"forward": ("forward", replace(point, probes=0)), "jvpreg": ("jvpreg", point)}
+        parts = {name: part(key, times, errors, config) for name, key in keys.items()}
+        over = ratio(times.get(keys["jvpreg"]), times.get(keys["forward"]))
+        rows.append({"size": getattr(point, axis), **parts, "over_forward": over})
+    if axis != "probes":
+        return {"points": rows, "at_zero": 0.0, "fits": {name: fitted(rows, name, 0.0) for name in keys}}
+    # Without the primal pass, which does not grow with the probes; the forward pass has none.
+    alone = part(("primal", replace(base(config), probes=0)), times, errors, config)["ratio"]
+    fit = None if alone is None else fitted(rows, "jvpreg", alone)
+    return {"points": rows, "at_zero": alone, "fits": {"jvpreg": fit}}
+
+
+def part(key: Key, times: Times, errors: dict[Key, float], config: ScaleConfig) -> dict[str, Any]:
+    """The error, the status and the time of one call; times in units of the forward pass of the base point."""
+    error, taken = errors[checked_at(key)], times.get(key)
+    unit = times["forward", replace(base(config), probes=0)]
+    assert isinstance(unit, measure.Turns)
+    timing = taken.timing(unit) if isinstance(taken, measure.Turns) else taken
+    return {"error": study.finite(error), **measure.outcome(is_right(error, config), timing)}
+
+
+def ratio(own: measure.Turns | MemoryError | None, other: measure.Turns | MemoryError | None) -> float | None:
+    """The median ratio of two calls in the same rounds; None where one of them has no time."""
+    if isinstance(own, measure.Turns) and isinstance(other, measure.Turns):
+        return own.ratio(other)[1]
+    return None
+
+
+def fitted(rows: Sequence[dict[str, Any]], name: str, at_zero: float) -> dict[str, float] | None:
+    """The fit of an axis' times less what they are at zero; None where fewer than three are left."""
+    pairs = [(row["size"], row[name]["ratio"] - at_zero) for row in rows if row[name]["ratio"] is not None]
+    pairs = [(size, ratio) for size, ratio in pairs if ratio > 0]
+    if len(pairs) < 3:
+        return None
+    return vars(power_law([size for size, _ in pairs], [ratio for _, ratio in pairs]))
+
+
+def power_law(sizes: Sequence[float], times: Sequence[float]) -> Fit:
+    """The power law through three points or more, by least squares on logarithms."""
+    x, y = np.log(sizes), np.log(times)
+    deviations = x - np.mean(x)
+    exponent = np.sum(deviations * y) / np.sum(deviations**2)
+    intercept = np.mean(y) - exponent * np.mean(x)
+    variance = np.sum((y - intercept - exponent * x) ** 2) / (len(x) - 2)
+    return Fit(float(exponent), float(np.sqrt(variance / np.sum(deviations**2))), float(np.exp(intercept)))
