@@ -79,7 +79,7 @@ def _with_transpose_by_kernel(layer, push):
 
         @tf.custom_gradient
         def backward(cotangent):
-            points = fold(x if num_probes == 1 else ops.repeat(x, num_probes, axis=0))
+            points = fold(ops.repeat(x, num_probes, axis=0))
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(points)
                 best = layer.call(points)
