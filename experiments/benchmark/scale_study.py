@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 from keras import layers
+from scipy.stats import linregress
 
 from experiments import tables
 from experiments.benchmark import competitors, kinks, measure, products, scale_report, study
@@ -211,9 +212,5 @@ def fitted(rows: Sequence[dict[str, Any]], name: str, at_zero: float) -> dict[st
 
 def power_law(sizes: Sequence[float], times: Sequence[float]) -> Fit:
     """The power law through three points or more, by least squares on logarithms."""
-    x, y = np.log(sizes), np.log(times)
-    deviations = x - np.mean(x)
-    exponent = np.sum(deviations * y) / np.sum(deviations**2)
-    intercept = np.mean(y) - exponent * np.mean(x)
-    variance = np.sum((y - intercept - exponent * x) ** 2) / (len(x) - 2)
-    return Fit(float(exponent), float(np.sqrt(variance / np.sum(deviations**2))), float(np.exp(intercept)))
+    line = linregress(np.log(sizes), np.log(times))
+    return Fit(float(line.slope), float(line.stderr), float(np.exp(line.intercept)))

@@ -65,8 +65,8 @@ def max_pooling(layer, x, context):
 def _with_transpose_by_kernel(layer, push):
     """`push`, whose transpose is the gradient that TensorFlow has for `layer` at x, and not that of the selects.
 
-    The kernel finds the winners again and writes each number once: a third of the time. Its own gradient is `push`,
-    which here is the faster one.
+    The kernel finds the winners again and writes each number once, where the gradient of the selects passes over all of
+    them for each entry of a window. Its own gradient is `push`, which is faster than TensorFlow's.
     """
     import tensorflow as tf
 
