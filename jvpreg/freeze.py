@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import keras
-from keras import tree
+from keras import ops, tree
 
-from jvpreg.frozen import Node
+from jvpreg.companions import Companions
+from jvpreg.frozen import FrozenGraph, Node
 from jvpreg.graph import trace
 from jvpreg.inputs import flatten_inputs, standardize_inputs
 from jvpreg.linearization import Linearization
 from jvpreg.registry import Context, unwrap
+from jvpreg.tangents import check_count, pack_products, standardize_tangents, weight_tangents, zeros
 
 BatchStatistics = Literal["moving", "frozen", "coupled"]
 Fallback = Literal["warn", "allow", "error"]
@@ -68,37 +70,16 @@ def linearize(
     >>> tuple(lin.vjp(np.ones((5, 2))).shape)
     (5, 3)
     """
-    model = unwrap(model)
-    _check_model(model)
-    if batch_statistics is None:
-        batch_statistics = "frozen" if training else "moving"
-    if batch_statistics not in ("moving", "frozen", "coupled"):
-        raise ValueError(
-            'Invalid value for argument `batch_statistics`. Expected "moving", "frozen", "coupled" or None. '
-            f"Received: batch_statistics={batch_statistics!r}"
-        )
-    if fallback not in ("warn", "allow", "error"):
-        raise ValueError(
-            'Invalid value for argument `fallback`. Expected "warn", "allow" or "error". '
-            f"Received: fallback={fallback!r}"
-        )
+    model = _checked_model(model)
     inputs = standardize_inputs(model, x)
-    tracer, values, outputs = trace(model, x, inputs, Context(bool(training), batch_statistics, fallback, xla))
-    if tracer.fallbacks and fallback == "warn":
-        _warn_of_fallback(model, tracer.fallbacks)
-    graph = tracer.frozen(values, tree.flatten(outputs))
-    ends = {value.slot for value in graph.outputs}
-    _warn_of_probabilities(model, [node for node in graph.nodes if any(v.slot in ends for v in node.outputs)])
-    return Linearization(
-        graph=graph,
-        inputs=inputs,
-        outputs=tree.map_structure(lambda value: value.primal, outputs),
-        flatten=functools.partial(flatten_inputs, model),
-    )
+    graph, outputs = _freeze(model, x, inputs, _context(training, batch_statistics, fallback, xla))
+    return Linearization(graph, inputs, outputs, flatten=functools.partial(flatten_inputs, model))
 
 
 def jvp(model, x, u, **kwargs):
     """`f(x)` and `J u`. Shapes and keyword arguments as in `linearize` and `Linearization.jvp`.
+
+    The tangents go through the model along with `x`: in the same call of a layer, where its weights outnumber both.
 
     Example:
 
@@ -106,8 +87,12 @@ def jvp(model, x, u, **kwargs):
     >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     >>> y, ju = jvpreg.jvp(model, np.zeros((1, 3)), np.ones((1, 3)))
     """
-    linearization = linearize(model, x, **kwargs)
-    return linearization.outputs, linearization.jvp(u)
+    model = _checked_model(model)
+    inputs = standardize_inputs(model, x)
+    flat = flatten_inputs(model, u, "u")
+    check_count(flat, inputs, "u", "x")
+    tangents, probed = standardize_tangents(flat, inputs, [("u", "x")] * len(inputs))
+    return _product(model, x, inputs, Companions(tangents), probed, **kwargs)
 
 
 def vjp(model, x, v, **kwargs):
@@ -135,8 +120,17 @@ def weight_jvp(model, x, weights, **kwargs):
     >>> moved.tolist() if hasattr(moved, "tolist") else moved.numpy().tolist()
     [[4.0, 4.0]]
     """
-    linearization = linearize(model, x, **kwargs)
-    return linearization.outputs, linearization.jvp(weights=weights)
+    model = _checked_model(model)
+    inputs = standardize_inputs(model, x)
+    # Which of them tangents can reach is known at the end only.
+    given = weight_tangents(weights, getattr(model, "variables", []))
+    if not given:
+        raise ValueError(f"Invalid value for argument `weights`. Expected one at least. Received: weights={weights!r}")
+    like = [ops.convert_to_tensor(variable) for variable, _ in given]
+    names = [("weights", f"`{variable.path}`") for variable, _ in given]
+    tangents, probed = standardize_tangents([tangent for _, tangent in given], like, names)
+    pairs = [(variable, tangent) for (variable, _), tangent in zip(given, tangents, strict=True)]
+    return _product(model, x, inputs, Companions([None] * len(inputs), pairs), probed, **kwargs)
 
 
 def jacobian(model, x, chunk_size: int = 64, **kwargs):
@@ -152,7 +146,51 @@ def jacobian(model, x, chunk_size: int = 64, **kwargs):
     return linearize(model, x, **kwargs).jacobian(chunk_size)
 
 
-def _check_model(model) -> None:
+def _context(
+    training: bool = False,
+    batch_statistics: BatchStatistics | None = None,
+    fallback: Fallback = "warn",
+    xla: bool | None = None,
+) -> Context:
+    if batch_statistics is None:
+        batch_statistics = "frozen" if training else "moving"
+    if batch_statistics not in ("moving", "frozen", "coupled"):
+        raise ValueError(
+            'Invalid value for argument `batch_statistics`. Expected "moving", "frozen", "coupled" or None. '
+            f"Received: batch_statistics={batch_statistics!r}"
+        )
+    if fallback not in ("warn", "allow", "error"):
+        raise ValueError(
+            'Invalid value for argument `fallback`. Expected "warn", "allow" or "error". '
+            f"Received: fallback={fallback!r}"
+        )
+    return Context(bool(training), batch_statistics, fallback, xla)
+
+
+def _freeze(model, x, inputs: list, context: Context, companions: Companions | None = None) -> tuple[FrozenGraph, Any]:
+    """The frozen graph, and the outputs in the model's own structure."""
+    tracer, values, outputs = trace(model, x, inputs, context, companions)
+    if tracer.fallbacks and context.fallback == "warn":
+        _warn_of_fallback(model, tracer.fallbacks)
+    graph = tracer.frozen(values, tree.flatten(outputs))
+    ends = {value.slot for value in graph.outputs}
+    _warn_of_probabilities(model, [node for node in graph.nodes if any(v.slot in ends for v in node.outputs)])
+    return graph, tree.map_structure(lambda value: value.primal, outputs)
+
+
+def _product(model, x, inputs: list, companions: Companions, probed: bool, **kwargs) -> tuple:
+    """The outputs, and what the companions are at the end."""
+    graph, outputs = _freeze(model, x, inputs, _context(**kwargs), companions)
+    weight_tangents([(variable, None) for variable in companions.variables], graph.weights)
+    products = [companions.of(value) for value in graph.outputs]
+    pairs = zip(products, graph.outputs, strict=True)
+    filled = [zeros(companions.num_probes, y.primal) if product is None else product for product, y in pairs]
+    return outputs, pack_products(filled, outputs, probed)
+
+
+def _checked_model(model):
+    """What a model computes, once it is known that it can."""
+    model = unwrap(model)
     if not isinstance(model, keras.Operation):
         raise ValueError(
             "Invalid value for argument `model`. Expected a Keras model or layer. "
@@ -163,6 +201,7 @@ def _check_model(model) -> None:
             f"Invalid value for argument `model`. Expected a built model. Received: `{model.name}`, which has no "
             "weights yet. Call it on a batch, or give it a `keras.Input`, first."
         )
+    return model
 
 
 def _warn_of_fallback(model, fallbacks: dict[str, str]) -> None:
@@ -174,7 +213,7 @@ def _warn_of_fallback(model, fallbacks: dict[str, str]) -> None:
         f"No pushforward rule for {names}: these nodes are left to the backend's autodiff, which runs them again for "
         "each probe and is not always right under XLA. Register a rule with `jvpreg.register_rule`, or pass "
         '`fallback="allow"` to `linearize` if this is as it should be.',
-        stacklevel=3,
+        stacklevel=4,
     )
 
 
@@ -192,6 +231,6 @@ def _warn_of_probabilities(model, heads: Sequence[Node]) -> None:
                 f"`{model.name}` ends in a {getattr(function, '__name__', 'softmax')} (`{head.name}`): its Jacobian is "
                 "that of the probabilities, which vanishes where the model is sure. For the Jacobian of the logits, "
                 "leave the activation out and compile with a loss that has `from_logits=True`.",
-                stacklevel=3,
+                stacklevel=4,
             )
             return

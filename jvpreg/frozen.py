@@ -155,7 +155,7 @@ class FrozenGraph:
                     ops.expand_dims(residual, 0) if node.is_constant(residual) else next(residuals)
                     for residual in node.pushforward.residuals
                 ]
-            images = self._push_node(node, [slots.get(value.slot) for value in node.inputs], weights, leading, own)
+            images = push_node(node, [slots.get(value.slot) for value in node.inputs], weights, leading, own)
             for j, name in enumerate(node.output_names):
                 image = images[j] if images else None
                 if name in taps:
@@ -185,7 +185,7 @@ class FrozenGraph:
                 continue
             # A constant among a node's inputs has no tangent: what it adds belongs to the intercept.
             tangents = [ops.expand_dims(v.primal, 0) if v.slot in fed else None for v in node.inputs]
-            images = self._push_node(node, tangents, {}, (1, None), None)
+            images = push_node(node, tangents, {}, (1, None))
             for j, (name, value) in enumerate(zip(node.output_names, node.outputs, strict=True)):
                 if value.slot in fed:
                     result[name] = value.primal if not images else value.primal - images[j][0]
@@ -228,34 +228,51 @@ class FrozenGraph:
             takes_none=True,
         )
 
-    def _push_node(self, node: Node, tangents: Sequence, weights: Mapping[int, Any], leading, residuals) -> list | None:
-        """The tangents of one node's outputs; None if they are all zero."""
-        pushforward = node.pushforward
-        if pushforward is None:
-            return None
-        residuals = pushforward.broadcast_residuals() if residuals is None else residuals
-        images: list[Sequence] = []
-        if any(tangent is not None for tangent in tangents):
-            if not pushforward.takes_none:
-                pairs = zip(tangents, node.inputs, strict=True)
-                filled = [ops.zeros(_shape(leading, v), v.primal.dtype) if t is None else t for t, v in pairs]
-            else:
-                filled = list(tangents)
-            # Mixed precision: a tangent has the dtype in which the layer sees its input.
-            cast = [
-                None if t is None else ops.cast(t, v.primal.dtype) for t, v in zip(filled, node.inputs, strict=True)
-            ]
-            images.append(_tuple(pushforward.function(*cast, *residuals)))
-        for variable, part in pushforward.weights:
-            if id(variable) in weights:
-                image = _tuple(part(weights[id(variable)], *residuals))
-                images.append([_spread(t, leading, v) for t, v in zip(image, node.outputs, strict=True)])
-        if not images:
-            return None
-        return [
-            _checked(node, functools.reduce(ops.add, parts), leading, value)
-            for parts, value in zip(zip(*images, strict=True), node.outputs, strict=True)
-        ]
+
+def push_node(
+    node: Node,
+    tangents: Sequence,
+    weights: Mapping[int, Any],
+    leading: tuple,
+    residuals: Sequence | None = None,
+    image: Any = None,
+) -> list | None:
+    """The tangents of one node's outputs; None if they are all zero.
+
+    Args:
+        node: the node.
+        tangents: one for each of its inputs; None for zero.
+        weights: tangents `(P, …)` of variables, by their `id`.
+        leading: P, and B or None: see `FrozenGraph.push`.
+        residuals: with the probe axis; by default the node's own.
+        image: what the inputs' tangents become, of a node with one output, where that is known already.
+    """
+    pushforward = node.pushforward
+    if pushforward is None:
+        return None
+    residuals = pushforward.broadcast_residuals() if residuals is None else residuals
+    images: list[Sequence] = []
+    if image is not None:
+        images.append((image,))
+    elif any(tangent is not None for tangent in tangents):
+        if not pushforward.takes_none:
+            pairs = zip(tangents, node.inputs, strict=True)
+            filled = [ops.zeros(_shape(leading, v), v.primal.dtype) if t is None else t for t, v in pairs]
+        else:
+            filled = list(tangents)
+        # Mixed precision: a tangent has the dtype in which the layer sees its input.
+        cast = [None if t is None else ops.cast(t, v.primal.dtype) for t, v in zip(filled, node.inputs, strict=True)]
+        images.append(_tuple(pushforward.function(*cast, *residuals)))
+    for variable, part in pushforward.weights:
+        if id(variable) in weights:
+            image = _tuple(part(weights[id(variable)], *residuals))
+            images.append([_spread(t, leading, v) for t, v in zip(image, node.outputs, strict=True)])
+    if not images:
+        return None
+    return [
+        _checked(node, functools.reduce(ops.add, parts), leading, value)
+        for parts, value in zip(zip(*images, strict=True), node.outputs, strict=True)
+    ]
 
 
 def _shape(leading, value: Value) -> tuple:

@@ -19,6 +19,7 @@ from keras.src.ops.node import KerasHistory
 
 from jvpreg import masks
 from jvpreg.autodiff import fall_back
+from jvpreg.companions import Companions
 from jvpreg.frozen import FrozenGraph, Node, Value
 from jvpreg.inputs import flatten_inputs, graph_of
 from jvpreg.registry import Context, Declined, find_rule, identity, missing_rule_error, unwrap
@@ -33,9 +34,11 @@ class Tracer:
         nodes: what was recorded.
         variables: variables that operations took as an input, each with its value.
         fallbacks: names of the nodes that were left to autodiff, each with the reason.
+        companions: tangents that go through the model while it runs, if there are any.
     """
 
     context: Context
+    companions: Companions | None = None
     nodes: list[Node] = field(default_factory=list)
     variables: list[tuple[Any, Value]] = field(default_factory=list)
     fallbacks: dict[str, str] = field(default_factory=dict)
@@ -125,8 +128,12 @@ class Tracer:
         kwargs |= tree.map_structure(masks.primal_of, given)
         kwargs = {key: value for key, value in kwargs.items() if key != "training" and value is not None}
         context = replace(self.context, run=functools.partial(self._run_inner, values))
+        packing = None if self.companions is None else self.companions.packing(values)
+        if packing is not None:
+            context = replace(context, apply=packing)
         primal, pushforward = rule.function(operation, *args, context=context, **kwargs)
-        outputs = self._record(name, operation, values, primal, pushforward)
+        image = None if packing is None else packing.image
+        outputs = self._record(name, operation, values, primal, pushforward, image)
         activation = getattr(operation, rule.activation) if rule.activation else None
         if activation is not None and activation is not keras.activations.linear:
             outputs = self._run_activation(activation, outputs, f"{name}/activation")
@@ -287,16 +294,21 @@ class Tracer:
                 return value
         value = self.value(primal, batched=False)
         self.variables.append((variable, value))
+        if self.companions is not None:
+            self.companions.enter_weight(variable, value)
         return value
 
     def _run_activation(self, activation, value: Value, name: str) -> Value:
         return self._run_named(activation, (value,), {}, name)
 
-    def _record(self, name, operation, inputs: Sequence[Value], primal, pushforward):
+    def _record(self, name, operation, inputs: Sequence[Value], primal, pushforward, image=None):
         batched = any(value.batched for value in inputs)
         outputs = tree.map_structure(lambda leaf: self.value(leaf, batched), primal)
         layer = operation if isinstance(operation, keras.Layer) else self._opened
-        self.nodes.append(Node(name, operation, tuple(inputs), tuple(tree.flatten(outputs)), pushforward, layer))
+        node = Node(name, operation, tuple(inputs), tuple(tree.flatten(outputs)), pushforward, layer)
+        self.nodes.append(node)
+        if self.companions is not None:
+            self.companions.push(node, image)
         return outputs
 
     def _unique(self, name: str) -> str:
@@ -340,15 +352,19 @@ def freeze(operation, *inputs, context: Context) -> tuple:
     return Tracer(context)._run_inner((), operation, *inputs)
 
 
-def trace(model, x, inputs: Sequence, context: Context) -> tuple[Tracer, list[Value], Any]:
+def trace(
+    model, x, inputs: Sequence, context: Context, companions: Companions | None = None
+) -> tuple[Tracer, list[Value], Any]:
     """Runs `model` once on the flat list of `inputs` `(B, …)`, which the user gave as the structure `x`.
 
     Returns:
         The tracer with its nodes, the values of the inputs, and the output values in the model's own structure.
     """
-    tracer = Tracer(context)
+    tracer = Tracer(context, companions)
     given = [get_keras_mask(leaf) for leaf in flatten_inputs(model, x, "x")]
     values = [tracer.masked(tensor, mask) for tensor, mask in zip(inputs, given, strict=True)]
+    if companions is not None:
+        companions.enter(values)
     if is_model(model):
         arguments = values if len(values) > 1 else values[0]
     else:

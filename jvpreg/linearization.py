@@ -3,11 +3,18 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import keras
 from keras import ops, tree
 
 from jvpreg import matrices
 from jvpreg.frozen import FrozenGraph, Node, Value, is_float
+from jvpreg.tangents import (
+    at_least_float32,
+    check_count,
+    pack_products,
+    standardize_tangents,
+    weight_tangents,
+    zeros,
+)
 from jvpreg.transpose import transpose
 
 
@@ -62,7 +69,7 @@ class Linearization:
             raise ValueError(
                 "Invalid value for argument `u`. Expected a tangent, or `weights` or `taps`. Received: neither."
             )
-        given, along = self._weight_tangents(weights or {})
+        given = weight_tangents(weights or {}, self.weights)
         taps = dict(taps or {})
         made = self.node_outputs() if taps else {}
         if unknown := [name for name in taps if name not in made]:
@@ -76,29 +83,15 @@ class Linearization:
         # Of a part of a batch, the nodes' outputs are still whole.
         like += [made[name] if self._whole is None else made[name][: self.inputs[0].shape[0]] for name in taps]
         if u is not None:
-            _check_count(flat, self.inputs, "u", "x")
-        tangents, probed = _standardize([*flat, *(tangent for _, tangent in given), *taps.values()], like, names)
+            check_count(flat, self.inputs, "u", "x")
+        tangents, probed = standardize_tangents(
+            [*flat, *(tangent for _, tangent in given), *taps.values()], like, names
+        )
         count, last = len(self.inputs), len(self.inputs) + len(given)
         taps = dict(zip(taps, tangents[last:], strict=True))
+        along = [id(variable) for variable, _ in given]
         products = self._push(tangents[:count], taps, dict(zip(along, tangents[count:last], strict=True)))
-        return self._pack(products, self.outputs, probed)
-
-    def _weight_tangents(self, weights) -> tuple[list[tuple[Any, Any]], list[int]]:
-        """The variables with their tangents, and the variables' ids."""
-        known = self.weights
-        pairs = list(weights.items()) if isinstance(weights, Mapping) else list(weights)
-        found = []
-        for key, tangent in pairs:
-            matches = [v for v in known if (v.path == key if isinstance(key, str) else v is key)]
-            name = key if isinstance(key, str) else getattr(key, "path", key)
-            if len(matches) != 1:
-                raise ValueError(
-                    "Invalid value for argument `weights`. Expected weights of the linearized model: "
-                    f"{[v.path for v in known]}. Received: {name!r}"
-                    + (f", the path of {len(matches)} weights: pass a list of (variable, tangent)." if matches else ".")
-                )
-            found.append((matches[0], tangent))
-        return found, [id(variable) for variable, _ in found]
+        return pack_products(products, self.outputs, probed)
 
     def vjp(self, v):
         """The pullback `Jᵀ v`.
@@ -170,8 +163,8 @@ class Linearization:
         """
         outputs = tree.flatten(self.outputs)
         flat = tree.flatten(v)
-        _check_count(flat, outputs, "v", "the outputs")
-        cotangents, probed = _standardize(flat, outputs, [("v", "the outputs")] * len(outputs))
+        check_count(flat, outputs, "v", "the outputs")
+        cotangents, probed = standardize_tangents(flat, outputs, [("v", "the outputs")] * len(outputs))
         known = self.node_outputs()
         unknown = [name for name in nodes or [] if name not in known]
         if unknown:
@@ -182,7 +175,7 @@ class Linearization:
         names = list(known) if nodes is None else list(nodes)
         count = next(ops.shape(c)[0] for c in cotangents if c is not None)
         batch = ops.shape(self.inputs[0])[0]
-        inputs = [_zeros(count, x) for x in self.inputs] if with_inputs else []
+        inputs = [zeros(count, x) for x in self.inputs] if with_inputs else []
         # Of a part of a batch, the primal values are still whole.
         taps = [ops.zeros((count, batch, *known[name].shape[1:]), known[name].dtype) for name in names]
 
@@ -190,11 +183,11 @@ class Linearization:
             entering = tangents[: len(inputs)] if with_inputs else [None] * len(self.inputs)
             return self._push(entering, dict(zip(names, tangents[len(inputs) :], strict=True)))
 
-        filled = [_zeros(count, y) if c is None else c for c, y in zip(cotangents, outputs, strict=True)]
+        filled = [zeros(count, y) if c is None else c for c, y in zip(cotangents, outputs, strict=True)]
         pulled = transpose(push, [*inputs, *taps], filled)
         structure = self.inputs[0] if len(self.inputs) == 1 else self.inputs
-        at_inputs = self._pack(pulled[: len(inputs)], structure, probed) if with_inputs else None
-        at_nodes = [_at_least_float32(gradient if probed else gradient[0]) for gradient in pulled[len(inputs) :]]
+        at_inputs = pack_products(pulled[: len(inputs)], structure, probed) if with_inputs else None
+        at_nodes = [at_least_float32(gradient if probed else gradient[0]) for gradient in pulled[len(inputs) :]]
         return at_inputs, dict(zip(names, at_nodes, strict=True))
 
     def take(self, indices) -> "Linearization":
@@ -337,8 +330,8 @@ class Linearization:
             ValueError: a shape does not fit.
         """
         flat = self._flatten_inputs(u, "u")
-        _check_count(flat, self.inputs, "u", "x")
-        tangents, _ = _standardize(flat, self.inputs, [("u", "x")] * len(self.inputs))
+        check_count(flat, self.inputs, "u", "x")
+        tangents, _ = standardize_tangents(flat, self.inputs, [("u", "x")] * len(self.inputs))
         made = [value for node in self.nodes for value in node.outputs]
         graph = FrozenGraph(self.nodes, self._graph.inputs, made, [])
         part = None if self._whole is None else ops.shape(self.inputs[0])[0]
@@ -413,9 +406,9 @@ class Linearization:
         """The transpose of the tangent pass: cotangents `(P, B, …)` of every output, to those of the inputs."""
         count = next(ops.shape(c)[0] for c in cotangents if c is not None)
         filled = [
-            _zeros(count, y) if c is None else c for c, y in zip(cotangents, tree.flatten(self.outputs), strict=True)
+            zeros(count, y) if c is None else c for c, y in zip(cotangents, tree.flatten(self.outputs), strict=True)
         ]
-        return transpose(self._push, [_zeros(count, x) for x in self.inputs], filled)
+        return transpose(self._push, [zeros(count, x) for x in self.inputs], filled)
 
     def _push(self, tangents: Sequence, taps: dict[str, Any] | None = None, weights=None) -> list:
         """The tangent pass: input tangents `(P, B, …)` (None: zero) and taps by node name, to output tangents."""
@@ -424,71 +417,18 @@ class Linearization:
         given = [*tangents, *(taps or {}).values(), *(weights or {}).values()]
         count = next(ops.shape(t)[0] for t in given if t is not None)
         pairs = zip(products, tree.flatten(self.outputs), strict=True)
-        return [_zeros(count, y) if product is None else product for product, y in pairs]
-
-    @staticmethod
-    def _pack(products: list, structure, probed: bool):
-        products = [_at_least_float32(product if probed else product[0]) for product in products]
-        return tree.pack_sequence_as(structure, products)
-
-
-def _check_count(flat: list, like: list, name: str, like_name: str) -> None:
-    if len(flat) != len(like):
-        raise ValueError(
-            f"Invalid value for argument `{name}`. Expected {len(like)} tensor(s), one for each of {like_name}. "
-            f"Received: {len(flat)}."
-        )
-    if all(vector is None for vector in flat):
-        raise ValueError(f"Invalid value for argument `{name}`. Expected at least one tensor. Received: None.")
-
-
-def _standardize(flat: list, like: list, names: list[tuple[str, str]]) -> tuple[list, bool]:
-    """Flat tangents `(P, …)` with the dtypes of `like`, and whether the probe axis was there."""
-    tangents: list = []
-    given: dict[int, list] = {0: [], 1: []}
-    for vector, x, (name, like_name) in zip(flat, like, names, strict=True):
-        if vector is None:
-            tangents.append(None)
-            continue
-        tangent = ops.convert_to_tensor(vector, dtype=x.dtype)
-        extra = len(tangent.shape) - len(x.shape)
-        shape = tuple(tangent.shape)[extra:] if extra >= 0 else ()
-        fits = all(a is None or b is None or a == b for a, b in zip(shape, x.shape, strict=False))
-        if extra not in (0, 1) or not fits:
-            raise ValueError(
-                f"Invalid value for argument `{name}`. Expected shape {tuple(x.shape)}, like {like_name}, or "
-                f"(P, {str(tuple(x.shape))[1:-1]}) with a leading axis of P probes. "
-                f"Received: {name} with shape {tuple(tangent.shape)}."
-            )
-        tangents.append(tangent if extra else ops.expand_dims(tangent, 0))
-        given[extra].append(tuple(tangent.shape))
-    if (given[0] and given[1]) or len({shape[0] for shape in given[1]}) > 1:
-        raise ValueError(
-            f"Invalid value for argument `{names[0][0]}`. Expected the same number of probes in every tensor. "
-            f"Received: shapes {[*given[0], *given[1]]}."
-        )
-    return tangents, bool(given[1])
+        return [zeros(count, y) if product is None else product for product, y in pairs]
 
 
 def _named_outputs(node: Node):
     return zip(node.output_names, node.outputs, strict=True)
 
 
-def _zeros(num_probes, like):
-    """Zero tangents (P, B, …) of `like` (B, …)."""
-    return ops.zeros((num_probes, *ops.shape(like)), dtype=like.dtype)
-
-
 def _norm(tangents: list):
     """Of all entries of tangents `(P, …)` together, as `(P,)`."""
-    flat = [_at_least_float32(ops.reshape(t, (ops.shape(t)[0], -1))) for t in tangents]
+    flat = [at_least_float32(ops.reshape(t, (ops.shape(t)[0], -1))) for t in tangents]
     joined = flat[0] if len(flat) == 1 else ops.concatenate(flat, axis=-1)
     # In units of the largest entry, whose square may be too large a number already.
     largest = ops.max(ops.abs(joined), axis=-1)
     unit = ops.where(largest > 0, largest, 1.0)
     return unit * ops.sqrt(ops.sum(ops.square(joined / ops.expand_dims(unit, -1)), axis=-1))
-
-
-def _at_least_float32(tensor):
-    dtype = keras.backend.standardize_dtype(tensor.dtype)
-    return ops.cast(tensor, "float32") if dtype in ("float16", "bfloat16") else tensor

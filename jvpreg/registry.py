@@ -29,6 +29,9 @@ class Context:
         xla: whether XLA compiles the run; None where that is not known.
         run: `run(operation, *inputs) -> (outputs, Pushforward)` linearizes another operation, for the rule of a
             wrapper or of a layer that repeats another one.
+        apply: `apply(function, x, num_weights) -> function(x)` runs the linear part, with so many weights, of an
+            operation of one input `x`, example by example. Tangents that travel along with `x` then go through it in
+            the same call, where that is cheaper: the weights are read once.
     """
 
     training: bool = False
@@ -36,6 +39,7 @@ class Context:
     fallback: str = "warn"
     xla: bool | None = None
     run: Callable | None = None
+    apply: Callable = lambda function, x, num_weights: function(x)
 
 
 class Pushforward:

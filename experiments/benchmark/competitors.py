@@ -56,6 +56,10 @@ class Point:
         with keras.StatelessScope(state_mapping=list(zip(self.model.variables, values, strict=True))):
             return self.model(packed(self.xs if self.weights else primals), training=self.training)
 
+    def along(self, tangents: Tangents) -> list[tuple[Any, Any]]:
+        """The weights that are differentiated by, each with its tangent."""
+        return list(zip([self.model.variables[place] for place in self.weights], tangents, strict=True))
+
     def linearize(self) -> jvpreg.Linearization:
         """The model frozen here, by the values that its variables have; an error where a node has no rule."""
         return jvpreg.linearize(self.model, packed(self.xs), training=self.training, fallback="error", xla=self.xla)
@@ -64,15 +68,25 @@ class Point:
 Start = Callable[[Point], Push]
 
 
+def jvp(point: Point) -> Push:
+    """By jvpreg, all directions at once and along with `x`; nothing is kept for the next call."""
+
+    def push(tangents):
+        options: dict[str, Any] = {"training": point.training, "fallback": "error", "xla": point.xla}
+        if point.weights:
+            return jvpreg.weight_jvp(point.model, packed(point.xs), point.along(tangents), **options)
+        return jvpreg.jvp(point.model, packed(point.xs), packed(tangents), **options)
+
+    return push
+
+
 def linearize(point: Point) -> Push:
-    """By jvpreg, all directions at once."""
+    """By jvpreg, all directions at once, on the model frozen at `x`."""
     lin = point.linearize()
 
     def push(tangents):
-        if not point.weights:
-            return lin.outputs, lin.jvp(packed(tangents))
-        variables = [point.model.variables[place] for place in point.weights]
-        return lin.outputs, lin.jvp(weights=list(zip(variables, tangents, strict=True)))
+        products = lin.jvp(weights=point.along(tangents)) if point.weights else lin.jvp(packed(tangents))
+        return lin.outputs, products
 
     return push
 
@@ -300,7 +314,8 @@ class Entry:
         start: None for a forward pass without a product.
         alternative: whether it is one to jvpreg.
         model: from the model and the number of directions to the model that it needs.
-        only: what it is for, where it is not for all: along the input, several directions, few outputs.
+        only: what it is for, where it is not for all: along the input, several directions, few outputs, one call at a
+            point or several.
     """
 
     name: str
@@ -308,14 +323,15 @@ class Entry:
     start: Start | None
     alternative: bool = True
     model: Callable[[keras.Model, int], keras.Model] = lambda model, num_probes: model
-    only: tuple[Literal["input", "several", "few outputs"], ...] = ()
+    only: tuple[Literal["input", "several", "few outputs", "once", "again"], ...] = ()
 
 
 JVPREG = "jvpreg"
 FORWARD = Entry("forward", "forward pass", None, alternative=False)
 _OURS = (
     FORWARD,
-    Entry(JVPREG, "jvpreg", linearize, alternative=False),
+    Entry(JVPREG, "jvpreg", jvp, alternative=False, only=("once",)),
+    Entry(JVPREG, "jvpreg", linearize, alternative=False, only=("again",)),
     Entry("clone", "jvpreg.clone", clone, alternative=False, model=literal.cloned, only=("input",)),
 )
 

@@ -141,6 +141,8 @@ def applies(entry: Entry, task: Task, outputs: np.ndarray) -> bool:
     conditions = {
         "input": not task.weights,
         "several": task.num_probes > 1,
+        "once": task.use is products.once,
+        "again": task.use is not products.once,
         "few outputs": outputs.ndim == 2 and outputs.shape[1] <= FEW_OUTPUTS,
     }
     return all(conditions[name] for name in entry.only)

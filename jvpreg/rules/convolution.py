@@ -3,17 +3,17 @@
 from keras import layers, ops
 
 from jvpreg.registry import affine, register_rule
-from jvpreg.rules.core import kernel_parts
+from jvpreg.rules.core import kernel_parts, size
 
 
-def _affine(layer, x, convolve, weights):
+def _affine(layer, x, context, convolve, weights):
     """`convolve(x, *kernels)` with a bias; `weights` are the parts `(variable, part(u, x))` of the kernels."""
 
     def spread(bias):
         channels = (1, -1, *[1] * layer.rank) if layer.data_format == "channels_first" else (-1,)
         return ops.reshape(ops.cast(bias, x.dtype), channels)
 
-    y = convolve(x)
+    y = context.apply(convolve, x, size(*(variable for variable, _ in weights)))
     bias = ops.zeros((), x.dtype) if layer.bias is None else spread(layer.bias)
     if layer.bias is not None:
         y = ops.add(y, bias)
@@ -43,7 +43,7 @@ def convolution(layer, x, context):
             data_format=layer.data_format,
         )
 
-    return _affine(layer, x, convolve, kernel_parts(layer, lambda u, x: convolve(x, u)))
+    return _affine(layer, x, context, convolve, kernel_parts(layer, lambda u, x: convolve(x, u)))
 
 
 @register_rule(layers.DepthwiseConv1D, layers.DepthwiseConv2D, activation="activation")
@@ -58,7 +58,7 @@ def depthwise_convolution(layer, x, context):
             data_format=layer.data_format,
         )
 
-    return _affine(layer, x, convolve, [(layer.kernel, lambda u, x: convolve(x, u))])
+    return _affine(layer, x, context, convolve, [(layer.kernel, lambda u, x: convolve(x, u))])
 
 
 @register_rule(layers.SeparableConv1D, layers.SeparableConv2D, activation="activation")
@@ -78,7 +78,7 @@ def separable_convolution(layer, x, context):
         (layer.depthwise_kernel, lambda u, x: convolve(x, depthwise_kernel=u)),
         (layer.pointwise_kernel, lambda u, x: convolve(x, pointwise_kernel=u)),
     ]
-    return _affine(layer, x, convolve, weights)
+    return _affine(layer, x, context, convolve, weights)
 
 
 @register_rule(layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose, activation="activation")
@@ -94,4 +94,4 @@ def transposed_convolution(layer, x, context):
             data_format=layer.data_format,
         )
 
-    return _affine(layer, x, convolve, [(layer.kernel, lambda u, x: convolve(x, u))])
+    return _affine(layer, x, context, convolve, [(layer.kernel, lambda u, x: convolve(x, u))])

@@ -1,5 +1,7 @@
 """Dense, and the layers that pass their input on, or what is not masked of it."""
 
+import math
+
 from keras import layers, ops
 
 from jvpreg.registry import affine, gate, identity, register_rule
@@ -18,15 +20,24 @@ def kernel_parts(layer, apply) -> list:
     return parts
 
 
+def size(*tensors) -> int:
+    """How many numbers there are in tensors of known shape."""
+    return sum(math.prod(tensor.shape) for tensor in tensors)
+
+
 @register_rule(layers.Dense, activation="activation")
 def dense(layer, x, context):
     kernel = ops.cast(layer.kernel, x.dtype)
-    y = ops.matmul(x, kernel)
+
+    def apply(x):
+        return ops.matmul(x, kernel)
+
+    y = context.apply(apply, x, size(kernel))
     bias = ops.cast(0.0 if layer.bias is None else layer.bias, x.dtype)
     if layer.bias is not None:
         y = ops.add(y, bias)
     weights = [*kernel_parts(layer, lambda u, x: ops.matmul(x, u)), (layer.bias, lambda u, x: u)]
-    return y, affine(lambda tangent: ops.matmul(tangent, kernel), x, weights, bias)
+    return y, affine(apply, x, weights, bias)
 
 
 @register_rule(layers.Identity)

@@ -42,23 +42,26 @@ def max_pooling(layer, x, context):
     which under XLA is several times faster than the gradient of the backends' own max pooling. Not so in a plain
     TensorFlow graph, whose own kernels are the faster ones; what no tangent passes needs no masks there.
     """
-    best, *rest = _window_entries(layer, x, outside=-float("inf"))
-    masks = []
+    by_kernel = keras.backend.backend() == "tensorflow" and context.xla is False
+    # With the maximum known, its first place is that of the last match from behind.
+    order = slice(None, None, -1 if by_kernel else 1)
+    first, *rest = _window_entries(layer, x, outside=-float("inf"))[order]
+    best, masks = layer.call(x) if by_kernel else first, []
     for entry in rest:
-        wins = entry > best
+        wins = ops.equal(entry, best) if by_kernel else entry > best
         masks.append(wins)
-        best = ops.where(wins, entry, best)
+        best = best if by_kernel else ops.where(wins, entry, best)
 
     def push(tangent, *masks):
         num_probes = ops.shape(tangent)[0]
         entries = [unfold(entry, num_probes) for entry in _window_entries(layer, fold(tangent), outside=0.0)]
-        chosen, *later = entries
+        chosen, *later = entries[order]
         for wins, entry in zip(masks, later, strict=True):
             chosen = ops.where(wins, entry, chosen)
         return chosen
 
-    if keras.backend.backend() == "tensorflow" and context.xla is False:
-        return layer.call(x), Pushforward(_with_transpose_by_kernel(layer, push), x, *masks)
+    if by_kernel:
+        return best, Pushforward(_with_transpose_by_kernel(layer, push), x, *masks)
     return best, Pushforward(push, *masks)
 
 

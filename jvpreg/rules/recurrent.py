@@ -2,12 +2,17 @@
 
 The cell may be any that Keras can run: it is linearized by its own rule, or opened up. What it freezes in a step is
 stacked over the steps, so a tangent pass is a scan of linear maps, without autodiff and without running the cell again.
+Keras' own cells are frozen at all steps at once where that is faster: in eager mode they are opened up once only.
 """
+
+from collections.abc import Callable, Sequence
 
 import keras
 from keras import layers, ops, tree
 
 from jvpreg.registry import Declined, Pushforward, align, register_rule
+
+_CELLS = (layers.SimpleRNNCell, layers.LSTMCell, layers.GRUCell)
 
 
 @register_rule(
@@ -70,18 +75,13 @@ def recurrent(layer, sequences, context, initial_state=None, mask=None):
 
     # Private: a cell keeps its dropout masks, so that they are drawn once and not within the scan.
     layer._maybe_config_dropout_masks(cell, steps[0], states)
+    # A cell of Keras' own without dropout is the same map at every step, of each example alone.
+    known = type(layer) is not layers.RNN or all(type(c) in _CELLS for c in getattr(cell, "cells", [cell]))
+    # Compiled by XLA, a scan that keeps more is cheaper than the cell a second time.
+    xla = context.xla or keras.backend.backend() == "jax"
+    freeze = _freeze_at_once if known and not dropped and not xla else _freeze_step_by_step
     try:
-        # The first step, outside the scan: the maps of its nodes are those of every step, with other residuals.
-        (y, _), frozen = context.run(cell, steps[0], states)
-
-        def step(carried, now):
-            x, *kept = now
-            (y, following), pushforward = context.run(cell, x, tree.pack_sequence_as(states, carried[:count]))
-            y, following = hold(y, tree.flatten(following), carried, kept)
-            return following, [y, *pushforward.residuals]
-
-        first = start(flat_states, ops.zeros_like(y))
-        last, (outputs, *residuals) = _scan(step, first, (steps, *kept_steps), [y, *frozen.residuals])
+        frozen, y, last, (outputs, *residuals) = freeze(cell, states, (steps, *kept_steps), context, start, hold)
     finally:
         layer._maybe_reset_dropout_masks(cell)
 
@@ -141,6 +141,66 @@ def recurrent(layer, sequences, context, initial_state=None, mask=None):
         couples_examples=frozen.couples_examples or dropped,
         takes_none=True,
     )
+
+
+def _freeze_step_by_step(cell, states, inputs, context, start: Callable, hold: Callable) -> tuple:
+    """A cell frozen at every step of a scan.
+
+    Args:
+        cell: the cell.
+        states: the first ones, as it takes them.
+        inputs: the steps (T, B, …), and which of them count.
+        start: see `recurrent`.
+        hold: see `recurrent`.
+
+    Returns:
+        The pushforward of one step; the output of the first step; what is carried at the end; and, with the steps as
+        the first axis, the outputs and the residuals of all steps.
+    """
+    flat_states = tree.flatten(states)
+    # The first step, outside the scan: the maps of its nodes are those of every step, with other residuals.
+    (y, _), frozen = context.run(cell, inputs[0][0], states)
+
+    def step(carried, now):
+        x, *kept = now
+        (y, following), pushforward = context.run(cell, x, tree.pack_sequence_as(states, carried[: len(flat_states)]))
+        y, following = hold(y, tree.flatten(following), carried, kept)
+        return following, [y, *pushforward.residuals]
+
+    return frozen, y, *_scan(step, start(flat_states, ops.zeros_like(y)), inputs, [y, *frozen.residuals])
+
+
+def _freeze_at_once(cell, states, inputs, context, start: Callable, hold: Callable) -> tuple:
+    """The same for a cell that treats all steps and examples alike, frozen once, at a batch of all steps.
+
+    The scan is then that of the cell alone: it keeps the states before each step and nothing else.
+    """
+    flat_states = tree.flatten(states)
+
+    def run(x, flat: Sequence):
+        y, following = cell(x, tree.pack_sequence_as(states, list(flat)), training=context.training)
+        return y, tree.flatten(following)
+
+    def step(carried, now):
+        x, *kept = now
+        before = carried[: len(flat_states)]
+        y, following = hold(*run(x, before), carried, kept)
+        return following, [y, *before]
+
+    y, _ = run(inputs[0][0], flat_states)
+    last, (outputs, *before) = _scan(step, start(flat_states, ops.zeros_like(y)), inputs, [y, *flat_states])
+    count, batch, *_ = ops.shape(inputs[0])
+
+    def fold(tensor):
+        return ops.reshape(tensor, (-1, *ops.shape(tensor)[2:]))
+
+    def unfold(residual, axis):
+        shape = ops.shape(residual)
+        return ops.moveaxis(ops.reshape(residual, (*shape[:axis], count, batch, *shape[axis + 1 :])), axis, 0)
+
+    _, frozen = context.run(cell, fold(inputs[0]), tree.pack_sequence_as(states, [fold(state) for state in before]))
+    residuals = map(unfold, frozen.residuals, frozen.batch_axes)
+    return frozen, y, last, [outputs, *residuals]
 
 
 @register_rule(layers.Bidirectional)
