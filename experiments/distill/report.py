@@ -41,15 +41,19 @@ PAPER_STUDENTS = {"cifar100": {"vgg4": "50.87", "vgg6": "58.08", "vgg11": "62.95
 
 
 def columns(row: dict[str, Any], data: str) -> dict[str, str]:
-    """One method, by the heading of its column."""
+    """One method's accuracies, by the heading of their column."""
     paper = dict(zip(PAPER_COLUMNS.get(data, ()), PAPER.get(data, {}).get(row["method"], ()), strict=True))
     result = {"method": row["method"]}
     for count, results in row["columns"].items():
         result[f"{count} a class"] = accuracy(results)
         result[f"paper, {count}"] = paper.get(count, "–")
-    for count, results in row["columns"].items():
-        result[f"angle, {count}"] = angle(results)
     return result
+
+
+def angle_columns(row: dict[str, Any]) -> dict[str, str]:
+    """One method's angles, by the heading of their column."""
+    angles = {f"angle, {count} a class": angle(results) for count, results in row["columns"].items()}
+    return {"method": row["method"], **angles}
 
 
 def student_columns(row: dict[str, Any], data: str) -> dict[str, str]:
@@ -94,7 +98,10 @@ def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
     """Write distill.json, distill.md, methods.png and, of several students, students.png; and print the tables."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "distill.json").write_text(json.dumps(summary, indent=2))
-    found = [[columns(row, summary["data"]) for row in summary["rows"]]]
+    found = [
+        [columns(row, summary["data"]) for row in summary["rows"]],
+        [angle_columns(row) for row in summary["rows"]],
+    ]
     first = summary["settings"]["examples_per_class"][0]
     methods = {row["method"]: row["columns"][str(first)] for row in summary["rows"]}
     figure(methods, f"{first} examples a class", folder / "methods.png")

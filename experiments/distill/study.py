@@ -28,7 +28,7 @@ def run(config: DistillConfig) -> dict[str, Any]:
         ExperimentError: there is no teacher, the data cannot be had or is too small, or the folder holds cells of
             other settings.
     """
-    console = tables.wide_console()
+    console = tables.wide_console(200)
     teacher, dataset = trained_model(config.teacher), trained_dataset(config.teacher)
     check(config, teacher)
     accuracy = teacher_accuracy(teacher, dataset)

@@ -122,7 +122,10 @@ def test_the_tables_hold_the_paper_s():
         "paper, 50": "68.11 ± 0.8",
         "7 a class": "50.00",
         "paper, 7": "–",
-        "angle, 50": "80.0",
-        "angle, 7": "80.0",
+    }
+    assert report.angle_columns(row) == {
+        "method": "attention",
+        "angle, 50 a class": "80.0",
+        "angle, 7 a class": "80.0",
     }
     assert report.columns(row, "digits")["paper, 50"] == "–"
