@@ -20,6 +20,8 @@ def records(file: Path) -> list[Record]:
             position += BLOCK - position % BLOCK
             continue
         _, length, kind = struct.unpack_from("<IHB", content, position)
+        if position + CHUNK_HEADER + length > len(content):  # W&B is still writing it
+            break
         parts += content[position + CHUNK_HEADER : position + CHUNK_HEADER + length]
         position += CHUNK_HEADER + length
         if kind in (FULL, LAST):
