@@ -17,6 +17,7 @@ from experiments.fixed_point import FixedPointConfig, fixed_point
 from experiments.health import HealthConfig, health
 from experiments.regularization import RegularizationConfig, regularization
 from experiments.saliency import SaliencyConfig, saliency
+from experiments.sparing import SparingConfig, sparing
 from experiments.verify import VerifyConfig, verify
 
 
@@ -52,6 +53,7 @@ STUDIES = {
     "regularization": Study(RegularizationConfig, regularization),
     "distill": Study(DistillConfig, distill),
     "saliency": Study(SaliencyConfig, saliency),
+    "sparing": Study(SparingConfig, sparing),
 }
 
 

@@ -7,10 +7,13 @@ from typing import Any
 from keras import ops
 
 from jvpreg.frozen import Node, Value, push_node
-from jvpreg.registry import fold, unfold
+from jvpreg.registry import Pushed, fold, unfold
 
 FEW = 2
 """Times fewer numbers than weights must there be in `x` and its tangents, for both to go in one call."""
+
+MANY = 2**18
+"""Weights that no cache next to a core holds. Fewer are read fast enough twice, and two calls may run side by side."""
 
 
 class Companions:
@@ -48,8 +51,15 @@ class Companions:
         """`Context.apply`, for an operation of these inputs."""
         return Packing(inputs[0], self.of(inputs[0])) if len(inputs) == 1 else Packing()
 
+    def tangents(self, operation, inputs: Sequence[Value]) -> list | None:
+        """`Context.tangents`; None where they are zero, or not all: a weight of the operation has one too."""
+        found = [self.of(value) for value in inputs]
+        owned = any(id(variable) in self._weights for variable in getattr(operation, "variables", ()))
+        return None if owned or all(tangent is None for tangent in found) else found
+
     def push(self, node: Node, image=None) -> None:
         """Pushes the tangents of a node's inputs through it; `image` is what they become, where it is known already."""
+        image = node.pushforward.image if isinstance(node.pushforward, Pushed) else image
         tangents = [self.of(value) for value in node.inputs]
         images = push_node(node, tangents, self._weights, (self.num_probes, None), image=image)
         for value, tangent in zip(node.outputs, images or [None] * len(node.outputs), strict=True):
@@ -81,8 +91,9 @@ class Packing:
         if not all(isinstance(size, int) for size in shapes):
             return function(x)
         batch, num_probes = x.shape[0], self._tangent.shape[0]
-        if FEW * math.prod(x.shape) * (1 + num_probes) > num_weights:
+        if num_weights < MANY or FEW * math.prod(x.shape) * (1 + num_probes) > num_weights:
             return function(x)
         both = function(ops.concatenate([x, fold(ops.cast(self._tangent, x.dtype))]))
-        self.image = unfold(both[batch:], num_probes)
-        return both[:batch]
+        y, image = ops.split(both, [batch])
+        self.image = unfold(image, num_probes)
+        return y

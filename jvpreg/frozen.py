@@ -245,7 +245,7 @@ def push_node(
         weights: tangents `(P, …)` of variables, by their `id`.
         leading: P, and B or None: see `FrozenGraph.push`.
         residuals: with the probe axis; by default the node's own.
-        image: what the inputs' tangents become, of a node with one output, where that is known already.
+        image: what the inputs' tangents become, where that is known already.
     """
     pushforward = node.pushforward
     if pushforward is None:
@@ -253,7 +253,7 @@ def push_node(
     residuals = pushforward.broadcast_residuals() if residuals is None else residuals
     images: list[Sequence] = []
     if image is not None:
-        images.append((image,))
+        images.append(_tuple(image))
     elif any(tangent is not None for tangent in tangents):
         if not pushforward.takes_none:
             pairs = zip(tangents, node.inputs, strict=True)

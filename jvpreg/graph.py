@@ -128,9 +128,10 @@ class Tracer:
         kwargs |= tree.map_structure(masks.primal_of, given)
         kwargs = {key: value for key, value in kwargs.items() if key != "training" and value is not None}
         context = replace(self.context, run=functools.partial(self._run_inner, values))
-        packing = None if self.companions is None else self.companions.packing(values)
-        if packing is not None:
-            context = replace(context, apply=packing)
+        packing = None
+        if self.companions is not None:
+            packing = self.companions.packing(values)
+            context = replace(context, apply=packing, tangents=self.companions.tangents(operation, values))
         primal, pushforward = rule.function(operation, *args, context=context, **kwargs)
         image = None if packing is None else packing.image
         outputs = self._record(name, operation, values, primal, pushforward, image)

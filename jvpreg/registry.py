@@ -32,6 +32,8 @@ class Context:
         apply: `apply(function, x, num_weights) -> function(x)` runs the linear part, with so many weights, of an
             operation of one input `x`, example by example. Tangents that travel along with `x` then go through it in
             the same call, where that is cheaper: the weights are read once.
+        tangents: `(P, B, …)` of each input (None: zero), where one product with them is all that will be asked of the
+            operation: its rule may then return what they become, as `Pushed`, and freeze nothing.
     """
 
     training: bool = False
@@ -40,6 +42,7 @@ class Context:
     xla: bool | None = None
     run: Callable | None = None
     apply: Callable = lambda function, x, num_weights: function(x)
+    tangents: Sequence | None = None
 
 
 class Pushforward:
@@ -91,6 +94,18 @@ class Pushforward:
     def broadcast_residuals(self) -> list:
         """The residuals with an axis for the probes, `(1, B, …)`."""
         return [ops.expand_dims(residual, 0) for residual in self.residuals]
+
+
+class Pushed(Pushforward):
+    """What a node made of `Context.tangents`, in place of a map.
+
+    Args:
+        image: the output's tangent `(P, B, …)`; a tuple of tangents for several outputs.
+    """
+
+    def __init__(self, image):
+        super().__init__(lambda *tangents: image)
+        self.image = image
 
 
 def linear(function: Callable) -> Pushforward:

@@ -7,8 +7,15 @@ from compare import assert_close, normal, randomize
 from keras import layers, ops
 
 import jvpreg
+from jvpreg import companions
 from jvpreg.companions import FEW, Packing
 from jvpreg.frozen import Value
+
+
+@pytest.fixture(autouse=True)
+def few_are_many(monkeypatch):
+    """Layers small enough for a test are packed too."""
+    monkeypatch.setattr(companions, "MANY", 0)
 
 
 def mixed():
@@ -110,6 +117,64 @@ def test_where_packing_pays():
         assert (packing.image is not None) == together
         if together:
             np.testing.assert_array_equal(packing.image, 2 * tangent)
+
+
+def test_few_weights_go_alone(monkeypatch):
+    monkeypatch.setattr(companions, "MANY", 1000)
+    x, tangent = np.ones((1, 2)), np.ones((1, 1, 2))
+    for num_weights, together in ((1000, True), (999, False)):
+        packing = Packing(Value(x, 0), tangent)
+        packing(lambda rows: rows, x, num_weights)
+        assert (packing.image is not None) == together
+
+
+def recurrences():
+    """Sequences of 3 numbers, with a first state, to what each kind of layer can return; by name."""
+    x, state = keras.Input((5, 3)), keras.Input((4,))
+    masked = layers.Masking(0.0)(x)
+    lstm = layers.LSTM(4, return_sequences=True, return_state=True)
+    stacked = layers.RNN(layers.StackedRNNCells([layers.GRUCell(4), layers.SimpleRNNCell(3)]))
+    return {
+        "sequences and states": keras.Model([x, state], lstm(x, initial_state=[state, state])),
+        "masked": keras.Model([x, state], layers.GRU(4, return_sequences=True)(masked, initial_state=state)),
+        "masked, zeros": keras.Model(
+            [x, state],
+            layers.Add()([layers.GRU(4, zero_output_for_mask=True, return_sequences=False)(masked), state]),
+        ),
+        "backwards": keras.Model([x, state], layers.SimpleRNN(4, go_backwards=True)(x, initial_state=state)),
+        "stacked": keras.Model([x, state], [stacked(x), layers.Dense(2)(state)]),
+        "both ways": keras.Model([x, state], [layers.Bidirectional(layers.LSTM(4))(x), layers.Dense(2)(state)]),
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["sequences and states", "masked", "masked, zeros", "backwards", "stacked", "both ways"]
+)
+@pytest.mark.parametrize("without", [None, "sequences", "state"])
+def test_recurrent_layers(float64, name, without):
+    """Their tangents go along in the same scan, eagerly and in a graph, along weights too."""
+    model = randomize(recurrences()[name])
+    sequences = normal(2, 5, 3)
+    sequences[1, 3:] = 0  # masked steps
+    x = [sequences, normal(2, 4, seed=1)]
+    u = [normal(3, 2, 5, 3, seed=2), normal(3, 2, 4, seed=3)]
+    u = [None if without == "sequences" else u[0], None if without == "state" else u[1]]
+    lin = jvpreg.linearize(model, x)
+    expected = [lin.outputs, lin.jvp(u)]
+    assert_close(jvpreg.jvp(model, x, u), expected)
+    given = [ops.convert_to_tensor(t) for t in u if t is not None]
+
+    def product(*tangents):
+        found = iter(tangents)
+        return jvpreg.jvp(model, x, [None if t is None else next(found) for t in u])
+
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        assert_close(tf.function(product)(*given), expected)
+    if without is None:
+        weights = [(v, normal(*v.shape, seed=i)) for i, v in enumerate(model.trainable_variables)]
+        assert_close(jvpreg.weight_jvp(model, x, weights), [lin.outputs, lin.jvp(weights=weights)])
 
 
 def test_errors():

@@ -52,7 +52,7 @@ def _gate_by_kernel(tangent, y):
     # It is constant wherever it has a derivative.
     y = tf.stop_gradient(y)
     if tangent.shape[0] == 1:
-        return tf.raw_ops.ReluGrad(gradients=tf.squeeze(tangent, 0), features=tf.squeeze(y, 0))[None]
+        return ops.expand_dims(tf.raw_ops.ReluGrad(gradients=tf.squeeze(tangent, 0), features=tf.squeeze(y, 0)), 0)
     return tangent * tf.cast(y > 0, tangent.dtype)
 
 

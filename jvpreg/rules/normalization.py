@@ -31,10 +31,14 @@ def batch_normalization(layer, x, context, mask=None):
         mean, variance = _batch_moments(layer, x, context, mask)
     gamma = ops.cast(layer.gamma, dtype) if layer.scale else None
     beta = ops.cast(layer.beta, dtype) if layer.center else None
-    y = ops.batch_normalization(x, mean, variance, axis=layer.axis, offset=beta, scale=gamma, epsilon=layer.epsilon)
     inverse_deviation = ops.rsqrt(variance + layer.epsilon)
     slope = inverse_deviation if gamma is None else gamma * inverse_deviation
-    slope = _along(layer.axis, slope, x)
+    offset = -mean * slope if beta is None else beta - mean * slope
+    slope, offset = _along(layer.axis, slope, x), _along(layer.axis, offset, x)
+    if keras.backend.backend() == "torch":  # which has a kernel for it
+        y = ops.batch_normalization(x, mean, variance, layer.axis, offset=beta, scale=gamma, epsilon=layer.epsilon)
+    else:
+        y = x * slope + offset
 
     def push(tangent):
         return ops.cast(ops.cast(tangent, dtype) * slope, tangent.dtype)
@@ -54,9 +58,7 @@ def batch_normalization(layer, x, context, mask=None):
             (layer.moving_variance, lambda u, x: along(u, x) * slope * half * standardize(x[0])),
         ]
     if mode != "coupled":
-        intercept = -_along(layer.axis, mean, x) * slope
-        intercept = intercept if beta is None else intercept + _along(layer.axis, beta, x)
-        return y, Pushforward(lambda tangent, x: push(tangent), original, weights=weights, intercept=intercept)
+        return y, Pushforward(lambda tangent, x: push(tangent), original, weights=weights, intercept=offset)
 
     standardized = standardize(x)
     channel = layer.axis % len(x.shape)

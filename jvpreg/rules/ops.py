@@ -422,6 +422,8 @@ def normalize(operation, x, context):
 @register_rule(
     core.StopGradient,
     nn.OneHot,
+    numpy_ops.All,
+    numpy_ops.Any,
     numpy_ops.Argmax,
     numpy_ops.Argmin,
     numpy_ops.Argsort,

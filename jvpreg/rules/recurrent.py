@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import keras
 from keras import layers, ops, tree
 
-from jvpreg.registry import Declined, Pushforward, align, register_rule
+from jvpreg.registry import Declined, Pushed, Pushforward, align, register_rule
 
 _CELLS = (layers.SimpleRNNCell, layers.LSTMCell, layers.GRUCell)
 
@@ -73,15 +73,41 @@ def recurrent(layer, sequences, context, initial_state=None, mask=None):
         y = choose(y, ops.zeros_like(y) if layer.zero_output_for_mask else carried[count])
         return y, [*following, y if returned is None else following[returned]]
 
+    def finish(last, outputs, axis: int):
+        """Steps (T, …) as the layer returns them, along `axis` or the last of them; and the states if it does."""
+        y = ops.moveaxis(outputs, 0, axis) if layer.return_sequences else outputs[-1]
+        return (y, *last) if layer.return_state else y
+
+    def finish_primal(last, outputs):
+        return tree.map_structure(lambda y: ops.cast(y, layer.compute_dtype), finish(last[:count], outputs, axis=1))
+
+    def zeros(probes, batch):
+        return [ops.zeros((probes, batch, *state.shape[1:]), state.dtype) for state in flat_states]
+
+    def first_tangents(tangent, state_tangents) -> list:
+        moving = [t for t in (tangent, *state_tangents) if t is not None]
+        first = zeros(*ops.shape(moving[0])[:2])
+        if not given:
+            return first
+        return [z if t is None else ops.cast(t, z.dtype) for z, t in zip(first, state_tangents, strict=True)]
+
     # Private: a cell keeps its dropout masks, so that they are drawn once and not within the scan.
     layer._maybe_config_dropout_masks(cell, steps[0], states)
     # A cell of Keras' own without dropout is the same map at every step, of each example alone.
     known = type(layer) is not layers.RNN or all(type(c) in _CELLS for c in getattr(cell, "cells", [cell]))
     # Compiled by XLA, a scan that keeps more is cheaper than the cell a second time.
     xla = context.xla or keras.backend.backend() == "jax"
-    freeze = _freeze_at_once if known and not dropped and not xla else _freeze_step_by_step
+    at_once = known and not dropped and not xla
+    freeze = _freeze_at_once if at_once else _freeze_step_by_step
+    inputs = (steps, *kept_steps)
     try:
-        frozen, y, last, (outputs, *residuals) = freeze(cell, states, (steps, *kept_steps), context, start, hold)
+        if context.tangents is not None and (not at_once or _in_graph()):
+            tangent, *state_tangents = context.tangents[: 1 + num_given]
+            entering = None if tangent is None else in_order(tangent, 1)
+            moving = first_tangents(tangent, state_tangents)
+            primal, image = _push_along(cell, states, inputs, entering, moving, context, start, hold)
+            return finish_primal(*primal), Pushed(finish(image[0][:count], image[1], axis=2))
+        frozen, y, last, (outputs, *residuals) = freeze(cell, states, inputs, context, start, hold)
     finally:
         layer._maybe_reset_dropout_masks(cell)
 
@@ -104,21 +130,11 @@ def recurrent(layer, sequences, context, initial_state=None, mask=None):
         last, (outputs,) = _scan(push, start(state_tangents, like), inputs, [like])
         return last[:count], outputs
 
-    def finish(last, outputs):
-        """(T, P, B, …) as the layer returns it: (P, B, T, …) or the last step, and the states if it returns them."""
-        y = ops.moveaxis(outputs, 0, 2) if layer.return_sequences else outputs[-1]
-        return (y, *last) if layer.return_state else y
-
-    def zeros(probes, batch):
-        return [ops.zeros((probes, batch, *state.shape[1:]), state.dtype) for state in flat_states]
-
     def push(tangent, *arguments):
         state_tangents, residuals = arguments[:num_given], [r[0] for r in arguments[num_given:]]
-        moving = [t for t in (tangent, *state_tangents) if t is not None]
-        first = zeros(*ops.shape(moving[0])[:2])
-        if given:
-            first = [z if t is None else ops.cast(t, z.dtype) for z, t in zip(first, state_tangents, strict=True)]
-        return finish(*scan(None if tangent is None else in_order(tangent, 1), first, residuals))
+        first = first_tangents(tangent, state_tangents)
+        last, outputs = scan(None if tangent is None else in_order(tangent, 1), first, residuals)
+        return finish(last, outputs, axis=2)
 
     residuals = [*residuals, *kept_steps]
     batch_axes = [*(axis + 1 for axis in frozen.batch_axes), *[1] * len(kept_steps)]
@@ -127,13 +143,12 @@ def recurrent(layer, sequences, context, initial_state=None, mask=None):
         def push_weight(u, *residuals):
             stacked = [residual[0] for residual in residuals]
             batch = ops.shape(stacked[0])[batch_axes[0]] if stacked else ops.shape(sequences)[0]
-            return finish(*scan(None, zeros(u.shape[0], batch), stacked, part, u))
+            last, outputs = scan(None, zeros(u.shape[0], batch), stacked, part, u)
+            return finish(last, outputs, axis=2)
 
         return push_weight
 
-    output = ops.cast(ops.moveaxis(outputs, 0, 1) if layer.return_sequences else outputs[-1], layer.compute_dtype)
-    last = [ops.cast(state, layer.compute_dtype) for state in last[:count]]
-    return (output, *last) if layer.return_state else output, Pushforward(
+    return finish_primal(last, outputs), Pushforward(
         push,
         *residuals,
         weights=[(variable, part_of(part)) for variable, part in frozen.weights],
@@ -141,6 +156,50 @@ def recurrent(layer, sequences, context, initial_state=None, mask=None):
         couples_examples=frozen.couples_examples or dropped,
         takes_none=True,
     )
+
+
+def _push_along(cell, states, inputs, entering, moving: list, context, start: Callable, hold: Callable) -> tuple:
+    """Tangents that go along with the cell in one scan, so that nothing of a step has to be kept.
+
+    Args:
+        cell: the cell.
+        states: the first ones, as it takes them.
+        inputs: the steps (T, B, …), and which of them count.
+        entering: their tangents (T, P, B, …); None for zero.
+        moving: the first states' tangents (P, B, …).
+        context: see `Context`.
+        start: see `recurrent`.
+        hold: see `recurrent`.
+
+    Returns:
+        What is carried at the end, and the outputs of all steps; the same of the tangents.
+    """
+    flat_states = tree.flatten(states)
+    (y, _), _ = context.run(cell, inputs[0][0], states)  # of which the shape matters
+    image = ops.zeros((*ops.shape(moving[0])[:2], *y.shape[1:]), y.dtype)
+    carried = start(flat_states, ops.zeros_like(y))
+
+    def step(both, now):
+        before, moving = list(both[: len(carried)]), list(both[len(carried) :])
+        x, *kept = now if entering is None else now[1]
+        (y, following), pushforward = context.run(cell, x, tree.pack_sequence_as(states, before[: len(flat_states)]))
+        image, *moved = pushforward(None if entering is None else now[0], *moving[: len(flat_states)])
+        y, following = hold(y, tree.flatten(following), before, kept)
+        image, moved = hold(image, moved, moving, [ops.expand_dims(k, 0) for k in kept])
+        return [*following, *moved], [y, image]
+
+    scanned = inputs if entering is None else (entering, inputs)
+    last, (outputs, images) = _scan(step, [*carried, *start(moving, image)], scanned, [y, image])
+    return (last[: len(carried)], outputs), (last[len(carried) :], images)
+
+
+def _in_graph() -> bool:
+    """Whether what runs is only traced, so that a step of a scan is run once by Python."""
+    if keras.backend.backend() != "tensorflow":
+        return keras.backend.backend() == "jax"
+    import tensorflow as tf
+
+    return tf.inside_function()
 
 
 def _freeze_step_by_step(cell, states, inputs, context, start: Callable, hold: Callable) -> tuple:

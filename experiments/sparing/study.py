@@ -1,0 +1,137 @@
+"""The `sparing` study: norms and accuracies by how much of the penalty is computed."""
+
+import dataclasses
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+import jvpreg
+from experiments import cells, data, models, tables, timing
+from experiments.config import as_plain_dict
+from experiments.sparing.config import SparingConfig
+from experiments.train import optimizer
+
+PROBED_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Method:
+    """How much of the penalty is computed; none of it at strength 0."""
+
+    name: str
+    strength: float
+    interval: int = 1
+    fraction: float = 1.0
+
+
+def methods(config: SparingConfig) -> list[Method]:
+    """The rows of the table."""
+    return [
+        Method("no penalty", 0.0),
+        Method("every step", config.strength),
+        *(Method(f"interval={k}", config.strength, interval=k) for k in config.intervals),
+        *(Method(f"fraction={part:g}", config.strength, fraction=part) for part in config.fractions),
+    ]
+
+
+def run(config: SparingConfig) -> dict[str, Any]:
+    """Train the cells that are not trained yet, then write and print the table.
+
+    Args:
+        config: see `SparingConfig`.
+
+    Returns:
+        What `sparing.json` holds: the settings, the machine and a row a method.
+
+    Raises:
+        ExperimentError: the data cannot be had or is too small, or the folder holds cells of other settings.
+    """
+    console = tables.wide_console()
+    dataset = data.load(config.data)
+    folder = Path(config.folder)
+    rows: list[dict[str, Any]] = []
+    for method in methods(config):
+        results = []
+        for seed in config.seeds:
+            name = f"{method.name}, seed {seed}"
+            path, train = folder / "cells" / f"{name}.json", functools.partial(trained, config, method, dataset, seed)
+            result = cells.finished_or_run(path, settings(config, method, seed), train)
+            console.print(f"{name}: {100 * result['test_accuracy']:.2f}%, ‖J‖_F {result['frobenius_norm']:.3g}")
+            results.append(result)
+        rows.append({"method": method.name, "results": results})
+    summary = {"study": "sparing", "settings": as_plain_dict(config), "machine": timing.machine(), "rows": rows}
+    found = [columns(row) for row in rows]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sparing.json").write_text(json.dumps(summary, indent=2))
+    (folder / "sparing.md").write_text(f"{tables.grid_markdown(found)}\n\n{conditions(summary)}\n")
+    console.print(tables.grid(found))
+    console.print(conditions(summary))
+    console.print(f"Files: {folder}")
+    return summary
+
+
+def settings(config: SparingConfig, method: Method, seed: int) -> dict[str, Any]:
+    """All that the result of a cell depends on."""
+    shared = as_plain_dict(config)
+    for key in ("strength", "intervals", "fractions", "seeds", "folder"):
+        del shared[key]
+    return {**shared, "method": dataclasses.asdict(method), "seed": seed}
+
+
+def trained(config: SparingConfig, method: Method, dataset: data.Dataset, seed: int) -> dict[str, Any]:
+    """Train one cell.
+
+    Returns:
+        The accuracy in [0, 1] and the mean of `‖J‖_F`, both on test images.
+    """
+    keras.utils.clear_session()
+    keras.utils.set_random_seed(seed)
+    batches = data.training_batches(dataset, config.batch_size, seed, config.data.augment)
+    model = jvpreg.JacobianModel(models.build(config.model, dataset), seed=seed)
+    model.compile(
+        optimizer=optimizer(config.optimizer, config.epochs * len(batches)),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        jit_compile=config.jit_compile,
+        jacobian_regularizers=[jvpreg.regularizers.JacobianNorm(method.strength)] if method.strength else [],
+        jacobian_interval=method.interval,
+        jacobian_fraction=method.fraction,
+        jacobian_evaluate=False,
+    )
+    model.fit(batches, shuffle=False, epochs=config.epochs, callbacks=[batches.order_epochs()], verbose=0)
+    tested = model.evaluate(dataset.test.images(), dataset.test.labels, batch_size=250, verbose=0, return_dict=True)
+    images = dataset.test.take(slice(config.probed)).images()
+    norms = [
+        np.linalg.norm(keras.ops.convert_to_numpy(jvpreg.jacobian(model, part)).reshape(len(part), -1), axis=1)
+        for part in (images[i : i + PROBED_AT_ONCE] for i in range(0, len(images), PROBED_AT_ONCE))
+    ]
+    return {"test_accuracy": tested["accuracy"], "frobenius_norm": float(np.mean(np.concatenate(norms)))}
+
+
+def columns(row: dict[str, Any]) -> dict[str, str]:
+    """One method, by the heading of its column."""
+    norm, deviation = cells.mean_and_deviation([one["frobenius_norm"] for one in row["results"]])
+    return {
+        "method": row["method"],
+        "‖J‖_F": f"{norm:.3g}" + (f" ± {deviation:.2g}" if len(row["results"]) > 1 else ""),
+        "test accuracy": cells.percent([one["test_accuracy"] for one in row["results"]]),
+    }
+
+
+def conditions(summary: dict[str, Any]) -> str:
+    """What the figures mean and where they are from."""
+    settings, machine = summary["settings"], summary["machine"]
+    return (
+        f"Mean ± deviation over seeds {', '.join(map(str, settings['seeds']))} after {settings['epochs']} epochs of "
+        f"{settings['data']['train_examples'] or 'all'} images of {settings['data']['name']} in batches of "
+        f"{settings['batch_size']}; {settings['model']['name'].upper()} of width {settings['model']['width']}, "
+        f"{settings['optimizer']['name']} {settings['optimizer']['learning_rate']:g} falling along a cosine. Penalty: "
+        f"{settings['strength']:g} × the mean of ‖J‖_F², one random direction an example. ‖J‖_F: the mean over "
+        f"{settings['probed']} test images, of the whole Jacobian of the logits. Accuracy in %, on all test images. "
+        f"{machine['cores']} cores of {machine['processor']}, Keras {machine['keras']}, {machine['backend']}."
+    )
