@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from keras import ops
 
 from jvpreg.frozen import Node, Value, push_node
-from jvpreg.registry import Pushed, fold, unfold
+from jvpreg.registry import Context, fold, unfold
 
 FEW = 2
 """Times fewer numbers than weights must there be in `x` and its tangents, for both to go in one call."""
@@ -25,14 +26,15 @@ class Companions:
 
     Attributes:
         num_probes: P.
+        weights: their tangents, by their `id`.
         variables: those that have tangents.
     """
 
     def __init__(self, tangents: Sequence, weights: Sequence[tuple[Any, Any]] = ()):
         self._tangents = list(tangents)
-        self._weights = {id(variable): tangent for variable, tangent in weights}
+        self.weights = {id(variable): tangent for variable, tangent in weights}
         self._by_slot: dict[int, Any] = {}
-        self.num_probes = next(ops.shape(t)[0] for t in [*tangents, *self._weights.values()] if t is not None)
+        self.num_probes = next(ops.shape(t)[0] for t in [*tangents, *self.weights.values()] if t is not None)
         self.variables = [variable for variable, _ in weights]
 
     def enter(self, inputs: Sequence[Value]) -> None:
@@ -41,27 +43,25 @@ class Companions:
 
     def enter_weight(self, variable, value: Value) -> None:
         """States which value stands for a variable."""
-        self._by_slot[value.slot] = self._weights.get(id(variable))
+        self._by_slot[value.slot] = self.weights.get(id(variable))
 
     def of(self, value: Value):
         """The tangent of a value; None where it is zero."""
         return self._by_slot.get(value.slot)
 
-    def packing(self, inputs: Sequence[Value]) -> "Packing":
-        """`Context.apply`, for an operation of these inputs."""
-        return Packing(inputs[0], self.of(inputs[0])) if len(inputs) == 1 else Packing()
+    def context(self, context: Context, operation, inputs: Sequence[Value]) -> Context:
+        """The context with what goes along with an operation's inputs."""
+        packing = Packing(inputs[0], self.of(inputs[0])) if len(inputs) == 1 else Packing()
+        tangents = [self.of(value) for value in inputs]
+        weights = {id(v): self.weights[id(v)] for v in getattr(operation, "variables", ()) if id(v) in self.weights}
+        moved = bool(weights) or any(tangent is not None for tangent in tangents)
+        return replace(context, apply=packing, tangents=tangents if moved else None, weights=weights)
 
-    def tangents(self, operation, inputs: Sequence[Value]) -> list | None:
-        """`Context.tangents`; None where they are zero, or not all: a weight of the operation has one too."""
-        found = [self.of(value) for value in inputs]
-        owned = any(id(variable) in self._weights for variable in getattr(operation, "variables", ()))
-        return None if owned or all(tangent is None for tangent in found) else found
-
-    def push(self, node: Node, image=None) -> None:
-        """Pushes the tangents of a node's inputs through it; `image` is what they become, where it is known already."""
-        image = node.pushforward.image if isinstance(node.pushforward, Pushed) else image
+    def push(self, node: Node, context: Context) -> None:
+        """Pushes the tangents of a node's inputs through it, unless they went along in the `context` of its rule."""
+        image = getattr(context.apply, "image", None)
         tangents = [self.of(value) for value in node.inputs]
-        images = push_node(node, tangents, self._weights, (self.num_probes, None), image=image)
+        images = push_node(node, tangents, self.weights, (self.num_probes, None), image=image)
         for value, tangent in zip(node.outputs, images or [None] * len(node.outputs), strict=True):
             self._by_slot[value.slot] = tangent
 

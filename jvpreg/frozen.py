@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from jvpreg.registry import Pushforward, align
+from jvpreg.registry import Pushed, Pushforward, align
 
 
 @dataclass(frozen=True)
@@ -251,6 +251,8 @@ def push_node(
     if pushforward is None:
         return None
     residuals = pushforward.broadcast_residuals() if residuals is None else residuals
+    if isinstance(pushforward, Pushed):
+        image, weights = pushforward.image, {}
     images: list[Sequence] = []
     if image is not None:
         images.append(_tuple(image))

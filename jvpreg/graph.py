@@ -128,13 +128,10 @@ class Tracer:
         kwargs |= tree.map_structure(masks.primal_of, given)
         kwargs = {key: value for key, value in kwargs.items() if key != "training" and value is not None}
         context = replace(self.context, run=functools.partial(self._run_inner, values))
-        packing = None
         if self.companions is not None:
-            packing = self.companions.packing(values)
-            context = replace(context, apply=packing, tangents=self.companions.tangents(operation, values))
+            context = self.companions.context(context, operation, values)
         primal, pushforward = rule.function(operation, *args, context=context, **kwargs)
-        image = None if packing is None else packing.image
-        outputs = self._record(name, operation, values, primal, pushforward, image)
+        outputs = self._record(name, operation, values, primal, pushforward, context)
         activation = getattr(operation, rule.activation) if rule.activation else None
         if activation is not None and activation is not keras.activations.linear:
             outputs = self._run_activation(activation, outputs, f"{name}/activation")
@@ -302,14 +299,14 @@ class Tracer:
     def _run_activation(self, activation, value: Value, name: str) -> Value:
         return self._run_named(activation, (value,), {}, name)
 
-    def _record(self, name, operation, inputs: Sequence[Value], primal, pushforward, image=None):
+    def _record(self, name, operation, inputs: Sequence[Value], primal, pushforward, context: Context | None = None):
         batched = any(value.batched for value in inputs)
         outputs = tree.map_structure(lambda leaf: self.value(leaf, batched), primal)
         layer = operation if isinstance(operation, keras.Layer) else self._opened
         node = Node(name, operation, tuple(inputs), tuple(tree.flatten(outputs)), pushforward, layer)
         self.nodes.append(node)
         if self.companions is not None:
-            self.companions.push(node, image)
+            self.companions.push(node, context or self.context)
         return outputs
 
     def _unique(self, name: str) -> str:

@@ -10,8 +10,8 @@ probes. What is frozen per example (a mask, an argmax, a slope) has no probe axi
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import keras
@@ -34,6 +34,7 @@ class Context:
             the same call, where that is cheaper: the weights are read once.
         tangents: `(P, B, …)` of each input (None: zero), where one product with them is all that will be asked of the
             operation: its rule may then return what they become, as `Pushed`, and freeze nothing.
+        weights: tangents `(P, …)` of variables, by their `id`, which are part of that product.
     """
 
     training: bool = False
@@ -43,6 +44,7 @@ class Context:
     run: Callable | None = None
     apply: Callable = lambda function, x, num_weights: function(x)
     tangents: Sequence | None = None
+    weights: Mapping[int, Any] = field(default_factory=dict)
 
 
 class Pushforward:
@@ -97,14 +99,15 @@ class Pushforward:
 
 
 class Pushed(Pushforward):
-    """What a node made of `Context.tangents`, in place of a map.
+    """What a node made of `Context.tangents` and `Context.weights`, in place of a map.
 
     Args:
         image: the output's tangent `(P, B, …)`; a tuple of tangents for several outputs.
+        variables: those whose tangents are part of it, where they have one.
     """
 
-    def __init__(self, image):
-        super().__init__(lambda *tangents: image)
+    def __init__(self, image, variables: Iterable = ()):
+        super().__init__(lambda *tangents: image, weights=[(variable, lambda *_: None) for variable in variables])
         self.image = image
 
 

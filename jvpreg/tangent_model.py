@@ -3,7 +3,7 @@
 import keras
 from keras import tree
 
-from jvpreg.freeze import linearize
+from jvpreg.freeze import jvp
 from jvpreg.inputs import flatten_inputs
 from jvpreg.registry import unwrap
 
@@ -59,8 +59,7 @@ class TangentModel(keras.Model):
             ValueError: `inputs` is no pair, or a shape does not fit.
         """
         x, u = self._split(inputs)
-        linearization = linearize(self.base, x, fallback="error")
-        return linearization.outputs, linearization.jvp(u)
+        return jvp(self.base, x, u, fallback="error")
 
     def compute_output_spec(self, inputs, **kwargs):
         """The base model's outputs twice, the second time in float32 at least."""

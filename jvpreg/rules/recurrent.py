@@ -84,9 +84,8 @@ def recurrent(layer, sequences, context, initial_state=None, mask=None):
     def zeros(probes, batch):
         return [ops.zeros((probes, batch, *state.shape[1:]), state.dtype) for state in flat_states]
 
-    def first_tangents(tangent, state_tangents) -> list:
-        moving = [t for t in (tangent, *state_tangents) if t is not None]
-        first = zeros(*ops.shape(moving[0])[:2])
+    def first_tangents(probes, batch, state_tangents) -> list:
+        first = zeros(probes, batch)
         if not given:
             return first
         return [z if t is None else ops.cast(t, z.dtype) for z, t in zip(first, state_tangents, strict=True)]
@@ -104,9 +103,10 @@ def recurrent(layer, sequences, context, initial_state=None, mask=None):
         if context.tangents is not None and (not at_once or _in_graph()):
             tangent, *state_tangents = context.tangents[: 1 + num_given]
             entering = None if tangent is None else in_order(tangent, 1)
-            moving = first_tangents(tangent, state_tangents)
-            primal, image = _push_along(cell, states, inputs, entering, moving, context, start, hold)
-            return finish_primal(*primal), Pushed(finish(image[0][:count], image[1], axis=2))
+            moved = [t for t in (*context.tangents, *context.weights.values()) if t is not None]
+            moving = first_tangents(ops.shape(moved[0])[0], ops.shape(sequences)[0], state_tangents)
+            variables, primal, image = _push_along(cell, states, inputs, entering, moving, context, start, hold)
+            return finish_primal(*primal), Pushed(finish(image[0][:count], image[1], axis=2), variables)
         frozen, y, last, (outputs, *residuals) = freeze(cell, states, inputs, context, start, hold)
     finally:
         layer._maybe_reset_dropout_masks(cell)
@@ -132,7 +132,8 @@ def recurrent(layer, sequences, context, initial_state=None, mask=None):
 
     def push(tangent, *arguments):
         state_tangents, residuals = arguments[:num_given], [r[0] for r in arguments[num_given:]]
-        first = first_tangents(tangent, state_tangents)
+        probes, batch, *_ = next(ops.shape(t) for t in (tangent, *state_tangents) if t is not None)
+        first = first_tangents(probes, batch, state_tangents)
         last, outputs = scan(None if tangent is None else in_order(tangent, 1), first, residuals)
         return finish(last, outputs, axis=2)
 
@@ -172,10 +173,11 @@ def _push_along(cell, states, inputs, entering, moving: list, context, start: Ca
         hold: see `recurrent`.
 
     Returns:
-        What is carried at the end, and the outputs of all steps; the same of the tangents.
+        The variables that can have tangents; what is carried at the end, and the outputs of all steps; and the same of
+        the tangents.
     """
     flat_states = tree.flatten(states)
-    (y, _), _ = context.run(cell, inputs[0][0], states)  # of which the shape matters
+    (y, _), first = context.run(cell, inputs[0][0], states)  # of which only shapes and variables matter
     image = ops.zeros((*ops.shape(moving[0])[:2], *y.shape[1:]), y.dtype)
     carried = start(flat_states, ops.zeros_like(y))
 
@@ -183,14 +185,20 @@ def _push_along(cell, states, inputs, entering, moving: list, context, start: Ca
         before, moving = list(both[: len(carried)]), list(both[len(carried) :])
         x, *kept = now if entering is None else now[1]
         (y, following), pushforward = context.run(cell, x, tree.pack_sequence_as(states, before[: len(flat_states)]))
-        image, *moved = pushforward(None if entering is None else now[0], *moving[: len(flat_states)])
+        images = pushforward(None if entering is None else now[0], *moving[: len(flat_states)])
+        for variable, part in pushforward.weights:
+            if id(variable) in context.weights:
+                parts = part(context.weights[id(variable)], *pushforward.broadcast_residuals())
+                images = [a + align(b, len(a.shape)) for a, b in zip(images, parts, strict=True)]
+        image, *moved = images
         y, following = hold(y, tree.flatten(following), before, kept)
         image, moved = hold(image, moved, moving, [ops.expand_dims(k, 0) for k in kept])
         return [*following, *moved], [y, image]
 
     scanned = inputs if entering is None else (entering, inputs)
     last, (outputs, images) = _scan(step, [*carried, *start(moving, image)], scanned, [y, image])
-    return (last[: len(carried)], outputs), (last[len(carried) :], images)
+    variables = [variable for variable, _ in first.weights]
+    return variables, (last[: len(carried)], outputs), (last[len(carried) :], images)
 
 
 def _in_graph() -> bool:
