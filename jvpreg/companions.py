@@ -1,10 +1,12 @@
 """Tangents that go through a model along with `x`, node by node, while it is frozen."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import keras
 from keras import ops
 
 from jvpreg.frozen import Node, Value, push_node
@@ -49,51 +51,46 @@ class Companions:
         """The tangent of a value; None where it is zero."""
         return self._by_slot.get(value.slot)
 
-    def context(self, context: Context, operation, inputs: Sequence[Value]) -> Context:
+    def context(self, context: Context, inputs: Sequence[Value]) -> Context:
         """The context with what goes along with an operation's inputs."""
-        packing = Packing(inputs[0], self.of(inputs[0])) if len(inputs) == 1 else Packing()
-        tangents = [self.of(value) for value in inputs]
-        weights = {id(v): self.weights[id(v)] for v in getattr(operation, "variables", ()) if id(v) in self.weights}
-        moved = bool(weights) or any(tangent is not None for tangent in tangents)
-        return replace(context, apply=packing, tangents=tangents if moved else None, weights=weights)
+        tangents = [None if (t := self.of(v)) is None else ops.cast(t, v.primal.dtype) for v in inputs]
+        apply = context.apply
+        if len(inputs) == 1 and tangents[0] is not None:
+            apply = functools.partial(apply_at_once, inputs[0].primal, tangents[0])
+        moved = self.weights or any(tangent is not None for tangent in tangents)
+        return replace(context, apply=apply, tangents=tangents if moved else None, weights=self.weights)
 
-    def push(self, node: Node, context: Context) -> None:
-        """Pushes the tangents of a node's inputs through it, unless they went along in the `context` of its rule."""
-        image = getattr(context.apply, "image", None)
-        tangents = [self.of(value) for value in node.inputs]
-        images = push_node(node, tangents, self.weights, (self.num_probes, None), image=image)
+    def push(self, node: Node) -> None:
+        """Pushes the tangents of a node's inputs through it."""
+        images = push_node(node, [self.of(value) for value in node.inputs], self.weights, (self.num_probes, None))
         for value, tangent in zip(node.outputs, images or [None] * len(node.outputs), strict=True):
             self._by_slot[value.slot] = tangent
 
 
-class Packing:
-    """Runs what is linear on a value and its tangent at once, where the batch is so small that the weights dominate.
+def apply_at_once(known, tangent, function: Callable, x, num_weights: int) -> tuple:
+    """`function` of x and its tangent, as `Context.apply`: in one call where the weights dominate.
 
     Args:
-        value: an operation's input.
-        tangent: `(P, B, …)`; None for zero.
-
-    Attributes:
-        image: what the tangent became, `(P, B, …)`; None unless it was run along.
+        known: the input, `(B, …)`.
+        tangent: its tangent, `(P, B, …)`.
+        function: what is linear.
+        x: what it is to be applied to; tangents go along if it is the input itself.
+        num_weights: how many numbers the function reads beside.
     """
+    # Unknown sizes stay separate: whether they are few cannot be known.
+    if x is not known or not all(isinstance(size, int) for size in (*x.shape, *tangent.shape)):
+        return function(x), None
+    batch, num_probes = x.shape[0], tangent.shape[0]
+    if num_weights < MANY or FEW * math.prod(x.shape) * (1 + num_probes) > num_weights:
+        return function(x), None
+    y, image = ops.split(function(ops.concatenate([x, fold(tangent)])), [batch])
+    return y, unfold(image, num_probes)
 
-    def __init__(self, value: Value | None = None, tangent: Any = None):
-        self._value = value
-        self._tangent = tangent
-        self.image: Any = None
 
-    def __call__(self, function, x, num_weights: int):
-        """`function(x)`; see `Context.apply`."""
-        if self._value is None or self._tangent is None or x is not self._value.primal:
-            return function(x)
-        shapes = (*x.shape, *self._tangent.shape)
-        # Unknown sizes stay separate: whether they are few cannot be known.
-        if not all(isinstance(size, int) for size in shapes):
-            return function(x)
-        batch, num_probes = x.shape[0], self._tangent.shape[0]
-        if num_weights < MANY or FEW * math.prod(x.shape) * (1 + num_probes) > num_weights:
-            return function(x)
-        both = function(ops.concatenate([x, fold(ops.cast(self._tangent, x.dtype))]))
-        y, image = ops.split(both, [batch])
-        self.image = unfold(image, num_probes)
-        return y
+def runs_eagerly() -> bool:
+    """Whether operations run as they are called, so that memory is held by Python, and loops are Python's."""
+    if keras.backend.backend() != "tensorflow":
+        return keras.backend.backend() == "torch"
+    import tensorflow as tf
+
+    return tf.executing_eagerly()

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import keras
 from keras import ops, tree
 
-from jvpreg.companions import Companions
+from jvpreg.companions import Companions, runs_eagerly
 from jvpreg.frozen import FrozenGraph, Node
 from jvpreg.graph import trace
 from jvpreg.inputs import flatten_inputs, standardize_inputs
@@ -45,8 +45,8 @@ def linearize(
             the batch map, in which one example's tangent depends on the others'.
         fallback: what to do with an operation that has no rule and cannot be opened up. `"warn"`: leave that node to
             the backend's autodiff, and say so once; `"allow"`: say nothing; `"error"`: raise.
-        xla: whether this runs in a function that XLA compiles, if you know: in a plain TensorFlow graph (False) max
-            pooling is then run by TensorFlow's own kernel, which is the fastest there. It changes nothing else.
+        xla: whether this runs in a function that XLA compiles, if you know: in a plain TensorFlow graph (False) ReLU
+            and max pooling are then run by TensorFlow's own kernels, which are the fastest there. No result changes.
 
     Returns:
         A `Linearization`: `.outputs`, `.jvp(u)`, `.vjp(v)`, `.intercepts`.
@@ -92,7 +92,12 @@ def jvp(model, x, u, **kwargs):
     flat = flatten_inputs(model, u, "u")
     check_count(flat, inputs, "u", "x")
     tangents, probed = standardize_tangents(flat, inputs, [("u", "x")] * len(inputs))
-    return _product(model, x, inputs, Companions(tangents), probed, **kwargs)
+    companions = Companions(tangents)
+    if companions.num_probes != 1 and runs_eagerly():
+        # Companions are held to the end, which a compiler would not do.
+        linearization = linearize(model, x, **kwargs)
+        return linearization.outputs, linearization.jvp(u)
+    return _product(model, x, inputs, companions, probed, **kwargs)
 
 
 def vjp(model, x, v, **kwargs):
@@ -121,11 +126,15 @@ def weight_jvp(model, x, weights, **kwargs):
     [[4.0, 4.0]]
     """
     model = _checked_model(model)
+    known = getattr(model, "variables", [])
+    try:
+        given = weight_tangents(weights or {}, known)
+    except ValueError:
+        given = []  # A weight that the model does not track; or none of its weights, which is then said.
+    if not given or runs_eagerly():  # as `jvp`, for any number of probes
+        linearization = linearize(model, x, **kwargs)
+        return linearization.outputs, linearization.jvp(weights=weights)
     inputs = standardize_inputs(model, x)
-    # Which of them tangents can reach is known at the end only.
-    given = weight_tangents(weights, getattr(model, "variables", []))
-    if not given:
-        raise ValueError(f"Invalid value for argument `weights`. Expected one at least. Received: weights={weights!r}")
     like = [ops.convert_to_tensor(variable) for variable, _ in given]
     names = [("weights", f"`{variable.path}`") for variable, _ in given]
     tangents, probed = standardize_tangents([tangent for _, tangent in given], like, names)

@@ -235,7 +235,6 @@ def push_node(
     weights: Mapping[int, Any],
     leading: tuple,
     residuals: Sequence | None = None,
-    image: Any = None,
 ) -> list | None:
     """The tangents of one node's outputs; None if they are all zero.
 
@@ -245,17 +244,14 @@ def push_node(
         weights: tangents `(P, …)` of variables, by their `id`.
         leading: P, and B or None: see `FrozenGraph.push`.
         residuals: with the probe axis; by default the node's own.
-        image: what the inputs' tangents become, where that is known already.
     """
     pushforward = node.pushforward
     if pushforward is None:
         return None
     residuals = pushforward.broadcast_residuals() if residuals is None else residuals
-    if isinstance(pushforward, Pushed):
-        image, weights = pushforward.image, {}
     images: list[Sequence] = []
-    if image is not None:
-        images.append(_tuple(image))
+    if pushforward.image is not None:
+        images.append(_tuple(pushforward.image))
     elif any(tangent is not None for tangent in tangents):
         if not pushforward.takes_none:
             pairs = zip(tangents, node.inputs, strict=True)
@@ -266,7 +262,7 @@ def push_node(
         cast = [None if t is None else ops.cast(t, v.primal.dtype) for t, v in zip(filled, node.inputs, strict=True)]
         images.append(_tuple(pushforward.function(*cast, *residuals)))
     for variable, part in pushforward.weights:
-        if id(variable) in weights:
+        if id(variable) in weights and not isinstance(pushforward, Pushed):
             image = _tuple(part(weights[id(variable)], *residuals))
             images.append([_spread(t, leading, v) for t, v in zip(image, node.outputs, strict=True)])
     if not images:

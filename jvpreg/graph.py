@@ -48,6 +48,10 @@ class Tracer:
     _weight_dtype: str | None = None
     _opened: Any = None
 
+    def __post_init__(self):
+        # What goes along with an operation's inputs does not with those of the operations within it.
+        self.context = replace(self.context, apply=Context.apply, tangents=None, weights={})
+
     def value(self, primal, batched: bool = True) -> Value:
         """A new value with a slot of its own."""
         self.num_slots += 1
@@ -129,9 +133,9 @@ class Tracer:
         kwargs = {key: value for key, value in kwargs.items() if key != "training" and value is not None}
         context = replace(self.context, run=functools.partial(self._run_inner, values))
         if self.companions is not None:
-            context = self.companions.context(context, operation, values)
+            context = self.companions.context(context, values)
         primal, pushforward = rule.function(operation, *args, context=context, **kwargs)
-        outputs = self._record(name, operation, values, primal, pushforward, context)
+        outputs = self._record(name, operation, values, primal, pushforward)
         activation = getattr(operation, rule.activation) if rule.activation else None
         if activation is not None and activation is not keras.activations.linear:
             outputs = self._run_activation(activation, outputs, f"{name}/activation")
@@ -299,14 +303,14 @@ class Tracer:
     def _run_activation(self, activation, value: Value, name: str) -> Value:
         return self._run_named(activation, (value,), {}, name)
 
-    def _record(self, name, operation, inputs: Sequence[Value], primal, pushforward, context: Context | None = None):
+    def _record(self, name, operation, inputs: Sequence[Value], primal, pushforward):
         batched = any(value.batched for value in inputs)
         outputs = tree.map_structure(lambda leaf: self.value(leaf, batched), primal)
         layer = operation if isinstance(operation, keras.Layer) else self._opened
         node = Node(name, operation, tuple(inputs), tuple(tree.flatten(outputs)), pushforward, layer)
         self.nodes.append(node)
         if self.companions is not None:
-            self.companions.push(node, context or self.context)
+            self.companions.push(node)
         return outputs
 
     def _unique(self, name: str) -> str:

@@ -29,9 +29,10 @@ class Context:
         xla: whether XLA compiles the run; None where that is not known.
         run: `run(operation, *inputs) -> (outputs, Pushforward)` linearizes another operation, for the rule of a
             wrapper or of a layer that repeats another one.
-        apply: `apply(function, x, num_weights) -> function(x)` runs the linear part, with so many weights, of an
-            operation of one input `x`, example by example. Tangents that travel along with `x` then go through it in
-            the same call, where that is cheaper: the weights are read once.
+        apply: `apply(function, x, num_weights) -> (function(x), image)` runs the linear part, with so many weights, of
+            an operation of one input `x`, example by example. Tangents that travel along with `x` go through it in the
+            same call, where that is cheaper, since the weights are read once: `image` is then what they became, for
+            the `Pushforward`, and else None.
         tangents: `(P, B, …)` of each input (None: zero), where one product with them is all that will be asked of the
             operation: its rule may then return what they become, as `Pushed`, and freeze nothing.
         weights: tangents `(P, …)` of variables, by their `id`, which are part of that product.
@@ -42,7 +43,7 @@ class Context:
     fallback: str = "warn"
     xla: bool | None = None
     run: Callable | None = None
-    apply: Callable = lambda function, x, num_weights: function(x)
+    apply: Callable = lambda function, x, num_weights: (function(x), None)
     tangents: Sequence | None = None
     weights: Mapping[int, Any] = field(default_factory=dict)
 
@@ -63,6 +64,7 @@ class Pushforward:
         takes_none: whether the function takes None for an input without a tangent; else it is given zeros.
         intercept: what the operation adds to its linear part, to be broadcast to its output, where the rule knows it:
             a bias; by default it is found as `y − function(x)`, at the cost of one more run and its gradient.
+        image: what `Context.tangents` became, where they went along with the inputs: nothing more is pushed then.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Pushforward:
         couples_examples: bool = False,
         takes_none: bool = False,
         intercept: Any = None,
+        image: Any = None,
     ):
         self.function = function
         self.residuals = residuals
@@ -82,6 +85,7 @@ class Pushforward:
         self.couples_examples = couples_examples
         self.takes_none = takes_none
         self.intercept = intercept
+        self.image = image
 
     def __call__(self, *tangents):
         """The output's tangent `(P, B, …)` for the inputs' tangents `(P, B, …)`."""
@@ -99,7 +103,7 @@ class Pushforward:
 
 
 class Pushed(Pushforward):
-    """What a node made of `Context.tangents` and `Context.weights`, in place of a map.
+    """What a node made of `Context.tangents` and `Context.weights`, in place of a map that can be used again.
 
     Args:
         image: the output's tangent `(P, B, …)`; a tuple of tangents for several outputs.
@@ -107,8 +111,9 @@ class Pushed(Pushforward):
     """
 
     def __init__(self, image, variables: Iterable = ()):
-        super().__init__(lambda *tangents: image, weights=[(variable, lambda *_: None) for variable in variables])
-        self.image = image
+        super().__init__(
+            lambda *_: image, weights=[(variable, lambda *_: image) for variable in variables], image=image
+        )
 
 
 def linear(function: Callable) -> Pushforward:
@@ -125,12 +130,14 @@ def linear(function: Callable) -> Pushforward:
     return Pushforward(push)
 
 
-def affine(function: Callable, x, weights: Iterable[tuple[Any, Callable]], intercept: Any = None) -> Pushforward:
+def affine(
+    function: Callable, x, weights: Iterable[tuple[Any, Callable]], intercept: Any = None, image: Any = None
+) -> Pushforward:
     """As `linear`, for an operation with weights, in which it is linear too.
 
     `weights` pairs each variable (or None, which is left out) with `part(tangent, x)`: what the operation returns with
     one tangent of the variable, `(*shape,)`, in its place, at the input `x` (B, …), and without the other weights. The
-    `intercept` is that of `Pushforward`.
+    `intercept` and the `image` are those of `Pushforward`.
     """
     push = linear(function).function
 
@@ -138,7 +145,7 @@ def affine(function: Callable, x, weights: Iterable[tuple[Any, Callable]], inter
         return lambda tangent, x: ops.stack([part(ops.cast(row, x.dtype), x[0]) for row in ops.unstack(tangent)])
 
     parts = [(variable, probed(part)) for variable, part in weights]
-    return Pushforward(lambda tangent, x: push(tangent), x, weights=parts, intercept=intercept)
+    return Pushforward(lambda tangent, x: push(tangent), x, weights=parts, intercept=intercept, image=image)
 
 
 def each_probe(function: Callable) -> Callable:

@@ -7,9 +7,10 @@ from compare import assert_close, normal, randomize
 from keras import layers, ops
 
 import jvpreg
-from jvpreg import companions
-from jvpreg.companions import FEW, Packing
-from jvpreg.frozen import Value
+from jvpreg import companions, registry
+from jvpreg.companions import FEW, apply_at_once
+
+numpy = ops.convert_to_numpy
 
 
 @pytest.fixture(autouse=True)
@@ -31,29 +32,38 @@ def mixed():
 def counted(monkeypatch) -> list[int]:
     """How many examples each linear part was run on."""
     sizes = []
-    run = Packing.__call__
 
-    def spy(self, function, x, num_weights):
+    def spy(known, tangent, function, x, num_weights):
         def watched(x):
             sizes.append(x.shape[0])
             return function(x)
 
-        return run(self, watched, x, num_weights)
+        return apply_at_once(known, tangent, watched, x, num_weights)
 
-    monkeypatch.setattr(Packing, "__call__", spy)
+    monkeypatch.setattr(companions, "apply_at_once", spy)
     return sizes
+
+
+def in_graph(function, *tensors):
+    """What a function returns in a TensorFlow graph; elsewhere as it is."""
+    if keras.backend.backend() != "tensorflow":
+        return function(*tensors)
+    import tensorflow as tf
+
+    return tf.function(function, autograph=False)(*map(ops.convert_to_tensor, tensors))
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 4, 3), (1, 2, 4, 4, 3), (5, 2, 4, 4, 3)])
 def test_products_are_those_of_the_linearization(float64, monkeypatch, shape):
     model = randomize(mixed())
     x, u = normal(2, 4, 4, 3), normal(*shape, seed=1)
-    sizes = counted(monkeypatch)
-    y, ju = jvpreg.jvp(model, x, u)
-    assert any(size > 2 for size in sizes)
-    assert any(size == 2 for size in sizes)
     lin = jvpreg.linearize(model, x)
-    assert_close([y, ju], [lin.outputs, lin.jvp(u)])
+    sizes = counted(monkeypatch)
+    for run in (in_graph, lambda function, *tensors: function(*tensors)):
+        assert_close(run(lambda x, u: jvpreg.jvp(model, x, u), x, u), [lin.outputs, lin.jvp(u)])
+    # Several probes do not go along in eager mode, where they would all be held.
+    assert any(size > 2 for size in sizes) == (keras.backend.backend() != "torch" or u.size == x.size)
+    assert any(size == 2 for size in sizes) == any(size > 2 for size in sizes)
 
 
 def test_a_large_batch_goes_alone(monkeypatch):
@@ -69,11 +79,11 @@ def test_products_along_weights(float64, monkeypatch):
     weights = [v for v in model.trainable_variables if v.path.startswith(("many", "last"))]
     pairs = [(v, normal(3, *v.shape, seed=i)) for i, v in enumerate(weights)]
     assert len(pairs) == 4
-    sizes = counted(monkeypatch)
-    y, moved = jvpreg.weight_jvp(model, x, pairs)
-    assert any(size == 8 for size in sizes)
     lin = jvpreg.linearize(model, x)
-    assert_close([y, moved], [lin.outputs, lin.jvp(weights=pairs)])
+    sizes = counted(monkeypatch)
+    for run in (in_graph, lambda function, *tensors: function(*tensors)):
+        assert_close(run(lambda x: jvpreg.weight_jvp(model, x, pairs), x), [lin.outputs, lin.jvp(weights=pairs)])
+    assert any(size == 8 for size in sizes) == (keras.backend.backend() != "torch")
 
 
 @pytest.mark.parametrize("batch_statistics", ["frozen", "coupled"])
@@ -107,25 +117,106 @@ def test_what_no_tangent_reaches_is_zero(float64):
     assert np.count_nonzero(ops.convert_to_numpy(zero)) == 0
 
 
-def test_where_packing_pays():
-    """From the size at which weights are `FEW` times as many as the numbers in `x` and its tangents."""
+def test_where_packing_pays(monkeypatch):
+    """From the size at which weights are `FEW` times as many as the numbers in `x` and its tangents, and `MANY`."""
     x, tangent = normal(2, 5).astype("float32"), normal(3, 2, 5, seed=1).astype("float32")
     numbers = FEW * x.size * 4
-    for num_weights, together in ((numbers, True), (numbers - 1, False)):
-        packing = Packing(Value(x, 0), tangent)
-        np.testing.assert_array_equal(packing(lambda rows: 2 * rows, x, num_weights), 2 * x)
-        assert (packing.image is not None) == together
+    for many, num_weights, together in ((0, numbers, True), (0, numbers - 1, False), (numbers + 1, numbers, False)):
+        monkeypatch.setattr(companions, "MANY", many)
+        y, image = apply_at_once(x, tangent, lambda rows: 2 * rows, x, num_weights)
+        np.testing.assert_array_equal(y, 2 * x)
+        assert (image is not None) == together
         if together:
-            np.testing.assert_array_equal(packing.image, 2 * tangent)
+            np.testing.assert_array_equal(image, 2 * tangent)
 
 
-def test_few_weights_go_alone(monkeypatch):
-    monkeypatch.setattr(companions, "MANY", 1000)
-    x, tangent = np.ones((1, 2)), np.ones((1, 1, 2))
-    for num_weights, together in ((1000, True), (999, False)):
-        packing = Packing(Value(x, 0), tangent)
-        packing(lambda rows: rows, x, num_weights)
-        assert (packing.image is not None) == together
+def test_a_rule_may_run_another_one(float64, monkeypatch):
+    """What went along in the inner one is not taken for what the outer one makes of it."""
+
+    class Twice(layers.Dense):
+        pass
+
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+
+    @jvpreg.register_rule(Twice)
+    def twice(layer, x, context):
+        y, dense = registry.find_rule(layers.Dense(1)).function(layer, x, context=context)
+        return 2 * y, jvpreg.linear(lambda t: 2 * dense.function(t[None], x[None])[0])
+
+    model = randomize(keras.Sequential([keras.Input((3,)), Twice(40)]))
+    x, u = normal(1, 3), normal(1, 3, seed=1)
+    assert_close(in_graph(lambda x, u: jvpreg.jvp(model, x, u), x, u)[1], jvpreg.linearize(model, x).jvp(u))
+
+
+def test_weights_that_the_model_does_not_track(float64):
+    """A closure's, and those of a function."""
+    x, inner = normal(2, 3), layers.Dense(4)
+    inner.build((None, 3))
+    start = keras.Input((3,))
+    function = keras.Function(start, inner(start))
+    u = normal(3, 4, seed=1)
+    expected = jvpreg.linearize(function, x).jvp(weights=[(inner.kernel, u)])
+    assert_close(jvpreg.weight_jvp(function, x, [(inner.kernel, u)])[1], expected)
+
+
+def test_weights_that_a_cell_borrows(float64):
+    shared = layers.Dense(3, use_bias=False)
+    shared.build((None, 3))
+
+    class Borrowing(layers.Layer):
+        state_size = output_size = 3
+
+        def build(self, shape):
+            self.kernel = self.add_weight((3, 3))
+
+        def call(self, x, states):
+            y = ops.tanh(ops.matmul(x, self.kernel) + ops.matmul(states[0], borrowed.kernel))
+            return y, [y]
+
+    borrowed = shared
+    model = randomize(keras.Sequential([keras.Input((4, 3)), layers.RNN(Borrowing())]))
+    x, (kernel,) = normal(2, 4, 3), [v for v in model.variables if v is not shared.kernel]
+    lin = jvpreg.linearize(model, x)
+    pairs = [(kernel, normal(3, 3, seed=1)), (shared.kernel, normal(3, 3, seed=2))]
+    expected = [lin.outputs, lin.jvp(weights=pairs)]
+    assert_close(in_graph(lambda x: jvpreg.weight_jvp(model, x, pairs), x), expected)
+
+
+def test_a_cell_that_draws_or_mixes_is_frozen_step_by_step(float64):
+    """Its activation is a layer, or a function that mixes examples."""
+    x, u = normal(2, 4, 3), normal(2, 4, 3, seed=1)
+    drawing = layers.SimpleRNN(5, use_bias=False, activation=layers.Dropout(0.5, seed=1))
+    model = randomize(keras.Sequential([keras.Input((4, 3)), drawing]))
+    y, jx = jvpreg.jvp(model, x, x, training=True)
+    assert_close(y, jx)  # homogeneous, with the masks that were drawn
+    mixing = layers.SimpleRNN(5, activation=lambda z: ops.tanh(z - ops.mean(z, axis=0, keepdims=True)))
+    model = randomize(keras.Sequential([keras.Input((4, 3)), mixing]))
+    step = 1e-6
+    moved = (numpy(model(x + step * u)) - numpy(model(x - step * u))) / (2 * step)
+    assert_close(jvpreg.jvp(model, x, u)[1], moved, 1e-7)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="the kernels are TensorFlow's")
+@pytest.mark.parametrize("num_probes", [1, 3])
+def test_gradients_in_a_graph_of_unknown_batch(float64, num_probes):
+    """Of penalties on products that go along, by kernels of ReLU and pooling, against those of a linearization."""
+    import tensorflow as tf
+
+    x = keras.Input((6, 3))
+    y = layers.MaxPooling1D(3, strides=2, padding="same")(layers.Dense(4, activation="relu")(x))
+    y = layers.LSTM(4, return_sequences=True)(layers.MaxPooling1D(2, padding="same")(y))
+    model = randomize(keras.Model(x, layers.GRU(3)(layers.Masking()(y))))
+    points, u = normal(2, 6, 3), normal(num_probes, 2, 6, 3, seed=1)
+
+    def gradients(points, u, along, **options):
+        with tf.GradientTape() as tape:
+            product = jvpreg.jvp(model, points, u, **options)[1] if along else jvpreg.linearize(model, points).jvp(u)
+            penalty = tf.reduce_sum(product**2)
+        return tape.gradient(penalty, [v.value for v in model.trainable_variables])
+
+    specs = tf.TensorSpec((None, 6, 3), "float64"), tf.TensorSpec((num_probes, None, 6, 3), "float64")
+    graph = tf.function(lambda x, u: gradients(x, u, True, xla=False), input_signature=specs, autograph=False)
+    assert_close(graph(points, u), gradients(tf.constant(points), tf.constant(u), False))
 
 
 def recurrences():
@@ -170,11 +261,9 @@ def test_recurrent_layers(float64, name, without):
 
     if without is None:
         weights = [(v, normal(*v.shape, seed=i)) for i, v in enumerate(model.trainable_variables)]
-        assert_close(jvpreg.weight_jvp(model, x, weights), [lin.outputs, lin.jvp(weights=weights)])
-        if keras.backend.backend() == "tensorflow":
-            import tensorflow as tf
-
-            assert_close(tf.function(product)(*given), expected)
+        both = [lin.outputs, lin.jvp(weights=weights)]
+        assert_close(in_graph(lambda: jvpreg.weight_jvp(model, x, weights)), both)
+        assert_close(in_graph(product, *given), expected)
 
 
 def test_errors():
@@ -182,8 +271,9 @@ def test_errors():
     x = normal(2, 4, 4, 3)
     with pytest.raises(ValueError, match=r"`u`.*like x"):
         jvpreg.jvp(model, x, normal(2, 4, 4))
-    with pytest.raises(ValueError, match=r"`weights`.*one at least"):
-        jvpreg.weight_jvp(model, x, {})
+    for none in ({}, None):
+        with pytest.raises(ValueError, match="Expected a tangent, or `weights`"):
+            jvpreg.weight_jvp(model, x, none)
     with pytest.raises(ValueError, match=r"`weights`.*'none'"):
         jvpreg.weight_jvp(model, x, {"none": x})
     with pytest.raises(ValueError, match="fallback"):

@@ -126,12 +126,13 @@ def columns(row: dict[str, Any]) -> dict[str, str]:
 def conditions(summary: dict[str, Any]) -> str:
     """What the figures mean and where they are from."""
     settings, machine = summary["settings"], summary["machine"]
+    data, model, steps = settings["data"], settings["model"], settings["optimizer"]
     return (
         f"Mean ± deviation over seeds {', '.join(map(str, settings['seeds']))} after {settings['epochs']} epochs of "
-        f"{settings['data']['train_examples'] or 'all'} images of {settings['data']['name']} in batches of "
-        f"{settings['batch_size']}; {settings['model']['name'].upper()} of width {settings['model']['width']}, "
-        f"{settings['optimizer']['name']} {settings['optimizer']['learning_rate']:g} falling along a cosine. Penalty: "
-        f"{settings['strength']:g} × the mean of ‖J‖_F², one random direction an example. ‖J‖_F: the mean over "
-        f"{settings['probed']} test images, of the whole Jacobian of the logits. Accuracy in %, on all test images. "
+        f"{data['train_examples'] or 'all'} {'augmented ' if data['augment'] else ''}images of {data['name']} in "
+        f"batches of {settings['batch_size']}; {model['name'].upper()} of width {model['width']}, {steps['name']} "
+        f"{steps['learning_rate']:g} falling along a cosine. Penalty: {settings['strength']:g} × the mean of "
+        f"‖J‖_F², one random direction an example. ‖J‖_F: the mean over {settings['probed']} test images (or all of "
+        "them), of the whole Jacobian of the logits. Accuracy in %, on all test images. "
         f"{machine['cores']} cores of {machine['processor']}, Keras {machine['keras']}, {machine['backend']}."
     )

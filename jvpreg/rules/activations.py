@@ -23,7 +23,7 @@ SELU_SCALE = 1.0507009873554804934193349852946
 SELU_ALPHA = 1.6732632423543772848170429916717
 
 
-# Piecewise-linear activations: a mask, one byte an element, is all that is frozen.
+# Piecewise-linear activations: a mask, one byte an element, is all that is frozen, but for ReLU in a TensorFlow graph.
 
 
 def _two_pieces(mask, slope) -> Pushforward:
@@ -45,7 +45,8 @@ def _gate_by_kernel(tangent, y):
     """A tangent where ReLU's output `y` is positive, and 0 elsewhere, for a plain TensorFlow graph.
 
     Selects are slow there: one probe takes a quarter of their time by ReLU's own gradient, and several take less than a
-    third by a product. All that is frozen is what plain training keeps as well.
+    third by a product. All that is frozen is what plain training keeps as well. As in TensorFlow's own gradient, an
+    infinite tangent becomes NaN, and not 0, where it is dropped.
     """
     import tensorflow as tf
 

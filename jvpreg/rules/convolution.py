@@ -13,11 +13,11 @@ def _affine(layer, x, context, convolve, weights):
         channels = (1, -1, *[1] * layer.rank) if layer.data_format == "channels_first" else (-1,)
         return ops.reshape(ops.cast(bias, x.dtype), channels)
 
-    y = context.apply(convolve, x, size(*(variable for variable, _ in weights)))
+    y, image = context.apply(convolve, x, size(*(variable for variable, _ in weights)))
     bias = ops.zeros((), x.dtype) if layer.bias is None else spread(layer.bias)
     if layer.bias is not None:
         y = ops.add(y, bias)
-    return y, affine(convolve, x, [*weights, (layer.bias, lambda u, x: spread(u))], bias)
+    return y, affine(convolve, x, [*weights, (layer.bias, lambda u, x: spread(u))], bias, image)
 
 
 def _causal(layer, x):

@@ -32,12 +32,12 @@ def dense(layer, x, context):
     def apply(x):
         return ops.matmul(x, kernel)
 
-    y = context.apply(apply, x, size(kernel))
+    y, image = context.apply(apply, x, size(kernel))
     bias = ops.cast(0.0 if layer.bias is None else layer.bias, x.dtype)
     if layer.bias is not None:
         y = ops.add(y, bias)
     weights = [*kernel_parts(layer, lambda u, x: ops.matmul(x, u)), (layer.bias, lambda u, x: u)]
-    return y, affine(apply, x, weights, bias)
+    return y, affine(apply, x, weights, bias, image)
 
 
 @register_rule(layers.Identity)

@@ -43,6 +43,9 @@ def max_pooling(layer, x, context):
     TensorFlow graph, whose own kernels are the faster ones; what no tangent passes needs no masks there.
     """
     by_kernel = keras.backend.backend() == "tensorflow" and context.xla is False
+    if by_kernel and layer.strides != layer.pool_size and len(x.shape) < 5:
+        # Windows that overlap are strided slices, each a pass over the input: several times slower than the kernel.
+        return layer.call(x), Pushforward(_with_transpose_by_kernel(layer), x)
     # With the maximum known, its first place is that of the last match from behind.
     order = slice(None, None, -1 if by_kernel else 1)
     first, *rest = _window_entries(layer, x, outside=-float("inf"))[order]
@@ -65,16 +68,30 @@ def max_pooling(layer, x, context):
     return best, Pushforward(push, *masks)
 
 
-def _with_transpose_by_kernel(layer, push):
+def _with_transpose_by_kernel(layer, push=None):
     """`push`, whose transpose is the gradient that TensorFlow has for `layer` at x, and not that of the selects.
 
     The kernel finds the winners again and writes each number once, where the gradient of the selects passes over all of
-    them for each entry of a window. Its own gradient is `push`, which is faster than TensorFlow's.
+    them for each entry of a window. Its own gradient is `push`, or where that is None, TensorFlow's.
     """
     import tensorflow as tf
 
     def push_at(tangent, x, *masks):
         num_probes = ops.shape(tangent)[0]
+
+        def pull(cotangent):
+            points = fold(ops.repeat(x, num_probes, axis=0))
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(points)
+                best = layer.call(points)
+            return unfold(tape.gradient(best, points, fold(cotangent)), num_probes)
+
+        if push is None:
+            cotangent = ops.repeat(ops.expand_dims(ops.zeros_like(layer.call(x[0])), 0), num_probes, axis=0)
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(cotangent)
+                pulled = pull(cotangent)
+            return tape.gradient(pulled, cotangent, tangent)
 
         @tf.custom_gradient
         def forward(tangent):
@@ -82,11 +99,7 @@ def _with_transpose_by_kernel(layer, push):
 
         @tf.custom_gradient
         def backward(cotangent):
-            points = fold(ops.repeat(x, num_probes, axis=0))
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(points)
-                best = layer.call(points)
-            return unfold(tape.gradient(best, points, fold(cotangent)), num_probes), forward
+            return pull(cotangent), forward
 
         return forward(tangent)
 

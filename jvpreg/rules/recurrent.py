@@ -2,7 +2,8 @@
 
 The cell may be any that Keras can run: it is linearized by its own rule, or opened up. What it freezes in a step is
 stacked over the steps, so a tangent pass is a scan of linear maps, without autodiff and without running the cell again.
-Keras' own cells are frozen at all steps at once where that is faster: in eager mode they are opened up once only.
+Keras' own cells are run first and then frozen at all steps at once where that is faster: in eager mode a cell is opened
+up once only. One product alone goes along with the cell, in one scan that keeps nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +11,8 @@ from collections.abc import Callable, Sequence
 import keras
 from keras import layers, ops, tree
 
-from jvpreg.registry import Declined, Pushed, Pushforward, align, register_rule
+from jvpreg.companions import runs_eagerly
+from jvpreg.registry import Declined, Pushed, Pushforward, align, find_rule, register_rule
 
 _CELLS = (layers.SimpleRNNCell, layers.LSTMCell, layers.GRUCell)
 
@@ -92,20 +94,18 @@ def recurrent(layer, sequences, context, initial_state=None, mask=None):
 
     # Private: a cell keeps its dropout masks, so that they are drawn once and not within the scan.
     layer._maybe_config_dropout_masks(cell, steps[0], states)
-    # A cell of Keras' own without dropout is the same map at every step, of each example alone.
-    known = type(layer) is not layers.RNN or all(type(c) in _CELLS for c in getattr(cell, "cells", [cell]))
     # Compiled by XLA, a scan that keeps more is cheaper than the cell a second time.
     xla = context.xla or keras.backend.backend() == "jax"
-    at_once = known and not dropped and not xla
+    at_once = _is_the_same_at_every_step(layer) and not dropped and not xla
     freeze = _freeze_at_once if at_once else _freeze_step_by_step
     inputs = (steps, *kept_steps)
     try:
-        if context.tangents is not None and (not at_once or _in_graph()):
+        if context.tangents is not None and (not at_once or not runs_eagerly()):
             tangent, *state_tangents = context.tangents[: 1 + num_given]
             entering = None if tangent is None else in_order(tangent, 1)
             moved = [t for t in (*context.tangents, *context.weights.values()) if t is not None]
-            moving = first_tangents(ops.shape(moved[0])[0], ops.shape(sequences)[0], state_tangents)
-            variables, primal, image = _push_along(cell, states, inputs, entering, moving, context, start, hold)
+            carried = first_tangents(ops.shape(moved[0])[0], ops.shape(sequences)[0], state_tangents)
+            variables, primal, image = _push_along(cell, states, inputs, entering, carried, context, start, hold)
             return finish_primal(*primal), Pushed(finish(image[0][:count], image[1], axis=2), variables)
         frozen, y, last, (outputs, *residuals) = freeze(cell, states, inputs, context, start, hold)
     finally:
@@ -201,13 +201,15 @@ def _push_along(cell, states, inputs, entering, moving: list, context, start: Ca
     return variables, (last[: len(carried)], outputs), (last[len(carried) :], images)
 
 
-def _in_graph() -> bool:
-    """Whether what runs is only traced, so that a step of a scan is run once by Python."""
-    if keras.backend.backend() != "tensorflow":
-        return keras.backend.backend() == "jax"
-    import tensorflow as tf
-
-    return tf.inside_function()
+def _is_the_same_at_every_step(layer) -> bool:
+    """Whether a layer's cell is Keras' own: without dropout, one map of all steps and of each example alone."""
+    leaves = layer.cell.cells if type(layer.cell) is layers.StackedRNNCells else [layer.cell]
+    # Of a layer that makes its cell itself, the cell is known.
+    if type(layer) is layers.RNN and not all(type(leaf) in _CELLS for leaf in leaves):
+        return False
+    found = [getattr(leaf, name, None) for leaf in leaves for name in ("activation", "recurrent_activation")]
+    # A function that has a rule; a layer might draw, and one's own function mix examples.
+    return all(f is None or (find_rule(f) is not None and not isinstance(f, keras.Operation)) for f in found)
 
 
 def _freeze_step_by_step(cell, states, inputs, context, start: Callable, hold: Callable) -> tuple:
