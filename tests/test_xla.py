@@ -128,6 +128,27 @@ def test_probes_are_the_same_under_xla(kind):
     assert np.all(np.any(drawn[0] != 0, axis=-1))
 
 
+@pytest.mark.parametrize("slope", [0.0, 0.1])
+@pytest.mark.parametrize("num_probes", [1, 3])
+def test_without_xla_the_backends_own_relu_gives_the_same(slope, num_probes):
+    import tensorflow as tf
+
+    ends = [layers.LeakyReLU(negative_slope=slope), layers.ReLU(negative_slope=slope)] if slope else [layers.ReLU()]
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(6), *ends, layers.Dense(3)])
+    x = tf.constant(normal(2, 4, seed=0), "float32")
+    u = tf.constant(normal(num_probes, 2, 4, seed=1), "float32")
+
+    @tf.function
+    def products(xla):
+        with tf.GradientTape() as tape:
+            lin = jvpreg.linearize(model, x, xla=xla)
+            loss = tf.reduce_sum(lin.jvp(u) ** 2)
+        return lin.outputs, lin.jvp(u), lin.vjp(lin.outputs), tape.gradient(loss, model.layers[0].kernel.value)
+
+    for received, expected in zip(products(False), products(None), strict=True):
+        assert_close(received, expected, 1e-6)
+
+
 @pytest.mark.parametrize("pooling", [layers.MaxPooling2D(2), layers.MaxPooling2D(3, strides=2, padding="same")])
 def test_without_xla_the_backends_own_max_pooling_gives_the_same(pooling):
     """What is said of XLA chooses kernels, in a plain TensorFlow graph, and changes nothing that comes out.

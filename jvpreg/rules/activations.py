@@ -6,6 +6,7 @@ At a kink the slope is that of the left piece, so `ReLU'(0) = 0` on every backen
 import math
 
 import keras
+import numpy as np
 from keras import activations, layers, ops
 
 from jvpreg.registry import (
@@ -23,7 +24,7 @@ SELU_SCALE = 1.0507009873554804934193349852946
 SELU_ALPHA = 1.6732632423543772848170429916717
 
 
-# Piecewise-linear activations: a mask, one byte an element, is all that is frozen, but for ReLU in a TensorFlow graph.
+# Piecewise-linear activations: a mask, one byte an element, is all that is frozen, but for ReLU in TensorFlow graphs.
 
 
 def _two_pieces(mask, slope) -> Pushforward:
@@ -41,8 +42,8 @@ def linear(function, x, context):
     return x, identity()
 
 
-def _gate_by_kernel(tangent, y):
-    """A tangent where ReLU's output `y` is positive, and 0 elsewhere, for a plain TensorFlow graph.
+def _by_kernel(slope, y) -> Pushforward:
+    """Slope 1 where the output `y` of ReLU is positive, and `slope` (0 or more) elsewhere, in a plain TensorFlow graph.
 
     Selects are slow there: one probe takes a quarter of their time by ReLU's own gradient, and several take less than a
     third by a product. All that is frozen is what plain training keeps as well. As in TensorFlow's own gradient, an
@@ -50,19 +51,30 @@ def _gate_by_kernel(tangent, y):
     """
     import tensorflow as tf
 
-    # It is constant wherever it has a derivative.
-    y = tf.stop_gradient(y)
-    if tangent.shape[0] == 1:
-        return ops.expand_dims(tf.raw_ops.ReluGrad(gradients=tf.squeeze(tangent, 0), features=tf.squeeze(y, 0)), 0)
-    return tangent * tf.cast(y > 0, tangent.dtype)
+    slope = float(np.float32(slope))  # as the kernel of the layer itself has it
+
+    def push(tangent, y):
+        # It is constant wherever it has a derivative.
+        y = tf.stop_gradient(y)
+        if tangent.shape[0] != 1:
+            kept = tf.cast(y > 0, tangent.dtype)
+            return tangent * (slope + (1 - slope) * kept if slope else kept)
+        both = {"gradients": tf.squeeze(tangent, 0), "features": tf.squeeze(y, 0)}
+        image = tf.raw_ops.LeakyReluGrad(**both, alpha=slope) if slope else tf.raw_ops.ReluGrad(**both)
+        return ops.expand_dims(image, 0)
+
+    return Pushforward(push, y)
+
+
+def _in_plain_graph(context) -> bool:
+    return keras.backend.backend() == "tensorflow" and context.xla is False
 
 
 @register_rule(activations.relu)
 def relu(function, x, context, negative_slope=0.0, max_value=None, threshold=0.0):
     y = function(x, negative_slope=negative_slope, max_value=max_value, threshold=threshold)
-    plain = max_value is None and not negative_slope and threshold == 0
-    if plain and keras.backend.backend() == "tensorflow" and context.xla is False:
-        return y, Pushforward(_gate_by_kernel, y)
+    if max_value is None and threshold == 0 and negative_slope >= 0 and _in_plain_graph(context):
+        return y, _by_kernel(negative_slope, y)
     above = x > threshold
     if max_value is None and negative_slope and threshold == 0:
         return y, _two_pieces(above, _slope_in_use(function, x, negative_slope=negative_slope))
@@ -85,8 +97,10 @@ def relu6(function, x, context):
 
 @register_rule(activations.leaky_relu)
 def leaky_relu(function, x, context, negative_slope=0.2):
-    slope = _slope_in_use(function, x, negative_slope=negative_slope)
-    return function(x, negative_slope=negative_slope), _two_pieces(x > 0, slope)
+    y = function(x, negative_slope=negative_slope)
+    if negative_slope >= 0 and _in_plain_graph(context):
+        return y, _by_kernel(negative_slope, y)
+    return y, _two_pieces(x > 0, _slope_in_use(function, x, negative_slope=negative_slope))
 
 
 @register_rule(activations.hard_tanh)
