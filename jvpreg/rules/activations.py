@@ -19,6 +19,7 @@ from jvpreg.registry import (
     register_rule,
     scale,
 )
+from jvpreg.rules.core import sum_of_products
 
 SELU_SCALE = 1.0507009873554804934193349852946
 SELU_ALPHA = 1.6732632423543772848170429916717
@@ -235,18 +236,18 @@ def _from_end(axis: int, x) -> int:
 def softmax(function, x, context, axis=-1):
     axis = _from_end(axis, x)
     y = function(x, axis=axis)
-    return y, _softmax_pushforward(y, axis)
+    return y, _softmax_pushforward(y, axis, context)
 
 
-def _softmax_pushforward(y, axis) -> Pushforward:
-    return Pushforward(lambda t, y: y * (t - ops.sum(y * t, axis=axis, keepdims=True)), y)
+def _softmax_pushforward(y, axes, context) -> Pushforward:
+    return Pushforward(lambda t, y: y * (t - sum_of_products(y, t, axes, context)), y)
 
 
 @register_rule(activations.log_softmax)
 def log_softmax(function, x, context, axis=-1):
     axis = _from_end(axis, x)
     y = function(x, axis=axis)
-    return y, Pushforward(lambda t, p: t - ops.sum(p * t, axis=axis, keepdims=True), ops.exp(y))
+    return y, Pushforward(lambda t, p: t - sum_of_products(p, t, axis, context), ops.exp(y))
 
 
 @register_rule(activations.sparsemax)
@@ -342,4 +343,4 @@ def softmax_layer(layer, x, context, mask=None):
     # What is masked is 0 in the output, and with it every tangent there.
     y = layer.call(x, mask=mask)
     axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
-    return y, _softmax_pushforward(y, tuple(_from_end(axis, x) for axis in axes))
+    return y, _softmax_pushforward(y, [_from_end(axis, x) for axis in axes], context)

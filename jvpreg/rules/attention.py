@@ -9,6 +9,7 @@ from keras import ops
 from keras.src.ops import nn
 
 from jvpreg.registry import Declined, Pushforward, register_rule
+from jvpreg.rules.core import sum_of_products
 
 
 @register_rule(nn.DotProductAttention)
@@ -63,7 +64,7 @@ def dot_product_attention(operation, query, key, value, context, bias=None, mask
             moved.append(ops.einsum("btmgh,pbsmh->pbmgts", grouped(query[0]), key_tangent))
         if moved:
             logits_tangent = scale * sum(moved[1:], moved[0])
-            mean = ops.sum(moving * logits_tangent, axis=-1, keepdims=True)
+            mean = sum_of_products(moving, logits_tangent, -1, context)
             images.append(ops.einsum("pbmgts,bsmh->pbtmgh", moving * (logits_tangent - mean), value[0]))
         if value_tangent is not None:
             images.append(ops.einsum("bmgts,pbsmh->pbtmgh", ops.squeeze(probabilities, 0), value_tangent))

@@ -1,12 +1,15 @@
 """Batch normalization in its three modes, normalization within an example, and shifts and scales by constants."""
 
+import math
+
 import keras
 from keras import layers, ops
 
 # Private: the operations' classes, by which a graph's nodes are known, have no public names.
 from keras.src.ops import nn
 
-from jvpreg.registry import Declined, Pushforward, register_rule
+from jvpreg.registry import Declined, Pushforward, fold, register_rule, unfold
+from jvpreg.rules.core import sum_of_products
 
 
 def _along(axis: int, vector, x):
@@ -131,11 +134,13 @@ def _standardized(x, axes, epsilon, center: bool):
     return centered * inverse, inverse
 
 
-def _push_standardized(tangent, y, inverse, axes, center: bool):
+def _push_standardized(tangent, y, inverse, axes, center: bool, context):
     """The tangent of `_standardized`, whose value is `y`; the axes are counted from the end."""
     if center:
-        tangent = tangent - ops.mean(tangent, axis=axes, keepdims=True)
-    return inverse * (tangent - y * ops.mean(y * tangent, axis=axes, keepdims=True))
+        probes = ops.shape(tangent)[0]
+        tangent = tangent - unfold(ops.mean(fold(tangent), axis=axes, keepdims=True), probes)
+    count = math.prod(y.shape[axis] for axis in axes)
+    return inverse * (tangent - y * (sum_of_products(y, tangent, axes, context) / count))
 
 
 @register_rule(nn.LayerNorm, nn.RMSNorm)
@@ -165,7 +170,7 @@ def layer_normalization(operation, x, gamma=None, beta=None, context=None, **kwa
         weight_tangents, (standardized, inverse) = arguments[: len(given)], arguments[len(given) :]
         images = []
         if tangent is not None:
-            image = _push_standardized(ops.cast(tangent, dtype), standardized, inverse, axes, center)
+            image = _push_standardized(ops.cast(tangent, dtype), standardized, inverse, axes, center, context)
             images.append(image if gamma is None else image * spread(gamma, 0))
         for weight, moved in zip(given, weight_tangents, strict=True):
             if moved is not None:
