@@ -5,7 +5,7 @@ import json
 from experiments.__main__ import main
 from experiments.sparing import SparingConfig, study
 
-SMALL = ["--data.name=digits", "--data.train_examples=60", "--model.name=vgg4", "--model.width=4", "--epochs=1"]
+SMALL = ["--data.name=digits", "--data.train_examples=60", "--model.name=vgg4", "--model.width=4"]
 
 
 def test_the_rows():
@@ -16,7 +16,8 @@ def test_the_rows():
 
 def test_a_small_run_and_its_continuation(tmp_path, capsys):
     words = ["sparing", *SMALL, "--seeds=[0, 1]", "--strength=1", "--probed=70", "--batch_size=20", "--intervals=[2]"]
-    words.append(f"--folder={tmp_path}")
+    # Six long steps, after which the penalty has about halved the norm.
+    words += ["--epochs=2", "--optimizer.learning_rate=0.03", f"--folder={tmp_path}"]
     assert main(words) == 0
     summary = json.loads((tmp_path / "sparing.json").read_text())
     assert [row["method"] for row in summary["rows"]] == ["no penalty", "every step", "interval=2", "fraction=0.25"]
