@@ -2,15 +2,16 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import keras
 from keras import ops
 
-from jvpreg.frozen import Node, Value, push_node
+from jvpreg.frozen import FrozenGraph, Node, Value, push_node
 from jvpreg.registry import Context, fold, unfold
+from jvpreg.tangents import zeros
 
 FEW = 2
 """Times fewer numbers than weights must there be in `x` and its tangents, for both to go in one call."""
@@ -29,15 +30,16 @@ class Companions:
     Attributes:
         num_probes: P.
         weights: their tangents, by their `id`.
-        variables: those that have tangents.
+        go_along: whether they are. Several are not where operations run eagerly, and hold to the end what a compiler
+            would let go: they are pushed through the graph once it is frozen.
     """
 
-    def __init__(self, tangents: Sequence, weights: Sequence[tuple[Any, Any]] = ()):
+    def __init__(self, tangents: Sequence, weights: Iterable[tuple[Any, Any]] = ()):
         self._tangents = list(tangents)
         self.weights = {id(variable): tangent for variable, tangent in weights}
         self._by_slot: dict[int, Any] = {}
         self.num_probes = next(ops.shape(t)[0] for t in [*tangents, *self.weights.values()] if t is not None)
-        self.variables = [variable for variable, _ in weights]
+        self.go_along = not runs_eagerly() or self.num_probes == 1
 
     def enter(self, inputs: Sequence[Value]) -> None:
         """States which values the model's inputs are."""
@@ -53,7 +55,8 @@ class Companions:
 
     def context(self, context: Context, inputs: Sequence[Value]) -> Context:
         """The context with what goes along with an operation's inputs."""
-        tangents = [None if (t := self.of(v)) is None else ops.cast(t, v.primal.dtype) for v in inputs]
+        pairs = [(self.of(value), value.primal.dtype) for value in inputs]
+        tangents = [None if tangent is None else ops.cast(tangent, dtype) for tangent, dtype in pairs]
         apply = context.apply
         if len(inputs) == 1 and tangents[0] is not None:
             apply = functools.partial(apply_at_once, inputs[0].primal, tangents[0])
@@ -65,6 +68,15 @@ class Companions:
         images = push_node(node, [self.of(value) for value in node.inputs], self.weights, (self.num_probes, None))
         for value, tangent in zip(node.outputs, images or [None] * len(node.outputs), strict=True):
             self._by_slot[value.slot] = tangent
+
+    def products(self, graph: FrozenGraph) -> list:
+        """What the tangents are at the outputs of the graph, once it is frozen."""
+        if self.go_along:
+            products = [self.of(value) for value in graph.outputs]
+        else:
+            products = graph.push(self._tangents, weights=self.weights)
+        pairs = zip(products, graph.outputs, strict=True)
+        return [zeros(self.num_probes, y.primal) if product is None else product for product, y in pairs]
 
 
 def apply_at_once(known, tangent, function: Callable, x, num_weights: int) -> tuple:

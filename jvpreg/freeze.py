@@ -9,13 +9,13 @@ from typing import Any, Literal
 import keras
 from keras import ops, tree
 
-from jvpreg.companions import Companions, runs_eagerly
+from jvpreg.companions import Companions
 from jvpreg.frozen import FrozenGraph, Node
 from jvpreg.graph import trace
 from jvpreg.inputs import flatten_inputs, standardize_inputs
 from jvpreg.linearization import Linearization
 from jvpreg.registry import Context, unwrap
-from jvpreg.tangents import check_count, pack_products, standardize_tangents, weight_tangents, zeros
+from jvpreg.tangents import check_count, pack_products, standardize_tangents, weight_tangents
 
 BatchStatistics = Literal["moving", "frozen", "coupled"]
 Fallback = Literal["warn", "allow", "error"]
@@ -93,11 +93,8 @@ def jvp(model, x, u, **kwargs):
     check_count(flat, inputs, "u", "x")
     tangents, probed = standardize_tangents(flat, inputs, [("u", "x")] * len(inputs))
     companions = Companions(tangents)
-    if companions.num_probes != 1 and runs_eagerly():
-        # Companions are held to the end, which a compiler would not do.
-        linearization = linearize(model, x, **kwargs)
-        return linearization.outputs, linearization.jvp(u)
-    return _product(model, x, inputs, companions, probed, **kwargs)
+    graph, outputs = _freeze(model, x, inputs, _context(**kwargs), companions)
+    return outputs, pack_products(companions.products(graph), outputs, probed)
 
 
 def vjp(model, x, v, **kwargs):
@@ -131,15 +128,19 @@ def weight_jvp(model, x, weights, **kwargs):
         given = weight_tangents(weights or {}, known)
     except ValueError:
         given = []  # A weight that the model does not track; or none of its weights, which is then said.
-    if not given or runs_eagerly():  # as `jvp`, for any number of probes
+    if not given:
         linearization = linearize(model, x, **kwargs)
         return linearization.outputs, linearization.jvp(weights=weights)
     inputs = standardize_inputs(model, x)
     like = [ops.convert_to_tensor(variable) for variable, _ in given]
     names = [("weights", f"`{variable.path}`") for variable, _ in given]
     tangents, probed = standardize_tangents([tangent for _, tangent in given], like, names)
-    pairs = [(variable, tangent) for (variable, _), tangent in zip(given, tangents, strict=True)]
-    return _product(model, x, inputs, Companions([None] * len(inputs), pairs), probed, **kwargs)
+    variables = [variable for variable, _ in given]
+    companions = Companions([None] * len(inputs), zip(variables, tangents, strict=True))
+    graph, outputs = _freeze(model, x, inputs, _context(**kwargs), companions)
+    # Raises for one that the model tracks, and that no tangent can have.
+    weight_tangents([(variable, None) for variable in variables], graph.weights)
+    return outputs, pack_products(companions.products(graph), outputs, probed)
 
 
 def jacobian(model, x, chunk_size: int = 64, **kwargs):
@@ -178,23 +179,14 @@ def _context(
 
 def _freeze(model, x, inputs: list, context: Context, companions: Companions | None = None) -> tuple[FrozenGraph, Any]:
     """The frozen graph, and the outputs in the model's own structure."""
-    tracer, values, outputs = trace(model, x, inputs, context, companions)
+    along = companions if companions is not None and companions.go_along else None
+    tracer, values, outputs = trace(model, x, inputs, context, along)
     if tracer.fallbacks and context.fallback == "warn":
         _warn_of_fallback(model, tracer.fallbacks)
     graph = tracer.frozen(values, tree.flatten(outputs))
     ends = {value.slot for value in graph.outputs}
     _warn_of_probabilities(model, [node for node in graph.nodes if any(v.slot in ends for v in node.outputs)])
     return graph, tree.map_structure(lambda value: value.primal, outputs)
-
-
-def _product(model, x, inputs: list, companions: Companions, probed: bool, **kwargs) -> tuple:
-    """The outputs, and what the companions are at the end."""
-    graph, outputs = _freeze(model, x, inputs, _context(**kwargs), companions)
-    weight_tangents([(variable, None) for variable in companions.variables], graph.weights)
-    products = [companions.of(value) for value in graph.outputs]
-    pairs = zip(products, graph.outputs, strict=True)
-    filled = [zeros(companions.num_probes, y.primal) if product is None else product for product, y in pairs]
-    return outputs, pack_products(filled, outputs, probed)
 
 
 def _checked_model(model):

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from jvpreg.registry import Pushed, Pushforward, align
+from jvpreg.registry import Pushforward, align
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class FrozenGraph:
     @property
     def weights(self) -> list:
         """The variables that can be perturbed, in the order of their first use."""
-        owned = [variable for node in self.nodes if node.pushforward for variable, _ in node.pushforward.weights]
+        owned = [variable for node in self.nodes if node.pushforward for variable in node.pushforward.variables]
         found = {id(variable): variable for variable in [v for v, _ in self.variables] + owned}
         return list(found.values())
 
@@ -262,7 +262,7 @@ def push_node(
         cast = [None if t is None else ops.cast(t, v.primal.dtype) for t, v in zip(filled, node.inputs, strict=True)]
         images.append(_tuple(pushforward.function(*cast, *residuals)))
     for variable, part in pushforward.weights:
-        if id(variable) in weights and not isinstance(pushforward, Pushed):
+        if id(variable) in weights:
             image = _tuple(part(weights[id(variable)], *residuals))
             images.append([_spread(t, leading, v) for t, v in zip(image, node.outputs, strict=True)])
     if not images:

@@ -72,7 +72,8 @@ class Linearization:
         given = weight_tangents(weights or {}, self.weights)
         taps = dict(taps or {})
         made = self.node_outputs() if taps else {}
-        if unknown := [name for name in taps if name not in made]:
+        unknown = [name for name in taps if name not in made]
+        if unknown:
             raise ValueError(
                 f"Invalid value for argument `taps`. Expected names among {list(made)}. Received: {', '.join(unknown)}"
             )

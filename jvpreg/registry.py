@@ -91,6 +91,11 @@ class Pushforward:
         """The output's tangent `(P, B, …)` for the inputs' tangents `(P, B, …)`."""
         return self.function(*tangents, *self.broadcast_residuals())
 
+    @property
+    def variables(self) -> list:
+        """The variables that can be perturbed."""
+        return [variable for variable, _ in self.weights]
+
     def map_residuals(self, function: Callable) -> "Pushforward":
         """The same map with `function(residual, batch_axis)` for each residual."""
         mapped = copy.copy(self)
@@ -111,9 +116,13 @@ class Pushed(Pushforward):
     """
 
     def __init__(self, image, variables: Iterable = ()):
-        super().__init__(
-            lambda *_: image, weights=[(variable, lambda *_: image) for variable in variables], image=image
-        )
+        super().__init__(lambda *_: image, image=image)
+        self._variables = list(variables)
+
+    @property
+    def variables(self) -> list:
+        """Those whose tangents are part of the image."""
+        return self._variables
 
 
 def linear(function: Callable) -> Pushforward:

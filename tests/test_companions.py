@@ -149,7 +149,7 @@ def test_a_rule_may_run_another_one(float64, monkeypatch):
 
 
 def test_weights_that_the_model_does_not_track(float64):
-    """A closure's, and those of a function."""
+    """Those of a function of Keras', which tracks none."""
     x, inner = normal(2, 3), layers.Dense(4)
     inner.build((None, 3))
     start = keras.Input((3,))
@@ -194,6 +194,24 @@ def test_a_cell_that_draws_or_mixes_is_frozen_step_by_step(float64):
     step = 1e-6
     moved = (numpy(model(x + step * u)) - numpy(model(x - step * u))) / (2 * step)
     assert_close(jvpreg.jvp(model, x, u)[1], moved, 1e-7)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="only TensorFlow has unknown shapes")
+def test_an_unknown_number_of_probes(float64, caplog):
+    """In a function that AutoGraph converts, and the engine with it."""
+    import tensorflow as tf
+
+    model = randomize(mixed())
+    x, u = normal(2, 4, 4, 3), normal(5, 2, 4, 4, 3, seed=1)
+    lin = jvpreg.linearize(model, x)
+    specs = tf.TensorSpec((None, 4, 4, 3), "float64"), tf.TensorSpec((None, None, 4, 4, 3), "float64")
+
+    @tf.function(input_signature=specs)
+    def product(x, u):
+        return jvpreg.jvp(model, x, u)
+
+    assert_close(product(x, u), [lin.outputs, lin.jvp(u)])
+    assert not [record.getMessage() for record in caplog.records if "AutoGraph" in record.getMessage()]
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="the kernels are TensorFlow's")

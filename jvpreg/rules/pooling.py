@@ -1,5 +1,6 @@
 """Pooling: averages are linear; a maximum freezes which entry of each window won."""
 
+import functools
 import itertools
 
 import keras
@@ -45,7 +46,7 @@ def max_pooling(layer, x, context):
     by_kernel = keras.backend.backend() == "tensorflow" and context.xla is False
     if by_kernel and layer.strides != layer.pool_size and len(x.shape) < 5:
         # Windows that overlap are strided slices, each a pass over the input: several times slower than the kernel.
-        return layer.call(x), Pushforward(_with_transpose_by_kernel(layer), x)
+        return layer.call(x), Pushforward(functools.partial(_push_by_kernel, layer), x)
     # With the maximum known, its first place is that of the last match from behind.
     order = slice(None, None, -1 if by_kernel else 1)
     first, *rest = _window_entries(layer, x, outside=-float("inf"))[order]
@@ -64,46 +65,57 @@ def max_pooling(layer, x, context):
         return chosen
 
     if by_kernel:
-        return best, Pushforward(_with_transpose_by_kernel(layer, push), x, *masks)
+        return best, Pushforward(_with_pull_by_kernel(layer, push), x, *masks)
     return best, Pushforward(push, *masks)
 
 
-def _with_transpose_by_kernel(layer, push=None):
+def _push_by_kernel(layer, tangent, x):
+    """The tangents `(P, B, …)` at the winners of `x` `(1, B, …)`, by the kernel that TensorFlow has for it."""
+    import tensorflow as tf
+
+    # It is that of the gradient's gradient.
+    cotangent = tf.zeros_like(layer.call(_at_each_probe(x, tangent)))
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(cotangent)
+        pulled = _pull_by_kernel(layer, cotangent, _at_each_probe(x, tangent))
+    return unfold(tape.gradient(pulled, cotangent, fold(tangent)), ops.shape(tangent)[0])
+
+
+def _with_pull_by_kernel(layer, push):
     """`push`, whose transpose is the gradient that TensorFlow has for `layer` at x, and not that of the selects.
 
     The kernel finds the winners again and writes each number once, where the gradient of the selects passes over all of
-    them for each entry of a window. Its own gradient is `push`, or where that is None, TensorFlow's.
+    them for each entry of a window. Its own gradient is `push`.
     """
     import tensorflow as tf
 
     def push_at(tangent, x, *masks):
-        num_probes = ops.shape(tangent)[0]
-
-        def pull(cotangent):
-            points = fold(ops.repeat(x, num_probes, axis=0))
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(points)
-                best = layer.call(points)
-            return unfold(tape.gradient(best, points, fold(cotangent)), num_probes)
-
-        if push is None:
-            cotangent = ops.repeat(ops.expand_dims(ops.zeros_like(layer.call(x[0])), 0), num_probes, axis=0)
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(cotangent)
-                pulled = pull(cotangent)
-            return tape.gradient(pulled, cotangent, tangent)
-
         @tf.custom_gradient
         def forward(tangent):
             return push(tangent, *masks), backward
 
         @tf.custom_gradient
         def backward(cotangent):
-            return pull(cotangent), forward
+            pulled = _pull_by_kernel(layer, fold(cotangent), _at_each_probe(x, cotangent))
+            return unfold(pulled, ops.shape(cotangent)[0]), forward
 
         return forward(tangent)
 
     return push_at
+
+
+def _pull_by_kernel(layer, cotangent, points):
+    import tensorflow as tf
+
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(points)
+        best = layer.call(points)
+    return tape.gradient(best, points, cotangent)
+
+
+def _at_each_probe(x, tangent):
+    """`x` `(1, B, …)` as often as there are probes, folded: `(P·B, …)`."""
+    return x[0] if tangent.shape[0] == 1 else fold(ops.repeat(x, ops.shape(tangent)[0], axis=0))
 
 
 def _window_entries(layer, x, outside: float) -> list:

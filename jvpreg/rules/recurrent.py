@@ -6,7 +6,8 @@ Keras' own cells are run first and then frozen at all steps at once where that i
 up once only. One product alone goes along with the cell, in one scan that keeps nothing.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import layers, ops, tree
@@ -38,53 +39,22 @@ def recurrent(layer, sequences, context, initial_state=None, mask=None):
     given = initial_state is not None
     states = initial_state if given else layer.get_initial_state(batch_size=ops.shape(sequences)[0])
     states = list(states) if isinstance(states, (list, tuple)) else [states]
-    states = tree.map_structure(lambda state: ops.cast(state, cell.compute_dtype), states)
-    flat_states = tree.flatten(states)
-    count = len(flat_states)
+    loop = _Loop(layer, sequences, tree.map_structure(lambda state: ops.cast(state, cell.compute_dtype), states), mask)
     # A cell's dropout masks are constants of it, and so not cut with the examples.
     cells = [cell, *getattr(cell, "cells", [])]
     dropped = context.training and any(getattr(c, "dropout", 0) or getattr(c, "recurrent_dropout", 0) for c in cells)
-    num_given = count if given else 0
-
-    def in_order(tensor, axis: int):
-        """(B, T, …) as steps (T, B, …), or (P, B, T, …) as (T, P, B, …): the time is the second axis from `axis`."""
-        steps = ops.moveaxis(tensor, axis + 1, 0)
-        return ops.flip(steps, axis=0) if layer.go_backwards else steps
-
-    steps = in_order(sequences, 0)
-    kept_steps = [] if mask is None else [in_order(ops.cast(mask, "bool"), 0)]
-    # On JAX, a masked step returns the last cell's first state, and not what was returned before.
-    returned = None
-    if keras.backend.backend() == "jax" and not layer.unroll:
-        returned = count - len(tree.flatten(states[-1])) if tree.is_nested(states[0]) else 0
-
-    def start(states: list, zeros):
-        """What is carried into the first step: the states, and under a mask what a masked step returns."""
-        return states + ([zeros if returned is None else states[returned]] if kept_steps else [])
-
-    def hold(y, following: list, carried: list, kept):
-        """What a step returns and carries on: a masked example keeps its states, and returns what it did, or zeros."""
-        if not kept:
-            return y, following
-
-        def choose(new, old):
-            missing = len(new.shape) - len(kept[0].shape)
-            return ops.where(ops.reshape(kept[0], (*ops.shape(kept[0]), *[1] * missing)), new, old)
-
-        following = [choose(new, old) for new, old in zip(following, carried[:count], strict=True)]
-        y = choose(y, ops.zeros_like(y) if layer.zero_output_for_mask else carried[count])
-        return y, [*following, y if returned is None else following[returned]]
+    num_given = loop.num_states if given else 0
 
     def finish(last, outputs, axis: int):
         """Steps (T, …) as the layer returns them, along `axis` or the last of them; and the states if it does."""
         y = ops.moveaxis(outputs, 0, axis) if layer.return_sequences else outputs[-1]
-        return (y, *last) if layer.return_state else y
+        return (y, *last[: loop.num_states]) if layer.return_state else y
 
     def finish_primal(last, outputs):
-        return tree.map_structure(lambda y: ops.cast(y, layer.compute_dtype), finish(last[:count], outputs, axis=1))
+        return tree.map_structure(lambda y: ops.cast(y, layer.compute_dtype), finish(last, outputs, axis=1))
 
     def zeros(probes, batch):
-        return [ops.zeros((probes, batch, *state.shape[1:]), state.dtype) for state in flat_states]
+        return [ops.zeros((probes, batch, *state.shape[1:]), state.dtype) for state in loop.flat_states]
 
     def first_tangents(probes, batch, state_tangents) -> list:
         first = zeros(probes, batch)
@@ -93,59 +63,54 @@ def recurrent(layer, sequences, context, initial_state=None, mask=None):
         return [z if t is None else ops.cast(t, z.dtype) for z, t in zip(first, state_tangents, strict=True)]
 
     # Private: a cell keeps its dropout masks, so that they are drawn once and not within the scan.
-    layer._maybe_config_dropout_masks(cell, steps[0], states)
+    layer._maybe_config_dropout_masks(cell, loop.inputs[0][0], states)
     # Compiled by XLA, a scan that keeps more is cheaper than the cell a second time.
     xla = context.xla or keras.backend.backend() == "jax"
     at_once = _is_the_same_at_every_step(layer) and not dropped and not xla
-    freeze = _freeze_at_once if at_once else _freeze_step_by_step
-    inputs = (steps, *kept_steps)
     try:
         if context.tangents is not None and (not at_once or not runs_eagerly()):
             tangent, *state_tangents = context.tangents[: 1 + num_given]
-            entering = None if tangent is None else in_order(tangent, 1)
+            entering = None if tangent is None else loop.in_order(tangent, 1)
             moved = [t for t in (*context.tangents, *context.weights.values()) if t is not None]
-            carried = first_tangents(ops.shape(moved[0])[0], ops.shape(sequences)[0], state_tangents)
-            variables, primal, image = _push_along(cell, states, inputs, entering, carried, context, start, hold)
-            return finish_primal(*primal), Pushed(finish(image[0][:count], image[1], axis=2), variables)
-        frozen, y, last, (outputs, *residuals) = freeze(cell, states, inputs, context, start, hold)
+            first = first_tangents(ops.shape(moved[0])[0], ops.shape(sequences)[0], state_tangents)
+            variables, primal, images = loop.push_along(entering, first, context)
+            return finish_primal(*primal), Pushed(finish(*images, axis=2), variables)
+        frozen, y, last, (outputs, *residuals) = (loop.freeze_at_once if at_once else loop.freeze)(context)
     finally:
         layer._maybe_reset_dropout_masks(cell)
 
-    def scan(x_tangents, state_tangents, residuals, part=None, u=None):
-        """The tangents of all outputs (T, P, …) and of the last states, from those of the inputs and first states."""
+    def scan(x_tangents, state_tangents, residuals, weights=()) -> tuple[list, Any]:
+        """The tangents of the last states and of all outputs (T, P, …), from those of the inputs and first states."""
 
         def push(carried, now):
             # One step's residuals as they are when nothing is stacked, with an axis for the probes.
             x, now = now if x_tangents is not None else (None, now)
             now = [ops.expand_dims(residual, 0) for residual in now]
             frozen_now, kept = now[: len(frozen.residuals)], now[len(frozen.residuals) :]
-            images = frozen.function(x, *carried[:count], *frozen_now)
-            if part is not None:
-                images = [a + align(b, len(a.shape)) for a, b in zip(images, part(u, *frozen_now), strict=True)]
-            image, following = hold(images[0], list(images[1:]), carried, kept)
+            images = frozen.function(x, *carried[: loop.num_states], *frozen_now)
+            image, *following = _plus_parts(images, weights, frozen_now)
+            image, following = loop.hold(image, following, carried, kept)
             return following, [image]
 
         inputs = residuals if x_tangents is None else (x_tangents, residuals)
         like = ops.zeros((*ops.shape(state_tangents[0])[:2], *y.shape[1:]), y.dtype)
-        last, (outputs,) = _scan(push, start(state_tangents, like), inputs, [like])
-        return last[:count], outputs
+        last, (outputs,) = _scan(push, loop.start(state_tangents, like), inputs, [like])
+        return last, outputs
 
     def push(tangent, *arguments):
         state_tangents, residuals = arguments[:num_given], [r[0] for r in arguments[num_given:]]
         probes, batch, *_ = next(ops.shape(t) for t in (tangent, *state_tangents) if t is not None)
         first = first_tangents(probes, batch, state_tangents)
-        last, outputs = scan(None if tangent is None else in_order(tangent, 1), first, residuals)
-        return finish(last, outputs, axis=2)
+        return finish(*scan(None if tangent is None else loop.in_order(tangent, 1), first, residuals), axis=2)
 
-    residuals = [*residuals, *kept_steps]
-    batch_axes = [*(axis + 1 for axis in frozen.batch_axes), *[1] * len(kept_steps)]
+    residuals = [*residuals, *loop.inputs[1:]]
+    batch_axes = [*(axis + 1 for axis in frozen.batch_axes), *[1] * len(loop.inputs[1:])]
 
     def part_of(part):
         def push_weight(u, *residuals):
             stacked = [residual[0] for residual in residuals]
             batch = ops.shape(stacked[0])[batch_axes[0]] if stacked else ops.shape(sequences)[0]
-            last, outputs = scan(None, zeros(u.shape[0], batch), stacked, part, u)
-            return finish(last, outputs, axis=2)
+            return finish(*scan(None, zeros(u.shape[0], batch), stacked, [(part, u)]), axis=2)
 
         return push_weight
 
@@ -159,46 +124,149 @@ def recurrent(layer, sequences, context, initial_state=None, mask=None):
     )
 
 
-def _push_along(cell, states, inputs, entering, moving: list, context, start: Callable, hold: Callable) -> tuple:
-    """Tangents that go along with the cell in one scan, so that nothing of a step has to be kept.
+class _Loop:
+    """What a recurrent layer does with its cell: what its steps take, and what they carry on.
 
     Args:
-        cell: the cell.
-        states: the first ones, as it takes them.
-        inputs: the steps (T, B, …), and which of them count.
-        entering: their tangents (T, P, B, …); None for zero.
-        moving: the first states' tangents (P, B, …).
-        context: see `Context`.
-        start: see `recurrent`.
-        hold: see `recurrent`.
+        layer: the layer.
+        sequences: its input, (B, T, …).
+        states: the first ones, as its cell takes them.
+        mask: which steps count, (B, T); or None.
 
-    Returns:
-        The variables that can have tangents; what is carried at the end, and the outputs of all steps; and the same of
-        the tangents.
+    Attributes:
+        inputs: the steps (T, B, …), and which of them count if that is known.
+        flat_states: the first states.
+        num_states: how many there are.
     """
-    flat_states = tree.flatten(states)
-    (y, _), first = context.run(cell, inputs[0][0], states)  # of which only shapes and variables matter
-    image = ops.zeros((*ops.shape(moving[0])[:2], *y.shape[1:]), y.dtype)
-    carried = start(flat_states, ops.zeros_like(y))
 
-    def step(both, now):
-        before, moving = list(both[: len(carried)]), list(both[len(carried) :])
-        x, *kept = now if entering is None else now[1]
-        (y, following), pushforward = context.run(cell, x, tree.pack_sequence_as(states, before[: len(flat_states)]))
-        images = pushforward(None if entering is None else now[0], *moving[: len(flat_states)])
-        for variable, part in pushforward.weights:
-            if id(variable) in context.weights:
-                parts = part(context.weights[id(variable)], *pushforward.broadcast_residuals())
-                images = [a + align(b, len(a.shape)) for a, b in zip(images, parts, strict=True)]
-        image, *moved = images
-        y, following = hold(y, tree.flatten(following), before, kept)
-        image, moved = hold(image, moved, moving, [ops.expand_dims(k, 0) for k in kept])
-        return [*following, *moved], [y, image]
+    def __init__(self, layer, sequences, states: list, mask):
+        self.cell = layer.cell
+        self.states = states
+        self.flat_states = tree.flatten(states)
+        self.num_states = len(self.flat_states)
+        self._backwards, self._zero_output_for_mask = layer.go_backwards, layer.zero_output_for_mask
+        self.inputs: tuple = (self.in_order(sequences, 0),)
+        if mask is not None:
+            self.inputs += (self.in_order(ops.cast(mask, "bool"), 0),)
+        # On JAX, a masked step returns the last cell's first state, and not what was returned before.
+        self._returned = None
+        if keras.backend.backend() == "jax" and not layer.unroll:
+            self._returned = self.num_states - len(tree.flatten(states[-1])) if tree.is_nested(states[0]) else 0
 
-    scanned = inputs if entering is None else (entering, inputs)
-    last, (outputs, images) = _scan(step, [*carried, *start(moving, image)], scanned, [y, image])
-    variables = [variable for variable, _ in first.weights]
-    return variables, (last[: len(carried)], outputs), (last[len(carried) :], images)
+    def in_order(self, tensor, axis: int):
+        """(B, T, …) as steps (T, B, …), or (P, B, T, …) as (T, P, B, …): the time is the second axis from `axis`."""
+        steps = ops.moveaxis(tensor, axis + 1, 0)
+        return ops.flip(steps, axis=0) if self._backwards else steps
+
+    def start(self, states: list, zeros) -> list:
+        """What is carried into the first step: the states, and under a mask what a masked step returns."""
+        masked = len(self.inputs) > 1
+        return states + ([zeros if self._returned is None else states[self._returned]] if masked else [])
+
+    def hold(self, y, following: list, carried: list, kept: list) -> tuple:
+        """What a step returns and carries on: a masked example keeps its states, and returns what it did, or zeros."""
+        if not kept:
+            return y, following
+
+        def choose(new, old):
+            missing = len(new.shape) - len(kept[0].shape)
+            return ops.where(ops.reshape(kept[0], (*ops.shape(kept[0]), *[1] * missing)), new, old)
+
+        following = [choose(new, old) for new, old in zip(following, carried[: self.num_states], strict=True)]
+        y = choose(y, ops.zeros_like(y) if self._zero_output_for_mask else carried[self.num_states])
+        return y, [*following, y if self._returned is None else following[self._returned]]
+
+    def freeze(self, context) -> tuple:
+        """The cell, frozen at every step of a scan.
+
+        Returns:
+            The pushforward of one step; the output of the first step; what is carried at the end; and, with the steps
+            as the first axis, the outputs and the residuals of all steps.
+        """
+        # The first step, outside the scan: the maps of its nodes are those of every step, with other residuals.
+        (y, _), frozen = context.run(self.cell, self.inputs[0][0], self.states)
+
+        def step(carried, now):
+            x, *kept = now
+            (y, following), pushforward = context.run(self.cell, x, self._as_states(carried))
+            y, following = self.hold(y, tree.flatten(following), carried, kept)
+            return following, [y, *pushforward.residuals]
+
+        return frozen, y, *_scan(step, self._start_at(y), self.inputs, [y, *frozen.residuals])
+
+    def freeze_at_once(self, context) -> tuple:
+        """As `freeze`, for a cell that treats all steps and examples alike: frozen once, at a batch of all steps.
+
+        The scan is then that of the cell alone: it keeps the states before each step and nothing else.
+        """
+
+        def run(x, carried):
+            y, following = self.cell(x, self._as_states(carried), training=context.training)
+            return y, tree.flatten(following)
+
+        def step(carried, now):
+            x, *kept = now
+            y, following = run(x, carried)
+            y, following = self.hold(y, following, carried, kept)
+            return following, [y, *carried[: self.num_states]]
+
+        y, _ = run(self.inputs[0][0], self.flat_states)
+        last, (outputs, *before) = _scan(step, self._start_at(y), self.inputs, [y, *self.flat_states])
+        count, batch, *_ = ops.shape(self.inputs[0])
+
+        def fold(tensor):
+            return ops.reshape(tensor, (-1, *ops.shape(tensor)[2:]))
+
+        def unfold(residual, axis):
+            shape = ops.shape(residual)
+            return ops.moveaxis(ops.reshape(residual, (*shape[:axis], count, batch, *shape[axis + 1 :])), axis, 0)
+
+        _, frozen = context.run(self.cell, fold(self.inputs[0]), self._as_states([fold(state) for state in before]))
+        return frozen, y, last, [outputs, *map(unfold, frozen.residuals, frozen.batch_axes)]
+
+    def push_along(self, entering, state_tangents: list, context) -> tuple[list, tuple[list, Any], tuple[list, Any]]:
+        """Tangents that go along with the cell in one scan, so that nothing of a step has to be kept.
+
+        Args:
+            entering: tangents of the steps, (T, P, B, …); None for zero.
+            state_tangents: those of the first states, (P, B, …).
+            context: see `Context`; its `weights` move too.
+
+        Returns:
+            The variables that can have tangents; what is carried at the end, and the outputs of all steps; and the
+            same of the tangents.
+        """
+        (y, _), first = context.run(self.cell, self.inputs[0][0], self.states)  # only shapes and variables matter
+        image = ops.zeros((*ops.shape(state_tangents[0])[:2], *y.shape[1:]), y.dtype)
+        carried = self._start_at(y)
+
+        def step(both, now):
+            before, moving = list(both[: len(carried)]), list(both[len(carried) :])
+            x, *kept = now if entering is None else now[1]
+            (y, following), pushforward = context.run(self.cell, x, self._as_states(before))
+            images = pushforward(None if entering is None else now[0], *moving[: self.num_states])
+            moved = [(p, context.weights[id(v)]) for v, p in pushforward.weights if id(v) in context.weights]
+            image, *arriving = _plus_parts(images, moved, pushforward.broadcast_residuals())
+            y, following = self.hold(y, tree.flatten(following), before, kept)
+            image, arriving = self.hold(image, arriving, moving, [ops.expand_dims(k, 0) for k in kept])
+            return [*following, *arriving], [y, image]
+
+        inputs = self.inputs if entering is None else (entering, self.inputs)
+        last, (outputs, images) = _scan(step, [*carried, *self.start(state_tangents, image)], inputs, [y, image])
+        return first.variables, (last[: len(carried)], outputs), (last[len(carried) :], images)
+
+    def _as_states(self, carried: Sequence):
+        return tree.pack_sequence_as(self.states, list(carried[: self.num_states]))
+
+    def _start_at(self, y) -> list:
+        return self.start(self.flat_states, ops.zeros_like(y))
+
+
+def _plus_parts(images: Sequence, weights: Sequence[tuple], residuals: Sequence) -> list:
+    """The tangents that a cell returns, with what weights add to them: pairs of a `part` and the weight's tangent."""
+    for part, u in weights:
+        images = [a + align(b, len(a.shape)) for a, b in zip(images, part(u, *residuals), strict=True)]
+    return list(images)
 
 
 def _is_the_same_at_every_step(layer) -> bool:
@@ -210,66 +278,6 @@ def _is_the_same_at_every_step(layer) -> bool:
     found = [getattr(leaf, name, None) for leaf in leaves for name in ("activation", "recurrent_activation")]
     # A function that has a rule; a layer might draw, and one's own function mix examples.
     return all(f is None or (find_rule(f) is not None and not isinstance(f, keras.Operation)) for f in found)
-
-
-def _freeze_step_by_step(cell, states, inputs, context, start: Callable, hold: Callable) -> tuple:
-    """A cell frozen at every step of a scan.
-
-    Args:
-        cell: the cell.
-        states: the first ones, as it takes them.
-        inputs: the steps (T, B, …), and which of them count.
-        start: see `recurrent`.
-        hold: see `recurrent`.
-
-    Returns:
-        The pushforward of one step; the output of the first step; what is carried at the end; and, with the steps as
-        the first axis, the outputs and the residuals of all steps.
-    """
-    flat_states = tree.flatten(states)
-    # The first step, outside the scan: the maps of its nodes are those of every step, with other residuals.
-    (y, _), frozen = context.run(cell, inputs[0][0], states)
-
-    def step(carried, now):
-        x, *kept = now
-        (y, following), pushforward = context.run(cell, x, tree.pack_sequence_as(states, carried[: len(flat_states)]))
-        y, following = hold(y, tree.flatten(following), carried, kept)
-        return following, [y, *pushforward.residuals]
-
-    return frozen, y, *_scan(step, start(flat_states, ops.zeros_like(y)), inputs, [y, *frozen.residuals])
-
-
-def _freeze_at_once(cell, states, inputs, context, start: Callable, hold: Callable) -> tuple:
-    """The same for a cell that treats all steps and examples alike, frozen once, at a batch of all steps.
-
-    The scan is then that of the cell alone: it keeps the states before each step and nothing else.
-    """
-    flat_states = tree.flatten(states)
-
-    def run(x, flat: Sequence):
-        y, following = cell(x, tree.pack_sequence_as(states, list(flat)), training=context.training)
-        return y, tree.flatten(following)
-
-    def step(carried, now):
-        x, *kept = now
-        before = carried[: len(flat_states)]
-        y, following = hold(*run(x, before), carried, kept)
-        return following, [y, *before]
-
-    y, _ = run(inputs[0][0], flat_states)
-    last, (outputs, *before) = _scan(step, start(flat_states, ops.zeros_like(y)), inputs, [y, *flat_states])
-    count, batch, *_ = ops.shape(inputs[0])
-
-    def fold(tensor):
-        return ops.reshape(tensor, (-1, *ops.shape(tensor)[2:]))
-
-    def unfold(residual, axis):
-        shape = ops.shape(residual)
-        return ops.moveaxis(ops.reshape(residual, (*shape[:axis], count, batch, *shape[axis + 1 :])), axis, 0)
-
-    _, frozen = context.run(cell, fold(inputs[0]), tree.pack_sequence_as(states, [fold(state) for state in before]))
-    residuals = map(unfold, frozen.residuals, frozen.batch_axes)
-    return frozen, y, last, [outputs, *residuals]
 
 
 @register_rule(layers.Bidirectional)
