@@ -312,26 +312,26 @@ class Entry:
         name: in the files.
         label: in the table and in the figures.
         start: None for a forward pass without a product.
+        start_again: the same for one call after another at one point, where that is another; None: it is not.
         alternative: whether it is one to jvpreg.
         model: from the model and the number of directions to the model that it needs.
-        only: what it is for, where it is not for all: along the input, several directions, few outputs, one call at a
-            point or several.
+        only: what it is for, where it is not for all: along the input, several directions, few outputs.
     """
 
     name: str
     label: str
     start: Start | None
+    start_again: Start | None = None
     alternative: bool = True
     model: Callable[[keras.Model, int], keras.Model] = lambda model, num_probes: model
-    only: tuple[Literal["input", "several", "few outputs", "once", "again"], ...] = ()
+    only: tuple[Literal["input", "several", "few outputs"], ...] = ()
 
 
 JVPREG = "jvpreg"
 FORWARD = Entry("forward", "forward pass", None, alternative=False)
 _OURS = (
     FORWARD,
-    Entry(JVPREG, "jvpreg", jvp, alternative=False, only=("once",)),
-    Entry(JVPREG, "jvpreg", linearize, alternative=False, only=("again",)),
+    Entry(JVPREG, "jvpreg", jvp, linearize, alternative=False),
     Entry("clone", "jvpreg.clone", clone, alternative=False, model=literal.cloned, only=("input",)),
 )
 

@@ -107,7 +107,7 @@ def starts(config: LayersConfig) -> dict[str, competitors.Start | None]:
     at_once = config.num_probes > 1 and keras.backend.backend() != "tensorflow"
     return {
         "plain": None,
-        "jvpreg": competitors.jvp,
+        "jvpreg": known[competitors.JVPREG],
         "forward_mode": known["vectorized" if at_once else "forward_mode"],
         "double_vjp": known["double_vjp"],
     }

@@ -141,8 +141,6 @@ def applies(entry: Entry, task: Task, outputs: np.ndarray) -> bool:
     conditions = {
         "input": not task.weights,
         "several": task.num_probes > 1,
-        "once": task.use is products.once,
-        "again": task.use is not products.once,
         "few outputs": outputs.ndim == 2 and outputs.shape[1] <= FEW_OUTPUTS,
     }
     return all(conditions[name] for name in entry.only)
@@ -174,8 +172,9 @@ def first_calls(
 def call(subject: Subject, task: Task, entry: Entry, config: ProductsConfig) -> Callable[[], tuple]:
     """`f(x)` and the products of an entry as one call."""
     model = entry.model(subject.model, task.num_probes)
+    start = entry.start if task.use is products.once else entry.start_again or entry.start
     return products.call(
-        model, entry.start, [subject.x], task.tangents, config.jit_compile, weights=task.weights, use=task.use
+        model, start, [subject.x], task.tangents, config.jit_compile, weights=task.weights, use=task.use
     )
 
 

@@ -11,7 +11,7 @@ from experiments.config import DataConfig, ModelConfig, OptimizerConfig, Positiv
 class SparingConfig:
     """Train with the penalty on every example of every step, on every so many steps, and on a part of each batch."""
 
-    data: DataConfig = field(default_factory=lambda: DataConfig("cifar10", 10000))
+    data: DataConfig = field(default_factory=lambda: DataConfig("cifar10", 5000))
     """Which images."""
 
     model: ModelConfig = field(default_factory=lambda: ModelConfig("vgg6", 16))
@@ -32,7 +32,7 @@ class SparingConfig:
     seeds: list[NonNegativeInt] = field(default_factory=lambda: [0, 1, 2])
     """Of the weights, the batches and the directions; the examples are always the same."""
 
-    epochs: PositiveInt = 6
+    epochs: PositiveInt = 8
     """Passes over the training data."""
 
     batch_size: PositiveInt = 64

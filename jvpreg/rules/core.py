@@ -30,7 +30,7 @@ def sum_of_products(frozen, tangent, axes, context):
     """`Σ frozen · tangent` over `axes`, counted from the end and kept, of `(1, B, …)` and `(P, B, …)`."""
     axes = [axes] if isinstance(axes, int) else list(axes)
     if axes == [-1] and (context.xla or keras.backend.backend() == "jax"):
-        # On a processor, XLA's sum of a product with an axis for the probes takes five times as long as its dot.
+        # On a processor, XLA sums a product that has an axis for the probes much slower than it takes a dot.
         return ops.expand_dims(ops.einsum("...i,p...i->p...", frozen[0], tangent), -1)
     return ops.sum(frozen * tangent, axis=axes, keepdims=True)
 
