@@ -86,6 +86,12 @@ def forward(model: keras.Model, x: Any, draw: Draw) -> tuple[Any, Any]:
         with tf.autodiff.ForwardAccumulator(x, draw(x)) as accumulator:
             y = model(x, training=True)
         return y, accumulator.jvp(y)
+    if keras.backend.backend() == "torch":
+        from torch.autograd import forward_ad
+
+        with forward_ad.dual_level():
+            outputs = forward_ad.unpack_dual(model(forward_ad.make_dual(x, draw(x)), training=True))
+        return outputs.primal, outputs.tangent
     import jax
 
     y, product, state = jax.jvp(_pure(model), (x,), (draw(x),), has_aux=True)
@@ -103,6 +109,12 @@ def backward(model: keras.Model, x: Any, draw: Draw) -> tuple[Any, Any]:
             tape.watch(x)
             y = model(x, training=True)
         return y, tape.gradient(y, x, output_gradients=draw(y))
+    if keras.backend.backend() == "torch":
+        import torch
+
+        x = x.detach().requires_grad_()
+        y = model(x, training=True)
+        return y, torch.autograd.grad(y, x, draw(y), create_graph=True)[0]
     import jax
 
     y, pull, state = jax.vjp(_pure(model), x, has_aux=True)

@@ -12,7 +12,7 @@ FEEDBACK = 1e-3
 
 def known_directions(like: Any, num_probes: int) -> Any:
     """Directions `(P, B, …)` that follow from `like` (B, …), so that they stay with an example in any batch."""
-    like = ops.stop_gradient(like)
+    like = ops.stop_gradient(ops.convert_to_tensor(like))
     return ops.stack([ops.cos(FREQUENCY * (1 + probe) * like) for probe in range(num_probes)])
 
 

@@ -29,9 +29,8 @@ def run(config: StepConfig) -> dict[str, Any]:
         What `step.json` holds: the settings, the machine, and a row an entry.
 
     Raises:
-        ExperimentError: where the backend or the name of an entry is not known.
+        ExperimentError: where the name of an entry is not known.
     """
-    check_backend("step")
     chosen = chosen_entries(config)
     console = tables.wide_console()
     checker = Checker(config)
