@@ -1,4 +1,4 @@
-"""Products, probes, bias-Jacobians, distillation: each entry is checked before it is timed; a wrong one gets no time."""
+"""Products, probes, bias-Jacobians and distillation: checked before they are timed; what is wrong gets no time."""
 
 import dataclasses
 import json
