@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import keras
 from keras import ops, tree
 
-from jvpreg.registry import Pushforward
+from jvpreg.registry import Pushforward, each_probe
 
 
 def fall_back(operation, args, kwargs, primals: Sequence):
@@ -26,9 +26,10 @@ def fall_back(operation, args, kwargs, primals: Sequence):
 
     def run(tensors, weights=()):
         remaining = iter(tensors)
-        a, k = tree.map_structure(lambda leaf: next(remaining) if id(leaf) in found else leaf, (args, kwargs))
+        arguments = [args, *kwargs.values()]
+        a, *given = tree.map_structure(lambda leaf: next(remaining) if id(leaf) in found else leaf, arguments)
         with keras.StatelessScope(state_mapping=[*state, *weights]):
-            outputs = operation(*a, **k)
+            outputs = operation(*a, **dict(zip(kwargs, given, strict=True)))
         return tree.flatten(outputs)
 
     outputs = operation(*args, **kwargs)
@@ -44,13 +45,13 @@ def fall_back(operation, args, kwargs, primals: Sequence):
                 tensors[i] = tensor
             return run(tensors)
 
-        rows = zip(*(ops.unstack(tangents[i]) for i in moving), strict=True)
-        return _stack([_jvp(along, [frozen[i] for i in moving], list(row)) for row in rows])
+        product = each_probe(lambda *rows: _jvp(along, [frozen[i] for i in moving], rows))
+        return product(*(tangents[i] for i in moving))
 
     def part(tangent, *residuals, variable):
         frozen = [residual[0] for residual in residuals]
         value = ops.convert_to_tensor(variable) + 0  # On TensorFlow, a variable converts to itself.
-        return _stack([_jvp(lambda w: run(frozen, [(variable, w)]), [value], [row]) for row in ops.unstack(tangent)])
+        return each_probe(lambda row: _jvp(lambda w: run(frozen, [(variable, w)]), [value], [row]))(tangent)
 
     def part_of(variable):
         return lambda tangent, *residuals: part(tangent, *residuals, variable=variable)
@@ -59,12 +60,8 @@ def fall_back(operation, args, kwargs, primals: Sequence):
     return outputs, Pushforward(push, *primals, weights=weights, takes_none=True)
 
 
-def _jvp(function, primals: list, tangents: list) -> list:
+def _jvp(function, primals: Sequence, tangents: Sequence):
     outputs, products = ops.jvp(function, tuple(primals), tuple(tangents))
     pairs = zip(tree.flatten(outputs), tree.flatten(products), strict=True)
-    return [ops.zeros_like(y) if product is None else product for y, product in pairs]
-
-
-def _stack(rows: list):
-    stacked = [ops.stack(parts) for parts in zip(*rows, strict=True)]
-    return stacked[0] if len(stacked) == 1 else stacked
+    found = tuple(ops.zeros_like(y) if product is None else product for y, product in pairs)
+    return found[0] if len(found) == 1 else found

@@ -21,7 +21,7 @@ MANY = 2**18
 
 
 class Companions:
-    """The tangents of one product, which are pushed as soon as a node is frozen.
+    """The tangents of one product, which go through a model node by node, as soon as each is frozen.
 
     Args:
         tangents: `(P, B, …)`, one for each input of the model; None for zero.
@@ -30,16 +30,17 @@ class Companions:
     Attributes:
         num_probes: P.
         weights: their tangents, by their `id`.
-        go_along: whether they are. Several are not where operations run eagerly, and hold to the end what a compiler
-            would let go: they are pushed through the graph once it is frozen.
+        go_along: whether they do. Several do not where operations run eagerly, and would hold to the end what a
+            compiler lets go: `products` pushes them through the graph once it is frozen.
     """
 
     def __init__(self, tangents: Sequence, weights: Iterable[tuple[Any, Any]] = ()):
         self._tangents = list(tangents)
         self.weights = {id(variable): tangent for variable, tangent in weights}
         self._by_slot: dict[int, Any] = {}
-        self.num_probes = next(ops.shape(t)[0] for t in [*tangents, *self.weights.values()] if t is not None)
-        self.go_along = not runs_eagerly() or self.num_probes == 1
+        first = next(tangent for tangent in [*tangents, *self.weights.values()] if tangent is not None)
+        self.num_probes = ops.shape(first)[0]
+        self.go_along = not runs_eagerly(first) or self.num_probes == 1
 
     def enter(self, inputs: Sequence[Value]) -> None:
         """States which values the model's inputs are."""
@@ -60,8 +61,12 @@ class Companions:
         apply = context.apply
         if len(inputs) == 1 and tangents[0] is not None:
             apply = functools.partial(apply_at_once, inputs[0].primal, tangents[0])
-        moved = self.weights or any(tangent is not None for tangent in tangents)
-        return replace(context, apply=apply, tangents=tangents if moved else None, weights=self.weights)
+        known = {id(value.primal): tangent for value, tangent in zip(inputs, tangents, strict=True)}
+
+        def along(*primals):
+            return [known[id(x)] for x in primals] if all(id(x) in known for x in primals) else None
+
+        return replace(context, apply=apply, along=along, weights=self.weights)
 
     def push(self, node: Node) -> None:
         """Pushes the tangents of a node's inputs through it."""
@@ -99,10 +104,14 @@ def apply_at_once(known, tangent, function: Callable, x, num_weights: int) -> tu
     return y, unfold(image, num_probes)
 
 
-def runs_eagerly() -> bool:
-    """Whether operations run as they are called, so that memory is held by Python, and loops are Python's."""
-    if keras.backend.backend() != "tensorflow":
-        return keras.backend.backend() == "torch"
-    import tensorflow as tf
+def runs_eagerly(tensor) -> bool:
+    """Whether operations on a tensor run as they are called, so that Python holds what they return."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
 
-    return tf.executing_eagerly()
+        return tf.executing_eagerly()
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return not isinstance(tensor, jax.core.Tracer)
+    return True

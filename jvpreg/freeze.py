@@ -1,6 +1,7 @@
 """`linearize`: runs a model once at `x` and freezes it there; and single products in one call."""
 
 import functools
+import inspect
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from jvpreg.graph import trace
 from jvpreg.inputs import flatten_inputs, standardize_inputs
 from jvpreg.linearization import Linearization
 from jvpreg.registry import Context, unwrap
-from jvpreg.tangents import check_count, pack_products, standardize_tangents, weight_tangents
+from jvpreg.tangents import check_count, pack_products, standardize_tangents, weight_pairs, weight_tangents
 
 BatchStatistics = Literal["moving", "frozen", "coupled"]
 Fallback = Literal["warn", "allow", "error"]
@@ -72,14 +73,15 @@ def linearize(
     """
     model = _checked_model(model)
     inputs = standardize_inputs(model, x)
-    graph, outputs = _freeze(model, x, inputs, _context(training, batch_statistics, fallback, xla))
+    graph, outputs = _freeze(model, x, inputs, _options(training, batch_statistics, fallback, xla))
     return Linearization(graph, inputs, outputs, flatten=functools.partial(flatten_inputs, model))
 
 
 def jvp(model, x, u, **kwargs):
     """`f(x)` and `J u`. Shapes and keyword arguments as in `linearize` and `Linearization.jvp`.
 
-    The tangents go through the model along with `x`: in the same call of a layer, where its weights outnumber both.
+    The tangents go through the model along with `x`: in one scan with a recurrent cell, and in the same call of a layer
+    where its weights are many and outnumber both, if all shapes are known.
 
     Example:
 
@@ -93,7 +95,7 @@ def jvp(model, x, u, **kwargs):
     check_count(flat, inputs, "u", "x")
     tangents, probed = standardize_tangents(flat, inputs, [("u", "x")] * len(inputs))
     companions = Companions(tangents)
-    graph, outputs = _freeze(model, x, inputs, _context(**kwargs), companions)
+    graph, outputs = _freeze(model, x, inputs, _options(**kwargs), companions)
     return outputs, pack_products(companions.products(graph), outputs, probed)
 
 
@@ -123,21 +125,25 @@ def weight_jvp(model, x, weights, **kwargs):
     [[4.0, 4.0]]
     """
     model = _checked_model(model)
+    pairs = weight_pairs(weights)
+    if not pairs:
+        raise ValueError(
+            "Invalid value for argument `weights`. Expected a tangent of one weight at least. "
+            f"Received: weights={weights!r}"
+        )
     known = getattr(model, "variables", [])
-    try:
-        given = weight_tangents(weights or {}, known)
-    except ValueError:
-        given = []  # A weight that the model does not track; or none of its weights, which is then said.
-    if not given:
+    if not known or not all(isinstance(key, str) or any(key is variable for variable in known) for key, _ in pairs):
+        # Weights that the model does not track: which ones it uses is known once it has run.
         linearization = linearize(model, x, **kwargs)
-        return linearization.outputs, linearization.jvp(weights=weights)
+        return linearization.outputs, linearization.jvp(weights=pairs)
+    given = weight_tangents(pairs, known)
     inputs = standardize_inputs(model, x)
     like = [ops.convert_to_tensor(variable) for variable, _ in given]
     names = [("weights", f"`{variable.path}`") for variable, _ in given]
     tangents, probed = standardize_tangents([tangent for _, tangent in given], like, names)
     variables = [variable for variable, _ in given]
     companions = Companions([None] * len(inputs), zip(variables, tangents, strict=True))
-    graph, outputs = _freeze(model, x, inputs, _context(**kwargs), companions)
+    graph, outputs = _freeze(model, x, inputs, _options(**kwargs), companions)
     # Raises for one that the model tracks, and that no tangent can have.
     weight_tangents([(variable, None) for variable in variables], graph.weights)
     return outputs, pack_products(companions.products(graph), outputs, probed)
@@ -156,7 +162,7 @@ def jacobian(model, x, chunk_size: int = 64, **kwargs):
     return linearize(model, x, **kwargs).jacobian(chunk_size)
 
 
-def _context(
+def _options(
     training: bool = False,
     batch_statistics: BatchStatistics | None = None,
     fallback: Fallback = "warn",
@@ -205,6 +211,14 @@ def _checked_model(model):
     return model
 
 
+def _callers_level() -> int:
+    """The stack level, for a warning of the function that asks, of the first caller outside of this package."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] == __package__:
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 def _warn_of_fallback(model, fallbacks: dict[str, str]) -> None:
     if model in _warned_of_fallback:
         return
@@ -214,7 +228,7 @@ def _warn_of_fallback(model, fallbacks: dict[str, str]) -> None:
         f"No pushforward rule for {names}: these nodes are left to the backend's autodiff, which runs them again for "
         "each probe and is not always right under XLA. Register a rule with `jvpreg.register_rule`, or pass "
         '`fallback="allow"` to `linearize` if this is as it should be.',
-        stacklevel=4,
+        stacklevel=_callers_level(),
     )
 
 
@@ -232,6 +246,6 @@ def _warn_of_probabilities(model, heads: Sequence[Node]) -> None:
                 f"`{model.name}` ends in a {getattr(function, '__name__', 'softmax')} (`{head.name}`): its Jacobian is "
                 "that of the probabilities, which vanishes where the model is sure. For the Jacobian of the logits, "
                 "leave the activation out and compile with a loss that has `from_logits=True`.",
-                stacklevel=4,
+                stacklevel=_callers_level(),
             )
             return

@@ -216,7 +216,7 @@ class FrozenGraph:
 
         def part(tangent, *residuals, key):
             batch = None if self.couples_examples or not residuals else ops.shape(residuals[0])[1 + axes[0]]
-            return push_all([None] * count, (tangent.shape[0], batch), residuals, {key: tangent})
+            return push_all([None] * count, (ops.shape(tangent)[0], batch), residuals, {key: tangent})
 
         parts = [(variable, functools.partial(part, key=id(variable))) for variable in self.weights]
         return Pushforward(
@@ -248,11 +248,14 @@ def push_node(
     pushforward = node.pushforward
     if pushforward is None:
         return None
-    residuals = pushforward.broadcast_residuals() if residuals is None else residuals
+    moved = [(part, weights[id(variable)]) for variable, part in pushforward.weights if id(variable) in weights]
+    arriving = any(tangent is not None for tangent in tangents)
+    if residuals is None:
+        residuals = pushforward.broadcast_residuals() if moved or arriving else []
     images: list[Sequence] = []
     if pushforward.image is not None:
         images.append(_tuple(pushforward.image))
-    elif any(tangent is not None for tangent in tangents):
+    elif arriving:
         if not pushforward.takes_none:
             pairs = zip(tangents, node.inputs, strict=True)
             filled = [ops.zeros(_shape(leading, v), v.primal.dtype) if t is None else t for t, v in pairs]
@@ -261,10 +264,9 @@ def push_node(
         # Mixed precision: a tangent has the dtype in which the layer sees its input.
         cast = [None if t is None else ops.cast(t, v.primal.dtype) for t, v in zip(filled, node.inputs, strict=True)]
         images.append(_tuple(pushforward.function(*cast, *residuals)))
-    for variable, part in pushforward.weights:
-        if id(variable) in weights:
-            image = _tuple(part(weights[id(variable)], *residuals))
-            images.append([_spread(t, leading, v) for t, v in zip(image, node.outputs, strict=True)])
+    for part, tangent in moved:
+        image = _tuple(part(tangent, *residuals))
+        images.append([_spread(t, leading, v) for t, v in zip(image, node.outputs, strict=True)])
     if not images:
         return None
     return [

@@ -50,7 +50,7 @@ class Tracer:
 
     def __post_init__(self):
         # What goes along with an operation's inputs does not with those of the operations within it.
-        self.context = replace(self.context, apply=Context.apply, tangents=None, weights={})
+        self.context = replace(self.context, apply=Context.apply, along=Context.along, weights={})
 
     def value(self, primal, batched: bool = True) -> Value:
         """A new value with a slot of its own."""
@@ -122,6 +122,7 @@ class Tracer:
     def _run_rule(self, rule, operation, args, kwargs, name: str):
         args, kwargs = self._as_values(operation, args, kwargs)
         taken = inspect.signature(rule.function).parameters
+        args, kwargs = _as_taken(operation, args, kwargs, list(taken))
         given, kwargs = masks.split(operation, args, kwargs, taken)
         if not all(key in taken for key in given):
             raise NotImplementedError(
@@ -245,13 +246,14 @@ class Tracer:
     def _primals(self, operation, args, kwargs):
         """The `Value`s among the arguments as the operation sees them, and the arguments with their primals."""
         dtype = _input_dtype(operation)
-        leaves = [leaf for leaf in tree.flatten((args, kwargs)) if isinstance(leaf, Value)]
+        arguments = [args, *kwargs.values()]  # in their order: that of the keys of a dict is another one
+        leaves = [leaf for leaf in tree.flatten(arguments) if isinstance(leaf, Value)]
         values = [replace(value, primal=_autocast(value.primal, dtype)) for value in leaves]
         primals = iter(values)
-        args, kwargs = tree.map_structure(
-            lambda leaf: next(primals).primal if isinstance(leaf, Value) else leaf, (args, kwargs)
+        args, *given = tree.map_structure(
+            lambda leaf: next(primals).primal if isinstance(leaf, Value) else leaf, arguments
         )
-        return values, args, kwargs
+        return values, args, dict(zip(kwargs, given, strict=True))
 
     def _with_masks(self, operation, args, kwargs, outputs):
         """The outputs with the masks that Keras leaves on them."""
@@ -385,6 +387,17 @@ def trace(
             # A loss weighs by it.
             set_keras_mask(value.primal, value.mask.primal)
     return tracer, values, outputs
+
+
+def _as_taken(operation, args: tuple, kwargs: dict, taken: list[str]) -> tuple[tuple, dict]:
+    """The arguments in the order of a rule's parameters, from the second on by the names that the call has for them."""
+    if isinstance(operation, keras.Layer):
+        names = list(operation._call_signature.parameters)[1 : len(args)]
+        named = {name: value for name, value in zip(names, args[1:], strict=False) if name in taken}
+        args = (*args[:1], *(value for name, value in zip(names, args[1:], strict=False) if name not in taken))
+        kwargs = named | kwargs
+    order = [name for name in taken if name in kwargs]
+    return args, {name: kwargs[name] for name in [*order, *(name for name in kwargs if name not in order)]}
 
 
 def _kind(operation) -> str:

@@ -12,6 +12,7 @@ from jvpreg.tangents import (
     check_count,
     pack_products,
     standardize_tangents,
+    weight_pairs,
     weight_tangents,
     zeros,
 )
@@ -65,11 +66,12 @@ class Linearization:
 
         Reference: Balestriero & Baraniuk (2021), equation 12 and appendix E, for the weights.
         """
-        if u is None and not weights and not taps:
+        pairs = weight_pairs(weights)
+        if u is None and not pairs and not taps:
             raise ValueError(
                 "Invalid value for argument `u`. Expected a tangent, or `weights` or `taps`. Received: neither."
             )
-        given = weight_tangents(weights or {}, self.weights)
+        given = weight_tangents(pairs, self.weights)
         taps = dict(taps or {})
         made = self.node_outputs() if taps else {}
         unknown = [name for name in taps if name not in made]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import keras
-from keras import ops
+from keras import ops, tree
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,9 @@ class Context:
             an operation of one input `x`, example by example. Tangents that travel along with `x` go through it in the
             same call, where that is cheaper, since the weights are read once: `image` is then what they became, for
             the `Pushforward`, and else None.
-        tangents: `(P, B, …)` of each input (None: zero), where one product with them is all that will be asked of the
-            operation: its rule may then return what they become, as `Pushed`, and freeze nothing.
+        along: `along(*inputs) -> tangents` `(P, B, …)` of these inputs of the operation (None: zero), where one product
+            with them is all that will be asked of it: its rule may then return what they become, as `Pushed`, and
+            freeze nothing. Else, and for tensors that are none of its inputs, it returns None.
         weights: tangents `(P, …)` of variables, by their `id`, which are part of that product.
     """
 
@@ -44,7 +45,7 @@ class Context:
     xla: bool | None = None
     run: Callable | None = None
     apply: Callable = lambda function, x, num_weights: (function(x), None)
-    tangents: Sequence | None = None
+    along: Callable = lambda *inputs: None
     weights: Mapping[int, Any] = field(default_factory=dict)
 
 
@@ -64,7 +65,7 @@ class Pushforward:
         takes_none: whether the function takes None for an input without a tangent; else it is given zeros.
         intercept: what the operation adds to its linear part, to be broadcast to its output, where the rule knows it:
             a bias; by default it is found as `y − function(x)`, at the cost of one more run and its gradient.
-        image: what `Context.tangents` became, where they went along with the inputs: nothing more is pushed then.
+        image: what tangents became that went along with the inputs: nothing more is pushed then.
     """
 
     def __init__(
@@ -108,10 +109,10 @@ class Pushforward:
 
 
 class Pushed(Pushforward):
-    """What a node made of `Context.tangents` and `Context.weights`, in place of a map that can be used again.
+    """What a node made of the tangents that went along, in place of a map that can be used again.
 
     Args:
-        image: the output's tangent `(P, B, …)`; a tuple of tangents for several outputs.
+        image: the output's tangent `(P, B, …)`; a tuple of tangents for several outputs; None if nothing moves.
         variables: those whose tangents are part of it, where they have one.
     """
 
@@ -151,22 +152,26 @@ def affine(
     push = linear(function).function
 
     def probed(part):
-        return lambda tangent, x: ops.stack([part(ops.cast(row, x.dtype), x[0]) for row in ops.unstack(tangent)])
+        return lambda tangent, x: each_probe(lambda row: part(ops.cast(row, x.dtype), x[0]))(tangent)
 
     parts = [(variable, probed(part)) for variable, part in weights]
     return Pushforward(lambda tangent, x: push(tangent), x, weights=parts, intercept=intercept, image=image)
 
 
 def each_probe(function: Callable) -> Callable:
-    """A linear `function` of one tensor of any axes, as a map of `(P, …)` to `(P, …)`.
+    """A linear `function` of tensors of any axes to one or to a tuple of them, as a map of `(P, …)` to `(P, …)`.
 
     For operations whose first axis need not be the batch, so that probes cannot be folded into it.
     """
 
-    def push(tangent):
-        if tangent.shape[0] == 1:
-            return ops.expand_dims(function(tangent[0]), 0)
-        return ops.stack([function(row) for row in ops.unstack(tangent)])
+    def push(*tangents):
+        num_probes = tangents[0].shape[0]
+        if num_probes is None:
+            return ops.map(lambda rows: function(*rows), tangents)
+        if num_probes == 1:
+            return tree.map_structure(lambda image: ops.expand_dims(image, 0), function(*(t[0] for t in tangents)))
+        images = [function(*rows) for rows in zip(*map(ops.unstack, tangents), strict=True)]
+        return tree.map_structure(lambda *rows: ops.stack(rows), *images)
 
     return push
 

@@ -11,7 +11,7 @@ def standardize_tangents(flat: list, like: list, names: list[tuple[str, str]]) -
     """Flat tangents `(P, …)` with the dtypes of `like`, and whether the probe axis was there."""
     tangents: list = []
     given: dict[int, list] = {0: [], 1: []}
-    for vector, x, (name, like_name) in zip(flat, like, names, strict=True):
+    for i, (vector, x, (name, like_name)) in enumerate(zip(flat, like, names, strict=True)):
         if vector is None:
             tangents.append(None)
             continue
@@ -23,7 +23,7 @@ def standardize_tangents(flat: list, like: list, names: list[tuple[str, str]]) -
             raise ValueError(
                 f"Invalid value for argument `{name}`. Expected shape {tuple(x.shape)}, like {like_name}, or "
                 f"(P, {str(tuple(x.shape))[1:-1]}) with a leading axis of P probes. "
-                f"Received: {name} with shape {tuple(tangent.shape)}."
+                f"Received: {name} with shape {tuple(tangent.shape)}{f' (tensor {i})' if len(like) > 1 else ''}."
             )
         tangents.append(tangent if extra else ops.expand_dims(tangent, 0))
         given[extra].append(tuple(tangent.shape))
@@ -46,10 +46,20 @@ def check_count(flat: list, like: list, name: str, like_name: str) -> None:
         raise ValueError(f"Invalid value for argument `{name}`. Expected at least one tensor. Received: None.")
 
 
-def weight_tangents(weights: Mapping | Sequence, known: Sequence) -> list[tuple[Any, Any]]:
-    """Variables among the `known` ones, each with the tangent that `weights`, as `Linearization.jvp` takes it, has."""
-    pairs = list(weights.items()) if isinstance(weights, Mapping) else list(weights)
-    found = []
+def weight_pairs(weights: Any) -> list[tuple[Any, Any]]:
+    """Pairs of a weight, or its path, and a tangent that is not None, as `Linearization.jvp` takes them."""
+    pairs = list(weights.items()) if isinstance(weights, Mapping) else list(weights or [])
+    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+        raise ValueError(
+            "Invalid value for argument `weights`. Expected a dict from paths of weights to tangents, or a list of "
+            f"pairs (variable, tangent). Received: {[type(pair).__name__ for pair in pairs]}."
+        )
+    return [(key, tangent) for key, tangent in pairs if tangent is not None]
+
+
+def weight_tangents(pairs: Sequence[tuple[Any, Any]], known: Sequence) -> list[tuple[Any, Any]]:
+    """Variables among the `known` ones, each with the tangent that it has among the `weight_pairs`."""
+    found: list[tuple[Any, Any]] = []
     for key, tangent in pairs:
         matches = [v for v in known if (v.path == key if isinstance(key, str) else v is key)]
         name = key if isinstance(key, str) else getattr(key, "path", key)
@@ -58,6 +68,11 @@ def weight_tangents(weights: Mapping | Sequence, known: Sequence) -> list[tuple[
                 "Invalid value for argument `weights`. Expected weights of the linearized model: "
                 f"{[v.path for v in known]}. Received: {name!r}"
                 + (f", the path of {len(matches)} weights: pass a list of (variable, tangent)." if matches else ".")
+            )
+        if any(variable is matches[0] for variable, _ in found):
+            raise ValueError(
+                "Invalid value for argument `weights`. Expected one tangent for each weight. "
+                f"Received: {name!r} more than once."
             )
         found.append((matches[0], tangent))
     return found

@@ -29,6 +29,35 @@ def mixed():
     return keras.Model(x, layers.Dense(200, name="last")(layers.Dense(30, activation="tanh")(layers.Flatten()(y))))
 
 
+def opened():
+    """Layers that are opened up into operations."""
+    x = keras.Input((4, 6))
+    y = layers.MultiHeadAttention(2, 3)(layers.GroupNormalization(2)(x), x)
+    y = layers.Concatenate()([layers.EinsumDense("btc,cd->btd", (None, 3), bias_axes="d")(y), x])
+    return keras.Model(x, layers.GRU(3)(y))
+
+
+@keras.saving.register_keras_serializable()
+class Unopened(layers.Layer):
+    """Not to be called with symbols."""
+
+    def build(self, shape):
+        self.kernel = self.add_weight((shape[-1],))
+
+    def compute_output_spec(self, x):
+        return keras.KerasTensor(x.shape, x.dtype)
+
+    def call(self, x):
+        if isinstance(x, keras.KerasTensor):
+            raise TypeError("no symbols")
+        return ops.tanh(x * self.kernel)
+
+
+def unopened():
+    """A layer that is left to autodiff."""
+    return keras.Sequential([keras.Input((3,)), Unopened(), layers.Dense(2)])
+
+
 def counted(monkeypatch) -> list[int]:
     """How many examples each linear part was run on."""
     sizes = []
@@ -45,9 +74,13 @@ def counted(monkeypatch) -> list[int]:
 
 
 def in_graph(function, *tensors):
-    """What a function returns in a TensorFlow graph; elsewhere as it is."""
-    if keras.backend.backend() != "tensorflow":
+    """What a function returns in a TensorFlow graph, or jitted by JAX; on Torch as it is."""
+    if keras.backend.backend() == "torch":
         return function(*tensors)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.jit(function)(*tensors)
     import tensorflow as tf
 
     return tf.function(function, autograph=False)(*map(ops.convert_to_tensor, tensors))
@@ -148,6 +181,63 @@ def test_a_rule_may_run_another_one(float64, monkeypatch):
     assert_close(in_graph(lambda x, u: jvpreg.jvp(model, x, u), x, u)[1], jvpreg.linearize(model, x).jvp(u))
 
 
+def test_a_rule_may_run_another_one_on_what_is_not_its_input(float64, monkeypatch):
+    class OfTwice(layers.GRU):
+        pass
+
+    monkeypatch.setattr(registry, "_RULES", dict(registry._RULES))
+
+    rule = registry.find_rule(layers.GRU(1)).function
+
+    @jvpreg.register_rule(OfTwice)
+    def of_twice(layer, x, context):
+        y, inner = rule(layer, 2 * x, context=context)
+        return y, registry.Pushforward(lambda t, *frozen: inner.function(2 * t, *frozen), *inner.residuals)
+
+    model = randomize(keras.Sequential([keras.Input((4, 3)), OfTwice(5)]))
+    x, u = normal(2, 4, 3), normal(2, 4, 3, seed=1)
+    plain = keras.Sequential([keras.Input((4, 3)), layers.Rescaling(2.0), layers.GRU(5)])
+    plain.set_weights(model.get_weights())
+    for run in (in_graph, lambda function, *tensors: function(*tensors)):
+        assert_close(run(lambda x, u: jvpreg.jvp(model, x, u), x, u)[1], jvpreg.linearize(plain, x).jvp(u))
+
+
+@pytest.mark.parametrize("call", ["positional", "keyword"])
+def test_how_states_are_given(float64, call):
+    sequences, state = keras.Input((4, 3)), keras.Input((5,))
+    layer = layers.GRU(5)
+    y = layer(sequences, state) if call == "positional" else layer(initial_state=state, sequences=sequences)
+    model = randomize(keras.Model([sequences, state], y))
+    x, u = [normal(2, 4, 3), normal(2, 5, seed=1)], [normal(2, 4, 3, seed=2), normal(2, 5, seed=3)]
+    step = 1e-6
+    ahead, behind = (numpy(model([a + d * b for a, b in zip(x, u, strict=True)])) for d in (step, -step))
+    for product in (jvpreg.jvp(model, x, u)[1], jvpreg.linearize(model, x).jvp(u)):
+        assert_close(product, (ahead - behind) / (2 * step), 1e-7)
+
+
+def test_a_cell_with_batch_statistics_is_refused():
+    class Normalizing(layers.Layer):
+        state_size = output_size = 3
+
+        def __init__(self):
+            super().__init__()
+            self.norm = layers.BatchNormalization()
+
+        def build(self, shape):
+            self.norm.build(shape)
+
+        def call(self, x, states):
+            y = ops.tanh(self.norm(x) + states[0])
+            return y, [y]
+
+    model = randomize(keras.Sequential([keras.Input((4, 3)), layers.RNN(Normalizing())]))
+    x = normal(2, 4, 3)
+    jvpreg.jvp(model, x, x)
+    for statistics in ("frozen", "coupled"):
+        with pytest.raises(NotImplementedError, match="statistics would be those of each step"):
+            jvpreg.linearize(model, x, batch_statistics=statistics)
+
+
 def test_weights_that_the_model_does_not_track(float64):
     """Those of a function of Keras', which tracks none."""
     x, inner = normal(2, 3), layers.Dense(4)
@@ -157,6 +247,29 @@ def test_weights_that_the_model_does_not_track(float64):
     u = normal(3, 4, seed=1)
     expected = jvpreg.linearize(function, x).jvp(weights=[(inner.kernel, u)])
     assert_close(jvpreg.weight_jvp(function, x, [(inner.kernel, u)])[1], expected)
+
+
+def test_no_tangent_of_a_weight_is_zero(float64):
+    model = randomize(mixed())
+    (kernel, bias), x = model.trainable_variables[:2], normal(2, 4, 4, 3)
+    u = normal(*kernel.shape, seed=1)
+    expected = jvpreg.weight_jvp(model, x, [(kernel, u)])
+    assert_close(jvpreg.weight_jvp(model, x, {kernel.path: u, bias.path: None}), expected)
+    assert_close(jvpreg.linearize(model, x).jvp(weights=[(kernel, u), (bias, None)]), expected[1])
+
+
+def test_a_recurrent_layer_that_nothing_reaches(float64, monkeypatch):
+    """Along a weight behind it no tangent goes through its steps."""
+    model = randomize(keras.Sequential([keras.Input((4, 3)), layers.GRU(5), layers.Dense(2)]))
+    x, kernel = normal(2, 4, 3), model.layers[-1].kernel
+    u = normal(*kernel.shape, seed=1)
+    expected = jvpreg.linearize(model, x).jvp(weights=[(kernel, u)])
+    seen = []
+    push = companions.Companions.push
+    monkeypatch.setattr(companions.Companions, "push", lambda self, node: (push(self, node), seen.append((self, node))))
+    found = in_graph(lambda: jvpreg.weight_jvp(model, x, [(kernel, u)])[1])
+    assert_close(found, expected)
+    assert [one.of(node.outputs[0]) is None for one, node in seen] == [True, False]
 
 
 def test_weights_that_a_cell_borrows(float64):
@@ -197,20 +310,27 @@ def test_a_cell_that_draws_or_mixes_is_frozen_step_by_step(float64):
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="only TensorFlow has unknown shapes")
-def test_an_unknown_number_of_probes(float64, caplog):
-    """In a function that AutoGraph converts, and the engine with it."""
+@pytest.mark.parametrize("kind", ["mixed", "opened", "left to autodiff"])
+def test_an_unknown_number_of_probes(float64, caplog, kind):
+    """Along the input and along weights; one of them in a function that AutoGraph converts, and the engine with it."""
     import tensorflow as tf
 
-    model = randomize(mixed())
-    x, u = normal(2, 4, 4, 3), normal(5, 2, 4, 4, 3, seed=1)
-    lin = jvpreg.linearize(model, x)
-    specs = tf.TensorSpec((None, 4, 4, 3), "float64"), tf.TensorSpec((None, None, 4, 4, 3), "float64")
+    model = randomize({"mixed": mixed, "opened": opened, "left to autodiff": unopened}[kind]())
+    x = normal(2, *model.input_shape[1:])
+    u = normal(3, *x.shape, seed=1)
+    weights = [v for v in model.trainable_variables if v.shape][::3]
+    assert weights
+    moved = [normal(3, *v.shape, seed=i) for i, v in enumerate(weights)]
+    lin = jvpreg.linearize(model, x, fallback="allow")
 
-    @tf.function(input_signature=specs)
-    def product(x, u):
-        return jvpreg.jvp(model, x, u)
+    def products(u, *moved):
+        pairs = list(zip(weights, moved, strict=True))
+        return jvpreg.jvp(model, x, u, fallback="allow"), jvpreg.weight_jvp(model, x, pairs, fallback="allow")
 
-    assert_close(product(x, u), [lin.outputs, lin.jvp(u)])
+    specs = [tf.TensorSpec((None, *tensor.shape[1:]), "float64") for tensor in (u, *moved)]
+    products = tf.function(products, input_signature=specs, autograph=kind == "mixed")
+    pairs = list(zip(weights, moved, strict=True))
+    assert_close(products(u, *moved), [[lin.outputs, lin.jvp(u)], [lin.outputs, lin.jvp(weights=pairs)]])
     assert not [record.getMessage() for record in caplog.records if "AutoGraph" in record.getMessage()]
 
 
@@ -261,7 +381,7 @@ def recurrences():
 )
 @pytest.mark.parametrize("without", [None, "sequences", "state"])
 def test_recurrent_layers(float64, name, without):
-    """Their tangents go along in the same scan, eagerly and in a graph, along weights too."""
+    """Their tangents go along in the same scan, but for those both ways; eagerly, in a graph, along weights."""
     model = randomize(recurrences()[name])
     sequences = normal(2, 5, 3)
     sequences[1, 3:] = 0  # masked steps
@@ -289,9 +409,16 @@ def test_errors():
     x = normal(2, 4, 4, 3)
     with pytest.raises(ValueError, match=r"`u`.*like x"):
         jvpreg.jvp(model, x, normal(2, 4, 4))
-    for none in ({}, None):
-        with pytest.raises(ValueError, match="Expected a tangent, or `weights`"):
+    kernel = model.trainable_variables[0]
+    for none in ({}, None, [(kernel, None)]):
+        with pytest.raises(ValueError, match="Expected a tangent of one weight"):
             jvpreg.weight_jvp(model, x, none)
+    with pytest.raises(ValueError, match=r"Expected one tangent for each weight.*more than once"):
+        jvpreg.weight_jvp(model, x, [(kernel, kernel), (kernel, kernel)])
+    with pytest.raises(ValueError, match="list of pairs"):
+        jvpreg.weight_jvp(model, x, model.trainable_variables)
+    with pytest.raises(TypeError, match="'none'"):
+        jvpreg.jvp(model, x, x, none=1)
     with pytest.raises(ValueError, match=r"`weights`.*'none'"):
         jvpreg.weight_jvp(model, x, {"none": x})
     with pytest.raises(ValueError, match="fallback"):

@@ -19,7 +19,7 @@ def _along(axis: int, vector, x):
     """
     shape = [1] * (len(x.shape) - 1)
     shape[axis - 1 if axis > 0 else axis] = vector.shape[-1]
-    return ops.reshape(vector, shape if len(vector.shape) == 1 else (vector.shape[0], 1, *shape))
+    return ops.reshape(vector, shape if len(vector.shape) == 1 else (ops.shape(vector)[0], 1, *shape))
 
 
 @register_rule(layers.BatchNormalization)
@@ -160,7 +160,7 @@ def layer_normalization(operation, x, gamma=None, beta=None, context=None, **kwa
     def spread(vector, leading: int):
         """A weight's values along `axes`, or its tangent with `leading` = 1 axis for the probes."""
         shape = [x.shape[axis] if axis in axes else 1 for axis in range(-len(x.shape), 0)]
-        return ops.reshape(ops.cast(vector, dtype), (*vector.shape[:leading], *shape))
+        return ops.reshape(ops.cast(vector, dtype), (*ops.shape(vector)[:leading], *shape))
 
     y = standardized if gamma is None else standardized * spread(gamma, 0)
     y = y if beta is None else y + spread(beta, 0)

@@ -202,17 +202,20 @@ def pad(operation, x, context, constant_values=None):
 def get_item(operation, x, key, context):
     first = key[0] if isinstance(key, (tuple, list)) and key else key
     whole = first is Ellipsis or (isinstance(first, slice) and first == slice(None))
-    push = each_probe(lambda tangent: operation.call(tangent, key))
     # A key may hold tensors, which are inputs too.
-    return operation.call(x, key), Pushforward(lambda tangent, *_: push(tangent), couples_examples=not whole)
+    held = [leaf for leaf in tree.flatten(key) if ops.is_tensor(leaf)]
+
+    def push(tangent, *others):
+        frozen = (index[0] for index in others[len(held) :])
+        now = tree.map_structure(lambda leaf: next(frozen) if ops.is_tensor(leaf) else leaf, key)
+        return each_probe(lambda row: operation.call(row, now))(tangent)
+
+    return operation.call(x, key), Pushforward(push, *held, couples_examples=not whole)
 
 
 @register_rule(numpy_ops.Split, core.Unstack)
 def split(operation, x, context):
-    def push(tangent):
-        rows = [operation.call(row) for row in ops.unstack(tangent)]
-        return tuple(ops.stack(parts) for parts in zip(*rows, strict=True))
-
+    push = each_probe(lambda tangent: tuple(operation.call(tangent)))
     return tuple(operation.call(x)), Pushforward(push, couples_examples=_mixes_examples(operation, x))
 
 
@@ -340,9 +343,7 @@ def convolution(operation, x, kernel, context):
 
 @register_rule(numpy_ops.Concatenate, numpy_ops.Stack, numpy_ops.Hstack, numpy_ops.Vstack)
 def join(operation, tensors, context):
-    def push(*tangents):
-        return ops.stack([operation.call(list(row)) for row in zip(*map(ops.unstack, tangents), strict=True)])
-
+    push = each_probe(lambda *rows: operation.call(list(rows)))
     mixes = isinstance(operation, numpy_ops.Vstack) or _mixes_examples(operation, tensors[0])
     return operation.call(tensors), Pushforward(push, couples_examples=mixes)
 

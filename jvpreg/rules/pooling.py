@@ -46,7 +46,8 @@ def max_pooling(layer, x, context):
     by_kernel = keras.backend.backend() == "tensorflow" and context.xla is False
     if by_kernel and layer.strides != layer.pool_size and len(x.shape) < 5:
         # Windows that overlap are strided slices, each a pass over the input: several times slower than the kernel.
-        return layer.call(x), Pushforward(functools.partial(_push_by_kernel, layer), x)
+        y = layer.call(x)
+        return y, Pushforward(functools.partial(_push_by_kernel, layer, ops.shape(y)[1:]), x)
     # With the maximum known, its first place is that of the last match from behind.
     order = slice(None, None, -1 if by_kernel else 1)
     first, *rest = _window_entries(layer, x, outside=-float("inf"))[order]
@@ -69,16 +70,19 @@ def max_pooling(layer, x, context):
     return best, Pushforward(push, *masks)
 
 
-def _push_by_kernel(layer, tangent, x):
-    """The tangents `(P, B, …)` at the winners of `x` `(1, B, …)`, by the kernel that TensorFlow has for it."""
+def _push_by_kernel(layer, shape, tangent, x):
+    """The tangents `(P, B, …)` at the winners of `x` `(1, B, …)`, by the kernel that TensorFlow has for it.
+
+    That is the kernel of the gradient's gradient, by a cotangent of the output, `(P·B, *shape)`.
+    """
     import tensorflow as tf
 
-    # It is that of the gradient's gradient.
-    cotangent = tf.zeros_like(layer.call(_at_each_probe(x, tangent)))
+    points, folded = _at_each_probe(x, tangent), fold(tangent)
+    cotangent = tf.zeros((ops.shape(folded)[0], *shape), x.dtype)
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(cotangent)
-        pulled = _pull_by_kernel(layer, cotangent, _at_each_probe(x, tangent))
-    return unfold(tape.gradient(pulled, cotangent, fold(tangent)), ops.shape(tangent)[0])
+        pulled = _pull_by_kernel(layer, cotangent, points)
+    return unfold(tape.gradient(pulled, cotangent, folded), ops.shape(tangent)[0])
 
 
 def _with_pull_by_kernel(layer, push):

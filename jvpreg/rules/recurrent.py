@@ -36,9 +36,17 @@ def recurrent(layer, sequences, context, initial_state=None, mask=None):
     if mask is not None and layer.unroll and layer.zero_output_for_mask:
         raise Declined("an unrolled loop, whose masked outputs are another thing on each backend")
     cell = layer.cell
+    if context.batch_statistics != "moving" and any(
+        isinstance(part, keras.layers.BatchNormalization) and part.trainable for part in cell._flatten_layers()
+    ):
+        raise NotImplementedError(
+            f"The cell of `{layer.path}` has batch normalization, whose statistics would be those of each step. "
+            'Linearize with `batch_statistics="moving"`, or set `trainable = False` on it.'
+        )
     given = initial_state is not None
     states = initial_state if given else layer.get_initial_state(batch_size=ops.shape(sequences)[0])
     states = list(states) if isinstance(states, (list, tuple)) else [states]
+    entering = context.along(sequences, *(tree.flatten(states) if given else []))
     loop = _Loop(layer, sequences, tree.map_structure(lambda state: ops.cast(state, cell.compute_dtype), states), mask)
     # A cell's dropout masks are constants of it, and so not cut with the examples.
     cells = [cell, *getattr(cell, "cells", [])]
@@ -53,28 +61,15 @@ def recurrent(layer, sequences, context, initial_state=None, mask=None):
     def finish_primal(last, outputs):
         return tree.map_structure(lambda y: ops.cast(y, layer.compute_dtype), finish(last, outputs, axis=1))
 
-    def zeros(probes, batch):
-        return [ops.zeros((probes, batch, *state.shape[1:]), state.dtype) for state in loop.flat_states]
-
-    def first_tangents(probes, batch, state_tangents) -> list:
-        first = zeros(probes, batch)
-        if not given:
-            return first
-        return [z if t is None else ops.cast(t, z.dtype) for z, t in zip(first, state_tangents, strict=True)]
-
     # Private: a cell keeps its dropout masks, so that they are drawn once and not within the scan.
     layer._maybe_config_dropout_masks(cell, loop.inputs[0][0], states)
     # Compiled by XLA, a scan that keeps more is cheaper than the cell a second time.
     xla = context.xla or keras.backend.backend() == "jax"
     at_once = _is_the_same_at_every_step(layer) and not dropped and not xla
     try:
-        if context.tangents is not None and (not at_once or not runs_eagerly()):
-            tangent, *state_tangents = context.tangents[: 1 + num_given]
-            entering = None if tangent is None else loop.in_order(tangent, 1)
-            moved = [t for t in (*context.tangents, *context.weights.values()) if t is not None]
-            first = first_tangents(ops.shape(moved[0])[0], ops.shape(sequences)[0], state_tangents)
-            variables, primal, images = loop.push_along(entering, first, context)
-            return finish_primal(*primal), Pushed(finish(*images, axis=2), variables)
+        if entering is not None and (not at_once or not runs_eagerly(sequences)):
+            variables, primal, images = loop.push_along(entering, context)
+            return finish_primal(*primal), Pushed(None if images is None else finish(*images, axis=2), variables)
         frozen, y, last, (outputs, *residuals) = (loop.freeze_at_once if at_once else loop.freeze)(context)
     finally:
         layer._maybe_reset_dropout_masks(cell)
@@ -100,7 +95,7 @@ def recurrent(layer, sequences, context, initial_state=None, mask=None):
     def push(tangent, *arguments):
         state_tangents, residuals = arguments[:num_given], [r[0] for r in arguments[num_given:]]
         probes, batch, *_ = next(ops.shape(t) for t in (tangent, *state_tangents) if t is not None)
-        first = first_tangents(probes, batch, state_tangents)
+        first = loop.first_tangents(probes, batch, state_tangents)
         return finish(*scan(None if tangent is None else loop.in_order(tangent, 1), first, residuals), axis=2)
 
     residuals = [*residuals, *loop.inputs[1:]]
@@ -110,7 +105,8 @@ def recurrent(layer, sequences, context, initial_state=None, mask=None):
         def push_weight(u, *residuals):
             stacked = [residual[0] for residual in residuals]
             batch = ops.shape(stacked[0])[batch_axes[0]] if stacked else ops.shape(sequences)[0]
-            return finish(*scan(None, zeros(u.shape[0], batch), stacked, [(part, u)]), axis=2)
+            first = loop.first_tangents(ops.shape(u)[0], batch)
+            return finish(*scan(None, first, stacked, [(part, u)]), axis=2)
 
         return push_weight
 
@@ -149,9 +145,9 @@ class _Loop:
         if mask is not None:
             self.inputs += (self.in_order(ops.cast(mask, "bool"), 0),)
         # On JAX, a masked step returns the last cell's first state, and not what was returned before.
-        self._returned = None
+        self._returned_state = None
         if keras.backend.backend() == "jax" and not layer.unroll:
-            self._returned = self.num_states - len(tree.flatten(states[-1])) if tree.is_nested(states[0]) else 0
+            self._returned_state = self.num_states - len(tree.flatten(states[-1])) if tree.is_nested(states[0]) else 0
 
     def in_order(self, tensor, axis: int):
         """(B, T, …) as steps (T, B, …), or (P, B, T, …) as (T, P, B, …): the time is the second axis from `axis`."""
@@ -161,10 +157,20 @@ class _Loop:
     def start(self, states: list, zeros) -> list:
         """What is carried into the first step: the states, and under a mask what a masked step returns."""
         masked = len(self.inputs) > 1
-        return states + ([zeros if self._returned is None else states[self._returned]] if masked else [])
+        return states + ([zeros if self._returned_state is None else states[self._returned_state]] if masked else [])
+
+    def first_tangents(self, probes, batch, given: Sequence = ()) -> list:
+        """The tangents of the first states, `(P, B, …)`, of which some or none are given."""
+        first = [ops.zeros((probes, batch, *state.shape[1:]), state.dtype) for state in self.flat_states]
+        for i, tangent in enumerate(given):
+            first[i] = first[i] if tangent is None else ops.cast(tangent, first[i].dtype)
+        return first
 
     def hold(self, y, following: list, carried: list, kept: list) -> tuple:
-        """What a step returns and carries on: a masked example keeps its states, and returns what it did, or zeros."""
+        """What a step returns and carries on: a masked example keeps its states, and returns what it did, or zeros.
+
+        `kept` holds which examples count in the step; without a mask it is empty.
+        """
         if not kept:
             return y, following
 
@@ -174,7 +180,7 @@ class _Loop:
 
         following = [choose(new, old) for new, old in zip(following, carried[: self.num_states], strict=True)]
         y = choose(y, ops.zeros_like(y) if self._zero_output_for_mask else carried[self.num_states])
-        return y, [*following, y if self._returned is None else following[self._returned]]
+        return y, [*following, y if self._returned_state is None else following[self._returned_state]]
 
     def freeze(self, context) -> tuple:
         """The cell, frozen at every step of a scan.
@@ -200,6 +206,23 @@ class _Loop:
         The scan is then that of the cell alone: it keeps the states before each step and nothing else.
         """
 
+        y, last, (outputs, *before) = self._run(context)
+        count, batch, *_ = ops.shape(self.inputs[0])
+
+        def merge_steps(tensor):
+            return ops.reshape(tensor, (-1, *ops.shape(tensor)[2:]))
+
+        def split_steps(residual, axis):
+            shape = ops.shape(residual)
+            return ops.moveaxis(ops.reshape(residual, (*shape[:axis], count, batch, *shape[axis + 1 :])), axis, 0)
+
+        states = self._as_states([merge_steps(state) for state in before])
+        _, frozen = context.run(self.cell, merge_steps(self.inputs[0]), states)
+        return frozen, y, last, [outputs, *map(split_steps, frozen.residuals, frozen.batch_axes)]
+
+    def _run(self, context) -> tuple:
+        """The scan of the cell alone: one step's output, what is carried at the end, all outputs, and states before."""
+
         def run(x, carried):
             y, following = self.cell(x, self._as_states(carried), training=context.training)
             return y, tree.flatten(following)
@@ -211,32 +234,27 @@ class _Loop:
             return following, [y, *carried[: self.num_states]]
 
         y, _ = run(self.inputs[0][0], self.flat_states)
-        last, (outputs, *before) = _scan(step, self._start_at(y), self.inputs, [y, *self.flat_states])
-        count, batch, *_ = ops.shape(self.inputs[0])
+        return y, *_scan(step, self._start_at(y), self.inputs, [y, *self.flat_states])
 
-        def fold(tensor):
-            return ops.reshape(tensor, (-1, *ops.shape(tensor)[2:]))
-
-        def unfold(residual, axis):
-            shape = ops.shape(residual)
-            return ops.moveaxis(ops.reshape(residual, (*shape[:axis], count, batch, *shape[axis + 1 :])), axis, 0)
-
-        _, frozen = context.run(self.cell, fold(self.inputs[0]), self._as_states([fold(state) for state in before]))
-        return frozen, y, last, [outputs, *map(unfold, frozen.residuals, frozen.batch_axes)]
-
-    def push_along(self, entering, state_tangents: list, context) -> tuple[list, tuple[list, Any], tuple[list, Any]]:
+    def push_along(self, tangents: Sequence, context) -> tuple[list, tuple[list, Any], tuple[list, Any] | None]:
         """Tangents that go along with the cell in one scan, so that nothing of a step has to be kept.
 
         Args:
-            entering: tangents of the steps, (T, P, B, …); None for zero.
-            state_tangents: those of the first states, (P, B, …).
+            tangents: of the sequences `(P, B, T, …)`, and of given first states `(P, B, …)`; None: zero.
             context: see `Context`; its `weights` move too.
 
         Returns:
             The variables that can have tangents; what is carried at the end, and the outputs of all steps; and the
-            same of the tangents.
+            same of the tangents, None if nothing moves.
         """
         (y, _), first = context.run(self.cell, self.inputs[0][0], self.states)  # only shapes and variables matter
+        moving_weights = [context.weights[id(v)] for v in first.variables if id(v) in context.weights]
+        moved = [tangent for tangent in (*tangents, *moving_weights) if tangent is not None]
+        if not moved:
+            _, last, (outputs, *_) = self._run(context)
+            return first.variables, (last, outputs), None
+        entering = None if tangents[0] is None else self.in_order(tangents[0], 1)
+        state_tangents = self.first_tangents(ops.shape(moved[0])[0], ops.shape(self.inputs[0])[1], tangents[1:])
         image = ops.zeros((*ops.shape(state_tangents[0])[:2], *y.shape[1:]), y.dtype)
         carried = self._start_at(y)
 
