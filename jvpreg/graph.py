@@ -121,8 +121,8 @@ class Tracer:
 
     def _run_rule(self, rule, operation, args, kwargs, name: str):
         args, kwargs = self._as_values(operation, args, kwargs)
-        taken = inspect.signature(rule.function).parameters
-        args, kwargs = _as_taken(operation, args, kwargs, list(taken))
+        taken = _parameters(rule.function)
+        args, kwargs = _as_taken(operation, args, kwargs, taken)
         given, kwargs = masks.split(operation, args, kwargs, taken)
         if not all(key in taken for key in given):
             raise NotImplementedError(
@@ -246,14 +246,15 @@ class Tracer:
     def _primals(self, operation, args, kwargs):
         """The `Value`s among the arguments as the operation sees them, and the arguments with their primals."""
         dtype = _input_dtype(operation)
-        arguments = [args, *kwargs.values()]  # in their order: that of the keys of a dict is another one
-        leaves = [leaf for leaf in tree.flatten(arguments) if isinstance(leaf, Value)]
-        values = [replace(value, primal=_autocast(value.primal, dtype)) for value in leaves]
-        primals = iter(values)
-        args, *given = tree.map_structure(
-            lambda leaf: next(primals).primal if isinstance(leaf, Value) else leaf, arguments
-        )
-        return values, args, dict(zip(kwargs, given, strict=True))
+        values: list[Value] = []
+
+        def primal(leaf):
+            if not isinstance(leaf, Value):
+                return leaf
+            values.append(leaf if dtype is None else replace(leaf, primal=_autocast(leaf.primal, dtype)))
+            return values[-1].primal
+
+        return values, *_map_arguments(primal, args, kwargs)
 
     def _with_masks(self, operation, args, kwargs, outputs):
         """The outputs with the masks that Keras leaves on them."""
@@ -264,14 +265,15 @@ class Tracer:
         if not operation.supports_masking:
             return outputs
         first, mask = masks.first_argument(operation, args, kwargs), kwargs.get("mask")
+        previous = masks.masks_of(first) if mask is None else mask
+        if type(operation).compute_mask is keras.Layer.compute_mask and not masks.any_of(previous):
+            return outputs
         values, (inputs,), _ = self._primals(operation, (first,), {})
         batched = any(value.batched for value in values)
-        previous = masks.masks_of(first) if mask is None else mask
         return masks.on_outputs(operation, inputs, previous, outputs, lambda mask: self.value(mask, batched))
 
     def _as_values(self, operation, args, kwargs):
         """The weights and constants among an operation's inputs as values too; no tangent ever reaches a constant."""
-        batched = [leaf.primal for leaf in tree.flatten((args, kwargs)) if isinstance(leaf, Value) and leaf.batched]
 
         def convert(leaf):
             if isinstance(leaf, Value):
@@ -281,13 +283,14 @@ class Tracer:
             layer = isinstance(operation, keras.Layer)
             if not ops.is_tensor(leaf) or (layer and not len(leaf.shape)):
                 return leaf
+            batched = [value.primal for value in masks.values_among(args, kwargs) if value.batched]
             if not layer or not batched:
                 return self.value(leaf, batched=False)
             # For a layer one row stands for the batch: tangents of different batch sizes could not be folded alike.
             row = leaf.shape[0] == 1
             return self.value(ops.broadcast_to(leaf, (ops.shape(batched[0])[0], *leaf.shape[1:])) if row else leaf)
 
-        return tree.map_structure(convert, (args, kwargs))
+        return _map_arguments(convert, args, kwargs)
 
     def _weight(self, variable) -> Value:
         """The value of a weight that an operation takes as an input: the same one at each use in one dtype."""
@@ -387,6 +390,21 @@ def trace(
             # A loss weighs by it.
             set_keras_mask(value.primal, value.mask.primal)
     return tracer, values, outputs
+
+
+@functools.cache
+def _parameters(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+def _map_arguments(function, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Arguments with `function` of each leaf, which sees them in their order: that of a dict's keys is another one."""
+
+    def mapped(argument):
+        nested = isinstance(argument, (list, tuple, dict))  # as most are not, and trees are slow
+        return tree.map_structure(function, argument) if nested else function(argument)
+
+    return tuple(map(mapped, args)), {name: mapped(argument) for name, argument in kwargs.items()}
 
 
 def _as_taken(operation, args: tuple, kwargs: dict, taken: list[str]) -> tuple[tuple, dict]:

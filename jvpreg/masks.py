@@ -21,7 +21,7 @@ def fill_in(layer: keras.Layer, args: tuple, kwargs: dict) -> dict:
     tensors = [name for name, value in given.items() if _holds_tensors(value)]
     names = {"mask" if len(tensors) == 1 else f"{name}_mask": name for name in tensors}
     missing = [mask for mask in names if mask in layer._call_signature.parameters and given.get(mask) is None]
-    return kwargs | {mask: masks_of(given[names[mask]]) for mask in missing if _any(masks_of(given[names[mask]]))}
+    return kwargs | {mask: masks_of(given[names[mask]]) for mask in missing if any_of(masks_of(given[names[mask]]))}
 
 
 def split(layer, args: tuple, kwargs: dict, taken: Container[str]) -> tuple[dict, dict]:
@@ -33,7 +33,7 @@ def split(layer, args: tuple, kwargs: dict, taken: Container[str]) -> tuple[dict
         return {}, kwargs
     parameters = layer._call_signature.parameters
     names = {"mask", *(f"{name}_mask" for name in parameters)}
-    masks = {name: mask for name, mask in kwargs.items() if name in names and _any(mask)}
+    masks = {name: mask for name, mask in kwargs.items() if name in names and any_of(mask)}
     if "mask" in taken and "mask" not in parameters:
         masks["mask"] = masks_of(first_argument(layer, args, kwargs))
     return masks, {name: value for name, value in kwargs.items() if name not in names}
@@ -98,6 +98,8 @@ def first_argument(layer: keras.Layer, args: tuple, kwargs: dict):
 
 def masks_of(structure):
     """The masks of the values in a structure, None where there is none."""
+    if isinstance(structure, Value):
+        return structure.mask
     return tree.map_structure(lambda leaf: leaf.mask if isinstance(leaf, Value) else None, structure)
 
 
@@ -106,15 +108,16 @@ def primal_of(leaf):
     return leaf.primal if isinstance(leaf, Value) else leaf
 
 
+def any_of(masks) -> bool:
+    """Whether there is a mask in a structure of them."""
+    return any(mask is not None for mask in tree.flatten(masks))
+
+
 def _bind(layer, args: tuple, kwargs: dict) -> dict[str, Any]:
     signature = layer._call_signature
     return signature.bind_partial(
         *args, **{key: value for key, value in kwargs.items() if key in signature.parameters}
     ).arguments
-
-
-def _any(masks) -> bool:
-    return any(mask is not None for mask in tree.flatten(masks))
 
 
 def _holds_tensors(argument) -> bool:

@@ -55,10 +55,13 @@ def batch_normalization(layer, x, context, mask=None):
     y = ops.cast(y, dtype_out)
     weights = [(layer.gamma, lambda u, x: along(u, x) * standardize(x[0])), (layer.beta, along)]
     if mode == "moving":
-        half = -0.5 * _along(layer.axis, inverse_deviation, x)
+
+        def along_variance(u, x):
+            return -0.5 * along(u, x) * slope * _along(layer.axis, inverse_deviation, x[0]) * standardize(x[0])
+
         weights += [
             (layer.moving_mean, lambda u, x: -slope * along(u, x)),
-            (layer.moving_variance, lambda u, x: along(u, x) * slope * half * standardize(x[0])),
+            (layer.moving_variance, along_variance),
         ]
     if mode != "coupled":
         return y, Pushforward(lambda tangent, x: push(tangent), original, weights=weights, intercept=offset)
