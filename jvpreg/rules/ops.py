@@ -6,6 +6,7 @@ is `(P, *primal.shape)`, and operations of several inputs sum one linear map for
 
 import functools
 import math
+import string
 from collections.abc import Callable
 
 import keras
@@ -213,9 +214,23 @@ def get_item(operation, x, key, context):
     return operation.call(x, key), Pushforward(push, *held, couples_examples=not whole)
 
 
-@register_rule(numpy_ops.Split, core.Unstack)
+@register_rule(numpy_ops.Split)
 def split(operation, x, context):
-    push = each_probe(lambda tangent: tuple(operation.call(tangent)))
+    axis = operation.axis % len(x.shape) - len(x.shape)  # where a probe axis does not shift it
+
+    def push(tangent):
+        return tuple(ops.split(tangent, operation.indices_or_sections, axis=axis))
+
+    return tuple(operation.call(x)), Pushforward(push, couples_examples=_mixes_examples(operation, x))
+
+
+@register_rule(core.Unstack)
+def unstack(operation, x, context):
+    axis = operation.axis % len(x.shape) - len(x.shape)
+
+    def push(tangent):
+        return tuple(ops.unstack(tangent, operation.num, axis=axis))
+
     return tuple(operation.call(x)), Pushforward(push, couples_examples=_mixes_examples(operation, x))
 
 
@@ -314,18 +329,42 @@ def where(operation, condition, a, b, context):
 @register_rule(numpy_ops.Matmul, numpy_ops.Einsum, numpy_ops.Tensordot, numpy_ops.Dot)
 def contract(operation, *operands, context):
     """A product of tensors, linear in each of them while the others are frozen."""
-    count = len(operands)
+    count, ranks = len(operands), [len(operand.shape) for operand in operands]
 
     def push(*arguments):
         tangents, frozen = arguments[:count], [operand[0] for operand in arguments[count:]]
 
-        def replaced(i):
-            return lambda tangent: operation.call(*frozen[:i], tangent, *frozen[i + 1 :])
+        def image(i, tangent):
+            """The product with a tangent in place of operand `i`; where that can be, of all probes at once."""
 
-        images = [each_probe(replaced(i))(t) for i, t in enumerate(tangents) if t is not None]
-        return functools.reduce(ops.add, images)
+            def product(tangent, call=operation.call):
+                return call(*frozen[:i], tangent, *frozen[i + 1 :])
+
+            if tangent.shape[0] == 1:
+                return each_probe(product)(tangent)
+            probed = _probed(operation.subscripts, i) if isinstance(operation, numpy_ops.Einsum) else None
+            if probed is not None:
+                return product(tangent, functools.partial(ops.einsum, probed))
+            if isinstance(operation, numpy_ops.Matmul) and min(ranks) >= 2:
+                if i == 0 and ranks[1] == 2:  # rows times a matrix
+                    return unfold(product(fold(tangent)), ops.shape(tangent)[0])
+                return product(align(tangent, max(ranks) + 1))
+            return each_probe(product)(tangent)
+
+        return functools.reduce(ops.add, [image(i, t) for i, t in enumerate(tangents) if t is not None])
 
     return operation.call(*operands), Pushforward(push, *operands, takes_none=True)
+
+
+def _probed(subscripts: str, i: int) -> str | None:
+    """Subscripts with one more index, of operand `i` and of the result; None where they leave the result to be told."""
+    operands, arrow, result = subscripts.replace(" ", "").partition("->")
+    if not arrow or "." in subscripts:
+        return None
+    probes = next(letter for letter in string.ascii_letters if letter not in subscripts)
+    given = operands.split(",")
+    given[i] = probes + given[i]
+    return f"{','.join(given)}->{probes}{result}"
 
 
 @register_rule(nn.Conv, nn.DepthwiseConv)
@@ -344,6 +383,14 @@ def convolution(operation, x, kernel, context):
 @register_rule(numpy_ops.Concatenate, numpy_ops.Stack, numpy_ops.Hstack, numpy_ops.Vstack)
 def join(operation, tensors, context):
     push = each_probe(lambda *rows: operation.call(list(rows)))
+    if isinstance(operation, (numpy_ops.Concatenate, numpy_ops.Stack)) and operation.axis is not None:
+        rank = len(tensors[0].shape) + isinstance(operation, numpy_ops.Stack)
+        axis = operation.axis % rank - rank
+        put = ops.stack if isinstance(operation, numpy_ops.Stack) else ops.concatenate
+
+        def push(*tangents):
+            return put(list(tangents), axis=axis)
+
     mixes = isinstance(operation, numpy_ops.Vstack) or _mixes_examples(operation, tensors[0])
     return operation.call(tensors), Pushforward(push, couples_examples=mixes)
 
