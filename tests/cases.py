@@ -245,6 +245,10 @@ def _operations():
         "unstack": lambda x: ops.unstack(x, axis=1),
         "moments": lambda x: ops.moments(x, axes=[1]),
         "relu-with-arguments": lambda x: activations.relu(x, negative_slope=0.25, threshold=0.1),
+        "matmul-by-a-matrix": lambda x: ops.matmul(x, ops.cast([[1, 2], [-1, 1], [0, 3]], x.dtype)),
+        "einsum-implicit": lambda x: ops.einsum("bij,jk", x, ops.cast([[1, 2], [-1, 1], [0, 3]], x.dtype)),
+        "matmul-by-a-vector": lambda x: ops.matmul(x, ops.cast([1, 2, -1], x.dtype)),
+        "matrix-by-matmul": lambda x: ops.matmul(ops.cast([[1, 2, 0, 3], [-1, 1, 2, 0]], x.dtype), x),
         "adaptive-average-pool": lambda x: ops.adaptive_average_pool(x, (2,)),
     }
     binary = {
@@ -262,7 +266,7 @@ def _operations():
         "tensordot": (lambda x, y: ops.tensordot(x, y[0], axes=1), (4, 3), (3, 2)),
         "dot": (lambda x, y: ops.dot(x, y[0]), (4, 3), (3, 2)),
         "concatenate": (lambda x, y: ops.concatenate([x, y], axis=1), (4, 3), (2, 3)),
-        "stack": (lambda x, y: ops.stack([x, y], axis=1), (4, 3), (4, 3)),
+        "stack": (lambda x, y: ops.stack([x, y], axis=-1), (4, 3), (4, 3)),
         "hstack": (lambda x, y: ops.hstack([x, y]), (4, 3), (2, 3)),
         "vstack": (lambda x, y: ops.vstack([x, y]), (4, 3), (4, 3)),
         "take-along-axis": (lambda x, y: ops.take_along_axis(x, ops.argsort(y, axis=1), axis=1), (4, 3), (4, 3)),
