@@ -29,8 +29,15 @@ SELU_ALPHA = 1.6732632423543772848170429916717
 
 
 def _two_pieces(mask, slope) -> Pushforward:
-    """Slope 1 where `mask` holds and `slope` elsewhere."""
-    return Pushforward(lambda tangent, mask: ops.where(mask, tangent, slope * tangent), mask)
+    """Slope 1 where `mask` holds and `slope` elsewhere.
+
+    By a select; on Torch, whose select is slow on a processor, by a product: there an infinite tangent becomes NaN, and
+    not 0, where it is dropped.
+    """
+    flat = isinstance(slope, (int, float)) and slope == 0
+    if keras.backend.backend() == "torch":
+        return Pushforward(lambda tangent, mask: tangent * (mask if flat else slope + (1 - slope) * mask), mask)
+    return gate(mask) if flat else Pushforward(lambda tangent, mask: ops.where(mask, tangent, slope * tangent), mask)
 
 
 def _slope_in_use(function, x, **kwargs):
@@ -80,7 +87,7 @@ def relu(function, x, context, negative_slope=0.0, max_value=None, threshold=0.0
     if max_value is None and negative_slope and threshold == 0:
         return y, _two_pieces(above, _slope_in_use(function, x, negative_slope=negative_slope))
     if max_value is None:
-        return y, _two_pieces(above, negative_slope) if negative_slope else gate(above)
+        return y, _two_pieces(above, negative_slope)
     between = ops.logical_and(above, x < max_value)
     if not negative_slope:
         return y, gate(between)
