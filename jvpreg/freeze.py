@@ -73,7 +73,7 @@ def linearize(
     """
     model = _checked_model(model)
     inputs = standardize_inputs(model, x)
-    graph, outputs = _freeze(model, x, inputs, _options(training, batch_statistics, fallback, xla))
+    graph, outputs = _freeze(model, x, inputs, _linearize_options(training, batch_statistics, fallback, xla))
     return Linearization(graph, inputs, outputs, flatten=functools.partial(flatten_inputs, model))
 
 
@@ -95,7 +95,7 @@ def jvp(model, x, u, **kwargs):
     check_count(flat, inputs, "u", "x")
     tangents, probed = standardize_tangents(flat, inputs, [("u", "x")] * len(inputs))
     companions = Companions(tangents)
-    graph, outputs = _freeze(model, x, inputs, _options(**kwargs), companions)
+    graph, outputs = _freeze(model, x, inputs, _linearize_options(**kwargs), companions)
     return outputs, pack_products(companions.products(graph), outputs, probed)
 
 
@@ -143,7 +143,7 @@ def weight_jvp(model, x, weights, **kwargs):
     tangents, probed = standardize_tangents([tangent for _, tangent in given], like, names)
     variables = [variable for variable, _ in given]
     companions = Companions([None] * len(inputs), zip(variables, tangents, strict=True))
-    graph, outputs = _freeze(model, x, inputs, _options(**kwargs), companions)
+    graph, outputs = _freeze(model, x, inputs, _linearize_options(**kwargs), companions)
     # Raises for one that the model tracks, and that no tangent can have.
     weight_tangents([(variable, None) for variable in variables], graph.weights)
     return outputs, pack_products(companions.products(graph), outputs, probed)
@@ -162,7 +162,7 @@ def jacobian(model, x, chunk_size: int = 64, **kwargs):
     return linearize(model, x, **kwargs).jacobian(chunk_size)
 
 
-def _options(
+def _linearize_options(
     training: bool = False,
     batch_statistics: BatchStatistics | None = None,
     fallback: Fallback = "warn",

@@ -518,6 +518,14 @@ def test_a_probability_head_among_several_outputs_warns():
             jvpreg.linearize(model, normal(2, 3))
 
 
+@pytest.mark.parametrize("product", [jvpreg.linearize, jvpreg.jacobian, lambda model, x: jvpreg.jvp(model, x, x)])
+def test_a_warning_is_of_the_callers_line(product):
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(2, activation="softmax")])
+    with pytest.warns(UserWarning, match="ends in a softmax") as caught:
+        product(model, np.zeros((1, 3)))
+    assert [warning.filename for warning in caught] == [__file__]
+
+
 def test_no_warning_without_a_probability_head(recwarn):
     jvpreg.linearize(_head("tanh"), normal(2, 3))
     jvpreg.linearize(gated(), normal(2, 4))
