@@ -16,7 +16,7 @@ from jvpreg.graph import trace
 from jvpreg.inputs import flatten_inputs, standardize_inputs
 from jvpreg.linearization import Linearization
 from jvpreg.registry import Context, unwrap
-from jvpreg.tangents import check_count, pack_products, standardize_tangents, weight_pairs, weight_tangents
+from jvpreg.tangents import check_count, each_name, pack_products, standardize_tangents, weight_pairs, weight_tangents
 
 BatchStatistics = Literal["moving", "frozen", "coupled"]
 Fallback = Literal["warn", "allow", "error"]
@@ -93,7 +93,7 @@ def jvp(model, x, u, **kwargs):
     inputs = standardize_inputs(model, x)
     flat = flatten_inputs(model, u, "u")
     check_count(flat, inputs, "u", "x")
-    tangents, probed = standardize_tangents(flat, inputs, [("u", "x")] * len(inputs))
+    tangents, probed = standardize_tangents(flat, inputs, each_name("u", "x", len(inputs)))
     companions = Companions(tangents)
     graph, outputs = _freeze(model, x, inputs, _linearize_options(**kwargs), companions)
     return outputs, pack_products(companions.products(graph), outputs, probed)

@@ -10,6 +10,7 @@ from jvpreg.frozen import FrozenGraph, Node, Value, is_float
 from jvpreg.tangents import (
     at_least_float32,
     check_count,
+    each_name,
     pack_products,
     standardize_tangents,
     weight_pairs,
@@ -53,7 +54,8 @@ class Linearization:
             u: a tangent like `x`, or with a leading probe axis, `(P, B, …)`; a structure of them for several
                 inputs, where None stands for zero.
             weights: tangents of weights, like each weight or with the same leading probe axis: a dict by the
-                variables' paths, or a list of pairs `(variable, tangent)`, since Keras' variables cannot be keys.
+                variables' paths, or a list of pairs `(variable, tangent)`, since Keras' variables cannot be keys; None
+                stands for zero.
                 Layers before the first one with a tangent cost nothing.
             taps: tangents added at the outputs of nodes, a dict from a name that `node_outputs` has.
 
@@ -80,7 +82,7 @@ class Linearization:
                 f"Invalid value for argument `taps`. Expected names among {list(made)}. Received: {', '.join(unknown)}"
             )
         flat = [None] * len(self.inputs) if u is None else self._flatten_inputs(u, "u")
-        names = [("u", "x")] * len(self.inputs) + [("weights", f"`{variable.path}`") for variable, _ in given]
+        names = each_name("u", "x", len(self.inputs)) + [("weights", f"`{variable.path}`") for variable, _ in given]
         names += [("taps", f"`{name}`") for name in taps]
         like = [*self.inputs, *(ops.convert_to_tensor(variable) for variable, _ in given)]
         # Of a part of a batch, the nodes' outputs are still whole.
@@ -167,7 +169,7 @@ class Linearization:
         outputs = tree.flatten(self.outputs)
         flat = tree.flatten(v)
         check_count(flat, outputs, "v", "the outputs")
-        cotangents, probed = standardize_tangents(flat, outputs, [("v", "the outputs")] * len(outputs))
+        cotangents, probed = standardize_tangents(flat, outputs, each_name("v", "the outputs", len(outputs)))
         known = self.node_outputs()
         unknown = [name for name in nodes or [] if name not in known]
         if unknown:
@@ -334,7 +336,7 @@ class Linearization:
         """
         flat = self._flatten_inputs(u, "u")
         check_count(flat, self.inputs, "u", "x")
-        tangents, _ = standardize_tangents(flat, self.inputs, [("u", "x")] * len(self.inputs))
+        tangents, _ = standardize_tangents(flat, self.inputs, each_name("u", "x", len(self.inputs)))
         made = [value for node in self.nodes for value in node.outputs]
         graph = FrozenGraph(self.nodes, self._graph.inputs, made, [])
         part = None if self._whole is None else ops.shape(self.inputs[0])[0]

@@ -11,7 +11,7 @@ def standardize_tangents(flat: list, like: list, names: list[tuple[str, str]]) -
     """Flat tangents `(P, …)` with the dtypes of `like`, and whether the probe axis was there."""
     tangents: list = []
     given: dict[int, list] = {0: [], 1: []}
-    for i, (vector, x, (name, like_name)) in enumerate(zip(flat, like, names, strict=True)):
+    for vector, x, (name, like_name) in zip(flat, like, names, strict=True):
         if vector is None:
             tangents.append(None)
             continue
@@ -23,7 +23,7 @@ def standardize_tangents(flat: list, like: list, names: list[tuple[str, str]]) -
             raise ValueError(
                 f"Invalid value for argument `{name}`. Expected shape {tuple(x.shape)}, like {like_name}, or "
                 f"(P, {str(tuple(x.shape))[1:-1]}) with a leading axis of P probes. "
-                f"Received: {name} with shape {tuple(tangent.shape)}{f' (tensor {i})' if len(like) > 1 else ''}."
+                f"Received: {name} with shape {tuple(tangent.shape)}."
             )
         tangents.append(tangent if extra else ops.expand_dims(tangent, 0))
         given[extra].append(tuple(tangent.shape))
@@ -33,6 +33,11 @@ def standardize_tangents(flat: list, like: list, names: list[tuple[str, str]]) -
             f"Received: shapes {[*given[0], *given[1]]}."
         )
     return tangents, bool(given[1])
+
+
+def each_name(name: str, like_name: str, count: int) -> list[tuple[str, str]]:
+    """The names of `count` tensors, for an error: of several it tells which one."""
+    return [(name, like_name if count == 1 else f"{like_name} (tensor {i})") for i in range(count)]
 
 
 def check_count(flat: list, like: list, name: str, like_name: str) -> None:

@@ -205,7 +205,6 @@ class _Loop:
 
         The scan is then that of the cell alone: it keeps the states before each step and nothing else.
         """
-
         y, last, (outputs, *before) = self._run(context)
         count, batch, *_ = ops.shape(self.inputs[0])
 

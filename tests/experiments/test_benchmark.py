@@ -7,6 +7,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from sizes import SMALL
 
 import jvpreg
 from experiments import benchmark
@@ -35,15 +36,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def weights_config(tmp_path_factory):
-    return benchmark.WeightsConfig(
-        model=ModelConfig("mlp", 4),
-        image_size=4,
-        batch_size=4,
-        jit_compile=keras.backend.backend() == "jax",
-        rounds=2,
-        warmup=0,
-        folder=str(tmp_path_factory.mktemp("weights")),
-    )
+    return benchmark.WeightsConfig(**SMALL, folder=str(tmp_path_factory.mktemp("weights")))
 
 
 @pytest.fixture(scope="module")
@@ -121,17 +114,8 @@ WRONG_PROBE = probe_entries.Entry(
 
 @pytest.fixture(scope="module")
 def probe_config(tmp_path_factory):
-    return benchmark.ProbeConfig(
-        model=ModelConfig("mlp", 4),
-        image_size=4,
-        batch_size=4,
-        unet_image_size=8,
-        unet_batch_size=1,
-        jit_compile=keras.backend.backend() == "jax",
-        rounds=2,
-        warmup=0,
-        folder=str(tmp_path_factory.mktemp("probe")),
-    )
+    folder = str(tmp_path_factory.mktemp("probe"))
+    return benchmark.ProbeConfig(**SMALL, unet_image_size=8, unet_batch_size=1, folder=folder)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import keras
 import pytest
+from sizes import SMALL
 
 from experiments import benchmark
 from experiments.__main__ import benchmark_studies, main, parse
@@ -28,16 +29,7 @@ WRONG = Entry("wrong", "1% too long", "input", too_long)
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    return benchmark.StepConfig(
-        model=ModelConfig("mlp", 4),
-        image_size=4,
-        batch_size=4,
-        jit_compile=keras.backend.backend() == "jax",
-        rounds=2,
-        warmup=0,
-        memory=False,
-        folder=str(tmp_path_factory.mktemp("benchmark")),
-    )
+    return benchmark.StepConfig(**SMALL, memory=False, folder=str(tmp_path_factory.mktemp("benchmark")))
 
 
 @pytest.fixture(scope="module")

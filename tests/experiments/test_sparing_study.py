@@ -15,18 +15,19 @@ def test_the_rows():
 
 
 def test_a_small_run_and_its_continuation(tmp_path, capsys):
-    words = ["sparing", *SMALL, "--seeds=[3]", "--strength=1", "--probed=70", "--batch_size=20", "--intervals=[2]"]
+    words = ["sparing", *SMALL, "--seeds=[0, 1]", "--strength=1", "--probed=70", "--batch_size=20", "--intervals=[2]"]
     # Six long steps, after which the penalty has about halved the norm.
     words += ["--epochs=2", "--optimizer.learning_rate=0.03", f"--folder={tmp_path}"]
     assert main(words) == 0
     summary = json.loads((tmp_path / "sparing.json").read_text())
     assert [row["method"] for row in summary["rows"]] == ["no penalty", "every step", "interval=2", "fraction=0.25"]
     norms = {row["method"]: [one["frobenius_norm"] for one in row["results"]] for row in summary["rows"]}
+    assert all(len(set(found)) == 2 for found in norms.values())
     assert len({found[0] for found in norms.values()}) == 4  # each of them trains otherwise
     assert all(less < more for less, more in zip(norms["every step"], norms["no penalty"], strict=True))
     assert "every step" in capsys.readouterr().out
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
-    assert len(written) == 4
+    assert len(written) == 8
     assert main(words) == 0
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()} == written
 
