@@ -107,6 +107,25 @@ def clone(point: Point) -> Push:
     return push
 
 
+class Repeated(keras.Model):
+    """A model on a batch that holds `x` once for `f(x)` and once for each direction; it returns `f(x)`.
+
+    So long takes the arithmetic of a product by any way that takes each direction through the model, and no more.
+
+    Args:
+        model: with one input.
+        num_probes: P.
+    """
+
+    def __init__(self, model: keras.Model, num_probes: int):
+        super().__init__()
+        self.model, self.num_probes = model, num_probes
+
+    def call(self, x, training=False):
+        """`f(x)`, `(B, …)`."""
+        return self.model(ops.concatenate([x] * (1 + self.num_probes)), training=training)[: x.shape[0]]
+
+
 def forward_mode(point: Point) -> Push:
     """By `keras.ops.jvp`, which is the backend's forward mode, one direction after the other."""
 
@@ -315,7 +334,8 @@ class Entry:
         start_again: the same for one call after another at one point, where that is another; None: it is not.
         alternative: whether it is one to jvpreg.
         model: from the model and the number of directions to the model that it needs.
-        only: what it is for, where it is not for all: along the input, several directions, few outputs.
+        only: what it is for, where it is not for all: along the input, directions in one call, several of them, few
+            outputs.
     """
 
     name: str
@@ -324,7 +344,7 @@ class Entry:
     start_again: Start | None = None
     alternative: bool = True
     model: Callable[[keras.Model, int], keras.Model] = lambda model, num_probes: model
-    only: tuple[Literal["input", "several", "few outputs"], ...] = ()
+    only: tuple[Literal["input", "once", "several", "few outputs"], ...] = ()
 
 
 JVPREG = "jvpreg"
@@ -332,6 +352,7 @@ FORWARD = Entry("forward", "forward pass", None, alternative=False)
 _OURS = (
     FORWARD,
     Entry(JVPREG, "jvpreg", jvp, linearize, alternative=False),
+    Entry("arithmetic", "(1+P)·B examples", None, alternative=False, model=Repeated, only=("input", "once")),
     Entry("clone", "jvpreg.clone", clone, alternative=False, model=literal.cloned, only=("input",)),
 )
 

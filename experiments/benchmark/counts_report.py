@@ -44,7 +44,8 @@ def conditions(name: str, summary: dict[str, Any]) -> str:
         "the model's forward pass of the same round; of jvpreg and of the best alternative that is right, median and "
         f"quartiles of {settings['rounds']} rounds. Speed-up: the best alternative's time over jvpreg's, in the same "
         "round. One more: what a further product takes in forward passes, the slope of a line through the medians by "
-        f"least squares. A batch Jacobian is tried up to {FEW_OUTPUTS} outputs. {jvp_report.checked(settings)} "
+        f"least squares. A batch Jacobian is tried up to {FEW_OUTPUTS} outputs. "
+        f"{jvp_report.ARITHMETIC + ' ' if name == 'probes' else ''}{jvp_report.checked(settings)} "
         f"{report.ran_on(summary)}"
     )
 

@@ -15,6 +15,9 @@ from experiments.benchmark.competitors import FEW_OUTPUTS, FORWARD, JVPREG
 from experiments.plots import STYLE
 
 COLORS = {"input": "C0", "weight": "C1"}
+ARITHMETIC = (
+    "(1+P)·B examples: the model's forward pass on so large a batch, which is the arithmetic of `f(x)` and P products."
+)
 
 
 def table(summary: dict[str, Any]) -> list[dict[str, str]]:
@@ -105,7 +108,7 @@ def conditions(summary: dict[str, Any]) -> str:
         f"{settings['rounds']} rounds. Speed-up: the best alternative's time over jvpreg's, in the same round; "
         "jvpreg.clone, the literal form of the paper, is no alternative, and is there where all of a model is affine, "
         f"ReLU or max pooling, along the input. A batch Jacobian is tried up to {FEW_OUTPUTS} outputs. "
-        f"{checked(settings)} {report.ran_on(summary)}"
+        f"{ARITHMETIC} {checked(settings)} {report.ran_on(summary)}"
     )
 
 

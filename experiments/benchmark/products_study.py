@@ -140,6 +140,7 @@ def applies(entry: Entry, task: Task, outputs: np.ndarray) -> bool:
     """Whether an entry is for such a task."""
     conditions = {
         "input": not task.weights,
+        "once": task.use is products.once,
         "several": task.num_probes > 1,
         "few outputs": outputs.ndim == 2 and outputs.shape[1] <= FEW_OUTPUTS,
     }
