@@ -3,6 +3,7 @@
 At a kink the slope is that of the left piece, so `ReLU'(0) = 0` on every backend.
 """
 
+import functools
 import math
 
 import keras
@@ -18,6 +19,7 @@ from jvpreg.registry import (
     identity,
     register_rule,
     scale,
+    scale_by,
 )
 from jvpreg.rules.core import sum_of_products
 
@@ -25,19 +27,24 @@ SELU_SCALE = 1.0507009873554804934193349852946
 SELU_ALPHA = 1.6732632423543772848170429916717
 
 
-# Piecewise-linear activations: a mask, one byte an element, is all that is frozen, but for ReLU in TensorFlow graphs.
+def _torch_kernel(name: str):
+    """Torch's own gradient of an activation, as one operation; None on other backends, and for ONNX, which has none."""
+    if keras.backend.backend() != "torch":
+        return None
+    import torch
+
+    return None if torch.onnx.is_in_onnx_export() else getattr(torch.ops.aten, name)
+
+
+# Piecewise-linear activations: a mask, one byte an element, is all that is frozen, but for ReLU where a backend has a
+# kernel for it.
 
 
 def _two_pieces(mask, slope) -> Pushforward:
-    """Slope 1 where `mask` holds and `slope` elsewhere.
-
-    By a select; on Torch, whose select is slow on a processor, by a product: there an infinite tangent becomes NaN, and
-    not 0, where it is dropped.
-    """
-    flat = isinstance(slope, (int, float)) and slope == 0
-    if keras.backend.backend() == "torch":
-        return Pushforward(lambda tangent, mask: tangent * (mask if flat else slope + (1 - slope) * mask), mask)
-    return gate(mask) if flat else Pushforward(lambda tangent, mask: ops.where(mask, tangent, slope * tangent), mask)
+    """Slope 1 where `mask` holds and `slope` elsewhere."""
+    if isinstance(slope, (int, float)) and slope == 0:
+        return gate(mask)
+    return Pushforward(lambda tangent, mask: ops.where(mask, tangent, slope * tangent), mask)
 
 
 def _slope_in_use(function, x, **kwargs):
@@ -51,20 +58,23 @@ def linear(function, x, context):
 
 
 def _by_kernel(slope, y) -> Pushforward:
-    """Slope 1 where the output `y` of ReLU is positive, and `slope` (0 or more) elsewhere, in a plain TensorFlow graph.
+    """Slope 1 where the output `y` of ReLU is positive, and `slope` (0 or more) elsewhere, by the backend's gradient.
 
-    Selects are slow there: ReLU's own gradient is faster for one probe, and a product for several, as `benchmark
-    layers` shows. All that is frozen is what plain training keeps as well. As in TensorFlow's own gradient, an infinite
-    tangent becomes NaN, and not 0, where it is dropped.
+    Selects are slow in a plain TensorFlow graph and on Torch, as `benchmark layers` shows. All that is frozen is what
+    plain training keeps as well.
     """
+    # y is constant wherever it has a derivative.
+    if keras.backend.backend() == "torch":
+        relu, leaky = _torch_kernel("threshold_backward"), _torch_kernel("leaky_relu_backward")
+        return Pushforward(lambda t, y: leaky(t, y.detach(), slope, True) if slope else relu(t, y.detach(), 0), y)
     import tensorflow as tf
 
     slope = float(np.float32(slope))  # as the kernel of the layer itself has it
 
     def push(tangent, y):
-        # It is constant wherever it has a derivative.
         y = tf.stop_gradient(y)
         if tangent.shape[0] != 1:
+            # As in TensorFlow's own gradient, an infinite tangent becomes NaN, and not 0, where it is dropped.
             kept = tf.cast(y > 0, tangent.dtype)
             return tangent * (slope + (1 - slope) * kept if slope else kept)
         both = {"gradients": tf.squeeze(tangent, 0), "features": tf.squeeze(y, 0)}
@@ -74,14 +84,15 @@ def _by_kernel(slope, y) -> Pushforward:
     return Pushforward(push, y)
 
 
-def _in_plain_graph(context) -> bool:
-    return keras.backend.backend() == "tensorflow" and context.xla is False
+def _has_kernels(context) -> bool:
+    in_plain_graph = keras.backend.backend() == "tensorflow" and context.xla is False
+    return in_plain_graph or _torch_kernel("threshold_backward") is not None
 
 
 @register_rule(activations.relu)
 def relu(function, x, context, negative_slope=0.0, max_value=None, threshold=0.0):
     y = function(x, negative_slope=negative_slope, max_value=max_value, threshold=threshold)
-    if max_value is None and threshold == 0 and negative_slope >= 0 and _in_plain_graph(context):
+    if max_value is None and threshold == 0 and negative_slope >= 0 and _has_kernels(context):
         return y, _by_kernel(negative_slope, y)
     above = x > threshold
     if max_value is None and negative_slope and threshold == 0:
@@ -106,7 +117,7 @@ def relu6(function, x, context):
 @register_rule(activations.leaky_relu)
 def leaky_relu(function, x, context, negative_slope=0.2):
     y = function(x, negative_slope=negative_slope)
-    if negative_slope >= 0 and _in_plain_graph(context):
+    if negative_slope >= 0 and _has_kernels(context):
         return y, _by_kernel(negative_slope, y)
     return y, _two_pieces(x > 0, _slope_in_use(function, x, negative_slope=negative_slope))
 
@@ -143,7 +154,7 @@ def sparse_sigmoid(function, x, context):
 # Smooth activations: each states its derivative, in a form that does not cancel.
 
 
-@elementwise(activations.tanh)
+@elementwise(activations.tanh, kernel=lambda: _torch_kernel("tanh_backward"))
 def tanh(x, y):
     return (1 - y) * (1 + y)
 
@@ -153,7 +164,7 @@ def tanh_shrink(x, y):
     return ops.square(ops.tanh(x))
 
 
-@elementwise(activations.sigmoid)
+@elementwise(activations.sigmoid, kernel=lambda: _torch_kernel("sigmoid_backward"))
 def sigmoid(x, y):
     return y * (1 - y)
 
@@ -194,20 +205,44 @@ def selu(x, y):
     return SELU_SCALE * elu(x, y, alpha=SELU_ALPHA)
 
 
-@elementwise(activations.silu)
-def silu(x, y):
-    gate = ops.sigmoid(x)
-    return gate * (1 + x * (1 - gate))
+@register_rule(activations.silu)
+def silu(function, x, context):
+    gate = ops.sigmoid(x)  # once for both, which TensorFlow's graphs do not find out
+    y = x * gate
+    return y, scale(gate + y * (1 - gate))
 
 
-@elementwise(activations.gelu)
-def gelu(x, y, approximate=False):
+@register_rule(activations.gelu)
+def gelu(function, x, context, approximate=False):
+    kernel = _torch_kernel("gelu_backward")
+    if kernel is not None:
+        kernel = functools.partial(kernel, approximate="tanh" if approximate else "none")
+        slope = functools.partial(_gelu_slope, approximate=approximate)
+        return function(x, approximate=approximate), scale_by(slope, kernel, x)
+    if keras.backend.backend() == "tensorflow" and context.xla is False and not approximate:
+        import tensorflow as tf
+
+        below = 0.5 * tf.math.erfc(-_gelu_root() * x)  # once for both, as TensorFlow's own has it
+        return x * below, scale(below + x * _gelu_density(x))
+    return function(x, approximate=approximate), scale(_gelu_slope(x, approximate))
+
+
+def _gelu_slope(x, approximate):
     if approximate:
         scale, cubic = math.sqrt(2 / math.pi), 0.044715
         inner = ops.tanh(scale * (x + cubic * x**3))
         return 0.5 * (1 + inner) + 0.5 * x * (1 - inner) * (1 + inner) * scale * (1 + 3 * cubic * x**2)
-    density = ops.exp(-0.5 * ops.square(x)) / math.sqrt(2 * math.pi)
-    return 0.5 * (1 + ops.erf(x / math.sqrt(2))) + x * density
+    return 0.5 * (1 + ops.erf(_gelu_root() * x)) + x * _gelu_density(x)
+
+
+def _gelu_density(x):
+    return _gelu_root() / math.sqrt(math.pi) * ops.exp(-ops.square(_gelu_root() * x))
+
+
+def _gelu_root() -> float:
+    """√½, as the backend has it: TensorFlow rounds it to float32."""
+    root = math.sqrt(1 / 2)
+    return float(np.float32(root)) if keras.backend.backend() == "tensorflow" else root
 
 
 @elementwise(activations.mish)

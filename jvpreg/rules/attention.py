@@ -9,7 +9,6 @@ from keras import ops
 from keras.src.ops import nn
 
 from jvpreg.registry import Declined, Pushforward, register_rule
-from jvpreg.rules.core import sum_of_products
 
 
 @register_rule(nn.DotProductAttention)
@@ -43,19 +42,21 @@ def dot_product_attention(operation, query, key, value, context, bias=None, mask
             )
         logits = ops.where(mask, logits, -1e30 if keras.backend.standardize_dtype(logits.dtype) != "float16" else -6e4)
     probabilities = ops.softmax(logits)
-    residuals = [query, key, value, probabilities]
-    if given:
-        # Where all of a row is masked, the probabilities are equal and constant.
-        residuals.append(ops.where(mask, probabilities, 0))
 
     def merged(heads):
         shape = ops.shape(heads)
         return ops.reshape(heads, (*shape[:-3], query.shape[2], shape[-1]))
 
+    y = merged(ops.einsum("bmgts,bsmh->btmgh", probabilities, value))
+    residuals = [query, key, value, probabilities, y]
+    if given:
+        # Where all of a row is masked, the probabilities are equal and constant.
+        residuals.append(ops.where(mask, probabilities, 0))
+
     def push(query_tangent, key_tangent, value_tangent, *others):
         # Before the residuals comes the tangent of a mask, which is None.
-        query, key, value, probabilities, *_ = others[-len(residuals) :]
-        moving = others[-1]
+        query, key, value, probabilities, y, *_ = others[-len(residuals) :]
+        moving = others[-1] if given else probabilities
         images = []
         moved = []
         if query_tangent is not None:
@@ -63,12 +64,13 @@ def dot_product_attention(operation, query, key, value, context, bias=None, mask
         if key_tangent is not None:
             moved.append(ops.einsum("btmgh,pbsmh->pbmgts", grouped(query[0]), key_tangent))
         if moved:
-            logits_tangent = scale * sum(moved[1:], moved[0])
-            mean = sum_of_products(moving, logits_tangent, -1, context)
-            images.append(ops.einsum("pbmgts,bsmh->pbtmgh", moving * (logits_tangent - mean), value[0]))
+            weighted = moving * (scale * sum(moved[1:], moved[0]))
+            # The values' products and, by a column of ones, the sums of what weighs them.
+            ones = ops.ones_like(value[0, ..., :1])
+            summed = ops.einsum("pbmgts,bsmh->pbtmgh", weighted, ops.concatenate([value[0], ones], axis=-1))
+            images.append(summed[..., :-1] - summed[..., -1:] * grouped(y))
         if value_tangent is not None:
             images.append(ops.einsum("bmgts,pbsmh->pbtmgh", ops.squeeze(probabilities, 0), value_tangent))
         return merged(sum(images[1:], images[0]))
 
-    y = merged(ops.einsum("bmgts,bsmh->btmgh", probabilities, value))
     return y, Pushforward(push, *residuals, takes_none=True)

@@ -137,13 +137,29 @@ def _standardized(x, axes, epsilon, center: bool):
     return centered * inverse, inverse
 
 
-def _push_standardized(tangent, y, inverse, axes, center: bool, context):
-    """The tangent of `_standardized`, whose value is `y`; the axes are counted from the end."""
-    if center:
-        probes = ops.shape(tangent)[0]
-        tangent = tangent - unfold(ops.mean(fold(tangent), axis=axes, keepdims=True), probes)
+def _push_standardized(tangent, y, slope, axes, center: bool, context, unit=1.0):
+    """The tangent of what is standardized and then multiplied.
+
+    Args:
+        tangent: of the input, (P, B, …).
+        y: what is standardized, or in another unit, in which it is centered and divided by no deviation.
+        slope: the inverse of the deviation, and what it is multiplied by.
+        axes: that it is standardized over, counted from the end.
+        center: whether it is centered.
+        context: see `Context`.
+        unit: the square of the factor that makes y standardized.
+    """
     count = math.prod(y.shape[axis] for axis in axes)
-    return inverse * (tangent - y * (sum_of_products(y, tangent, axes, context) / count))
+    # As sums of few large tensors: y has a mean of zero, so that tangents need not be centered first.
+    image = slope * tangent - y * (slope * (unit * sum_of_products(y, tangent, axes, context) / count))
+    return image - slope * _mean(tangent, axes, context) if center else image
+
+
+def _mean(tangent, axes, context):
+    if axes == [-1] and (context.xla or keras.backend.backend() == "jax"):
+        size = tangent.shape[-1]
+        return ops.expand_dims(ops.matmul(tangent, ops.full((size,), 1 / size, tangent.dtype)), -1)
+    return unfold(ops.mean(fold(tangent), axis=axes, keepdims=True), ops.shape(tangent)[0])
 
 
 @register_rule(nn.LayerNorm, nn.RMSNorm)
@@ -181,6 +197,39 @@ def layer_normalization(operation, x, gamma=None, beta=None, context=None, **kwa
         return ops.cast(sum(images[1:], images[0]), x.dtype)
 
     return ops.cast(y, x.dtype), Pushforward(push, standardized, inverse, takes_none=True)
+
+
+@register_rule(layers.GroupNormalization)
+def group_normalization(layer, x, context):
+    dtype = keras.backend.result_type(x.dtype, "float32")
+    channel, rank = layer.axis % len(x.shape), len(x.shape) + 1
+    axes = [axis - rank for axis in range(1, rank) if axis != channel]
+
+    def grouped(tensor):
+        """(…, C, …) as (…, groups, C / groups, …), for x and tangents of x."""
+        shape, at = ops.shape(tensor), channel + len(tensor.shape) - len(x.shape)
+        return ops.reshape(tensor, (*shape[:at], layer.groups, x.shape[channel] // layer.groups, *shape[at + 1 :]))
+
+    def along(vector):
+        return _along(layer.axis, ops.cast(vector, dtype), x)
+
+    entries = grouped(ops.cast(x, dtype))
+    centered = entries - ops.mean(entries, axis=axes, keepdims=True)
+    inverse = ops.rsqrt(ops.mean(ops.square(centered), axis=axes, keepdims=True) + layer.epsilon)
+    slope = inverse * grouped(along(layer.gamma)) if layer.scale else inverse
+    y = ops.reshape(centered * slope, ops.shape(x))
+    y = y + along(layer.beta) if layer.center else y
+
+    def push(tangent, centered, inverse, slope):
+        entries = grouped(ops.cast(tangent, dtype))
+        image = _push_standardized(entries, centered, slope, axes, True, context, ops.square(inverse))
+        return ops.reshape(image, ops.shape(tangent))
+
+    def along_gamma(u, centered, inverse, slope):
+        return along(u) * ops.reshape(centered * inverse, (1, *ops.shape(x)))
+
+    weights = [(layer.gamma, along_gamma), (layer.beta, lambda u, *residuals: along(u))]
+    return ops.cast(y, x.dtype), Pushforward(push, centered, inverse, slope, weights=weights)
 
 
 @register_rule(nn.Moments)

@@ -1,21 +1,19 @@
 """Recurrent layers: the cell is frozen at every step, and tangents are scanned over what was frozen.
 
-The cell may be any that Keras can run: it is linearized by its own rule, or opened up. What it freezes in a step is
-stacked over the steps, so a tangent pass is a scan of linear maps, without autodiff and without running the cell again.
-Keras' own cells are run first and then frozen at all steps at once where that is faster: in eager mode a cell is opened
-up once only. One product alone goes along with the cell, in one scan that keeps nothing.
+The cell may be any that Keras can run: it is linearized by its own rule, or opened up; Keras' own are taken apart. What
+a cell freezes in a step is stacked over the steps, so a tangent pass is a scan of linear maps, without autodiff and
+without running the cell again. One product alone goes along with the cell, in one scan that keeps nothing.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 from keras import layers, ops, tree
 
-from jvpreg.companions import runs_eagerly
-from jvpreg.registry import Declined, Pushed, Pushforward, align, find_rule, register_rule
-
-_CELLS = (layers.SimpleRNNCell, layers.LSTMCell, layers.GRUCell)
+from jvpreg.registry import Declined, Pushed, Pushforward, align, register_rule
+from jvpreg.rules.cells import SplitCell, WholeCell, cell_of
 
 
 @register_rule(
@@ -46,8 +44,9 @@ def recurrent(layer, sequences, context, initial_state=None, mask=None):
     given = initial_state is not None
     states = initial_state if given else layer.get_initial_state(batch_size=ops.shape(sequences)[0])
     states = list(states) if isinstance(states, (list, tuple)) else [states]
-    entering = context.along(sequences, *(tree.flatten(states) if given else []))
-    loop = _Loop(layer, sequences, tree.map_structure(lambda state: ops.cast(state, cell.compute_dtype), states), mask)
+    companions = context.along(sequences, *(tree.flatten(states) if given else []))
+    states = tree.map_structure(lambda state: ops.cast(state, cell.compute_dtype), states)
+    loop = _Loop(layer, sequences, states, mask, cell_of(layer, context, cell.compute_dtype))
     # A cell's dropout masks are constants of it, and so not cut with the examples.
     cells = [cell, *getattr(cell, "cells", [])]
     dropped = context.training and any(getattr(c, "dropout", 0) or getattr(c, "recurrent_dropout", 0) for c in cells)
@@ -62,15 +61,16 @@ def recurrent(layer, sequences, context, initial_state=None, mask=None):
         return tree.map_structure(lambda y: ops.cast(y, layer.compute_dtype), finish(last, outputs, axis=1))
 
     # Private: a cell keeps its dropout masks, so that they are drawn once and not within the scan.
-    layer._maybe_config_dropout_masks(cell, loop.inputs[0][0], states)
-    # Compiled by XLA, a scan that keeps more is cheaper than the cell a second time.
-    xla = context.xla or keras.backend.backend() == "jax"
-    at_once = _is_the_same_at_every_step(layer) and not dropped and not xla
+    layer._maybe_config_dropout_masks(cell, loop.in_order(sequences, 0)[0], states)
     try:
-        if entering is not None and (not at_once or not runs_eagerly(sequences)):
-            variables, primal, images = loop.push_along(entering, context)
-            return finish_primal(*primal), Pushed(None if images is None else finish(*images, axis=2), variables)
-        frozen, y, last, (outputs, *residuals) = (loop.freeze_at_once if at_once else loop.freeze)(context)
+        if companions is not None:
+            variables, both = loop.push_along(companions, context)
+            if both is None:
+                y = layer.call(sequences, states if given else None, mask, training=context.training)
+                return y, Pushed(None, variables)
+            (last, outputs), (last_images, images) = both
+            return finish_primal(last, outputs), Pushed(finish(last_images, images, axis=2), variables)
+        frozen, y, last, (outputs, *residuals) = loop.freeze()
     finally:
         layer._maybe_reset_dropout_masks(cell)
 
@@ -92,28 +92,35 @@ def recurrent(layer, sequences, context, initial_state=None, mask=None):
         last, (outputs,) = _scan(push, loop.start(state_tangents, like), inputs, [like])
         return last, outputs
 
+    counting = loop.inputs[1:]  # which steps do
+    residuals = [*residuals, *counting, *([sequences] if loop.cell.entering else [])]
+    batch_axes = [*(axis + 1 for axis in frozen.batch_axes), *[1] * len(counting), *([0] if loop.cell.entering else [])]
+
+    def stacked(arguments) -> list:
+        """The residuals of the steps, without the axis for the probes."""
+        return [residual[0] for residual in arguments[: len(frozen.residuals) + len(counting)]]
+
     def push(tangent, *arguments):
-        state_tangents, residuals = arguments[:num_given], [r[0] for r in arguments[num_given:]]
+        state_tangents = arguments[:num_given]
         probes, batch, *_ = next(ops.shape(t) for t in (tangent, *state_tangents) if t is not None)
         first = loop.first_tangents(probes, batch, state_tangents)
-        return finish(*scan(None if tangent is None else loop.in_order(tangent, 1), first, residuals), axis=2)
+        entering = None if tangent is None else loop.cell.push_entering(loop.in_order(tangent, 1))
+        return finish(*scan(entering, first, stacked(arguments[num_given:])), axis=2)
 
-    residuals = [*residuals, *loop.inputs[1:]]
-    batch_axes = [*(axis + 1 for axis in frozen.batch_axes), *[1] * len(loop.inputs[1:])]
-
-    def part_of(part):
+    def part_of(part, is_entering: bool):
         def push_weight(u, *residuals):
-            stacked = [residual[0] for residual in residuals]
-            batch = ops.shape(stacked[0])[batch_axes[0]] if stacked else ops.shape(sequences)[0]
+            batch = ops.shape(residuals[0])[1 + batch_axes[0]] if residuals else ops.shape(sequences)[0]
             first = loop.first_tangents(ops.shape(u)[0], batch)
-            return finish(*scan(None, first, stacked, [(part, u)]), axis=2)
+            entering = part(u, loop.in_order(residuals[-1][0], 0)) if is_entering else None
+            return finish(*scan(entering, first, stacked(residuals), [] if is_entering else [(part, u)]), axis=2)
 
         return push_weight
 
+    parts = [(v, part_of(part, True)) for v, part in loop.cell.entering]
     return finish_primal(last, outputs), Pushforward(
         push,
         *residuals,
-        weights=[(variable, part_of(part)) for variable, part in frozen.weights],
+        weights=[*parts, *((v, part_of(part, False)) for v, part in frozen.weights)],
         batch_axes=batch_axes,
         couples_examples=frozen.couples_examples or dropped,
         takes_none=True,
@@ -128,20 +135,22 @@ class _Loop:
         sequences: its input, (B, T, …).
         states: the first ones, as its cell takes them.
         mask: which steps count, (B, T); or None.
+        cell: its cell, as `cell_of` has it.
 
     Attributes:
-        inputs: the steps (T, B, …), and which of them count if that is known.
+        inputs: the steps (T, B, …) as the cell takes them, and which of them count if that is known.
         flat_states: the first states.
         num_states: how many there are.
     """
 
-    def __init__(self, layer, sequences, states: list, mask):
-        self.cell = layer.cell
+    def __init__(self, layer, sequences, states: list, mask, cell: WholeCell | SplitCell):
+        self.cell = cell
         self.states = states
         self.flat_states = tree.flatten(states)
         self.num_states = len(self.flat_states)
         self._backwards, self._zero_output_for_mask = layer.go_backwards, layer.zero_output_for_mask
-        self.inputs: tuple = (self.in_order(sequences, 0),)
+        self._steps = self.in_order(sequences, 0)
+        self.inputs: tuple = (cell.enter(self._steps),)
         if mask is not None:
             self.inputs += (self.in_order(ops.cast(mask, "bool"), 0),)
         # On JAX, a masked step returns the last cell's first state, and not what was returned before.
@@ -182,7 +191,7 @@ class _Loop:
         y = choose(y, ops.zeros_like(y) if self._zero_output_for_mask else carried[self.num_states])
         return y, [*following, y if self._returned_state is None else following[self._returned_state]]
 
-    def freeze(self, context) -> tuple:
+    def freeze(self) -> tuple:
         """The cell, frozen at every step of a scan.
 
         Returns:
@@ -190,52 +199,17 @@ class _Loop:
             as the first axis, the outputs and the residuals of all steps.
         """
         # The first step, outside the scan: the maps of its nodes are those of every step, with other residuals.
-        (y, _), frozen = context.run(self.cell, self.inputs[0][0], self.states)
+        (y, _), frozen = self.cell.step(self.inputs[0][0], self.states)
 
         def step(carried, now):
             x, *kept = now
-            (y, following), pushforward = context.run(self.cell, x, self._as_states(carried))
+            (y, following), pushforward = self.cell.step(x, self._as_states(carried))
             y, following = self.hold(y, tree.flatten(following), carried, kept)
             return following, [y, *pushforward.residuals]
 
         return frozen, y, *_scan(step, self._start_at(y), self.inputs, [y, *frozen.residuals])
 
-    def freeze_at_once(self, context) -> tuple:
-        """As `freeze`, for a cell that treats all steps and examples alike: frozen once, at a batch of all steps.
-
-        The scan is then that of the cell alone: it keeps the states before each step and nothing else.
-        """
-        y, last, (outputs, *before) = self._run(context)
-        count, batch, *_ = ops.shape(self.inputs[0])
-
-        def merge_steps(tensor):
-            return ops.reshape(tensor, (-1, *ops.shape(tensor)[2:]))
-
-        def split_steps(residual, axis):
-            shape = ops.shape(residual)
-            return ops.moveaxis(ops.reshape(residual, (*shape[:axis], count, batch, *shape[axis + 1 :])), axis, 0)
-
-        states = self._as_states([merge_steps(state) for state in before])
-        _, frozen = context.run(self.cell, merge_steps(self.inputs[0]), states)
-        return frozen, y, last, [outputs, *map(split_steps, frozen.residuals, frozen.batch_axes)]
-
-    def _run(self, context) -> tuple:
-        """The scan of the cell alone: one step's output, what is carried at the end, all outputs, and states before."""
-
-        def run(x, carried):
-            y, following = self.cell(x, self._as_states(carried), training=context.training)
-            return y, tree.flatten(following)
-
-        def step(carried, now):
-            x, *kept = now
-            y, following = run(x, carried)
-            y, following = self.hold(y, following, carried, kept)
-            return following, [y, *carried[: self.num_states]]
-
-        y, _ = run(self.inputs[0][0], self.flat_states)
-        return y, *_scan(step, self._start_at(y), self.inputs, [y, *self.flat_states])
-
-    def push_along(self, tangents: Sequence, context) -> tuple[list, tuple[list, Any], tuple[list, Any] | None]:
+    def push_along(self, tangents: Sequence, context) -> tuple[list, tuple | None]:
         """Tangents that go along with the cell in one scan, so that nothing of a step has to be kept.
 
         Args:
@@ -243,34 +217,35 @@ class _Loop:
             context: see `Context`; its `weights` move too.
 
         Returns:
-            The variables that can have tangents; what is carried at the end, and the outputs of all steps; and the
-            same of the tangents, None if nothing moves.
+            The variables that can have tangents; and what is carried at the end and the outputs of all steps, beside
+            the same of the tangents, or None if nothing moves.
         """
-        (y, _), first = context.run(self.cell, self.inputs[0][0], self.states)  # only shapes and variables matter
-        moving_weights = [context.weights[id(v)] for v in first.variables if id(v) in context.weights]
+        (y, _), first = self.cell.step(self.inputs[0][0], self.states)  # only shapes and variables matter
+        variables = [variable for variable, _ in self.cell.entering] + first.variables
+        moving_weights = [context.weights[id(v)] for v in variables if id(v) in context.weights]
         moved = [tangent for tangent in (*tangents, *moving_weights) if tangent is not None]
         if not moved:
-            _, last, (outputs, *_) = self._run(context)
-            return first.variables, (last, outputs), None
-        entering = None if tangents[0] is None else self.in_order(tangents[0], 1)
+            return variables, None
+        entering = [] if tangents[0] is None else [self.cell.push_entering(self.in_order(tangents[0], 1))]
+        entering += [p(context.weights[id(v)], self._steps) for v, p in self.cell.entering if id(v) in context.weights]
         state_tangents = self.first_tangents(ops.shape(moved[0])[0], ops.shape(self.inputs[0])[1], tangents[1:])
         image = ops.zeros((*ops.shape(state_tangents[0])[:2], *y.shape[1:]), y.dtype)
         carried = self._start_at(y)
 
         def step(both, now):
             before, moving = list(both[: len(carried)]), list(both[len(carried) :])
-            x, *kept = now if entering is None else now[1]
-            (y, following), pushforward = context.run(self.cell, x, self._as_states(before))
-            images = pushforward(None if entering is None else now[0], *moving[: self.num_states])
+            x, *kept = now[1] if entering else now
+            (y, following), pushforward = self.cell.step(x, self._as_states(before))
+            images = pushforward(now[0] if entering else None, *moving[: self.num_states])
             moved = [(p, context.weights[id(v)]) for v, p in pushforward.weights if id(v) in context.weights]
             image, *arriving = _plus_parts(images, moved, pushforward.broadcast_residuals())
             y, following = self.hold(y, tree.flatten(following), before, kept)
             image, arriving = self.hold(image, arriving, moving, [ops.expand_dims(k, 0) for k in kept])
             return [*following, *arriving], [y, image]
 
-        inputs = self.inputs if entering is None else (entering, self.inputs)
+        inputs = (functools.reduce(ops.add, entering), self.inputs) if entering else self.inputs
         last, (outputs, images) = _scan(step, [*carried, *self.start(state_tangents, image)], inputs, [y, image])
-        return first.variables, (last[: len(carried)], outputs), (last[len(carried) :], images)
+        return variables, ((last[: len(carried)], outputs), (last[len(carried) :], images))
 
     def _as_states(self, carried: Sequence):
         return tree.pack_sequence_as(self.states, list(carried[: self.num_states]))
@@ -284,17 +259,6 @@ def _plus_parts(images: Sequence, weights: Sequence[tuple], residuals: Sequence)
     for part, u in weights:
         images = [a + align(b, len(a.shape)) for a, b in zip(images, part(u, *residuals), strict=True)]
     return list(images)
-
-
-def _is_the_same_at_every_step(layer) -> bool:
-    """Whether a layer's cell is Keras' own: without dropout, one map of all steps and of each example alone."""
-    leaves = layer.cell.cells if type(layer.cell) is layers.StackedRNNCells else [layer.cell]
-    # Of a layer that makes its cell itself, the cell is known.
-    if type(layer) is layers.RNN and not all(type(leaf) in _CELLS for leaf in leaves):
-        return False
-    found = [getattr(leaf, name, None) for leaf in leaves for name in ("activation", "recurrent_activation")]
-    # A function that has a rule; a layer might draw, and one's own function mix examples.
-    return all(f is None or (find_rule(f) is not None and not isinstance(f, keras.Operation)) for f in found)
 
 
 @register_rule(layers.Bidirectional)
