@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from jvpreg.frozen import FrozenGraph, Node, Value, push_node
-from jvpreg.registry import Context, fold, unfold
+from jvpreg.registry import Context, cast, fold, unfold
 from jvpreg.tangents import zeros
 
 FEW = 2
@@ -57,7 +57,7 @@ class Companions:
     def context(self, context: Context, inputs: Sequence[Value]) -> Context:
         """The context with what goes along with an operation's inputs."""
         pairs = [(self.of(value), value.primal.dtype) for value in inputs]
-        tangents = [None if tangent is None else ops.cast(tangent, dtype) for tangent, dtype in pairs]
+        tangents = [None if tangent is None else cast(tangent, dtype) for tangent, dtype in pairs]
         apply = context.apply
         if len(inputs) == 1 and tangents[0] is not None:
             apply = functools.partial(apply_at_once, inputs[0].primal, tangents[0])

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from jvpreg.registry import Pushforward, align
+from jvpreg.registry import Pushforward, align, cast, shape_of
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class FrozenGraph:
         """
         taps, weights = taps or {}, weights or {}
         given = [*tangents, *taps.values(), *weights.values()]
-        leading = (next(ops.shape(t)[0] for t in given if t is not None), batch)
+        leading = (next(shape_of(t)[0] for t in given if t is not None), batch)
         slots = {value.slot: tangent for value, tangent in zip(self.inputs, tangents, strict=True)}
         slots |= {value.slot: weights[id(variable)] for variable, value in self.variables if id(variable) in weights}
         last_use = {value.slot: i for i, node in enumerate(self.nodes) for value in node.inputs}
@@ -262,8 +262,8 @@ def push_node(
         else:
             filled = list(tangents)
         # Mixed precision: a tangent has the dtype in which the layer sees its input.
-        cast = [None if t is None else ops.cast(t, v.primal.dtype) for t, v in zip(filled, node.inputs, strict=True)]
-        images.append(_tuple(pushforward.function(*cast, *residuals)))
+        seen = [None if t is None else cast(t, v.primal.dtype) for t, v in zip(filled, node.inputs, strict=True)]
+        images.append(_tuple(pushforward.function(*seen, *residuals)))
     for part, tangent in moved:
         image = _tuple(part(tangent, *residuals))
         images.append([_spread(t, leading, v) for t, v in zip(image, node.outputs, strict=True)])
@@ -278,7 +278,7 @@ def push_node(
 def _shape(leading, value: Value) -> tuple:
     """Of a value's tangents, for `leading` = (P, B): B is None for the whole batch, whose primal shapes are known."""
     probes, batch = leading
-    shape = ops.shape(value.primal)
+    shape = shape_of(value.primal)
     return (probes, *shape) if batch is None or not value.batched else (probes, batch, *shape[1:])
 
 
@@ -292,7 +292,7 @@ def _checked(node: Node, tangent, leading, value: Value):
             f"Expected {expected}, probes first and then like its output. Received: {received}. "
             "Check the rule with `jvpreg.testing.check_rule`."
         )
-    return ops.cast(tangent, value.primal.dtype)
+    return cast(tangent, value.primal.dtype)
 
 
 def _spread(tangent, leading, value: Value):

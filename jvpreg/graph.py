@@ -22,7 +22,16 @@ from jvpreg.autodiff import fall_back
 from jvpreg.companions import Companions
 from jvpreg.frozen import FrozenGraph, Node, Value
 from jvpreg.inputs import flatten_inputs, graph_of
-from jvpreg.registry import Context, Declined, find_rule, identity, missing_rule_error, unwrap
+from jvpreg.registry import (
+    Context,
+    Declined,
+    find_rule,
+    identity,
+    leaves_of,
+    map_leaves,
+    missing_rule_error,
+    unwrap,
+)
 
 
 @dataclass
@@ -130,7 +139,7 @@ class Tracer:
                 "or leave it out."
             )
         values, args, kwargs = self._primals(operation, args, kwargs)
-        kwargs |= tree.map_structure(masks.primal_of, given)
+        kwargs |= {key: map_leaves(masks.primal_of, mask) for key, mask in given.items()}
         kwargs = {key: value for key, value in kwargs.items() if key != "training" and value is not None}
         context = replace(self.context, run=functools.partial(self._run_inner, values))
         if self.companions is not None:
@@ -140,7 +149,7 @@ class Tracer:
         activation = getattr(operation, rule.activation) if rule.activation else None
         if activation is not None and activation is not keras.activations.linear:
             outputs = self._run_activation(activation, outputs, f"{name}/activation")
-        _record_activity_loss(operation, tree.flatten(outputs)[0].primal)
+        _record_activity_loss(operation, outputs)
         return outputs
 
     def _run_inner(self, known: Sequence[Value], operation, *inputs, **kwargs):
@@ -214,7 +223,7 @@ class Tracer:
         finally:
             self._weight_dtype, self._opened = outer
         outputs = tree.map_structure(lambda y, mask: y.with_mask(y.mask if mask is y else mask), outputs, left)
-        _record_activity_loss(layer, tree.flatten(outputs)[0].primal)
+        _record_activity_loss(layer, outputs)
         return outputs
 
     def _cast(self, value: Value, dtype, name: str) -> Value:
@@ -261,7 +270,7 @@ class Tracer:
         if not isinstance(operation, keras.Layer):
             # A tensor that is passed on as it is keeps what Keras wrote on it.
             kept = {id(value.primal): value.mask for value in masks.values_among(args, kwargs)}
-            return tree.map_structure(lambda y: y.with_mask(y.mask or kept.get(id(y.primal))), outputs)
+            return map_leaves(lambda y: y.with_mask(y.mask or kept.get(id(y.primal))), outputs)
         if not operation.supports_masking:
             return outputs
         first, mask = masks.first_argument(operation, args, kwargs), kwargs.get("mask")
@@ -310,9 +319,9 @@ class Tracer:
 
     def _record(self, name, operation, inputs: Sequence[Value], primal, pushforward):
         batched = any(value.batched for value in inputs)
-        outputs = tree.map_structure(lambda leaf: self.value(leaf, batched), primal)
+        outputs = map_leaves(lambda leaf: self.value(leaf, batched), primal)
         layer = operation if isinstance(operation, keras.Layer) else self._opened
-        node = Node(name, operation, tuple(inputs), tuple(tree.flatten(outputs)), pushforward, layer)
+        node = Node(name, operation, tuple(inputs), tuple(leaves_of(outputs)), pushforward, layer)
         self.nodes.append(node)
         if self.companions is not None:
             self.companions.push(node)
@@ -399,12 +408,8 @@ def _parameters(function) -> list[str]:
 
 def _map_arguments(function, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     """Arguments with `function` of each leaf, which sees them in their order: that of a dict's keys is another one."""
-
-    def mapped(argument):
-        nested = isinstance(argument, (list, tuple, dict))  # as most are not, and trees are slow
-        return tree.map_structure(function, argument) if nested else function(argument)
-
-    return tuple(map(mapped, args)), {name: mapped(argument) for name, argument in kwargs.items()}
+    positional = tuple(map_leaves(function, argument) for argument in args)
+    return positional, {name: map_leaves(function, argument) for name, argument in kwargs.items()}
 
 
 def _as_taken(operation, args: tuple, kwargs: dict, taken: list[str]) -> tuple[tuple, dict]:
@@ -434,13 +439,14 @@ def _input_dtype(operation) -> str | None:
 
 
 def _autocast(primal, dtype):
-    floating = keras.backend.is_float_dtype(keras.backend.standardize_dtype(primal.dtype))
-    return ops.cast(primal, dtype) if dtype is not None and floating else primal
+    own = keras.backend.standardize_dtype(primal.dtype)
+    return primal if dtype in (None, own) or not keras.backend.is_float_dtype(own) else ops.cast(primal, dtype)
 
 
-def _record_activity_loss(operation, primal) -> None:
+def _record_activity_loss(operation, outputs) -> None:
     """What `Layer.__call__` does with an activity regularizer: its loss a batch, divided by the batch's size."""
     regularizer = getattr(operation, "activity_regularizer", None)
     if regularizer is not None:
+        primal = leaves_of(outputs)[0].primal
         loss = regularizer(primal)
         operation.add_loss(loss / ops.cast(ops.shape(primal)[0], loss.dtype))

@@ -10,6 +10,7 @@ from keras import ops, tree
 from keras.src.backend import get_keras_mask, set_keras_mask
 
 from jvpreg.frozen import Value
+from jvpreg.registry import leaves_of, map_leaves
 
 
 def fill_in(layer: keras.Layer, args: tuple, kwargs: dict) -> dict:
@@ -49,7 +50,7 @@ def on_outputs(layer: keras.Layer, inputs, previous, outputs, new_value: Callabl
         outputs: its output values.
         new_value: makes a value of a new mask.
     """
-    values = tree.flatten(outputs)
+    values = leaves_of(outputs)
     if not layer.supports_masking or all(value.mask is not None for value in values):
         return outputs
     masks = layer.compute_mask(inputs, tree.map_structure(primal_of, previous))
@@ -100,7 +101,7 @@ def masks_of(structure):
     """The masks of the values in a structure, None where there is none."""
     if isinstance(structure, Value):
         return structure.mask
-    return tree.map_structure(lambda leaf: leaf.mask if isinstance(leaf, Value) else None, structure)
+    return map_leaves(lambda leaf: leaf.mask if isinstance(leaf, Value) else None, structure)
 
 
 def primal_of(leaf):
@@ -110,7 +111,7 @@ def primal_of(leaf):
 
 def any_of(masks) -> bool:
     """Whether there is a mask in a structure of them."""
-    return any(mask is not None for mask in tree.flatten(masks))
+    return any(mask is not None for mask in leaves_of(masks))
 
 
 def _bind(layer, args: tuple, kwargs: dict) -> dict[str, Any]:

@@ -105,7 +105,7 @@ class Pushforward:
 
     def broadcast_residuals(self) -> list:
         """The residuals with an axis for the probes, `(1, B, …)`."""
-        return [ops.expand_dims(residual, 0) for residual in self.residuals]
+        return [with_probe_axis(residual) for residual in self.residuals]
 
 
 class Pushed(Pushforward):
@@ -134,7 +134,7 @@ def linear(function: Callable) -> Pushforward:
     """
 
     def push(*tangents):
-        num_probes = ops.shape(tangents[0])[0]
+        num_probes = shape_of(tangents[0])[0]
         return unfold(function(*(fold(tangent) for tangent in tangents)), num_probes)
 
     return Pushforward(push)
@@ -181,13 +181,13 @@ def align(tangent, rank: int):
     missing = rank - len(tangent.shape)
     if missing <= 0:
         return tangent
-    shape = ops.shape(tangent)
+    shape = shape_of(tangent)
     return ops.reshape(tangent, (shape[0], *[1] * missing, *shape[1:]))
 
 
 def scale(slope) -> Pushforward:
     """The pushforward of a smooth elementwise operation; `slope` is its derivative at `x`, `(B, …)`."""
-    return Pushforward(lambda tangent, slope: tangent * ops.cast(slope, tangent.dtype), slope)
+    return Pushforward(lambda tangent, slope: tangent * cast(slope, tangent.dtype), slope)
 
 
 def scale_by(slope: Callable, kernel: Callable, *frozen) -> Pushforward:
@@ -202,7 +202,7 @@ def scale_by(slope: Callable, kernel: Callable, *frozen) -> Pushforward:
     def push(tangent, *frozen):
         if tangent.shape[0] == 1:
             return kernel(tangent, *frozen)
-        return tangent * ops.cast(slope(*frozen), tangent.dtype)
+        return tangent * cast(slope(*frozen), tangent.dtype)
 
     return Pushforward(push, *frozen)
 
@@ -218,18 +218,56 @@ def identity() -> Pushforward:
     return Pushforward(lambda tangent: tangent)
 
 
+def map_leaves(function: Callable, structure):
+    """`tree.map_structure`, without a tree where the structure is but a leaf: eagerly trees take their time."""
+    nested = isinstance(structure, (list, tuple, dict))
+    return tree.map_structure(function, structure) if nested else function(structure)
+
+
+def leaves_of(structure) -> list:
+    """`tree.flatten`, likewise."""
+    return tree.flatten(structure) if isinstance(structure, (list, tuple, dict)) else [structure]
+
+
+def shape_of(tensor) -> tuple:
+    """`ops.shape`, which looks for symbols in trees, only where a size is unknown: eagerly that takes its time."""
+    shape = tuple(tensor.shape)
+    return ops.shape(tensor) if None in shape else shape
+
+
+def cast(tensor, dtype):
+    """`ops.cast`, only where there is something to cast."""
+    return tensor if tensor.dtype == dtype else ops.cast(tensor, dtype)
+
+
 def fold(tangent):
     """(P, B, …) to (P·B, …)."""
-    shape = ops.shape(tangent)
+    shape = shape_of(tangent)
     static = isinstance(shape[1], int)
     return ops.reshape(tangent, (shape[0] * shape[1] if static else -1, *shape[2:]))
 
 
 def unfold(tangent, num_probes):
     """(P·B, …) to (P, B, …)."""
-    shape = ops.shape(tangent)
+    shape = shape_of(tangent)
     static = isinstance(shape[0], int)
     return ops.reshape(tangent, (num_probes, shape[0] // num_probes if static else -1, *shape[1:]))
+
+
+def with_probe_axis(residual):
+    """(B, …) to (1, B, …)."""
+    # Reshaped, as by `unfold`: the optimizer of TensorFlow's graphs takes out what one reshape undoes of another.
+    return unfold(residual, 1) if keras.backend.backend() == "tensorflow" else ops.expand_dims(residual, 0)
+
+
+def as_batch(function: Callable, tangent):
+    """`function` of a tangent `(P, B, …)`, for which it makes no difference how many of the first axes there are.
+
+    In TensorFlow it takes the tangent folded, as a convolution does, so that nothing is reshaped between the two.
+    """
+    if keras.backend.backend() != "tensorflow":
+        return function(tangent)
+    return unfold(function(fold(tangent)), shape_of(tangent)[0])
 
 
 class Declined(Exception):  # noqa: N818 -- no error: the engine has other ways

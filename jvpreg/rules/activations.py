@@ -15,11 +15,13 @@ from jvpreg.registry import (
     Pushforward,
     elementwise,
     find_rule,
+    fold,
     gate,
     identity,
     register_rule,
     scale,
     scale_by,
+    unfold,
 )
 from jvpreg.rules.core import sum_of_products
 
@@ -77,9 +79,10 @@ def _by_kernel(slope, y) -> Pushforward:
             # As in TensorFlow's own gradient, an infinite tangent becomes NaN, and not 0, where it is dropped.
             kept = tf.cast(y > 0, tangent.dtype)
             return tangent * (slope + (1 - slope) * kept if slope else kept)
-        both = {"gradients": tf.squeeze(tangent, 0), "features": tf.squeeze(y, 0)}
+        # Reshaped, as around a convolution: the graph's optimizer takes out what one undoes of the other.
+        both = {"gradients": fold(tangent), "features": fold(y)}
         image = tf.raw_ops.LeakyReluGrad(**both, alpha=slope) if slope else tf.raw_ops.ReluGrad(**both)
-        return ops.expand_dims(image, 0)
+        return unfold(image, 1)
 
     return Pushforward(push, y)
 

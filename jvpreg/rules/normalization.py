@@ -8,7 +8,7 @@ from keras import layers, ops
 # Private: the operations' classes, by which a graph's nodes are known, have no public names.
 from keras.src.ops import nn
 
-from jvpreg.registry import Declined, Pushforward, fold, register_rule, unfold
+from jvpreg.registry import Declined, Pushforward, as_batch, cast, fold, register_rule, unfold
 from jvpreg.rules.core import sum_of_products
 
 
@@ -17,6 +17,8 @@ def _along(axis: int, vector, x):
 
     A tangent (P, C) of such a vector keeps its probe axis, and gets one for the batch.
     """
+    if axis % len(x.shape) == len(x.shape) - 1 and len(vector.shape) == 1:
+        return vector
     shape = [1] * (len(x.shape) - 1)
     shape[axis - 1 if axis > 0 else axis] = vector.shape[-1]
     return ops.reshape(vector, shape if len(vector.shape) == 1 else (ops.shape(vector)[0], 1, *shape))
@@ -26,7 +28,7 @@ def _along(axis: int, vector, x):
 def batch_normalization(layer, x, context, mask=None):
     # As Keras: statistics and the affine map in float32 at least, whatever the compute dtype.
     dtype = keras.backend.result_type(x.dtype, "float32")
-    original, dtype_out, x = x, x.dtype, ops.cast(x, dtype)
+    original, dtype_out, x = x, x.dtype, cast(x, dtype)
     mode = context.batch_statistics if layer.trainable else "moving"
     if mode == "moving":
         mean, variance = ops.cast(layer.moving_mean, dtype), ops.cast(layer.moving_variance, dtype)
@@ -44,7 +46,7 @@ def batch_normalization(layer, x, context, mask=None):
         y = x * slope + offset
 
     def push(tangent):
-        return ops.cast(ops.cast(tangent, dtype) * slope, tangent.dtype)
+        return as_batch(lambda t: cast(ops.cast(t, dtype) * slope, t.dtype), tangent)
 
     def standardize(x):
         return (ops.cast(x, dtype) - _along(layer.axis, mean, x)) * _along(layer.axis, inverse_deviation, x)
@@ -52,7 +54,7 @@ def batch_normalization(layer, x, context, mask=None):
     def along(u, x):
         return _along(layer.axis, ops.cast(u, dtype), x[0])
 
-    y = ops.cast(y, dtype_out)
+    y = cast(y, dtype_out)
     weights = [(layer.gamma, lambda u, x: along(u, x) * standardize(x[0])), (layer.beta, along)]
     if mode == "moving":
 

@@ -59,11 +59,15 @@ def max_pooling(layer, x, context):
 
     def push(tangent, *masks):
         num_probes = ops.shape(tangent)[0]
-        entries = [unfold(entry, num_probes) for entry in _window_entries(layer, fold(tangent), outside=0.0)]
+        entries = _window_entries(layer, fold(tangent), outside=0.0)
+        if tangent.shape[0] == 1:  # without an axis for them, which a plain graph would move about
+            masks = tuple(map(fold, masks))
+        else:
+            entries = [unfold(entry, num_probes) for entry in entries]
         chosen, *later = entries[order]
         for wins, entry in zip(masks, later, strict=True):
             chosen = ops.where(wins, entry, chosen)
-        return chosen
+        return chosen if len(chosen.shape) == len(tangent.shape) else unfold(chosen, 1)
 
     if by_kernel:
         return best, Pushforward(_with_pull_by_kernel(layer, push), x, *masks)
