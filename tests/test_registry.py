@@ -63,6 +63,25 @@ def test_the_rule_of_an_activation_of_ones_own(float64):
     jvpreg.testing.check_rule(model, (4,))
 
 
+def test_a_kernel_of_ones_own_for_one_tangent(float64):
+    seen = []
+
+    def logistic(x):
+        return ops.sigmoid(x)
+
+    def kernel(tangent, y):
+        seen.append(tuple(tangent.shape))
+        return tangent * y * (1 - y)
+
+    @registry.elementwise(logistic, kernel=lambda: kernel)
+    def slope(x, y):
+        return y * (1 - y)
+
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3, activation=logistic)])
+    jvpreg.testing.check_rule(model, (4,))
+    assert {shape[0] for shape in seen} == {1}
+
+
 def test_a_wrapper_is_looked_through():
     class Wrapper(layers.Layer):
         def __init__(self, inner):
