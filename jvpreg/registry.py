@@ -187,7 +187,11 @@ def align(tangent, rank: int):
 
 def scale(slope) -> Pushforward:
     """The pushforward of a smooth elementwise operation; `slope` is its derivative at `x`, `(B, …)`."""
-    return Pushforward(lambda tangent, slope: tangent * cast(slope, tangent.dtype), slope)
+
+    def push(tangent, slope):
+        return as_batch(ops.multiply, tangent, cast(slope, tangent.dtype))
+
+    return Pushforward(push, slope)
 
 
 def scale_by(slope: Callable, kernel: Callable, *frozen) -> Pushforward:
@@ -260,14 +264,15 @@ def with_probe_axis(residual):
     return unfold(residual, 1) if keras.backend.backend() == "tensorflow" else ops.expand_dims(residual, 0)
 
 
-def as_batch(function: Callable, tangent):
-    """`function` of a tangent `(P, B, …)`, for which it makes no difference how many of the first axes there are.
+def as_batch(function: Callable, tangent, *residuals):
+    """`function` of a tangent `(P, B, …)` and residuals `(1, B, …)`, to which the number of axes in front is the same.
 
-    In TensorFlow it takes the tangent folded, as a convolution does, so that nothing is reshaped between the two.
+    In TensorFlow it takes them folded, as a convolution takes tangents, so that nothing is reshaped between the two.
     """
-    if keras.backend.backend() != "tensorflow":
-        return function(tangent)
-    return unfold(function(fold(tangent)), shape_of(tangent)[0])
+    several = residuals and tangent.shape[0] != 1
+    if keras.backend.backend() != "tensorflow" or several or any(len(t.shape) < 2 for t in (tangent, *residuals)):
+        return function(tangent, *residuals)
+    return unfold(function(fold(tangent), *map(fold, residuals)), shape_of(tangent)[0])
 
 
 class Declined(Exception):  # noqa: N818 -- no error: the engine has other ways

@@ -46,7 +46,11 @@ def _two_pieces(mask, slope) -> Pushforward:
     """Slope 1 where `mask` holds and `slope` elsewhere."""
     if isinstance(slope, (int, float)) and slope == 0:
         return gate(mask)
-    return Pushforward(lambda tangent, mask: ops.where(mask, tangent, slope * tangent), mask)
+
+    def push(tangent, mask):
+        return ops.where(mask, tangent, slope * tangent)
+
+    return Pushforward(push, mask)
 
 
 def _slope_in_use(function, x, **kwargs):
@@ -68,7 +72,11 @@ def _by_kernel(slope, y) -> Pushforward:
     # y is constant wherever it has a derivative.
     if keras.backend.backend() == "torch":
         relu, leaky = _torch_kernel("threshold_backward"), _torch_kernel("leaky_relu_backward")
-        return Pushforward(lambda t, y: leaky(t, y.detach(), slope, True) if slope else relu(t, y.detach(), 0), y)
+
+        def push_by_torch(tangent, y):
+            return leaky(tangent, y.detach(), slope, True) if slope else relu(tangent, y.detach(), 0)
+
+        return Pushforward(push_by_torch, y)
     import tensorflow as tf
 
     slope = float(np.float32(slope))  # as the kernel of the layer itself has it
@@ -157,7 +165,7 @@ def sparse_sigmoid(function, x, context):
 # Smooth activations: each states its derivative, in a form that does not cancel.
 
 
-@elementwise(activations.tanh, kernel=lambda: _torch_kernel("tanh_backward"))
+@elementwise(activations.tanh, kernel=functools.partial(_torch_kernel, "tanh_backward"))
 def tanh(x, y):
     return (1 - y) * (1 + y)
 
@@ -167,7 +175,7 @@ def tanh_shrink(x, y):
     return ops.square(ops.tanh(x))
 
 
-@elementwise(activations.sigmoid, kernel=lambda: _torch_kernel("sigmoid_backward"))
+@elementwise(activations.sigmoid, kernel=functools.partial(_torch_kernel, "sigmoid_backward"))
 def sigmoid(x, y):
     return y * (1 - y)
 

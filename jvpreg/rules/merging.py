@@ -4,7 +4,7 @@ from functools import reduce
 
 from keras import layers, ops
 
-from jvpreg.registry import Pushforward, linear, register_rule
+from jvpreg.registry import Pushforward, as_batch, linear, register_rule
 
 
 @register_rule(layers.Add, layers.Subtract, layers.Average, layers.Concatenate)
@@ -39,7 +39,7 @@ def multiply(layer, inputs, context, mask=None):
     # As Keras: a masked step counts as 1, and as 0 if it is masked in all inputs.
     factors = [x if kept is None else ops.where(kept, x, 1) for x, kept in zip(factors, masks, strict=True)]
     # The derivative by one factor is the product of the others: no division, so zeros are harmless.
-    others = [reduce(ops.multiply, factors[:i] + factors[i + 1 :], ops.ones_like(x)) for i, x in enumerate(factors)]
+    others = [reduce(ops.multiply, factors[:i] + factors[i + 1 :]) for i in range(len(factors))]
     others = [y if kept is None else ops.where(kept, y, 0) for y, kept in zip(others, masks, strict=True)]
     y = reduce(ops.multiply, factors)
     if all(kept is not None for kept in masks):
@@ -47,7 +47,8 @@ def multiply(layer, inputs, context, mask=None):
 
     def push(*arguments):
         tangents = _tangents_same_rank(arguments[: len(factors)])
-        return sum(other * tangent for other, tangent in zip(arguments[len(factors) :], tangents, strict=True))
+        pairs = zip(tangents, arguments[len(factors) :], strict=True)
+        return reduce(ops.add, [as_batch(ops.multiply, tangent, other) for tangent, other in pairs])
 
     return y, Pushforward(push, *others)
 
