@@ -9,8 +9,10 @@ from typing import Any
 import keras
 from keras import ops
 
+from jvpreg.eager import cast
+from jvpreg.folding import fold, unfold
 from jvpreg.frozen import FrozenGraph, Node, Value, push_node
-from jvpreg.registry import Context, cast, fold, unfold
+from jvpreg.registry import Context
 from jvpreg.tangents import zeros
 
 FEW = 2

@@ -8,7 +8,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from jvpreg.registry import Pushforward, align, cast, shape_of
+from jvpreg.eager import cast, shape_of
+from jvpreg.folding import align
+from jvpreg.registry import Pushforward
 
 
 @dataclass(frozen=True)

@@ -20,18 +20,10 @@ from keras.src.ops.node import KerasHistory
 from jvpreg import masks
 from jvpreg.autodiff import fall_back
 from jvpreg.companions import Companions
+from jvpreg.eager import leaves_of, map_leaves
 from jvpreg.frozen import FrozenGraph, Node, Value
 from jvpreg.inputs import flatten_inputs, graph_of
-from jvpreg.registry import (
-    Context,
-    Declined,
-    find_rule,
-    identity,
-    leaves_of,
-    map_leaves,
-    missing_rule_error,
-    unwrap,
-)
+from jvpreg.registry import Context, Declined, find_rule, identity, missing_rule_error, unwrap
 
 
 @dataclass

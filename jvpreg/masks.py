@@ -9,8 +9,8 @@ from keras import ops, tree
 # Private, and there is no public one: what Keras writes on a tensor.
 from keras.src.backend import get_keras_mask, set_keras_mask
 
+from jvpreg.eager import leaves_of, map_leaves
 from jvpreg.frozen import Value
-from jvpreg.registry import leaves_of, map_leaves
 
 
 def fill_in(layer: keras.Layer, args: tuple, kwargs: dict) -> dict:

@@ -17,6 +17,9 @@ from typing import Any
 import keras
 from keras import ops, tree
 
+from jvpreg.eager import cast, shape_of
+from jvpreg.folding import as_batch, fold, unfold, with_probe_axis
+
 
 @dataclass(frozen=True)
 class Context:
@@ -176,15 +179,6 @@ def each_probe(function: Callable) -> Callable:
     return push
 
 
-def align(tangent, rank: int):
-    """A tangent (P, …) with axes of size 1 after the probes until it has `rank` axes, as its primal broadcasts."""
-    missing = rank - len(tangent.shape)
-    if missing <= 0:
-        return tangent
-    shape = shape_of(tangent)
-    return ops.reshape(tangent, (shape[0], *[1] * missing, *shape[1:]))
-
-
 def scale(slope) -> Pushforward:
     """The pushforward of a smooth elementwise operation; `slope` is its derivative at `x`, `(B, …)`."""
 
@@ -220,59 +214,6 @@ def gate(mask) -> Pushforward:
 def identity() -> Pushforward:
     """The pushforward of an operation that passes its input on, or only adds a constant."""
     return Pushforward(lambda tangent: tangent)
-
-
-def map_leaves(function: Callable, structure):
-    """`tree.map_structure`, without a tree where the structure is but a leaf: eagerly trees take their time."""
-    nested = isinstance(structure, (list, tuple, dict))
-    return tree.map_structure(function, structure) if nested else function(structure)
-
-
-def leaves_of(structure) -> list:
-    """`tree.flatten`, likewise."""
-    return tree.flatten(structure) if isinstance(structure, (list, tuple, dict)) else [structure]
-
-
-def shape_of(tensor) -> tuple:
-    """`ops.shape`, which looks for symbols in trees, only where a size is unknown: eagerly that takes its time."""
-    shape = tuple(tensor.shape)
-    return ops.shape(tensor) if None in shape else shape
-
-
-def cast(tensor, dtype):
-    """`ops.cast`, only where there is something to cast."""
-    return tensor if tensor.dtype == dtype else ops.cast(tensor, dtype)
-
-
-def fold(tangent):
-    """(P, B, …) to (P·B, …)."""
-    shape = shape_of(tangent)
-    static = isinstance(shape[1], int)
-    return ops.reshape(tangent, (shape[0] * shape[1] if static else -1, *shape[2:]))
-
-
-def unfold(tangent, num_probes):
-    """(P·B, …) to (P, B, …)."""
-    shape = shape_of(tangent)
-    static = isinstance(shape[0], int)
-    return ops.reshape(tangent, (num_probes, shape[0] // num_probes if static else -1, *shape[1:]))
-
-
-def with_probe_axis(residual):
-    """(B, …) to (1, B, …)."""
-    # Reshaped, as by `unfold`: the optimizer of TensorFlow's graphs takes out what one reshape undoes of another.
-    return unfold(residual, 1) if keras.backend.backend() == "tensorflow" else ops.expand_dims(residual, 0)
-
-
-def as_batch(function: Callable, tangent, *residuals):
-    """`function` of a tangent `(P, B, …)` and residuals `(1, B, …)`, to which the number of axes in front is the same.
-
-    In TensorFlow it takes them folded, as a convolution takes tangents, so that nothing is reshaped between the two.
-    """
-    several = residuals and tangent.shape[0] != 1
-    if keras.backend.backend() != "tensorflow" or several or any(len(t.shape) < 2 for t in (tangent, *residuals)):
-        return function(tangent, *residuals)
-    return unfold(function(fold(tangent), *map(fold, residuals)), shape_of(tangent)[0])
 
 
 class Declined(Exception):  # noqa: N818 -- no error: the engine has other ways

@@ -2,12 +2,12 @@
 
 import keras
 import pytest
+from compare import assert_close, normal, randomize
 from keras import layers
 
 import jvpreg
 from jvpreg.registry import Context
 from jvpreg.rules import cells, recurrent
-from compare import assert_close, normal, randomize
 
 JAX = keras.backend.backend() == "jax"
 

@@ -102,15 +102,6 @@ def test_a_wrapper_is_looked_through():
         del registry._WRAPPERS[Wrapper]
 
 
-def test_fold_and_unfold_are_inverse():
-    tangent = ops.convert_to_tensor(normal(2, 3, 4, 5))
-    folded = registry.fold(tangent)
-    assert tuple(folded.shape) == (6, 4, 5)
-    np.testing.assert_array_equal(numpy(registry.unfold(folded, 2)), numpy(tangent))
-    # Probe by probe: the second probe's first example stands after the first probe's last one.
-    np.testing.assert_array_equal(numpy(folded[3]), numpy(tangent[1, 0]))
-
-
 def test_linear_sees_all_probes_as_one_batch():
     seen = []
 

@@ -10,18 +10,17 @@ import keras
 import numpy as np
 from keras import activations, layers, ops
 
+from jvpreg.folding import fold, unfold
 from jvpreg.registry import (
     Declined,
     Pushforward,
     elementwise,
     find_rule,
-    fold,
     gate,
     identity,
     register_rule,
     scale,
     scale_by,
-    unfold,
 )
 from jvpreg.rules.core import sum_of_products
 

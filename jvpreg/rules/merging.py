@@ -4,7 +4,8 @@ from functools import reduce
 
 from keras import layers, ops
 
-from jvpreg.registry import Pushforward, as_batch, linear, register_rule
+from jvpreg.folding import as_batch
+from jvpreg.registry import Pushforward, linear, register_rule
 
 
 @register_rule(layers.Add, layers.Subtract, layers.Average, layers.Concatenate)

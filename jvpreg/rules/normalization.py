@@ -8,7 +8,9 @@ from keras import layers, ops
 # Private: the operations' classes, by which a graph's nodes are known, have no public names.
 from keras.src.ops import nn
 
-from jvpreg.registry import Declined, Pushforward, as_batch, cast, fold, register_rule, unfold
+from jvpreg.eager import cast
+from jvpreg.folding import as_batch, fold, unfold
+from jvpreg.registry import Declined, Pushforward, register_rule
 from jvpreg.rules.core import sum_of_products
 
 

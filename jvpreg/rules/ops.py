@@ -18,18 +18,8 @@ from keras.src.ops import core, image, nn
 from keras.src.ops import math as math_ops
 from keras.src.ops import numpy as numpy_ops
 
-from jvpreg.registry import (
-    Declined,
-    Pushforward,
-    align,
-    each_probe,
-    find_rule,
-    fold,
-    gate,
-    register_rule,
-    scale,
-    unfold,
-)
+from jvpreg.folding import align, fold, unfold
+from jvpreg.registry import Declined, Pushforward, each_probe, find_rule, gate, register_rule, scale
 
 # ---------------------------------------------------------------- one input, entry by entry
 

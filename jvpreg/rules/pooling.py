@@ -6,7 +6,8 @@ import itertools
 import keras
 from keras import layers, ops
 
-from jvpreg.registry import Pushforward, fold, linear, register_rule, unfold
+from jvpreg.folding import fold, unfold
+from jvpreg.registry import Pushforward, linear, register_rule
 
 
 @register_rule(

@@ -12,7 +12,8 @@ from typing import Any
 import keras
 from keras import layers, ops, tree
 
-from jvpreg.registry import Declined, Pushed, Pushforward, align, register_rule
+from jvpreg.folding import align
+from jvpreg.registry import Declined, Pushed, Pushforward, register_rule
 from jvpreg.rules.cells import SplitCell, WholeCell, cell_of
 
 
