@@ -24,8 +24,10 @@ def unfold(tangent, num_probes):
 
 def with_probe_axis(residual):
     """(B, …) to (1, B, …)."""
+    if keras.backend.backend() != "tensorflow" or len(residual.shape) == 0:
+        return ops.expand_dims(residual, 0)
     # Reshaped, as by `unfold`: the optimizer of TensorFlow's graphs takes out what one reshape undoes of another.
-    return unfold(residual, 1) if keras.backend.backend() == "tensorflow" else ops.expand_dims(residual, 0)
+    return unfold(residual, 1)
 
 
 def as_batch(function: Callable, tangent, *residuals):

@@ -35,3 +35,8 @@ def test_a_function_of_a_batch_is_that_of_all_axes(shape, with_residual):
 def test_axes_of_size_one_after_the_probes():
     assert tuple(folding.align(ops.ones((2, 4)), 4).shape) == (2, 1, 1, 4)
     assert tuple(folding.align(ops.ones((2, 3, 4)), 3).shape) == (2, 3, 4)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (3, 4)])
+def test_a_residual_gets_an_axis_for_the_probes(shape):
+    assert tuple(folding.with_probe_axis(ops.ones(shape)).shape) == (1, *shape)
