@@ -332,8 +332,12 @@ def test_an_unknown_number_of_probes(float64, caplog, kind):
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="the kernels are TensorFlow's")
 @pytest.mark.parametrize("num_probes", [1, 3])
-def test_gradients_in_a_graph_of_unknown_batch(float64, num_probes):
-    """Of penalties on products that go along, by kernels of ReLU and pooling, against those of a linearization."""
+@pytest.mark.parametrize("batch", [None, 2])
+def test_gradients_in_a_graph(float64, batch, num_probes):
+    """Of penalties on products that go along, by kernels of ReLU and pooling, against those of a linearization.
+
+    Of a batch that is known to be small, windows are pooled by the kernel also where they do not overlap.
+    """
     import tensorflow as tf
 
     x = keras.Input((6, 3))
@@ -348,7 +352,7 @@ def test_gradients_in_a_graph_of_unknown_batch(float64, num_probes):
             penalty = tf.reduce_sum(product**2)
         return tape.gradient(penalty, [v.value for v in model.trainable_variables])
 
-    specs = tf.TensorSpec((None, 6, 3), "float64"), tf.TensorSpec((num_probes, None, 6, 3), "float64")
+    specs = tf.TensorSpec((batch, 6, 3), "float64"), tf.TensorSpec((num_probes, batch, 6, 3), "float64")
     graph = tf.function(lambda x, u: gradients(x, u, True, xla=False), input_signature=specs, autograph=False)
     assert_close(graph(points, u), gradients(tf.constant(points), tf.constant(u), False))
 

@@ -2,12 +2,16 @@
 
 import functools
 import itertools
+import math
 
 import keras
 from keras import layers, ops
 
 from jvpreg.folding import fold, unfold
 from jvpreg.registry import Pushforward, linear, register_rule
+
+FEW = 2**14
+"""Numbers to pool below which one operation of TensorFlow's takes less than the dozen that it stands for."""
 
 
 @register_rule(
@@ -45,8 +49,10 @@ def max_pooling(layer, x, context):
     TensorFlow graph, whose own kernels are the faster ones; what no tangent passes needs no masks there.
     """
     by_kernel = keras.backend.backend() == "tensorflow" and context.xla is False
-    if by_kernel and layer.strides != layer.pool_size and len(x.shape) < 5:
-        # Windows that overlap are strided slices, each a pass over the input: several times slower than the kernel.
+    few = all(isinstance(size, int) for size in x.shape) and math.prod(x.shape) < FEW
+    if by_kernel and (few or layer.strides != layer.pool_size) and len(x.shape) < 5:
+        # Windows that overlap are strided slices, each a pass over the input: several times slower than the kernel. Of
+        # few entries, it is the number of operations that counts.
         y = layer.call(x)
         return y, Pushforward(functools.partial(_push_by_kernel, layer, ops.shape(y)[1:]), x)
     # With the maximum known, its first place is that of the last match from behind.
