@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
@@ -15,11 +15,23 @@ from jvpreg.frozen import FrozenGraph, Node, Value, push_node
 from jvpreg.registry import Context
 from jvpreg.tangents import zeros
 
-FEW = 2
-"""Times fewer numbers than weights must there be in `x` and its tangents, for both to go in one call."""
 
-MANY = 2**18
-"""Weights that no cache next to a core holds. Fewer are read fast enough twice, and two calls may run side by side."""
+@dataclass(frozen=True)
+class Packing:
+    """Where x and its tangents go through a layer in one call, which reads its weights once.
+
+    Attributes:
+        few: how many times fewer numbers than weights there are in x and its tangents.
+        many: how many weights there are at least: fewer are read twice as fast as what goes together is copied.
+    """
+
+    few: int
+    many: int
+
+
+PACKING = Packing(few=1, many=2**13)
+PACKING_BY_XLA = Packing(few=2, many=2**18)
+"""XLA runs two calls side by side, or fuses what they compute with what is around them."""
 
 
 class Companions:
@@ -62,7 +74,8 @@ class Companions:
         tangents = [None if tangent is None else cast(tangent, dtype) for tangent, dtype in pairs]
         apply = context.apply
         if len(inputs) == 1 and tangents[0] is not None:
-            apply = functools.partial(apply_at_once, inputs[0].primal, tangents[0])
+            packing = PACKING_BY_XLA if context.xla or keras.backend.backend() == "jax" else PACKING
+            apply = functools.partial(apply_at_once, inputs[0].primal, tangents[0], packing)
         known = {id(value.primal): tangent for value, tangent in zip(inputs, tangents, strict=True)}
 
         def along(*primals):
@@ -86,12 +99,13 @@ class Companions:
         return [zeros(self.num_probes, y.primal) if product is None else product for product, y in pairs]
 
 
-def apply_at_once(known, tangent, function: Callable, x, num_weights: int) -> tuple:
+def apply_at_once(known, tangent, packing: Packing, function: Callable, x, num_weights: int) -> tuple:
     """`function` of x and its tangent, as `Context.apply`: in one call where the weights dominate.
 
     Args:
         known: the input, `(B, …)`.
         tangent: its tangent, `(P, B, …)`.
+        packing: where that is.
         function: what is linear.
         x: what it is to be applied to; tangents go along if it is the input itself.
         num_weights: how many numbers the function reads beside.
@@ -100,7 +114,7 @@ def apply_at_once(known, tangent, function: Callable, x, num_weights: int) -> tu
     if x is not known or not all(isinstance(size, int) for size in (*x.shape, *tangent.shape)):
         return function(x), None
     batch, num_probes = x.shape[0], tangent.shape[0]
-    if num_weights < MANY or FEW * math.prod(x.shape) * (1 + num_probes) > num_weights:
+    if num_weights < packing.many or packing.few * math.prod(x.shape) * (1 + num_probes) > num_weights:
         return function(x), None
     y, image = ops.split(function(ops.concatenate([x, fold(tangent)])), [batch])
     return y, unfold(image, num_probes)

@@ -8,7 +8,7 @@ from keras import layers, ops
 
 import jvpreg
 from jvpreg import companions, registry
-from jvpreg.companions import FEW, apply_at_once
+from jvpreg.companions import Packing, apply_at_once
 
 numpy = ops.convert_to_numpy
 
@@ -16,7 +16,8 @@ numpy = ops.convert_to_numpy
 @pytest.fixture(autouse=True)
 def few_are_many(monkeypatch):
     """Layers small enough for a test are packed too."""
-    monkeypatch.setattr(companions, "MANY", 0)
+    for name in ("PACKING", "PACKING_BY_XLA"):
+        monkeypatch.setattr(companions, name, companions.Packing(few=2, many=0))
 
 
 def mixed():
@@ -150,13 +151,12 @@ def test_what_no_tangent_reaches_is_zero(float64):
     assert np.count_nonzero(ops.convert_to_numpy(zero)) == 0
 
 
-def test_where_packing_pays(monkeypatch):
-    """From the size at which weights are `FEW` times as many as the numbers in `x` and its tangents, and `MANY`."""
+def test_where_packing_pays():
+    """From the size at which weights are `few` times as many as the numbers in `x` and its tangents, and `many`."""
     x, tangent = normal(2, 5).astype("float32"), normal(3, 2, 5, seed=1).astype("float32")
-    numbers = FEW * x.size * 4
+    numbers = 2 * x.size * 4
     for many, num_weights, together in ((0, numbers, True), (0, numbers - 1, False), (numbers + 1, numbers, False)):
-        monkeypatch.setattr(companions, "MANY", many)
-        y, image = apply_at_once(x, tangent, lambda rows: 2 * rows, x, num_weights)
+        y, image = apply_at_once(x, tangent, Packing(2, many), lambda rows: 2 * rows, x, num_weights)
         np.testing.assert_array_equal(y, 2 * x)
         assert (image is not None) == together
         if together:
