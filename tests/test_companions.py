@@ -63,12 +63,12 @@ def counted(monkeypatch) -> list[int]:
     """How many examples each linear part was run on."""
     sizes = []
 
-    def spy(known, tangent, function, x, num_weights):
+    def spy(known, tangent, packing, function, x, num_weights):
         def watched(x):
             sizes.append(x.shape[0])
             return function(x)
 
-        return apply_at_once(known, tangent, watched, x, num_weights)
+        return apply_at_once(known, tangent, packing, watched, x, num_weights)
 
     monkeypatch.setattr(companions, "apply_at_once", spy)
     return sizes
