@@ -62,7 +62,7 @@ def recurrent(layer, sequences, context, initial_state=None, mask=None):
         return tree.map_structure(lambda y: ops.cast(y, layer.compute_dtype), finish(last, outputs, axis=1))
 
     # Private: a cell keeps its dropout masks, so that they are drawn once and not within the scan.
-    layer._maybe_config_dropout_masks(cell, loop.in_order(sequences, 0)[0], states)
+    layer._maybe_config_dropout_masks(cell, loop.steps[0], states)
     try:
         if companions is not None:
             variables, both = loop.push_along(companions, context)
@@ -139,7 +139,8 @@ class _Loop:
         cell: its cell, as `cell_of` has it.
 
     Attributes:
-        inputs: the steps (T, B, …) as the cell takes them, and which of them count if that is known.
+        steps: (T, B, …), in the order in which they are taken.
+        inputs: the steps as the cell takes them, and which of them count if that is known.
         flat_states: the first states.
         num_states: how many there are.
     """
@@ -150,8 +151,8 @@ class _Loop:
         self.flat_states = tree.flatten(states)
         self.num_states = len(self.flat_states)
         self._backwards, self._zero_output_for_mask = layer.go_backwards, layer.zero_output_for_mask
-        self._steps = self.in_order(sequences, 0)
-        self.inputs: tuple = (cell.enter(self._steps),)
+        self.steps = self.in_order(sequences, 0)
+        self.inputs: tuple = (cell.enter(self.steps),)
         if mask is not None:
             self.inputs += (self.in_order(ops.cast(mask, "bool"), 0),)
         # On JAX, a masked step returns the last cell's first state, and not what was returned before.
@@ -228,7 +229,7 @@ class _Loop:
         if not moved:
             return variables, None
         entering = [] if tangents[0] is None else [self.cell.push_entering(self.in_order(tangents[0], 1))]
-        entering += [p(context.weights[id(v)], self._steps) for v, p in self.cell.entering if id(v) in context.weights]
+        entering += [p(context.weights[id(v)], self.steps) for v, p in self.cell.entering if id(v) in context.weights]
         state_tangents = self.first_tangents(ops.shape(moved[0])[0], ops.shape(self.inputs[0])[1], tangents[1:])
         image = ops.zeros((*ops.shape(state_tangents[0])[:2], *y.shape[1:]), y.dtype)
         carried = self._start_at(y)
