@@ -7,12 +7,8 @@ import math
 import keras
 from keras import layers, ops
 
-from jvpreg.folding import fold, unfold
+from jvpreg.folding import as_batch, fold, unfold
 from jvpreg.registry import Pushforward, linear, register_rule
-
-FEW = 2**14
-"""Numbers to pool below which one operation of TensorFlow's takes less than the dozen that it stands for."""
-
 
 @register_rule(
     layers.AveragePooling1D,
@@ -46,39 +42,59 @@ def max_pooling(layer, x, context):
 
     The primal is computed so too, not by `ops.max_pool`: the masks come for free, and the gradient is a select,
     which under XLA is several times faster than the gradient of the backends' own max pooling. Not so in a plain
-    TensorFlow graph, whose own kernels are the faster ones; what no tangent passes needs no masks there.
+    TensorFlow graph, whose kernels find the winners of x again at each push, and are still the faster ones.
     """
-    by_kernel = keras.backend.backend() == "tensorflow" and context.xla is False
-    few = all(isinstance(size, int) for size in x.shape) and math.prod(x.shape) < FEW
-    if by_kernel and (few or layer.strides != layer.pool_size) and len(x.shape) < 5:
-        # Windows that overlap are strided slices, each a pass over the input: several times slower than the kernel. Of
-        # few entries, it is the number of operations that counts.
+    in_plain_graph = keras.backend.backend() == "tensorflow" and context.xla is False
+    if in_plain_graph and _tiles_the_input(layer, x):
+        return layer.call(x), Pushforward(functools.partial(_push_by_average, layer), x)
+    if in_plain_graph and len(x.shape) < 5:
         y = layer.call(x)
         return y, Pushforward(functools.partial(_push_by_kernel, layer, ops.shape(y)[1:]), x)
-    # With the maximum known, its first place is that of the last match from behind.
-    order = slice(None, None, -1 if by_kernel else 1)
-    first, *rest = _window_entries(layer, x, outside=-float("inf"))[order]
-    best, masks = layer.call(x) if by_kernel else first, []
+    best, *rest = _window_entries(layer, x, outside=-float("inf"))
+    masks = []
     for entry in rest:
-        wins = ops.equal(entry, best) if by_kernel else entry > best
-        masks.append(wins)
-        best = best if by_kernel else ops.where(wins, entry, best)
+        masks.append(entry > best)
+        best = ops.where(masks[-1], entry, best)
 
     def push(tangent, *masks):
         num_probes = ops.shape(tangent)[0]
-        entries = _window_entries(layer, fold(tangent), outside=0.0)
-        if tangent.shape[0] == 1:  # without an axis for them, which a plain graph would move about
-            masks = tuple(map(fold, masks))
-        else:
-            entries = [unfold(entry, num_probes) for entry in entries]
-        chosen, *later = entries[order]
+        chosen, *later = (unfold(entry, num_probes) for entry in _window_entries(layer, fold(tangent), outside=0.0))
         for wins, entry in zip(masks, later, strict=True):
             chosen = ops.where(wins, entry, chosen)
-        return chosen if len(chosen.shape) == len(tangent.shape) else unfold(chosen, 1)
+        return chosen
 
-    if by_kernel:
-        return best, Pushforward(_with_pull_by_kernel(layer, push), x, *masks)
     return best, Pushforward(push, *masks)
+
+
+def _tiles_the_input(layer, x) -> bool:
+    """Whether each entry is in one window at most, and each window full."""
+    if layer.strides != layer.pool_size:
+        return False
+    sizes = [x.shape[axis] for axis in _spatial_axes(layer, x)]
+    return layer.padding == "valid" or all(
+        size is not None and size % window == 0 for size, window in zip(sizes, layer.pool_size, strict=True)
+    )
+
+
+def _push_by_average(layer, tangent, x):
+    """The tangents `(P, B, …)` at the winners of `x` `(1, B, …)`, in TensorFlow, where windows do not overlap.
+
+    The gradient of the maxima's sum is 1 at the winners and 0 elsewhere: what a window holds of it, times the tangent,
+    is summed by average pooling.
+    """
+    import tensorflow as tf
+
+    points = fold(x)
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(points)
+        best = layer.call(points)
+    entries = tf.fill(tf.shape(best), tf.cast(math.prod(layer.pool_size), best.dtype))  # by which the average divides
+    wins = unfold(tf.stop_gradient(tape.gradient(best, points, entries)), 1)
+
+    def average(entries):
+        return ops.average_pool(entries, layer.pool_size, layer.strides, layer.padding, layer.data_format)
+
+    return as_batch(average, as_batch(ops.multiply, tangent, wins))
 
 
 def _push_by_kernel(layer, shape, tangent, x):
@@ -88,49 +104,16 @@ def _push_by_kernel(layer, shape, tangent, x):
     """
     import tensorflow as tf
 
-    points, folded = _at_each_probe(x, tangent), fold(tangent)
+    folded = fold(tangent)
+    points = fold(x) if tangent.shape[0] == 1 else fold(ops.repeat(x, ops.shape(tangent)[0], axis=0))
     cotangent = tf.zeros((ops.shape(folded)[0], *shape), x.dtype)
-    with tf.GradientTape(watch_accessed_variables=False) as tape:
-        tape.watch(cotangent)
-        pulled = _pull_by_kernel(layer, cotangent, points)
-    return unfold(tape.gradient(pulled, cotangent, folded), ops.shape(tangent)[0])
-
-
-def _with_pull_by_kernel(layer, push):
-    """`push`, whose transpose is the gradient that TensorFlow has for `layer` at x, and not that of the selects.
-
-    The kernel finds the winners again and writes each number once, where the gradient of the selects passes over all of
-    them for each entry of a window. Its own gradient is `push`.
-    """
-    import tensorflow as tf
-
-    def push_at(tangent, x, *masks):
-        @tf.custom_gradient
-        def forward(tangent):
-            return push(tangent, *masks), backward
-
-        @tf.custom_gradient
-        def backward(cotangent):
-            pulled = _pull_by_kernel(layer, fold(cotangent), _at_each_probe(x, cotangent))
-            return unfold(pulled, ops.shape(cotangent)[0]), forward
-
-        return forward(tangent)
-
-    return push_at
-
-
-def _pull_by_kernel(layer, cotangent, points):
-    import tensorflow as tf
-
-    with tf.GradientTape(watch_accessed_variables=False) as tape:
-        tape.watch(points)
-        best = layer.call(points)
-    return tape.gradient(best, points, cotangent)
-
-
-def _at_each_probe(x, tangent):
-    """`x` `(1, B, …)` as often as there are probes, folded: `(P·B, …)`."""
-    return x[0] if tangent.shape[0] == 1 else fold(ops.repeat(x, ops.shape(tangent)[0], axis=0))
+    with tf.GradientTape(watch_accessed_variables=False) as outer:
+        outer.watch(cotangent)
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(points)
+            best = layer.call(points)
+        pulled = tape.gradient(best, points, cotangent)
+    return unfold(outer.gradient(pulled, cotangent, folded), ops.shape(tangent)[0])
 
 
 def _window_entries(layer, x, outside: float) -> list:
