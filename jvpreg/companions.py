@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import keras
@@ -15,23 +15,8 @@ from jvpreg.frozen import FrozenGraph, Node, Value, push_node
 from jvpreg.registry import Context
 from jvpreg.tangents import zeros
 
-
-@dataclass(frozen=True)
-class Packing:
-    """Where x and its tangents go through a layer in one call, which reads its weights once.
-
-    Attributes:
-        few: how many times fewer numbers than weights there are in x and its tangents.
-        many: how many weights there are at least: fewer are read twice as fast as what goes together is copied.
-    """
-
-    few: int
-    many: int
-
-
-PACKING = Packing(few=1, many=2**13)
-PACKING_BY_XLA = Packing(few=2, many=2**18)
-"""XLA runs two calls side by side, or fuses what they compute with what is around them."""
+MANY_WEIGHTS = 2**13
+"""From how many on x and its tangents may share a layer's call: fewer are read faster than what shares it is copied."""
 
 
 class Companions:
@@ -74,8 +59,7 @@ class Companions:
         tangents = [None if tangent is None else cast(tangent, dtype) for tangent, dtype in pairs]
         apply = context.apply
         if len(inputs) == 1 and tangents[0] is not None:
-            packing = PACKING_BY_XLA if context.xla or keras.backend.backend() == "jax" else PACKING
-            apply = functools.partial(apply_at_once, inputs[0].primal, tangents[0], packing)
+            apply = functools.partial(apply_at_once, inputs[0].primal, tangents[0])
         known = {id(value.primal): tangent for value, tangent in zip(inputs, tangents, strict=True)}
 
         def along(*primals):
@@ -99,13 +83,12 @@ class Companions:
         return [zeros(self.num_probes, y.primal) if product is None else product for product, y in pairs]
 
 
-def apply_at_once(known, tangent, packing: Packing, function: Callable, x, num_weights: int) -> tuple:
-    """`function` of x and its tangent, as `Context.apply`: in one call where the weights dominate.
+def apply_at_once(known, tangent, function: Callable, x, num_weights: int) -> tuple:
+    """`function` of x and its tangent, as `Context.apply`: in one call where weights, which it reads once, dominate.
 
     Args:
         known: the input, `(B, …)`.
         tangent: its tangent, `(P, B, …)`.
-        packing: where that is.
         function: what is linear.
         x: what it is to be applied to; tangents go along if it is the input itself.
         num_weights: how many numbers the function reads beside.
@@ -114,7 +97,7 @@ def apply_at_once(known, tangent, packing: Packing, function: Callable, x, num_w
     if x is not known or not all(isinstance(size, int) for size in (*x.shape, *tangent.shape)):
         return function(x), None
     batch, num_probes = x.shape[0], tangent.shape[0]
-    if num_weights < packing.many or packing.few * math.prod(x.shape) * (1 + num_probes) > num_weights:
+    if num_weights < max(MANY_WEIGHTS, math.prod(x.shape) * (1 + num_probes)):
         return function(x), None
     y, image = ops.split(function(ops.concatenate([x, fold(tangent)])), [batch])
     return y, unfold(image, num_probes)

@@ -69,6 +69,7 @@ class Pushforward:
         intercept: what the operation adds to its linear part, to be broadcast to its output, where the rule knows it:
             a bias; by default it is found as `y − function(x)`, at the cost of one more run and its gradient.
         image: what tangents became that went along with the inputs: nothing more is pushed then.
+        mask: of a map with two slopes that freezes something else, `mask(residual)` is where the one of them holds.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Pushforward:
         takes_none: bool = False,
         intercept: Any = None,
         image: Any = None,
+        mask: Callable | None = None,
     ):
         self.function = function
         self.residuals = residuals
@@ -90,6 +92,7 @@ class Pushforward:
         self.takes_none = takes_none
         self.intercept = intercept
         self.image = image
+        self.mask = mask
 
     def __call__(self, *tangents):
         """The output's tangent `(P, B, …)` for the inputs' tangents `(P, B, …)`."""

@@ -8,7 +8,7 @@ from keras import layers, ops
 
 import jvpreg
 from jvpreg import companions, registry
-from jvpreg.companions import Packing, apply_at_once
+from jvpreg.companions import apply_at_once
 
 numpy = ops.convert_to_numpy
 
@@ -16,14 +16,13 @@ numpy = ops.convert_to_numpy
 @pytest.fixture(autouse=True)
 def few_are_many(monkeypatch):
     """Layers small enough for a test are packed too."""
-    for name in ("PACKING", "PACKING_BY_XLA"):
-        monkeypatch.setattr(companions, name, companions.Packing(few=2, many=0))
+    monkeypatch.setattr(companions, "MANY_WEIGHTS", 0)
 
 
 def mixed():
     """Layers whose weights outnumber a batch of two, and one of which they do not."""
     x = keras.Input((4, 4, 3))
-    y = layers.Conv2D(8, 3, padding="same", activation="relu")(x)
+    y = layers.Conv2D(4, 3, padding="same", activation="relu")(x)
     y = layers.Conv2D(64, 3, strides=2, name="many")(y)
     y = layers.MaxPooling2D(1)(layers.BatchNormalization()(y))
     y = layers.SeparableConv2D(300, 1)(y)
@@ -63,12 +62,12 @@ def counted(monkeypatch) -> list[int]:
     """How many examples each linear part was run on."""
     sizes = []
 
-    def spy(known, tangent, packing, function, x, num_weights):
+    def spy(known, tangent, function, x, num_weights):
         def watched(x):
             sizes.append(x.shape[0])
             return function(x)
 
-        return apply_at_once(known, tangent, packing, watched, x, num_weights)
+        return apply_at_once(known, tangent, watched, x, num_weights)
 
     monkeypatch.setattr(companions, "apply_at_once", spy)
     return sizes
@@ -151,12 +150,13 @@ def test_what_no_tangent_reaches_is_zero(float64):
     assert np.count_nonzero(ops.convert_to_numpy(zero)) == 0
 
 
-def test_where_packing_pays():
-    """From the size at which weights are `few` times as many as the numbers in `x` and its tangents, and `many`."""
+def test_where_packing_pays(monkeypatch):
+    """From as many weights on as there are numbers in `x` and its tangents, if they are many."""
     x, tangent = normal(2, 5).astype("float32"), normal(3, 2, 5, seed=1).astype("float32")
-    numbers = 2 * x.size * 4
+    numbers = x.size * 4
     for many, num_weights, together in ((0, numbers, True), (0, numbers - 1, False), (numbers + 1, numbers, False)):
-        y, image = apply_at_once(x, tangent, Packing(2, many), lambda rows: 2 * rows, x, num_weights)
+        monkeypatch.setattr(companions, "MANY_WEIGHTS", many)
+        y, image = apply_at_once(x, tangent, lambda rows: 2 * rows, x, num_weights)
         np.testing.assert_array_equal(y, 2 * x)
         assert (image is not None) == together
         if together:
@@ -334,15 +334,13 @@ def test_an_unknown_number_of_probes(float64, caplog, kind):
 @pytest.mark.parametrize("num_probes", [1, 3])
 @pytest.mark.parametrize("batch", [None, 2])
 def test_gradients_in_a_graph(float64, batch, num_probes):
-    """Of penalties on products that go along, by kernels of ReLU and pooling, against those of a linearization.
-
-    Of a batch that is known to be small, windows are pooled by the kernel also where they do not overlap.
-    """
+    """Of penalties on products that go along, by kernels of ReLU and pooling, against those of a linearization."""
     import tensorflow as tf
 
     x = keras.Input((6, 3))
-    y = layers.MaxPooling1D(3, strides=2, padding="same")(layers.Dense(4, activation="relu")(x))
-    y = layers.LSTM(4, return_sequences=True)(layers.MaxPooling1D(2, padding="same")(y))
+    y = layers.MaxPooling1D(3, strides=1, padding="same")(layers.Dense(4, activation="relu")(x))
+    y = layers.MaxPooling1D(2, padding="same")(layers.MaxPooling1D(2)(y))  # windows of three kinds
+    y = layers.LSTM(4, return_sequences=True)(y)
     model = randomize(keras.Model(x, layers.GRU(3)(layers.Masking()(y))))
     points, u = normal(2, 6, 3), normal(num_probes, 2, 6, 3, seed=1)
 

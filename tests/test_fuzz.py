@@ -160,6 +160,22 @@ def test_graph(seed):
     assert_close([y[0] for y in complete], outputs)
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="the kernels are those of TensorFlow's graphs")
+def test_one_product_in_a_plain_graph(seed):
+    """By TensorFlow's own kernels, and along with `x`, as well as pushed afterwards by masks and slopes."""
+    import tensorflow as tf
+
+    graph = Graph(seed)
+    x, u = ([graph.random.normal(size=(BATCH, *y.shape[1:])) for y in graph.inputs] for _ in range(2))
+    if len(x) == 1:
+        x, u = x[0], u[0]
+    lin = jvpreg.linearize(graph.model, x)
+    product = tf.function(lambda: jvpreg.jvp(graph.model, x, u, xla=False), autograph=False)
+    received, expected = tree.flatten(product()), tree.flatten([lin.outputs, lin.jvp(u)])
+    assert norm([a - b for a, b in zip(received, expected, strict=True)]) < 1e-10 * norm(expected)
+
+
 def test_the_graphs_are_many_and_varied():
     kinds = {type(layer).__name__ for seed in range(40) for _, layer in Graph(seed).layers}
     assert len(kinds) > 15

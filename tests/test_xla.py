@@ -149,19 +149,21 @@ def test_without_xla_the_backends_own_relu_gives_the_same(slope, num_probes):
         assert_close(received, expected, 1e-6)
 
 
-@pytest.mark.parametrize("pooling", [layers.MaxPooling2D(2), layers.MaxPooling2D(3, strides=2, padding="same")])
-def test_without_xla_the_backends_own_max_pooling_gives_the_same(pooling):
+@pytest.mark.parametrize(
+    "arguments", [{"pool_size": 2}, *({"pool_size": 3, "strides": s, "padding": "same"} for s in (1, 2, 3))]
+)
+def test_without_xla_the_backends_own_max_pooling_gives_the_same(arguments):
     """What is said of XLA chooses kernels, in a plain TensorFlow graph, and changes nothing that comes out.
 
     Ties (of what ReLU made zero), several probes, both products and the gradients of penalties on them.
     """
     import tensorflow as tf
 
-    convolution = layers.Conv2D(3, 3, padding="same", activation="relu")
+    convolution, pooling = layers.Conv2D(3, 3, padding="same", activation="relu"), layers.MaxPooling2D(**arguments)
     model = keras.Sequential([keras.Input((6, 6, 2)), convolution, pooling, layers.Flatten()])
     x = tf.constant(normal(2, 6, 6, 2, seed=0), "float32")
     u = tf.constant(normal(3, 2, 6, 6, 2, seed=1), "float32")
-    v = tf.constant(normal(3, 2, 27, seed=2), "float32")
+    v = tf.constant(normal(3, 2, *model.output_shape[1:], seed=2), "float32")
 
     @tf.function
     def products(xla):

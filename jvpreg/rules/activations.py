@@ -68,6 +68,10 @@ def _by_kernel(slope, y) -> Pushforward:
     Selects are slow in a plain TensorFlow graph and on Torch, as `benchmark layers` shows. All that is frozen is what
     plain training keeps as well.
     """
+
+    def mask(y):
+        return y > 0
+
     # y is constant wherever it has a derivative.
     if keras.backend.backend() == "torch":
         relu, leaky = _torch_kernel("threshold_backward"), _torch_kernel("leaky_relu_backward")
@@ -75,7 +79,7 @@ def _by_kernel(slope, y) -> Pushforward:
         def push_by_torch(tangent, y):
             return leaky(tangent, y.detach(), slope, True) if slope else relu(tangent, y.detach(), 0)
 
-        return Pushforward(push_by_torch, y)
+        return Pushforward(push_by_torch, y, mask=mask)
     import tensorflow as tf
 
     slope = float(np.float32(slope))  # as the kernel of the layer itself has it
@@ -84,14 +88,14 @@ def _by_kernel(slope, y) -> Pushforward:
         y = tf.stop_gradient(y)
         if tangent.shape[0] != 1:
             # As in TensorFlow's own gradient, an infinite tangent becomes NaN, and not 0, where it is dropped.
-            kept = tf.cast(y > 0, tangent.dtype)
+            kept = tf.cast(mask(y), tangent.dtype)
             return tangent * (slope + (1 - slope) * kept if slope else kept)
         # Reshaped, as around a convolution: the graph's optimizer takes out what one undoes of the other.
         both = {"gradients": fold(tangent), "features": fold(y)}
         image = tf.raw_ops.LeakyReluGrad(**both, alpha=slope) if slope else tf.raw_ops.ReluGrad(**both)
         return unfold(image, 1)
 
-    return Pushforward(push, y)
+    return Pushforward(push, y, mask=mask)
 
 
 def _has_kernels(context) -> bool:

@@ -10,6 +10,7 @@ from keras import layers, ops
 from jvpreg.folding import as_batch, fold, unfold
 from jvpreg.registry import Pushforward, linear, register_rule
 
+
 @register_rule(
     layers.AveragePooling1D,
     layers.AveragePooling2D,
@@ -47,8 +48,7 @@ def max_pooling(layer, x, context):
     in_plain_graph = keras.backend.backend() == "tensorflow" and context.xla is False
     if in_plain_graph and _tiles_the_input(layer, x):
         return layer.call(x), Pushforward(functools.partial(_push_by_average, layer), x)
-    if in_plain_graph and len(x.shape) < 5:
-        y = layer.call(x)
+    if in_plain_graph and len(x.shape) < 5 and _is_smaller(y := layer.call(x), x):
         return y, Pushforward(functools.partial(_push_by_kernel, layer, ops.shape(y)[1:]), x)
     best, *rest = _window_entries(layer, x, outside=-float("inf"))
     masks = []
@@ -74,6 +74,16 @@ def _tiles_the_input(layer, x) -> bool:
     return layer.padding == "valid" or all(
         size is not None and size % window == 0 for size, window in zip(sizes, layer.pool_size, strict=True)
     )
+
+
+def _is_smaller(y, x) -> bool:
+    """Whether the output is known to have fewer entries than the input.
+
+    TensorFlow's kernel of the gradient's gradient writes over what it reads where the two are of one size, and returns
+    zeros.
+    """
+    sizes = zip(y.shape[1:], x.shape[1:], strict=True)
+    return any(isinstance(after, int) and isinstance(before, int) and after < before for after, before in sizes)
 
 
 def _push_by_average(layer, tangent, x):
