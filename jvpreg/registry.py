@@ -70,6 +70,9 @@ class Pushforward:
             a bias; by default it is found as `y − function(x)`, at the cost of one more run and its gradient.
         image: what tangents became that went along with the inputs: nothing more is pushed then.
         mask: of a map with two slopes that freezes something else, `mask(residual)` is where the one of them holds.
+        channel_slope: of a map that multiplies each channel by a number, these numbers (C,) and the channels' axis.
+        scaled: `scaled(slope, axis)`, the function of the same map with the channels of its output along that axis
+            multiplied by a slope (C,), which costs a product with its weights only; or None, if it has them elsewhere.
     """
 
     def __init__(
@@ -83,6 +86,8 @@ class Pushforward:
         intercept: Any = None,
         image: Any = None,
         mask: Callable | None = None,
+        channel_slope: tuple[Any, int] | None = None,
+        scaled: Callable | None = None,
     ):
         self.function = function
         self.residuals = residuals
@@ -93,6 +98,8 @@ class Pushforward:
         self.intercept = intercept
         self.image = image
         self.mask = mask
+        self.channel_slope: Any = channel_slope
+        self.scaled: Any = scaled
 
     def __call__(self, *tangents):
         """The output's tangent `(P, B, …)` for the inputs' tangents `(P, B, …)`."""
@@ -108,6 +115,10 @@ class Pushforward:
         mapped = copy.copy(self)
         mapped.residuals = tuple(map(function, self.residuals, self.batch_axes))
         return mapped
+
+    def with_function(self, function: Callable) -> "Pushforward":
+        """Another map that takes the same residuals, and no weights' tangents."""
+        return Pushforward(function, *self.residuals, batch_axes=self.batch_axes)
 
     def broadcast_residuals(self) -> list:
         """The residuals with an axis for the probes, `(1, B, …)`."""
@@ -146,14 +157,12 @@ def linear(function: Callable) -> Pushforward:
     return Pushforward(push)
 
 
-def affine(
-    function: Callable, x, weights: Iterable[tuple[Any, Callable]], intercept: Any = None, image: Any = None
-) -> Pushforward:
+def affine(function: Callable, x, weights: Iterable[tuple[Any, Callable]], **arguments: Any) -> Pushforward:
     """As `linear`, for an operation with weights, in which it is linear too.
 
     `weights` pairs each variable (or None, which is left out) with `part(tangent, x)`: what the operation returns with
     one tangent of the variable, `(*shape,)`, in its place, at the input `x` (B, …), and without the other weights. The
-    `intercept` and the `image` are those of `Pushforward`.
+    other arguments are those of `Pushforward`.
     """
     push = linear(function).function
 
@@ -161,7 +170,7 @@ def affine(
         return lambda tangent, x: each_probe(lambda row: part(ops.cast(row, x.dtype), x[0]))(tangent)
 
     parts = [(variable, probed(part)) for variable, part in weights]
-    return Pushforward(lambda tangent, x: push(tangent), x, weights=parts, intercept=intercept, image=image)
+    return Pushforward(lambda tangent, x: push(tangent), x, weights=parts, **arguments)
 
 
 def each_probe(function: Callable) -> Callable:

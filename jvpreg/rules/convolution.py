@@ -2,22 +2,35 @@
 
 from keras import layers, ops
 
-from jvpreg.registry import affine, register_rule
+from jvpreg.registry import affine, linear, register_rule
 from jvpreg.rules.core import kernel_parts, size
 
 
-def _affine(layer, x, context, convolve, weights):
-    """`convolve(x, *kernels)` with a bias; `weights` are the parts `(variable, part(u, x))` of the kernels."""
+def _affine(layer, x, context, convolve, weights, scale):
+    """`convolve(x, *kernels)` with a bias.
+
+    `weights` are the parts `(variable, part(u, x))` of the kernels; `scale(slope)` are the kernels by which
+    the channels of the output come out multiplied by a slope (C,).
+    """
+    channels_first = layer.data_format == "channels_first"
 
     def spread(bias):
-        channels = (1, -1, *[1] * layer.rank) if layer.data_format == "channels_first" else (-1,)
+        channels = (1, -1, *[1] * layer.rank) if channels_first else (-1,)
         return ops.reshape(ops.cast(bias, x.dtype), channels)
+
+    def scaled(slope, axis):
+        if axis != (1 if channels_first else layer.rank + 1):
+            return None
+        kernels = scale(slope)
+        push = linear(lambda tangent: convolve(tangent, *kernels)).function
+        return lambda tangent, x: push(tangent)
 
     y, image = context.apply(convolve, x, size(*(variable for variable, _ in weights)))
     bias = ops.zeros((), x.dtype) if layer.bias is None else spread(layer.bias)
     if layer.bias is not None:
         y = ops.add(y, bias)
-    return y, affine(convolve, x, [*weights, (layer.bias, lambda u, x: spread(u))], bias, image)
+    weights = [*weights, (layer.bias, lambda u, x: spread(u))]
+    return y, affine(convolve, x, weights, intercept=bias, image=image, scaled=scaled)
 
 
 def _causal(layer, x):
@@ -43,7 +56,8 @@ def convolution(layer, x, context):
             data_format=layer.data_format,
         )
 
-    return _affine(layer, x, context, convolve, kernel_parts(layer, lambda u, x: convolve(x, u)))
+    parts = kernel_parts(layer, lambda u, x: convolve(x, u))
+    return _affine(layer, x, context, convolve, parts, lambda slope: [layer.kernel * slope])
 
 
 @register_rule(layers.DepthwiseConv1D, layers.DepthwiseConv2D, activation="activation")
@@ -58,7 +72,10 @@ def depthwise_convolution(layer, x, context):
             data_format=layer.data_format,
         )
 
-    return _affine(layer, x, context, convolve, [(layer.kernel, lambda u, x: convolve(x, u))])
+    def scale(slope):
+        return [layer.kernel * ops.reshape(slope, layer.kernel.shape[-2:])]
+
+    return _affine(layer, x, context, convolve, [(layer.kernel, lambda u, x: convolve(x, u))], scale)
 
 
 @register_rule(layers.SeparableConv1D, layers.SeparableConv2D, activation="activation")
@@ -78,7 +95,11 @@ def separable_convolution(layer, x, context):
         (layer.depthwise_kernel, lambda u, x: convolve(x, depthwise_kernel=u)),
         (layer.pointwise_kernel, lambda u, x: convolve(x, pointwise_kernel=u)),
     ]
-    return _affine(layer, x, context, convolve, weights)
+
+    def scale(slope):
+        return [layer.depthwise_kernel, layer.pointwise_kernel * slope]
+
+    return _affine(layer, x, context, convolve, weights, scale)
 
 
 @register_rule(layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose, activation="activation")
@@ -94,4 +115,5 @@ def transposed_convolution(layer, x, context):
             data_format=layer.data_format,
         )
 
-    return _affine(layer, x, context, convolve, [(layer.kernel, lambda u, x: convolve(x, u))])
+    parts = [(layer.kernel, lambda u, x: convolve(x, u))]
+    return _affine(layer, x, context, convolve, parts, lambda slope: [layer.kernel * ops.expand_dims(slope, -1)])

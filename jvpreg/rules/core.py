@@ -47,7 +47,7 @@ def dense(layer, x, context):
     if layer.bias is not None:
         y = ops.add(y, bias)
     weights = [*kernel_parts(layer, lambda u, x: ops.matmul(x, u)), (layer.bias, lambda u, x: u)]
-    return y, affine(apply, x, weights, bias, image)
+    return y, affine(apply, x, weights, intercept=bias, image=image)
 
 
 @register_rule(layers.Identity)

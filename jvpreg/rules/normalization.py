@@ -41,6 +41,7 @@ def batch_normalization(layer, x, context, mask=None):
     inverse_deviation = ops.rsqrt(variance + layer.epsilon)
     slope = inverse_deviation if gamma is None else gamma * inverse_deviation
     offset = -mean * slope if beta is None else beta - mean * slope
+    channel_slope = slope, layer.axis % len(x.shape)
     slope, offset = _along(layer.axis, slope, x), _along(layer.axis, offset, x)
     if keras.backend.backend() == "torch":  # which has a kernel for it
         y = ops.batch_normalization(x, mean, variance, layer.axis, offset=beta, scale=gamma, epsilon=layer.epsilon)
@@ -68,7 +69,8 @@ def batch_normalization(layer, x, context, mask=None):
             (layer.moving_variance, along_variance),
         ]
     if mode != "coupled":
-        return y, Pushforward(lambda tangent, x: push(tangent), original, weights=weights, intercept=offset)
+        facts = {"weights": weights, "intercept": offset, "channel_slope": channel_slope}
+        return y, Pushforward(lambda tangent, x: push(tangent), original, **facts)
 
     standardized = standardize(x)
     channel = layer.axis % len(x.shape)
