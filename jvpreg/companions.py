@@ -60,10 +60,17 @@ class Companions:
         apply = context.apply
         if len(inputs) == 1 and tangents[0] is not None:
             apply = functools.partial(apply_at_once, inputs[0].primal, tangents[0])
-        known = {id(value.primal): tangent for value, tangent in zip(inputs, tangents, strict=True)}
 
         def along(*primals):
-            return [known[id(x)] for x in primals] if all(id(x) in known for x in primals) else None
+            # Several inputs may be one tensor, with a tangent each: they are asked for in their order.
+            left = [(value.primal, tangent) for value, tangent in zip(inputs, tangents, strict=True)]
+            found = []
+            for x in primals:
+                place = next((i for i, (primal, _) in enumerate(left) if primal is x), None)
+                if place is None:
+                    return None
+                found.append(left.pop(place)[1])
+            return found
 
         return replace(context, apply=apply, along=along, weights=self.weights)
 

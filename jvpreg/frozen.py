@@ -66,8 +66,9 @@ class Node:
     @property
     def couples_examples(self) -> bool:
         """Whether one example's tangent depends on another's, as it cannot where a weight is split along its axes."""
-        batched = any(value.batched for value in self.inputs)
-        return batched and self.pushforward is not None and self.pushforward.couples_examples
+        couples = False if self.pushforward is None else self.pushforward.couples_examples
+        batched = [value.primal for value in self.inputs if value.batched]
+        return bool(batched) and couples if isinstance(couples, bool) else any(x is y for x in batched for y in couples)
 
     def take(self, indices) -> "Node":
         """The node for the examples at `indices` only. Its primal values stay whole: only their shapes matter."""

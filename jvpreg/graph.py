@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops, tree
 
 # Private, and there are no public ones: what Keras writes on tensors, and the scope in which it casts weights.
@@ -282,6 +283,8 @@ class Tracer:
             if isinstance(leaf, keras.Variable):
                 return self._weight(leaf)
             layer = isinstance(operation, keras.Layer)
+            if isinstance(leaf, np.ndarray) and leaf.ndim and not layer:
+                leaf = ops.convert_to_tensor(leaf)
             if not ops.is_tensor(leaf) or (layer and not len(leaf.shape)):
                 return leaf
             batched = [value.primal for value in masks.values_among(args, kwargs) if value.batched]

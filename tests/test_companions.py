@@ -198,6 +198,15 @@ def test_a_rule_may_run_another_one_on_what_is_not_its_input(float64):
         assert_close(run(lambda x, u: jvpreg.jvp(model, x, u), x, u)[1], jvpreg.linearize(plain, x).jvp(u))
 
 
+def test_inputs_that_are_one_tensor_have_a_tangent_each(float64):
+    x, h, c = keras.Input((3, 2)), keras.Input((4,)), keras.Input((4,))
+    model = randomize(keras.Model([x, h, c], layers.LSTM(4)(x, initial_state=[h, c])))
+    points, zero = normal(2, 3, 2), ops.zeros((2, 4))
+    us = [normal(2, *shape, seed=i) for i, shape in enumerate([(3, 2), (4,), (4,)])]
+    expected = jvpreg.linearize(model, [points, zero, zero]).jvp(us)
+    assert_close(jvpreg.jvp(model, [points, zero, zero], us)[1], expected)
+
+
 @pytest.mark.parametrize("call", ["positional", "keyword"])
 def test_how_states_are_given(float64, call):
     sequences, state = keras.Input((4, 3)), keras.Input((5,))

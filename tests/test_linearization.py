@@ -264,6 +264,52 @@ def test_take(float64):
         jvpreg.linearize(batch_normalized(), normal(4, 3), batch_statistics="coupled").take([0])
 
 
+@pytest.mark.parametrize(
+    ("mix", "apart"),
+    [
+        (lambda x: ops.einsum("bd,cd->bc", x, x), lambda x: ops.einsum("bd,be->bde", x, x)),
+        (lambda x: ops.einsum("bd,bd", x, x), lambda x: ops.einsum("...d,de->...e", x, np.ones((4, 2)))),
+        (lambda x: ops.matmul(x, ops.transpose(x)), lambda x: ops.matmul(x, np.ones((4, 2)))),
+        (lambda x: ops.tensordot(x, x, axes=[[0], [0]]), lambda x: ops.tensordot(x, np.ones((4, 2)), axes=1)),
+        (lambda x: ops.dot(x, ops.transpose(x)), lambda x: ops.dot(x, np.ones((4, 2)))),
+        (lambda x: ops.matmul(x[:, None], x), lambda x: ops.matmul(x[:, None], x[:, :, None])),
+        (lambda x: ops.var(x, axis=0), lambda x: ops.std(x, axis=1)),
+        (lambda x: ops.logsumexp(x, axis=(0, 1)), lambda x: ops.logsumexp(x, axis=-1)),
+        (lambda x: ops.normalize(x, axis=0), lambda x: ops.normalize(x, axis=-1)),
+        (lambda x: ops.softmax(x, axis=0), lambda x: ops.softmax(x, axis=1)),
+        (lambda x: ops.log_softmax(x, axis=-2), lambda x: ops.log_softmax(x)),
+        (lambda x: ops.glu(x, axis=0), lambda x: ops.glu(x)),
+        (lambda x: ops.take(x, ops.argmax(x, axis=1), axis=0), lambda x: ops.take(x, [1, 0], axis=1)),
+    ],
+)
+def test_operations_that_mix_examples_say_so(float64, mix, apart):
+    x = keras.Input((4,))
+    points = normal(4, 4)
+    mixed = jvpreg.linearize(keras.Model(x, mix(x)), points)
+    for ask in (lambda: mixed.take([1]), mixed.jacobian):
+        with pytest.raises(ValueError, match="couples the examples"):
+            ask()
+    lin, u = jvpreg.linearize(keras.Model(x, apart(x)), points), normal(4, 4, seed=1)
+    assert_close(lin.take([1]).jvp(u[[1]]), numpy(lin.jvp(u))[[1]])
+
+
+def test_take_and_tangents_of_weights(float64):
+    model = randomize(
+        keras.Sequential([keras.Input((3, 4)), layers.GroupNormalization(2), layers.LayerNormalization()])
+    )
+    lin = jvpreg.linearize(model, normal(5, 3, 4))
+    moved = [(variable, normal(*variable.shape)) for variable in model.trainable_variables]
+    assert_close(lin.take([3, 1]).jvp(weights=moved), numpy(lin.jvp(weights=moved))[[3, 1]])
+
+
+def test_arrays_among_the_operands(float64):
+    x = keras.Input((4,))
+    kernel, extra = normal(4, 3), normal(2, 3, seed=1)
+    model = keras.Model(x, ops.concatenate([extra, ops.matmul(x, kernel) * np.arange(3.0)], axis=1))
+    points, u = normal(2, 4), normal(2, 4, seed=2)
+    assert_close(jvpreg.linearize(model, points).jvp(u), np.concatenate([0 * extra, u @ kernel * np.arange(3.0)], 1))
+
+
 def test_take_with_frozen_statistics_keeps_those_of_the_whole_batch(float64):
     model, x, u = batch_normalized(), normal(6, 3), normal(6, 3, seed=1)
     lin = jvpreg.linearize(model, x, training=True)
@@ -394,6 +440,26 @@ def test_linearize_inside_jit():
     assert_close(list(compiled(x, u)), expected, 1e-5)
     compiled(2 * x, 3 * u)
     assert len(traces) == 1
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow has unknown shapes")
+@pytest.mark.parametrize(
+    ("make", "rank"),
+    [
+        (lambda x: layers.GroupNormalization(2)(x), 4),
+        (lambda x: layers.MultiHeadAttention(2, 3)(x, x, use_causal_mask=True), 3),
+    ],
+)
+def test_unknown_sizes_of_all_axes_but_the_channels(float64, make, rank):
+    import tensorflow as tf
+
+    x = keras.Input((*[None] * (rank - 2), 4))
+    model = randomize(keras.Model(x, make(x)))
+    shape = (2, 3, 5, 4)[4 - rank :]
+    points, u = normal(*shape), normal(3, *shape, seed=1)
+    specs = [tf.TensorSpec(x.shape, "float64"), tf.TensorSpec((None, *x.shape), "float64")]
+    product = tf.function(lambda x, u: jvpreg.linearize(model, x).jvp(u), specs, autograph=False)
+    assert_close(product(points, u), jvpreg.linearize(model, points).jvp(u))
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow has unknown shapes")

@@ -26,6 +26,7 @@ WHOLE = {
     "one that mixes numbers": lambda: layers.GRU(4, activation="softmax"),
     "dropout": lambda: layers.LSTM(4, recurrent_dropout=0.1),
     "a reset gate before the product": lambda: layers.GRU(4, reset_after=False),
+    "a precision of its own": lambda: layers.RNN(layers.LSTMCell(4, dtype="mixed_bfloat16"), dtype="float32"),
     "several cells": lambda: layers.RNN([layers.GRUCell(4), layers.LSTMCell(4)]),
 }
 

@@ -1,6 +1,6 @@
 """Activations: piecewise-linear ones freeze a mask, smooth ones their slope, softmax-like ones their output.
 
-At a kink the slope is that of the left piece, so `ReLU'(0) = 0` on every backend.
+At a kink beside a flat piece the slope is 0, so `ReLU'(0) = 0` on every backend.
 """
 
 import functools
@@ -8,7 +8,7 @@ import math
 
 import keras
 import numpy as np
-from keras import activations, layers, ops
+from keras import activations, layers, ops, tree
 
 from jvpreg.folding import fold, unfold
 from jvpreg.registry import (
@@ -296,14 +296,21 @@ def softmax(function, x, context, axis=-1):
 
 
 def _softmax_pushforward(y, axes, context) -> Pushforward:
-    return Pushforward(lambda t, y: y * (t - sum_of_products(y, t, axes, context)), y)
+    def push(tangent, y):
+        return y * (tangent - sum_of_products(y, tangent, axes, context))
+
+    return Pushforward(push, y, couples_examples=-len(y.shape) in tree.flatten(axes))
 
 
 @register_rule(activations.log_softmax)
 def log_softmax(function, x, context, axis=-1):
     axis = _from_end(axis, x)
     y = function(x, axis=axis)
-    return y, Pushforward(lambda t, p: t - sum_of_products(p, t, axis, context), ops.exp(y))
+
+    def push(tangent, probabilities):
+        return tangent - sum_of_products(probabilities, tangent, axis, context)
+
+    return y, Pushforward(push, ops.exp(y), couples_examples=axis == -len(x.shape))
 
 
 @register_rule(activations.sparsemax)
@@ -325,7 +332,7 @@ def sparsemax(function, x, context, axis=-1):
     def push(tangent, kept, weights):
         return ops.where(kept, tangent - ops.sum(weights * tangent, axis=axis, keepdims=True), 0.0)
 
-    return y, Pushforward(push, y > 0, weights)
+    return y, Pushforward(push, y > 0, weights, couples_examples=axis == -len(x.shape))
 
 
 @register_rule(activations.glu)
@@ -338,7 +345,8 @@ def glu(function, x, context, axis=-1):
         value_tangent, logit_tangent = ops.split(tangent, 2, axis=axis)
         return value_tangent * gate + slope * logit_tangent
 
-    return function(x, axis=axis), Pushforward(push, gate, value * gate * (1 - gate))
+    mixes = axis == -len(x.shape)
+    return function(x, axis=axis), Pushforward(push, gate, value * gate * (1 - gate), couples_examples=mixes)
 
 
 # The same as layers.

@@ -8,6 +8,7 @@ from keras import ops
 # Private: the operations' classes, by which a graph's nodes are known, have no public names.
 from keras.src.ops import nn
 
+from jvpreg.eager import shape_of
 from jvpreg.registry import Declined, Pushforward, register_rule
 
 
@@ -30,7 +31,8 @@ def dot_product_attention(operation, query, key, value, context, bias=None, mask
     logits = scale * ops.einsum("btmgh,bsmh->bmgts", grouped(query), key)
     given = mask is not None
     if operation.is_causal:
-        kept = ops.arange(logits.shape[-2])[:, None] >= ops.arange(logits.shape[-1])
+        rows, columns = shape_of(logits)[-2:]
+        kept = ops.arange(rows)[:, None] >= ops.arange(columns)
         mask = kept if mask is None else ops.logical_and(kept, mask)
     if mask is not None:
         mask = ops.cast(mask, "bool")
@@ -38,7 +40,7 @@ def dot_product_attention(operation, query, key, value, context, bias=None, mask
             mask = (
                 ops.expand_dims(mask, 2)
                 if mask.shape[1] == 1
-                else ops.reshape(mask, (-1, key.shape[2], groups, *mask.shape[2:]))
+                else ops.reshape(mask, (-1, key.shape[2], groups, *shape_of(mask)[2:]))
             )
         logits = ops.where(mask, logits, -1e30 if keras.backend.standardize_dtype(logits.dtype) != "float16" else -6e4)
     probabilities = ops.softmax(logits)

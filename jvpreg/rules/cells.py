@@ -18,7 +18,7 @@ class WholeCell:
     """A cell that runs at each step as it is, by its own rule or opened up.
 
     Attributes:
-        entering: pairs of a weight, or None, and `part(u, steps)`: what its tangent `(P, …)` adds to what is taken, as
+        entering: pairs of a weight and `part(u, steps)`: what its tangent `(P, …)` adds to what is taken, as
             (T, P, B, …).
     """
 
@@ -76,14 +76,15 @@ class SplitCell:
 def cell_of(layer, context: Context, dtype) -> WholeCell | SplitCell:
     """The cell of a recurrent layer; in two parts where that is faster, and nothing speaks against it.
 
-    That would be dropout, or an activation without a derivative.
+    That would be dropout, a precision of its own, or an activation without a derivative.
     """
     cell = layer.cell
     xla = context.xla or keras.backend.backend() == "jax"
     dropped = context.training and any(getattr(cell, name, 0) for name in ("dropout", "recurrent_dropout"))
     resets_before = isinstance(cell, layers.GRUCell) and not cell.reset_after  # the product with the last output
     functions = [getattr(cell, name) for name in ("activation", "recurrent_activation") if hasattr(cell, name)]
-    if xla or type(cell) not in _STEPS or dropped or resets_before or not all(map(_derivative, functions)):
+    mixed = cell.compute_dtype != layer.compute_dtype
+    if xla or mixed or type(cell) not in _STEPS or dropped or resets_before or not all(map(_derivative, functions)):
         return WholeCell(cell, context.run)
     return SplitCell(cell, dtype)
 

@@ -8,7 +8,7 @@ from keras import layers, ops
 # Private: the operations' classes, by which a graph's nodes are known, have no public names.
 from keras.src.ops import nn
 
-from jvpreg.eager import cast
+from jvpreg.eager import cast, shape_of
 from jvpreg.folding import as_batch, fold, unfold
 from jvpreg.registry import Declined, Pushforward, register_rule
 from jvpreg.rules.core import sum_of_products
@@ -155,7 +155,8 @@ def _push_standardized(tangent, y, slope, axes, center: bool, context, unit=1.0)
         context: see `Context`.
         unit: the square of the factor that makes y standardized.
     """
-    count = math.prod(y.shape[axis] for axis in axes)
+    count = math.prod(shape_of(y)[axis] for axis in axes)
+    count = count if isinstance(count, int) else ops.cast(count, y.dtype)
     # As sums of few large tensors: y has a mean of zero, so that tangents need not be centered first.
     image = slope * tangent - y * (slope * (unit * sum_of_products(y, tangent, axes, context) / count))
     return image - slope * _mean(tangent, axes, context) if center else image
@@ -232,7 +233,7 @@ def group_normalization(layer, x, context):
         return ops.reshape(image, ops.shape(tangent))
 
     def along_gamma(u, centered, inverse, slope):
-        return along(u) * ops.reshape(centered * inverse, (1, *ops.shape(x)))
+        return along(u) * ops.reshape(centered * inverse, (1, -1, *ops.shape(x)[1:]))
 
     weights = [(layer.gamma, along_gamma), (layer.beta, lambda u, *residuals: along(u))]
     return ops.cast(y, x.dtype), Pushforward(push, centered, inverse, slope, weights=weights)

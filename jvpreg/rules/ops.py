@@ -229,10 +229,11 @@ def take(operation, x, indices, context):
     def push(tangent, _, x, indices):
         return each_probe(lambda row: operation.call(row, indices[0]))(tangent)
 
+    mixes = [x] if _mixes_examples(operation, x) else []  # but a table, which holds no examples, is looked up
     if not ops.is_tensor(indices):
         fixed = each_probe(lambda row: operation.call(row, indices))
-        return operation.call(x, indices), Pushforward(fixed, couples_examples=_mixes_examples(operation, x))
-    return operation.call(x, indices), Pushforward(push, x, indices, takes_none=True)
+        return operation.call(x, indices), Pushforward(fixed, couples_examples=mixes)
+    return operation.call(x, indices), Pushforward(push, x, indices, takes_none=True, couples_examples=mixes)
 
 
 # ---------------------------------------------------------------- several inputs
@@ -343,7 +344,23 @@ def contract(operation, *operands, context):
 
         return functools.reduce(ops.add, [image(i, t) for i, t in enumerate(tangents) if t is not None])
 
-    return operation.call(*operands), Pushforward(push, *operands, takes_none=True)
+    mixed = [operand for i, operand in enumerate(operands) if not _keeps_first_axis(operation, i, ranks)]
+    return operation.call(*operands), Pushforward(push, *operands, takes_none=True, couples_examples=mixed)
+
+
+def _keeps_first_axis(operation, i: int, ranks: list[int]) -> bool:
+    """Whether the first axis of operand `i` is that of the product, entry by entry."""
+    if isinstance(operation, numpy_ops.Einsum):
+        operands, arrow, result = operation.subscripts.replace(" ", "").partition("->")
+        free = sorted(letter for letter in set(operands) - {","} if operands.count(letter) == 1)
+        return operands.split(",")[i][:1] == (result if arrow else "".join(free))[:1]
+    if isinstance(operation, numpy_ops.Matmul) and max(ranks) > 2:
+        return ranks[i] == max(ranks)
+    if isinstance(operation, numpy_ops.Tensordot):
+        axes = operation.axes
+        contracted = range(ranks[0] - axes, ranks[0]) if isinstance(axes, int) else tree.flatten(axes[0])
+        return i == 0 and 0 not in [axis % ranks[0] for axis in contracted]
+    return i == 0 and ranks[0] > 1
 
 
 def _probed(subscripts: str, i: int) -> str | None:
@@ -421,7 +438,8 @@ def variance(operation, x, context):
         image = factor * ops.mean(centered * tangent, axis=axes, keepdims=operation.keepdims)
         return image / deviation[0] if deviation else image
 
-    return y, Pushforward(push, centered, *([] if factor == 2 else [y]))
+    mixes = _mixes_examples(operation, x)
+    return y, Pushforward(push, centered, *([] if factor == 2 else [y]), couples_examples=mixes)
 
 
 @register_rule(math_ops.Logsumexp)
@@ -433,7 +451,7 @@ def logsumexp(operation, x, context):
     def push(tangent, shares):
         return ops.sum(shares * tangent, axis=axes, keepdims=operation.keepdims)
 
-    return y, Pushforward(push, ops.exp(x - wide))
+    return y, Pushforward(push, ops.exp(x - wide), couples_examples=_mixes_examples(operation, x))
 
 
 @register_rule(nn.Normalize)
@@ -451,7 +469,7 @@ def normalize(operation, x, context):
     def push(tangent, y, inverse, above):
         return inverse * (tangent - above * y * ops.sum(y * tangent, axis=axes, keepdims=True))
 
-    return y, Pushforward(push, y, inverse, above)
+    return y, Pushforward(push, y, inverse, above, couples_examples=_mixes_examples(operation, x))
 
 
 # ---------------------------------------------------------------- no tangent
