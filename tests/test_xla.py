@@ -1,4 +1,4 @@
-"""Under XLA: ours stays right where TensorFlow's own forward mode is silently wrong."""
+"""In XLA and in graphs: ours stays right where TensorFlow's own products through max pooling are silently wrong."""
 
 import keras
 import numpy as np
@@ -176,3 +176,25 @@ def test_without_xla_the_backends_own_max_pooling_gives_the_same(arguments):
 
     for received, expected in zip(products(False), products(None), strict=True):
         assert_close(received, expected, 1e-6)
+
+
+def test_tensorflows_own_product_is_zero_through_pooling_that_keeps_its_size():
+    """In a graph without XLA: the kernel of the gradient's gradient writes over the tangent that it reads."""
+    import tensorflow as tf
+
+    convolution = layers.Conv2D(3, 3, padding="same")
+    model = keras.Sequential([keras.Input((6, 6, 2)), convolution, layers.MaxPooling2D(3, strides=1, padding="same")])
+    x, u = (tf.constant(normal(2, 6, 6, 2, seed=seed), "float32") for seed in (0, 1))
+
+    def theirs(x, u):
+        with tf.autodiff.ForwardAccumulator(x, u) as accumulator:
+            y = model(x)
+        return accumulator.jvp(y)
+
+    def ours(x, u):
+        return jvpreg.jvp(model, x, u, xla=False)[1]
+
+    expected = theirs(x, u)
+    assert_close(tf.function(ours, autograph=False)(x, u), expected, 1e-6)
+    assert norm(tf.function(theirs, autograph=False)(x, u)) == 0
+    assert norm(expected) > 1
