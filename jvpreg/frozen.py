@@ -136,6 +136,7 @@ class FrozenGraph:
         taps: Mapping[str, Any] | None = None,
         weights: Mapping[int, Any] | None = None,
         residuals: Iterator | None = None,
+        scaled_kernels: bool = True,
     ) -> list:
         """The tangent pass.
 
@@ -146,6 +147,8 @@ class FrozenGraph:
             weights: tangents `(P, …)` of variables, by their `id`.
             residuals: other residuals for the nodes, in their order, with the probe axis and but for those that are
                 constant; by default their own.
+            scaled_kernels: whether kernels may take up the slopes of batch normalizations behind them; not for the
+                transpose, where XLA has the slopes in one pass with the masks, and takes longer for other kernels.
 
         Returns:
             A tangent for each output; None where it is zero.
@@ -155,7 +158,7 @@ class FrozenGraph:
         leading = (next(shape_of(t)[0] for t in given if t is not None), batch)
         slots = {value.slot: tangent for value, tangent in zip(self.inputs, tangents, strict=True)}
         slots |= {value.slot: weights[id(variable)] for variable, value in self.variables if id(variable) in weights}
-        nodes = self.nodes if taps or weights else self._with_scaled_kernels(leading)
+        nodes = self._with_scaled_kernels(leading) if scaled_kernels and not (taps or weights) else self.nodes
         last_use = {value.slot: i for i, node in enumerate(nodes) for value in node.inputs}
         kept = {value.slot for value in self.outputs}
         for i, node in enumerate(nodes):

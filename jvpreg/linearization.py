@@ -1,5 +1,6 @@
 """`Linearization`: a model frozen at `x`, and exact products with its Jacobian."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -186,7 +187,8 @@ class Linearization:
 
         def push(tangents):
             entering = tangents[: len(inputs)] if with_inputs else [None] * len(self.inputs)
-            return self._push(entering, dict(zip(names, tangents[len(inputs) :], strict=True)))
+            taps = dict(zip(names, tangents[len(inputs) :], strict=True))
+            return self._push(entering, taps, scaled_kernels=False)
 
         filled = [zeros(count, y) if c is None else c for c, y in zip(cotangents, outputs, strict=True)]
         pulled = transpose(push, [*inputs, *taps], filled)
@@ -413,12 +415,13 @@ class Linearization:
         filled = [
             zeros(count, y) if c is None else c for c, y in zip(cotangents, tree.flatten(self.outputs), strict=True)
         ]
-        return transpose(self._push, [zeros(count, x) for x in self.inputs], filled)
+        push = functools.partial(self._push, scaled_kernels=False)
+        return transpose(push, [zeros(count, x) for x in self.inputs], filled)
 
-    def _push(self, tangents: Sequence, taps: dict[str, Any] | None = None, weights=None) -> list:
+    def _push(self, tangents: Sequence, taps: dict[str, Any] | None = None, weights=None, **options) -> list:
         """The tangent pass: input tangents `(P, B, …)` (None: zero) and taps by node name, to output tangents."""
         part = None if self._whole is None else ops.shape(self.inputs[0])[0]
-        products = self._graph.push(tangents, part, taps=taps, weights=weights)
+        products = self._graph.push(tangents, part, taps=taps, weights=weights, **options)
         given = [*tangents, *(taps or {}).values(), *(weights or {}).values()]
         count = next(ops.shape(t)[0] for t in given if t is not None)
         pairs = zip(products, tree.flatten(self.outputs), strict=True)

@@ -58,10 +58,15 @@ def max_pooling(layer, x, context):
 
     def push(tangent, *masks):
         num_probes = ops.shape(tangent)[0]
-        chosen, *later = (unfold(entry, num_probes) for entry in _window_entries(layer, fold(tangent), outside=0.0))
+        entries = _window_entries(layer, fold(tangent), outside=0.0)
+        if tangent.shape[0] == 1:  # without an axis for them, which XLA would move about in the gradient
+            masks = tuple(map(fold, masks))
+        else:
+            entries = [unfold(entry, num_probes) for entry in entries]
+        chosen, *later = entries
         for wins, entry in zip(masks, later, strict=True):
             chosen = ops.where(wins, entry, chosen)
-        return chosen
+        return chosen if len(chosen.shape) == len(tangent.shape) else unfold(chosen, 1)
 
     return best, Pushforward(push, *masks)
 
