@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import keras
 from keras import ops, tree
 
+from jvpreg.examples import mixes_examples
 from jvpreg.registry import Pushforward, each_probe
 
 
@@ -57,7 +58,10 @@ def fall_back(operation, args, kwargs, primals: Sequence):
         return lambda tangent, *residuals: part(tangent, *residuals, variable=variable)
 
     weights = [(variable, part_of(variable)) for variable in trainable]
-    return outputs, Pushforward(push, *primals, weights=weights, takes_none=True)
+    mixes = (
+        layer is None and len(primals[0].shape) > 0 and mixes_examples(operation, primals[0])
+    )  # of a layer, who knows
+    return outputs, Pushforward(push, *primals, weights=weights, takes_none=True, couples_examples=mixes)
 
 
 def _jvp(function, primals: Sequence, tangents: Sequence):

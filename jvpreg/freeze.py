@@ -35,6 +35,8 @@ def linearize(
 ) -> "Linearization":
     """Runs a model once at `x` and freezes it there: masks, argmaxes, slopes and statistics.
 
+    Its weights are not copied: linearize again when they have changed.
+
     Args:
         model: a Keras model or layer, built. A subclassed one, or one without a rule, is opened up: its `call` is
             traced into smaller operations.
@@ -46,8 +48,8 @@ def linearize(
             the batch map, in which one example's tangent depends on the others'.
         fallback: what to do with an operation that has no rule and cannot be opened up. `"warn"`: leave that node to
             the backend's autodiff, and say so once; `"allow"`: say nothing; `"error"`: raise.
-        xla: whether this runs in a function that XLA compiles, if you know: in a plain TensorFlow graph (False) ReLU
-            and max pooling are then run by TensorFlow's own kernels, which are the fastest there. No result changes.
+        xla: whether this runs in a function that XLA compiles, if you know: in a plain TensorFlow graph (False) rules
+            then take TensorFlow's own kernels and what else is the fastest there. No result changes.
 
     Returns:
         A `Linearization`: `.outputs`, `.jvp(u)`, `.vjp(v)`, `.intercepts`.

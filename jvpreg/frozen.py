@@ -24,12 +24,14 @@ class Value:
         slot: of its tangent, `(P, *primal.shape)`.
         batched: whether it follows from an input of the graph; else it is a weight, a constant, or made of them.
         mask: which of its steps count, `(B, T)`, as Keras carries it along with a tensor; it has no tangent.
+        integers: whether it holds integers, as floats, which mixed precision must not round.
     """
 
     primal: Any
     slot: int
     batched: bool = True
     mask: "Value | None" = None
+    integers: bool = False
 
     def with_mask(self, mask: "Value | None") -> "Value":
         """The same value under a mask."""
@@ -69,6 +71,12 @@ class Node:
         couples = False if self.pushforward is None else self.pushforward.couples_examples
         batched = [value.primal for value in self.inputs if value.batched]
         return bool(batched) and couples if isinstance(couples, bool) else any(x is y for x in batched for y in couples)
+
+    @property
+    def moves_examples(self) -> bool:
+        """Whether what follows cannot be told by examples, though they are apart in the end."""
+        batched = any(value.batched for value in self.inputs)
+        return batched and self.pushforward is not None and self.pushforward.moves_examples
 
     def take(self, indices) -> "Node":
         """The node for the examples at `indices` only. Its primal values stay whole: only their shapes matter."""
@@ -116,6 +124,11 @@ class FrozenGraph:
     def couples_examples(self) -> bool:
         """Whether one example's tangent depends on another's."""
         return any(node.couples_examples for node in self.nodes)
+
+    @property
+    def moves_examples(self) -> bool:
+        """Whether what is frozen somewhere is not of the examples in their order."""
+        return any(node.moves_examples for node in self.nodes)
 
     @property
     def weights(self) -> list:
@@ -253,6 +266,7 @@ class FrozenGraph:
             weights=parts,
             batch_axes=axes,
             couples_examples=self.couples_examples,
+            moves_examples=self.moves_examples,
             takes_none=True,
         )
 

@@ -126,7 +126,7 @@ def as_cotangent(outputs, target):
                 f"(B, K) of one number for each class. Received: None, for outputs {[tuple(y.shape) for y in leaves]}"
             )
         return ops.one_hot(ops.argmax(first, axis=-1), first.shape[1], dtype=first.dtype)
-    flat = tree.flatten(target)
+    flat = [ops.convert_to_tensor(target)] if len(leaves) == 1 and outputs is first else tree.flatten(target)
     if len(flat) == 1 and flat[0] is not None:
         indices = ops.convert_to_tensor(flat[0])
         whole = not keras.backend.is_float_dtype(keras.backend.standardize_dtype(indices.dtype))
@@ -134,6 +134,7 @@ def as_cotangent(outputs, target):
             indices = ops.squeeze(indices, axis=1)
         if has_classes and whole and len(indices.shape) == 1:
             return ops.one_hot(indices, first.shape[1], dtype=first.dtype)
+    target = flat[0] if outputs is first else target
     return tree.map_structure(lambda v, y: None if v is None else ops.cast(v, y.dtype), target, outputs)
 
 

@@ -23,7 +23,7 @@ from jvpreg.autodiff import fall_back
 from jvpreg.companions import Companions
 from jvpreg.eager import leaves_of, map_leaves
 from jvpreg.frozen import FrozenGraph, Node, Value
-from jvpreg.inputs import flatten_inputs, graph_of
+from jvpreg.inputs import flatten_inputs, graph_of, hold_integers
 from jvpreg.registry import Context, Declined, find_rule, identity, missing_rule_error, unwrap
 
 
@@ -115,11 +115,29 @@ class Tracer:
             inner = f"{scope}{_name(operation)}/" if nested else scope
             # Opened up anew each time, an operation is numbered anew by Keras: it goes by its kind.
             kind = _kind(operation) if opened and not isinstance(operation, keras.Layer) else None
-            return lambda *args, **kwargs: self.run(operation, *args, scope=inner, kind=kind, **kwargs)
+
+            def run(*args, **kwargs):
+                with self._training(kwargs.get("training") if opened else None):
+                    return self.run(operation, *args, scope=inner, kind=kind, **kwargs)
+
+            return run
 
         # Private, and what `clone_model` itself runs on: Keras has no public way to run a graph with other
         # operations that takes shared layers, nested structures and bare operations alike.
         return graph._run_through_graph(values, operation_fn=bind)
+
+    @contextlib.contextmanager
+    def _training(self, training):
+        """Within it, layers run in the mode that a call within a layer's `call` asks for, if it does."""
+        outer = self.context
+        if training is not None and bool(training) != outer.training:
+            of_batch = "frozen" if outer.batch_statistics == "moving" else outer.batch_statistics
+            statistics = of_batch if training else "moving"
+            self.context = replace(outer, training=bool(training), batch_statistics=statistics)
+        try:
+            yield
+        finally:
+            self.context = outer
 
     def _run_rule(self, rule, operation, args, kwargs, name: str):
         args, kwargs = self._as_values(operation, args, kwargs)
@@ -169,7 +187,7 @@ class Tracer:
         dtype = _input_dtype(layer)
 
         def symbol(value):
-            return _symbol(_autocast(value.primal, dtype))
+            return _symbol(_autocast(value, dtype))
 
         # With symbols for its own weights too, what is made of them is part of the graph.
         owned = {key: value for key, value in _attributes(layer).items() if isinstance(value, keras.Variable)}
@@ -192,11 +210,18 @@ class Tracer:
         kwargs = {key: value for key, value in kwargs.items() if key not in ("training", "mask") or key in takes}
         if "training" in takes:
             kwargs["training"] = self.context.training
+        # Private: the mode that Keras hands on to the layers in a `call`, which it writes into the graph.
+        mode = layer._get_call_context()
+        before, mode.training = getattr(mode, "training", None), self.context.training
         losses = len(layer.losses)
-        with AutocastScope(dtype), warnings.catch_warnings():
-            # Keras says so when the model itself runs.
-            warnings.filterwarnings("ignore", ".*does not support masking")
-            outputs = layer.call(*args, **kwargs)
+        try:
+            with AutocastScope(dtype), warnings.catch_warnings():
+                # Keras says so when the model itself runs.
+                warnings.filterwarnings("ignore", ".*does not support masking")
+                outputs = layer.call(*args, **kwargs)
+        finally:
+            mode.training = before
+            layer._maybe_reset_call_context()
         leaves = tree.flatten(outputs)
         if not leaves or not all(isinstance(leaf, keras.KerasTensor) for leaf in leaves):
             raise NotImplementedError(f"`call` of `{layer.name}` returned something else than tensors")
@@ -221,7 +246,7 @@ class Tracer:
 
     def _cast(self, value: Value, dtype, name: str) -> Value:
         """The value in the dtype in which a layer sees its input (mixed precision)."""
-        primal = _autocast(value.primal, dtype)
+        primal = _autocast(value, dtype)
         if primal is value.primal or primal.dtype == value.primal.dtype:
             return value
         cast = self._record(self._unique(f"{name}/cast"), ops.cast, [replace(value, primal=primal)], primal, identity())
@@ -253,7 +278,7 @@ class Tracer:
         def primal(leaf):
             if not isinstance(leaf, Value):
                 return leaf
-            values.append(leaf if dtype is None else replace(leaf, primal=_autocast(leaf.primal, dtype)))
+            values.append(leaf if dtype is None else replace(leaf, primal=_autocast(leaf, dtype)))
             return values[-1].primal
 
         return values, *_map_arguments(primal, args, kwargs)
@@ -283,7 +308,8 @@ class Tracer:
             if isinstance(leaf, keras.Variable):
                 return self._weight(leaf)
             layer = isinstance(operation, keras.Layer)
-            if isinstance(leaf, np.ndarray) and leaf.ndim and not layer:
+            # What NumPy has of no more than Python's precision is a number (`np.float64`), the rest is as a tensor.
+            if isinstance(leaf, (np.ndarray, np.generic)) and not isinstance(leaf, float) and not layer:
                 leaf = ops.convert_to_tensor(leaf)
             if not ops.is_tensor(leaf) or (layer and not len(leaf.shape)):
                 return leaf
@@ -374,6 +400,8 @@ def trace(
     tracer = Tracer(context, companions)
     given = [get_keras_mask(leaf) for leaf in flatten_inputs(model, x, "x")]
     values = [tracer.masked(tensor, mask) for tensor, mask in zip(inputs, given, strict=True)]
+    integers = hold_integers(model, x)
+    values = [replace(value, integers=whole) for value, whole in zip(values, integers, strict=True)]
     if companions is not None:
         companions.enter(values)
     if is_model(model):
@@ -433,9 +461,10 @@ def _input_dtype(operation) -> str | None:
     return operation.compute_dtype if casts else None
 
 
-def _autocast(primal, dtype):
-    own = keras.backend.standardize_dtype(primal.dtype)
-    return primal if dtype in (None, own) or not keras.backend.is_float_dtype(own) else ops.cast(primal, dtype)
+def _autocast(value: Value, dtype):
+    own = keras.backend.standardize_dtype(value.primal.dtype)
+    kept = dtype in (None, own) or value.integers or not keras.backend.is_float_dtype(own)
+    return value.primal if kept else ops.cast(value.primal, dtype)
 
 
 def _record_activity_loss(operation, outputs) -> None:

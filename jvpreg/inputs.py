@@ -75,6 +75,14 @@ def standardize_inputs(model, x) -> list:
     return inputs
 
 
+def hold_integers(model, x) -> list[bool]:
+    """Whether each of the model's inputs holds integers, as far as Keras' mixed precision knows."""
+    leaves, graph = flatten_inputs(model, x, "x"), graph_of(model)
+    expected = leaves if graph is None else graph.inputs
+    dtypes = [keras.backend.standardize_dtype(getattr(leaf, "dtype", type(leaf))) for leaf in expected]
+    return [not keras.backend.is_float_dtype(dtype) for dtype in dtypes]
+
+
 def graph_of(model):
     """The functional graph of a model, which a Sequential model keeps inside; None for a layer."""
     model = getattr(model, "_functional", model)

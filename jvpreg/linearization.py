@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import keras
 from keras import ops, tree
 
 from jvpreg import matrices
@@ -201,12 +202,25 @@ class Linearization:
         """The linearization of the examples at `indices`, an integer vector `(N,)`, only. Nothing is run again.
 
         Raises:
-            ValueError: the linearization couples the examples of the batch.
+            ValueError: the linearization couples the examples of the batch, or moves them to another axis; or the
+                indices are none.
         """
         if self._graph.couples_examples:
             raise ValueError(
                 "A linearization that couples the examples of a batch cannot be cut: each example's tangent depends on "
                 'the whole batch. Use `batch_statistics="frozen"` or "moving", and no operation that mixes examples.'
+            )
+        moving = [node.name for node in self._graph.nodes if node.moves_examples]
+        if moving:
+            raise ValueError(
+                "A linearization that moves the examples of a batch from its first axis cannot be cut. Reshape to "
+                f"(batch, ...), and not to (-1, ...) with other axes in it. Received: the reshape `{moving[0]}`."
+            )
+        indices = ops.convert_to_tensor(indices)
+        if len(indices.shape) != 1 or "int" not in keras.backend.standardize_dtype(indices.dtype):
+            raise ValueError(
+                "Invalid value for argument `indices`. Expected a vector (N,) of integers, places of examples. "
+                f"Received: shape {tuple(indices.shape)} of {keras.backend.standardize_dtype(indices.dtype)}."
             )
 
         def cut(tensor):

@@ -65,6 +65,7 @@ class Pushforward:
             returns need only broadcast to `(P, B, …)`.
         batch_axes: for each residual, its axis of the examples; by default the first one.
         couples_examples: whether one example's tangent depends on another's; or the inputs on whose tangents it does.
+        moves_examples: whether the first axis of the output is not that of the examples.
         takes_none: whether the function takes None for an input without a tangent; else it is given zeros.
         intercept: what the operation adds to its linear part, to be broadcast to its output, where the rule knows it:
             a bias; by default it is found as `y − function(x)`, at the cost of one more run and its gradient.
@@ -82,6 +83,7 @@ class Pushforward:
         weights: Iterable[tuple[Any, Callable]] = (),
         batch_axes: Sequence[int] | None = None,
         couples_examples: bool | Sequence = False,
+        moves_examples: bool = False,
         takes_none: bool = False,
         intercept: Any = None,
         image: Any = None,
@@ -94,6 +96,7 @@ class Pushforward:
         self.batch_axes = tuple(batch_axes or [0] * len(residuals))
         self.weights = [(variable, part) for variable, part in weights if variable is not None]
         self.couples_examples = couples_examples
+        self.moves_examples = moves_examples
         self.takes_none = takes_none
         self.intercept = intercept
         self.image = image

@@ -149,6 +149,8 @@ def test_targets():
     labels = np.array([0, 2, 1])
     by_index = jvpreg.full_jacobian(model, x, target=labels)
     np.testing.assert_allclose(numpy(by_index.target_output), outputs[np.arange(3), labels], rtol=1e-12)
+    by_list = jvpreg.full_jacobian(model, x, target=list(map(int, labels)))
+    np.testing.assert_array_equal(numpy(by_list.target_output), numpy(by_index.target_output))
     by_column = jvpreg.full_jacobian(model, x, target=labels[:, None])
     np.testing.assert_array_equal(numpy(by_column.input_jacobian), numpy(by_index.input_jacobian))
     by_cotangent = jvpreg.full_jacobian(jvpreg.linearize(model, x), None, target=np.eye(3)[labels])

@@ -284,6 +284,53 @@ def test_a_functional_model_with_a_call_of_its_own_is_opened_up():
     assert_close(products[1], 2 * numpy(products[0]), 1e-6)
 
 
+class Backbone(keras.Model):
+    """Normalization and dropout, each in a mode of its own or in that of the model."""
+
+    def __init__(self, norm=None, drop=None):
+        super().__init__()
+        self.modes = {"norm": norm, "drop": drop}
+        self.norm, self.drop = layers.BatchNormalization(momentum=0.5), layers.Dropout(0.5, seed=1)
+        self.last = layers.Dense(2)
+
+    def call(self, x):
+        modes = {name: {} if mode is None else {"training": mode} for name, mode in self.modes.items()}
+        return self.norm(self.last(self.drop(x, **modes["drop"])), **modes["norm"])
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("modes", [{"norm": False}, {"drop": True}, {"drop": False, "norm": True}, {}])
+def test_a_call_may_give_layers_a_mode_of_their_own(float64, modes, training):
+    """As Keras does: the outputs, and what is left of the moving averages, are those of a plain call."""
+    x = ops.convert_to_tensor(normal(6, 4))
+    ours, theirs = (Backbone(**modes) for _ in range(2))
+    for model in (ours, theirs):
+        model(x)
+        randomize(model)
+    outputs = jvpreg.linearize(ours, x, training=training).outputs
+    assert_close(outputs, theirs(x, training=training))
+    assert_close([w.value for w in ours.weights], [w.value for w in theirs.weights])
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+def test_mixed_precision_does_not_round_tokens(policy):
+    class Tokens(layers.Layer):
+        def __init__(self):
+            super().__init__(dtype=policy)
+            self.table = layers.Embedding(5000, 3, dtype=policy)
+
+        def call(self, tokens):
+            return ops.mean(self.table(tokens), axis=1)
+
+    tokens = np.array([[4999, 1], [2051, 2]], "int32")
+    layer = Tokens()
+    expected = layer(tokens)
+    assert_close(ops.cast(jvpreg.linearize(layer, tokens).outputs, "float32"), ops.cast(expected, "float32"), 1e-2)
+    x = keras.Input((2,), dtype="int32")
+    model = keras.Model(x, layer(x))
+    assert_close(ops.cast(jvpreg.linearize(model, tokens).outputs, "float32"), ops.cast(expected, "float32"), 1e-2)
+
+
 def test_a_subclassed_model_may_have_a_rule():
     @jvpreg.register_rule(Subclassed)
     def subclassed(model, x, context):

@@ -310,6 +310,55 @@ def test_arrays_among_the_operands(float64):
     assert_close(jvpreg.linearize(model, points).jvp(u), np.concatenate([0 * extra, u @ kernel * np.arange(3.0)], 1))
 
 
+@pytest.mark.parametrize("indices", [0, [0.5], [True, False], [[0]]])
+def test_take_of_what_are_no_indices(indices):
+    lin = jvpreg.linearize(gated(), normal(2, 4))
+    with pytest.raises(ValueError, match=r"argument `indices`\. Expected a vector \(N,\) of integers"):
+        lin.take(indices)
+
+
+def test_examples_that_move_to_another_axis(float64):
+    """The Jacobian of each is known; but what is frozen in between cannot be told by examples."""
+    x = keras.Input((2, 4))
+    y = ops.reshape(layers.Dense(3, activation="tanh")(ops.reshape(x, (-1, 4))), (-1, 6))
+    model = randomize(keras.Model(x, y))
+    lin = jvpreg.linearize(model, normal(3, 2, 4))
+    assert tuple(lin.jacobian().shape) == (3, 6, 2, 4)
+    with pytest.raises(ValueError, match=r"moves the examples of a batch from its first axis.* the reshape `reshape"):
+        lin.take([0])
+    apart = keras.Model(x, ops.reshape(ops.reshape(x, (-1, 8)), (-1, 4, 2)))
+    jvpreg.linearize(apart, normal(3, 2, 4)).take([0])
+
+
+def test_numbers_of_numpy_among_the_operands(float64):
+    class Scaled(layers.Layer):
+        def call(self, x):
+            scaled = x * np.float32(2) / np.sqrt(np.float32(64)) + np.array(1.0) - x ** np.int64(2) + 2.5**x
+            return ops.where(scaled > np.float64(0.5), ops.maximum(scaled, np.float32(0.1)), np.float32(0.5))
+
+    layer = Scaled()
+    layer.build((None, 4))
+    x, u = normal(3, 4), normal(3, 4, seed=1)
+    lin, step = jvpreg.linearize(layer, x), 1e-6
+    assert_close(lin.outputs, layer(ops.convert_to_tensor(x)))
+    both = [numpy(layer(ops.convert_to_tensor(x + sign * step * u))) for sign in (1, -1)]
+    assert_close(lin.jvp(u), (both[0] - both[1]) / (2 * step), 1e-7)
+
+
+def test_an_extremum_of_which_no_entry_is_the_winner(float64):
+    x = keras.Input((3,))
+    model = keras.Model(x, ops.max(x, axis=-1, initial=0.5))
+    lin = jvpreg.linearize(model, np.array([[0.1, 0.2, 0.3], [0.1, 0.9, 0.3]]))
+    np.testing.assert_array_equal(lin.jvp(np.ones((2, 3))), [0.0, 1.0])
+
+
+def test_autodiff_says_of_an_operation_that_it_mixes_examples(float64):
+    x = keras.Input((3,))
+    for axis, mixes in ((0, True), (1, False)):
+        lin = jvpreg.linearize(keras.Model(x, ops.sort(x, axis=axis)), normal(3, 3), fallback="allow")
+        assert lin._graph.couples_examples == mixes
+
+
 def test_take_with_frozen_statistics_keeps_those_of_the_whole_batch(float64):
     model, x, u = batch_normalized(), normal(6, 3), normal(6, 3, seed=1)
     lin = jvpreg.linearize(model, x, training=True)

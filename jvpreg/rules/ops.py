@@ -18,6 +18,8 @@ from keras.src.ops import core, image, nn
 from keras.src.ops import math as math_ops
 from keras.src.ops import numpy as numpy_ops
 
+from jvpreg.eager import cast as convert
+from jvpreg.examples import mixes_examples, moves_examples
 from jvpreg.folding import align, fold, unfold
 from jvpreg.registry import Declined, Pushforward, each_probe, find_rule, gate, register_rule, scale
 
@@ -109,22 +111,6 @@ def clip(operation, x, context):
 # ---------------------------------------------------------------- one input, linear: entries moved about, or summed
 
 
-def _mixes_examples(operation, x) -> bool:
-    """Whether the operation works along the first axis, or takes it from its place: examples are not apart after it."""
-    if isinstance(operation, numpy_ops.Transpose):
-        return operation.axes is None or operation.axes[0] != 0
-    if isinstance(operation, numpy_ops.Tile):
-        repeats = operation.repeats
-        return not isinstance(repeats, int) and len(repeats) >= len(x.shape) and repeats[-len(x.shape)] != 1
-    if isinstance(operation, numpy_ops.Ravel):
-        return True
-    rank = len(x.shape) + isinstance(operation, (numpy_ops.ExpandDims, numpy_ops.Stack))
-    named = ("axis", "axes", "axis1", "axis2", "source", "destination")
-    given = [getattr(operation, name) for name in named if hasattr(operation, name)]
-    # No axis means all of them, or the flat tensor.
-    return any(axes is None or 0 in [axis % rank for axis in tree.flatten(axes)] for axes in given)
-
-
 @register_rule(
     numpy_ops.Cumsum,
     numpy_ops.Diagonal,
@@ -151,7 +137,7 @@ def _mixes_examples(operation, x) -> bool:
 )
 def linear(operation, x, context):
     push = each_probe(operation.call)
-    return operation.call(x), Pushforward(push, couples_examples=_mixes_examples(operation, x))
+    return operation.call(x), Pushforward(push, couples_examples=mixes_examples(operation, x))
 
 
 @register_rule(numpy_ops.Reshape)
@@ -161,7 +147,8 @@ def reshape(operation, x, context):
     if shape and shape[0] == x.shape[0] and -1 not in shape:
         shape[0] = -1
     # Not by the operation itself, which on TensorFlow holds None for a batch that is not known.
-    return ops.reshape(x, shape), Pushforward(each_probe(lambda tangent: ops.reshape(tangent, shape)))
+    push = each_probe(lambda tangent: ops.reshape(tangent, shape))
+    return ops.reshape(x, shape), Pushforward(push, moves_examples=moves_examples(x.shape, shape))
 
 
 @register_rule(numpy_ops.BroadcastTo)
@@ -211,7 +198,7 @@ def split(operation, x, context):
     def push(tangent):
         return tuple(ops.split(tangent, operation.indices_or_sections, axis=axis))
 
-    return tuple(operation.call(x)), Pushforward(push, couples_examples=_mixes_examples(operation, x))
+    return tuple(operation.call(x)), Pushforward(push, couples_examples=mixes_examples(operation, x))
 
 
 @register_rule(core.Unstack)
@@ -221,7 +208,7 @@ def unstack(operation, x, context):
     def push(tangent):
         return tuple(ops.unstack(tangent, operation.num, axis=axis))
 
-    return tuple(operation.call(x)), Pushforward(push, couples_examples=_mixes_examples(operation, x))
+    return tuple(operation.call(x)), Pushforward(push, couples_examples=mixes_examples(operation, x))
 
 
 @register_rule(numpy_ops.Take, numpy_ops.TakeAlongAxis)
@@ -229,7 +216,7 @@ def take(operation, x, indices, context):
     def push(tangent, _, x, indices):
         return each_probe(lambda row: operation.call(row, indices[0]))(tangent)
 
-    mixes = [x] if _mixes_examples(operation, x) else []  # but a table, which holds no examples, is looked up
+    mixes = [x] if mixes_examples(operation, x) else []  # but a table, which holds no examples, is looked up
     if not ops.is_tensor(indices):
         fixed = each_probe(lambda row: operation.call(row, indices))
         return operation.call(x, indices), Pushforward(fixed, couples_examples=mixes)
@@ -241,6 +228,11 @@ def take(operation, x, indices, context):
 
 def _is_number(operand) -> bool:
     return isinstance(operand, (int, float))
+
+
+def _like(operand, tangent):
+    """An operand, frozen as it is given, in the dtype of what it is multiplied with."""
+    return operand if _is_number(operand) else convert(operand, tangent.dtype)
 
 
 def _partials(operands, parts: list[Callable], y, *residuals) -> Pushforward:
@@ -275,20 +267,21 @@ def add(operation, a, b, context):
 @register_rule(numpy_ops.Multiply)
 def multiply(operation, a, b, context):
     y = operation.call(a, b)
-    return y, _partials((a, b), [lambda t, a, b: t * b, lambda t, a, b: t * a], y, a, b)
+    return y, _partials((a, b), [lambda t, a, b: t * _like(b, t), lambda t, a, b: t * _like(a, t)], y, a, b)
 
 
 @register_rule(numpy_ops.Divide, numpy_ops.TrueDivide)
 def divide(operation, a, b, context):
     y = operation.call(a, b)
-    return y, _partials((a, b), [lambda t, b, y: t / b, lambda t, b, y: -t * y / b], y, b, y)
+    return y, _partials((a, b), [lambda t, b, y: t / _like(b, t), lambda t, b, y: -t * y / _like(b, t)], y, b, y)
 
 
 @register_rule(numpy_ops.Power)
 def power(operation, a, b, context):
     y = operation.call(a, b)
-    by_base = b * operation.call(a, b - 1)
-    by_exponent = 0.0 if _is_number(b) else y * ops.log(ops.where(a > 0, a, ops.ones_like(a)))
+    base, exponent = ops.cast(a, y.dtype), b if _is_number(b) else ops.cast(b, y.dtype)
+    by_base = exponent * operation.call(base, exponent - 1)
+    by_exponent = 0.0 if _is_number(b) else y * ops.log(ops.where(base > 0, base, ops.ones_like(base)))
     parts = [lambda t, by_base, by_exponent: t * by_base, lambda t, by_base, by_exponent: t * by_exponent]
     return y, _partials((a, b), parts, y, by_base, by_exponent)
 
@@ -398,7 +391,7 @@ def join(operation, tensors, context):
         def push(*tangents):
             return put(list(tangents), axis=axis)
 
-    mixes = isinstance(operation, numpy_ops.Vstack) or _mixes_examples(operation, tensors[0])
+    mixes = isinstance(operation, numpy_ops.Vstack) or mixes_examples(operation, tensors[0])
     return operation.call(tensors), Pushforward(push, couples_examples=mixes)
 
 
@@ -419,12 +412,13 @@ def extremum(operation, x, context):
     wide = y if operation.keepdims else ops.expand_dims(y, sorted(axes))
     winners = ops.cast(ops.equal(x, wide), x.dtype)
     # Among equals the tangent is the mean, as the backends' gradients have it.
-    shares = winners / ops.sum(winners, axis=axes, keepdims=True)
+    # With an `initial` one that none of them reaches, there is no winner.
+    shares = winners / ops.maximum(ops.sum(winners, axis=axes, keepdims=True), 1)
 
     def push(tangent, shares):
         return ops.sum(shares * tangent, axis=axes, keepdims=operation.keepdims)
 
-    return y, Pushforward(push, shares, couples_examples=_mixes_examples(operation, x))
+    return y, Pushforward(push, shares, couples_examples=mixes_examples(operation, x))
 
 
 @register_rule(numpy_ops.Var, numpy_ops.Std)
@@ -438,7 +432,7 @@ def variance(operation, x, context):
         image = factor * ops.mean(centered * tangent, axis=axes, keepdims=operation.keepdims)
         return image / deviation[0] if deviation else image
 
-    mixes = _mixes_examples(operation, x)
+    mixes = mixes_examples(operation, x)
     return y, Pushforward(push, centered, *([] if factor == 2 else [y]), couples_examples=mixes)
 
 
@@ -451,7 +445,7 @@ def logsumexp(operation, x, context):
     def push(tangent, shares):
         return ops.sum(shares * tangent, axis=axes, keepdims=operation.keepdims)
 
-    return y, Pushforward(push, ops.exp(x - wide), couples_examples=_mixes_examples(operation, x))
+    return y, Pushforward(push, ops.exp(x - wide), couples_examples=mixes_examples(operation, x))
 
 
 @register_rule(nn.Normalize)
@@ -469,7 +463,7 @@ def normalize(operation, x, context):
     def push(tangent, y, inverse, above):
         return inverse * (tangent - above * y * ops.sum(y * tangent, axis=axes, keepdims=True))
 
-    return y, Pushforward(push, y, inverse, above, couples_examples=_mixes_examples(operation, x))
+    return y, Pushforward(push, y, inverse, above, couples_examples=mixes_examples(operation, x))
 
 
 # ---------------------------------------------------------------- no tangent
