@@ -397,7 +397,7 @@ def trace(
     Returns:
         The tracer with its nodes, the values of the inputs, and the output values in the model's own structure.
     """
-    tracer = Tracer(context, companions)
+    tracer = Tracer(replace(context, batch=ops.shape(inputs[0])[0] if len(inputs[0].shape) else None), companions)
     given = [get_keras_mask(leaf) for leaf in flatten_inputs(model, x, "x")]
     values = [tracer.masked(tensor, mask) for tensor, mask in zip(inputs, given, strict=True)]
     integers = hold_integers(model, x)

@@ -30,6 +30,7 @@ class Context:
         batch_statistics: `"moving"`, `"frozen"` or `"coupled"`: see `jvpreg.linearize`.
         fallback: `"warn"`, `"allow"` or `"error"`: see `jvpreg.linearize`.
         xla: whether XLA compiles the run; None where that is not known.
+        batch: how many examples there are: a number, or a tensor in a graph in which it is not known.
         run: `run(operation, *inputs) -> (outputs, Pushforward)` linearizes another operation, for the rule of a
             wrapper or of a layer that repeats another one.
         apply: `apply(function, x, num_weights) -> (function(x), image)` runs the linear part, with so many weights, of
@@ -46,6 +47,7 @@ class Context:
     batch_statistics: str = "moving"
     fallback: str = "warn"
     xla: bool | None = None
+    batch: Any = None
     run: Callable | None = None
     apply: Callable = lambda function, x, num_weights: (function(x), None)
     along: Callable = lambda *inputs: None

@@ -312,6 +312,30 @@ def test_a_call_may_give_layers_a_mode_of_their_own(float64, modes, training):
     assert_close([w.value for w in ours.weights], [w.value for w in theirs.weights])
 
 
+def test_a_token_at_the_head_of_each_sequence(float64):
+    """A weight that is spread over the examples: with a penalty on a part of batches of unknown size, and cut."""
+
+    class Headed(layers.Layer):
+        def build(self, shape):
+            self.token = self.add_weight((1, 1, shape[-1]), initializer="normal")
+
+        def call(self, x):
+            token = ops.broadcast_to(self.token, (ops.shape(x)[0], 1, x.shape[-1]))
+            return ops.concatenate([token, x], axis=1)
+
+    x = keras.Input((3, 4))
+    y = layers.MultiHeadAttention(2, 3)(*[Headed()(x)] * 2)
+    model = randomize(keras.Model(x, layers.Dense(2)(y[:, 0])))
+    points, u = normal(5, 3, 4), normal(5, 3, 4, seed=1)
+    lin = jvpreg.linearize(model, points)
+    assert_close(lin.take([3, 1]).jvp(u[[3, 1]]), numpy(lin.jvp(u))[[3, 1]])
+    trained = jvpreg.JacobianModel(model)
+    norm = jvpreg.regularizers.JacobianNorm(0.1)
+    trained.compile(loss="mse", jacobian_regularizers=[norm], jacobian_fraction=0.5, jit_compile=False)
+    history = trained.fit(points, normal(5, 2), batch_size=2, verbose=0).history
+    assert np.isfinite(history["jacobian_norm"][0])
+
+
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_mixed_precision_does_not_round_tokens(policy):
     class Tokens(layers.Layer):

@@ -153,14 +153,15 @@ def reshape(operation, x, context):
 
 @register_rule(numpy_ops.BroadcastTo)
 def broadcast_to(operation, x, context):
-    rank, shape = len(operation.shape), tuple(operation.shape)
+    # A call that reads off a batch that is not known, as for a token at the head of each sequence, has None for it.
+    rank, shape = len(operation.shape), tuple(context.batch if size is None else size for size in operation.shape)
 
     def push(tangent):
         tangent = align(tangent, rank + 1)
         kept = shape[0] == x.shape[0] and len(x.shape) == rank
         return ops.broadcast_to(tangent, (*ops.shape(tangent)[: 2 if kept else 1], *shape[1 if kept else 0 :]))
 
-    return operation.call(x), Pushforward(push)
+    return ops.broadcast_to(x, shape), Pushforward(push)
 
 
 @register_rule(core.Cast, core.ConvertToTensor)
@@ -383,16 +384,21 @@ def convolution(operation, x, kernel, context):
 @register_rule(numpy_ops.Concatenate, numpy_ops.Stack, numpy_ops.Hstack, numpy_ops.Vstack)
 def join(operation, tensors, context):
     push = each_probe(lambda *rows: operation.call(list(rows)))
-    if isinstance(operation, (numpy_ops.Concatenate, numpy_ops.Stack)) and operation.axis is not None:
+    along = isinstance(operation, (numpy_ops.Concatenate, numpy_ops.Stack)) and operation.axis is not None
+    if along:
         rank = len(tensors[0].shape) + isinstance(operation, numpy_ops.Stack)
         axis = operation.axis % rank - rank
         put = ops.stack if isinstance(operation, numpy_ops.Stack) else ops.concatenate
 
         def push(*tangents):
-            return put(list(tangents), axis=axis)
+            # What has no tangent, such as a token for each example, is zero for those of a part of a batch too.
+            probes, batch, *_ = next(ops.shape(t) for t in tangents if t is not None)
+            sizes = [[batch, *x.shape[1:]] if axis != -rank else x.shape for x in tensors]
+            pairs = zip(tangents, sizes, tensors, strict=True)
+            return put([ops.zeros((probes, *size), x.dtype) if t is None else t for t, size, x in pairs], axis=axis)
 
     mixes = isinstance(operation, numpy_ops.Vstack) or mixes_examples(operation, tensors[0])
-    return operation.call(tensors), Pushforward(push, couples_examples=mixes)
+    return operation.call(tensors), Pushforward(push, couples_examples=mixes, takes_none=along)
 
 
 # ---------------------------------------------------------------- along an axis
