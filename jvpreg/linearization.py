@@ -182,6 +182,12 @@ class Linearization:
         names = list(known) if nodes is None else list(nodes)
         count = next(ops.shape(c)[0] for c in cotangents if c is not None)
         batch = ops.shape(self.inputs[0])[0]
+        moved = [name for name in names if self._whole is None and known[name].shape[:1] != self.inputs[0].shape[:1]]
+        if moved:
+            raise ValueError(
+                f"There is no gradient of each example at `{moved[0]}`, which returned {tuple(known[moved[0]].shape)}: "
+                f"its first axis is not that of the {batch} examples. Name other `nodes`, or reshape to (batch, ...)."
+            )
         inputs = [zeros(count, x) for x in self.inputs] if with_inputs else []
         # Of a part of a batch, the primal values are still whole.
         taps = [ops.zeros((count, batch, *known[name].shape[1:]), known[name].dtype) for name in names]

@@ -197,3 +197,11 @@ def test_without_the_inputs_what_is_before_costs_nothing():
         numpy(at_nodes[f"{model.layers[0].name}/activation"]),
         numpy(lin.after(model.layers[0].name).vjp(np.ones((3, 3)))),
     )
+
+
+def test_nodes_that_are_not_of_examples():
+    model = keras.Sequential([keras.Input((3, 4)), layers.TimeDistributed(layers.Dense(2, activation="tanh"))])
+    with pytest.raises(
+        ValueError, match=r"no gradient of each example at `time_distributed.*first axis is not that of the 5"
+    ):
+        jvpreg.full_jacobian(model, normal(5, 3, 4), target=np.ones((5, 3, 2)))
