@@ -392,13 +392,18 @@ def join(operation, tensors, context):
 
         def push(*tangents):
             # What has no tangent, such as a token for each example, is zero for those of a part of a batch too.
-            probes, batch, *_ = next(ops.shape(t) for t in tangents if t is not None)
-            sizes = [[batch, *x.shape[1:]] if axis != -rank else x.shape for x in tensors]
-            pairs = zip(tangents, sizes, tensors, strict=True)
-            return put([ops.zeros((probes, *size), x.dtype) if t is None else t for t, size, x in pairs], axis=axis)
+            given = next(t for t in tangents if t is not None)
+            leading = ops.shape(given)[: 1 if axis == -rank else 2]
+            pairs = zip(tangents, tensors, strict=True)
+            return put([_zeros_like(x, leading) if t is None else t for t, x in pairs], axis=axis)
 
     mixes = isinstance(operation, numpy_ops.Vstack) or mixes_examples(operation, tensors[0])
     return operation.call(tensors), Pushforward(push, couples_examples=mixes, takes_none=along)
+
+
+def _zeros_like(x, leading: tuple):
+    """The zero tangent of x, whose first axes, that of the probes before them, are `leading`."""
+    return ops.zeros((*leading, *ops.shape(x)[len(leading) - 1 :]), x.dtype)
 
 
 # ---------------------------------------------------------------- along an axis
