@@ -58,9 +58,8 @@ def fall_back(operation, args, kwargs, primals: Sequence):
         return lambda tangent, *residuals: part(tangent, *residuals, variable=variable)
 
     weights = [(variable, part_of(variable)) for variable in trainable]
-    mixes = (
-        layer is None and len(primals[0].shape) > 0 and mixes_examples(operation, primals[0])
-    )  # of a layer, who knows
+    # What a layer does along the first axis is not known.
+    mixes = layer is None and any(len(x.shape) > 0 and mixes_examples(operation, x) for x in primals[:1])
     return outputs, Pushforward(push, *primals, weights=weights, takes_none=True, couples_examples=mixes)
 
 
