@@ -1,16 +1,21 @@
-"""The backend's forward autodiff, for an operation that has no rule and cannot be opened up."""
+"""The backend's autodiff, for an operation that has no rule and cannot be opened up."""
 
 from collections.abc import Sequence
 
 import keras
 from keras import ops, tree
 
+from jvpreg.eager import map_leaves
 from jvpreg.examples import mixes_examples
+from jvpreg.inputs import has_tangents
 from jvpreg.registry import Pushforward, each_probe
+from jvpreg.transpose import transpose
 
 
 def fall_back(operation, args, kwargs, primals: Sequence):
-    """An operation's output, and its pushforward by `keras.ops.jvp`, which runs the operation again for each probe.
+    """An operation's output, and its pushforward by autodiff, which runs the operation again for each probe.
+
+    None in place of the pushforward if nothing of it can have a tangent.
 
     Args:
         operation: a layer or operation.
@@ -21,20 +26,31 @@ def fall_back(operation, args, kwargs, primals: Sequence):
     layer = operation if isinstance(operation, keras.Layer) else None
     variables = list(layer.variables) if layer else []
     trainable = [variable for variable in variables if variable.trainable]
-    # What the primal pass is about to change: seeds and statistics, as every repetition must find them again.
-    state = [(v, ops.convert_to_tensor(v) + 0) for v in variables if not v.trainable]
+    # Seeds and statistics, which the primal pass is about to change, as every repetition must find them again; and
+    # weights, since a scope within the one of a step on JAX does not see its values.
+    state = [(v, ops.convert_to_tensor(v) + 0) for v in variables]
     found = {id(tensor) for tensor in primals}
+    outputs = operation(*args, **kwargs)
+    flat = tree.flatten(outputs)
+    # What has no tangent (an index, a comparison) is no business of autodiff's, which refuses it on JAX.
+    moved_outputs = [i for i, y in enumerate(flat) if has_tangents(y)]
 
     def run(tensors, weights=()):
         remaining = iter(tensors)
         arguments = [args, *kwargs.values()]
-        a, *given = tree.map_structure(lambda leaf: next(remaining) if id(leaf) in found else leaf, arguments)
+        a, *given = map_leaves(lambda leaf: next(remaining) if id(leaf) in found else leaf, arguments)
         with keras.StatelessScope(state_mapping=[*state, *weights]):
-            outputs = operation(*a, **dict(zip(kwargs, given, strict=True)))
-        return tree.flatten(outputs)
+            again = tree.flatten(operation(*a, **dict(zip(kwargs, given, strict=True))))
+        return tuple(again[i] for i in moved_outputs)
 
-    outputs = operation(*args, **kwargs)
+    def jvp(function, at, along):
+        products = dict(zip(moved_outputs, _jvp(function, at, along), strict=True))
+        images = tuple(products.get(i, ops.zeros_like(y)) for i, y in enumerate(flat))
+        return images if len(images) > 1 else images[0]
+
     count = len(primals)
+    if not moved_outputs or not (trainable or any(map(has_tangents, primals))):
+        return outputs, None
 
     def push(*arguments):
         tangents, frozen = arguments[:count], [residual[0] for residual in arguments[count:]]
@@ -46,13 +62,13 @@ def fall_back(operation, args, kwargs, primals: Sequence):
                 tensors[i] = tensor
             return run(tensors)
 
-        product = each_probe(lambda *rows: _jvp(along, [frozen[i] for i in moving], rows))
+        product = each_probe(lambda *rows: jvp(along, [frozen[i] for i in moving], rows))
         return product(*(tangents[i] for i in moving))
 
     def part(tangent, *residuals, variable):
         frozen = [residual[0] for residual in residuals]
         value = ops.convert_to_tensor(variable) + 0  # On TensorFlow, a variable converts to itself.
-        return each_probe(lambda row: _jvp(lambda w: run(frozen, [(variable, w)]), [value], [row]))(tangent)
+        return each_probe(lambda row: jvp(lambda w: run(frozen, [(variable, w)]), [value], [row]))(tangent)
 
     def part_of(variable):
         return lambda tangent, *residuals: part(tangent, *residuals, variable=variable)
@@ -63,8 +79,13 @@ def fall_back(operation, args, kwargs, primals: Sequence):
     return outputs, Pushforward(push, *primals, weights=weights, takes_none=True, couples_examples=mixes)
 
 
-def _jvp(function, primals: Sequence, tangents: Sequence):
-    outputs, products = ops.jvp(function, tuple(primals), tuple(tangents))
-    pairs = zip(tree.flatten(outputs), tree.flatten(products), strict=True)
-    found = tuple(ops.zeros_like(y) if product is None else product for y, product in pairs)
-    return found[0] if len(found) == 1 else found
+def _jvp(function, primals: Sequence, tangents: Sequence) -> tuple:
+    if keras.backend.backend() != "tensorflow":
+        return tuple(ops.jvp(function, tuple(primals), tuple(tangents))[1])
+    # By reverse mode twice: TensorFlow's forward mode fails on loops in a graph, and on what it maps over rows.
+    seeds = [ops.zeros_like(y) for y in function(*primals)]
+
+    def pull(cotangents):
+        return transpose(lambda at: list(function(*at)), primals, cotangents)
+
+    return tuple(transpose(pull, seeds, list(tangents)))

@@ -43,7 +43,8 @@ class Companions:
 
     def enter(self, inputs: Sequence[Value]) -> None:
         """States which values the model's inputs are."""
-        self._by_slot.update({value.slot: t for value, t in zip(inputs, self._tangents, strict=True)})
+        pairs = zip(inputs, self._tangents, strict=True)
+        self._by_slot.update({value.slot: tangent if value.has_tangents else None for value, tangent in pairs})
 
     def enter_weight(self, variable, value: Value) -> None:
         """States which value stands for a variable."""

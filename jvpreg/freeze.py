@@ -12,8 +12,8 @@ from keras import ops, tree
 
 from jvpreg.companions import Companions
 from jvpreg.frozen import FrozenGraph, Node
-from jvpreg.graph import trace
-from jvpreg.inputs import flatten_inputs, standardize_inputs
+from jvpreg.graph import LeftToAutodiff, trace
+from jvpreg.inputs import as_floats, check_moving, flatten_inputs, standardize_inputs
 from jvpreg.linearization import Linearization
 from jvpreg.registry import Context, unwrap
 from jvpreg.tangents import check_count, each_name, pack_products, standardize_tangents, weight_pairs, weight_tangents
@@ -52,7 +52,7 @@ def linearize(
             then take TensorFlow's own kernels and what else is the fastest there. No result changes.
 
     Returns:
-        A `Linearization`: `.outputs`, `.jvp(u)`, `.vjp(v)`, `.intercepts`.
+        A `Linearization`: `.outputs`, `.jvp(u)`, `.vjp(v)`, `.intercepts`, `.fallbacks`.
 
     Raises:
         NotImplementedError: an operation has no rule, and `fallback` is `"error"`; or it can have none.
@@ -75,8 +75,9 @@ def linearize(
     """
     model = _checked_model(model)
     inputs = standardize_inputs(model, x)
-    graph, outputs = _freeze(model, x, inputs, _linearize_options(training, batch_statistics, fallback, xla))
-    return Linearization(graph, inputs, outputs, flatten=functools.partial(flatten_inputs, model))
+    graph, outputs, fallbacks = _freeze(model, x, inputs, _linearize_options(training, batch_statistics, fallback, xla))
+    flatten = functools.partial(flatten_inputs, model)
+    return Linearization(graph, as_floats(inputs), outputs, flatten=flatten, fallbacks=fallbacks)
 
 
 def jvp(model, x, u, **kwargs):
@@ -95,9 +96,10 @@ def jvp(model, x, u, **kwargs):
     inputs = standardize_inputs(model, x)
     flat = flatten_inputs(model, u, "u")
     check_count(flat, inputs, "u", "x")
-    tangents, probed = standardize_tangents(flat, inputs, each_name("u", "x", len(inputs)))
+    check_moving(flat, inputs, "u")
+    tangents, probed = standardize_tangents(flat, as_floats(inputs), each_name("u", "x", len(inputs)))
     companions = Companions(tangents)
-    graph, outputs = _freeze(model, x, inputs, _linearize_options(**kwargs), companions)
+    graph, outputs, _ = _freeze(model, x, inputs, _linearize_options(**kwargs), companions)
     return outputs, pack_products(companions.products(graph), outputs, probed)
 
 
@@ -145,7 +147,7 @@ def weight_jvp(model, x, weights, **kwargs):
     tangents, probed = standardize_tangents([tangent for _, tangent in given], like, names)
     variables = [variable for variable, _ in given]
     companions = Companions([None] * len(inputs), zip(variables, tangents, strict=True))
-    graph, outputs = _freeze(model, x, inputs, _linearize_options(**kwargs), companions)
+    graph, outputs, _ = _freeze(model, x, inputs, _linearize_options(**kwargs), companions)
     # Raises for one that the model tracks, and that no tangent can have.
     weight_tangents([(variable, None) for variable in variables], graph.weights)
     return outputs, pack_products(companions.products(graph), outputs, probed)
@@ -185,16 +187,20 @@ def _linearize_options(
     return Context(bool(training), batch_statistics, fallback, xla)
 
 
-def _freeze(model, x, inputs: list, context: Context, companions: Companions | None = None) -> tuple[FrozenGraph, Any]:
-    """The frozen graph, and the outputs in the model's own structure."""
+def _freeze(
+    model, x, inputs: list, context: Context, companions: Companions | None = None
+) -> tuple[FrozenGraph, Any, dict[str, str]]:
+    """The frozen graph, the outputs in the model's own structure, and what was left to autodiff, with the reasons."""
     along = companions if companions is not None and companions.go_along else None
     tracer, values, outputs = trace(model, x, inputs, context, along)
-    if tracer.fallbacks and context.fallback == "warn":
-        _warn_of_fallback(model, tracer.fallbacks)
+    unexpected = {name: fallback for name, fallback in tracer.fallbacks.items() if not fallback.expected}
+    if unexpected and context.fallback == "warn":
+        _warn_of_fallback(model, unexpected)
     graph = tracer.frozen(values, tree.flatten(outputs))
     ends = {value.slot for value in graph.outputs}
     _warn_of_probabilities(model, [node for node in graph.nodes if any(v.slot in ends for v in node.outputs)])
-    return graph, tree.map_structure(lambda value: value.primal, outputs)
+    fallbacks = {name: str(fallback) for name, fallback in tracer.fallbacks.items()}
+    return graph, tree.map_structure(lambda value: value.primal, outputs), fallbacks
 
 
 def _checked_model(model):
@@ -221,15 +227,15 @@ def _callers_level() -> int:
     return level
 
 
-def _warn_of_fallback(model, fallbacks: dict[str, str]) -> None:
+def _warn_of_fallback(model, fallbacks: dict[str, LeftToAutodiff]) -> None:
     if model in _warned_of_fallback:
         return
     _warned_of_fallback.add(model)
-    names = ", ".join(f"`{name}` ({kind})" for name, kind in fallbacks.items())
+    nodes = "\n".join(f"- `{name}` ({fallback.kind}): {fallback.reason}." for name, fallback in fallbacks.items())
     warnings.warn(
-        f"No pushforward rule for {names}: these nodes are left to the backend's autodiff, which runs them again for "
-        "each probe and is not always right under XLA. Register a rule with `jvpreg.register_rule`, or pass "
-        '`fallback="allow"` to `linearize` if this is as it should be.',
+        f"Some nodes of `{model.name}` are left to the backend's autodiff, which runs them again for each probe and is "
+        f"not always right under XLA:\n{nodes}\nFor a layer of your own, register a rule with "
+        '`jvpreg.register_rule`; if this is as it should be, pass `fallback="allow"` to `linearize`.',
         stacklevel=_callers_level(),
     )
 

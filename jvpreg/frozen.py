@@ -7,11 +7,11 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import keras
 from keras import ops
 
 from jvpreg.eager import cast, shape_of
 from jvpreg.folding import align
+from jvpreg.inputs import has_tangents
 from jvpreg.registry import Pushforward
 
 
@@ -24,18 +24,21 @@ class Value:
         slot: of its tangent, `(P, *primal.shape)`.
         batched: whether it follows from an input of the graph; else it is a weight, a constant, or made of them.
         mask: which of its steps count, `(B, T)`, as Keras carries it along with a tensor; it has no tangent.
-        integers: whether it holds integers, as floats, which mixed precision must not round.
     """
 
     primal: Any
     slot: int
     batched: bool = True
     mask: "Value | None" = None
-    integers: bool = False
 
     def with_mask(self, mask: "Value | None") -> "Value":
         """The same value under a mask."""
         return self if mask is self.mask else replace(self, mask=mask)
+
+    @functools.cached_property
+    def has_tangents(self) -> bool:
+        """Whether it holds real or complex numbers: what is whole or true or false has no tangent."""
+        return has_tangents(self.primal)
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,8 @@ class FrozenGraph:
         taps, weights = taps or {}, weights or {}
         given = [*tangents, *taps.values(), *weights.values()]
         leading = (next(shape_of(t)[0] for t in given if t is not None), batch)
-        slots = {value.slot: tangent for value, tangent in zip(self.inputs, tangents, strict=True)}
+        pairs = zip(self.inputs, tangents, strict=True)
+        slots = {value.slot: tangent if value.has_tangents else None for value, tangent in pairs}
         slots |= {value.slot: weights[id(variable)] for variable, value in self.variables if id(variable) in weights}
         nodes = self._with_scaled_kernels(leading) if scaled_kernels and not (taps or weights) else self.nodes
         last_use = {value.slot: i for i, node in enumerate(nodes) for value in node.inputs}
@@ -213,11 +217,13 @@ class FrozenGraph:
         Where the rule knows it, nothing is pushed.
         """
         made = [value for node in self.nodes for value in node.outputs]
-        # What is not a float (an index, a comparison) has no tangent, and no intercept.
-        fed = {value.slot for value in [*self.inputs, *made] if value.batched and is_float(value.primal)}
+        # What has no tangent (an index, a comparison) has no intercept, nor has what follows from weights alone.
+        fed = {value.slot for value in [*self.inputs, *made] if value.batched and value.has_tangents}
         result = {}
         for node in self.nodes:
             if names is not None and not any(name in names for name in node.output_names):
+                continue
+            if not any(value.slot in fed for value in node.outputs):
                 continue
             known = None if node.pushforward is None else node.pushforward.intercept
             if known is not None:
@@ -247,7 +253,7 @@ class FrozenGraph:
         def push_all(tangents, leading, residuals, weights=None):
             images = self.push(tangents, leading[1], residuals=iter(residuals), weights=weights)
             pairs = zip(images, self.outputs, strict=True)
-            filled = [ops.zeros(_shape(leading, v), v.primal.dtype) if t is None else t for t, v in pairs]
+            filled = [_zeros(leading, v) if t is None else t for t, v in pairs]
             return filled[0] if len(filled) == 1 else tuple(filled)
 
         def push(*arguments):
@@ -321,21 +327,20 @@ def push_node(
     if pushforward.image is not None:
         images.append(_tuple(pushforward.image))
     elif arriving:
-        if not pushforward.takes_none:
-            pairs = zip(tangents, node.inputs, strict=True)
-            filled = [ops.zeros(_shape(leading, v), v.primal.dtype) if t is None else t for t, v in pairs]
-        else:
-            filled = list(tangents)
+        pairs = list(zip(tangents, node.inputs, strict=True))
         # Mixed precision: a tangent has the dtype in which the layer sees its input.
-        seen = [None if t is None else cast(t, v.primal.dtype) for t, v in zip(filled, node.inputs, strict=True)]
+        seen = [None if t is None else cast(t, v.primal.dtype) for t, v in pairs]
+        if not pushforward.takes_none:
+            seen = [_zeros(leading, v) if t is None else t for t, (_, v) in zip(seen, pairs, strict=True)]
         images.append(_tuple(pushforward.function(*seen, *residuals)))
     for part, tangent in moved:
         image = _tuple(part(tangent, *residuals))
-        images.append([_spread(t, leading, v) for t, v in zip(image, node.outputs, strict=True)])
+        pairs = list(zip(image, node.outputs, strict=True))
+        images.append([_spread(t, leading, v) if v.has_tangents else None for t, v in pairs])
     if not images:
         return None
     return [
-        _checked(node, functools.reduce(ops.add, parts), leading, value)
+        _checked(node, functools.reduce(ops.add, parts), leading, value) if value.has_tangents else None
         for parts, value in zip(zip(*images, strict=True), node.outputs, strict=True)
     ]
 
@@ -370,9 +375,9 @@ def _spread(tangent, leading, value: Value):
     return ops.broadcast_to(align(tangent, len(shape)), shape)
 
 
-def is_float(tensor) -> bool:
-    """Whether a tensor holds real numbers that can have a tangent."""
-    return keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype))
+def _zeros(leading, value: Value):
+    """Zero tangents of a value, in floats where it has none of its own."""
+    return ops.zeros(_shape(leading, value), value.primal.dtype if value.has_tangents else None)
 
 
 def _tuple(images) -> tuple:

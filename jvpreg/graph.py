@@ -4,18 +4,23 @@ import contextlib
 import functools
 import inspect
 import re
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops, tree
 
-# Private, and there are no public ones: what Keras writes on tensors, and the scope in which it casts weights.
+# Private, and there are no public ones: what Keras writes on tensors, the scope in which it casts weights, and the
+# classes of operations.
 from keras.src.backend import get_keras_mask, set_keras_mask
 from keras.src.backend.common.variables import AutocastScope
+from keras.src.ops import core
+from keras.src.ops import numpy as numpy_ops
 from keras.src.ops.node import KerasHistory
 
 from jvpreg import masks
@@ -23,8 +28,26 @@ from jvpreg.autodiff import fall_back
 from jvpreg.companions import Companions
 from jvpreg.eager import leaves_of, map_leaves
 from jvpreg.frozen import FrozenGraph, Node, Value
-from jvpreg.inputs import flatten_inputs, graph_of, hold_integers
+from jvpreg.inputs import flatten_inputs, graph_of, has_tangents
 from jvpreg.registry import Context, Declined, find_rule, identity, missing_rule_error, unwrap
+
+
+@dataclass(frozen=True)
+class LeftToAutodiff:
+    """Why a node was left to the backend's autodiff.
+
+    Attributes:
+        kind: the class of its operation.
+        reason: in words.
+        expected: whether it is meant to be, and nobody needs to be told.
+    """
+
+    kind: str
+    reason: str
+    expected: bool
+
+    def __str__(self):
+        return f"{self.kind}: {self.reason}"
 
 
 @dataclass
@@ -35,7 +58,7 @@ class Tracer:
         context: how it runs.
         nodes: what was recorded.
         variables: variables that operations took as an input, each with its value.
-        fallbacks: names of the nodes that were left to autodiff, each with the reason.
+        fallbacks: the nodes that were left to autodiff, by name.
         companions: tangents that go through the model while it runs, if there are any.
     """
 
@@ -43,7 +66,7 @@ class Tracer:
     companions: Companions | None = None
     nodes: list[Node] = field(default_factory=list)
     variables: list[tuple[Any, Value]] = field(default_factory=list)
-    fallbacks: dict[str, str] = field(default_factory=dict)
+    fallbacks: dict[str, LeftToAutodiff] = field(default_factory=dict)
     num_slots: int = 0
     _uses: dict[str, int] = field(default_factory=dict)
     # The layer that is being opened up, and the dtype to which it casts its weights.
@@ -85,8 +108,9 @@ class Tracer:
         if rule is not None:
             try:
                 return self._run_rule(rule, operation, args, kwargs, name)
-            except Declined:
-                pass
+            except Declined as declined:
+                if declined.to_autodiff:
+                    return self._run_by_autodiff(operation, args, kwargs, name, declined)
         try:
             graph, weights = self._open(operation, args, kwargs)
         except Exception as error:  # Whatever a call of one's own raises when it is given symbols for tensors.
@@ -149,6 +173,7 @@ class Tracer:
                 f"`{name}` is called with a mask, which its rule does not take. Multiply by the mask before the layer, "
                 "or leave it out."
             )
+        args, kwargs = _map_arguments(lambda leaf: _computed_in(operation, leaf), args, kwargs)
         values, args, kwargs = self._primals(operation, args, kwargs)
         kwargs |= {key: map_leaves(masks.primal_of, mask) for key, mask in given.items()}
         kwargs = {key: value for key, value in kwargs.items() if key != "training" and value is not None}
@@ -183,7 +208,7 @@ class Tracer:
     def _open(self, layer, args, kwargs):
         """A layer's `call`, or a function, as a graph of smaller operations: by a call with symbols for its tensors."""
         if isinstance(layer, keras.Operation) and not isinstance(layer, keras.Layer):
-            raise NotImplementedError(f"`{_name(layer)}` is an operation without a rule")
+            raise NotImplementedError("the operation has no rule")
         dtype = _input_dtype(layer)
 
         def symbol(value):
@@ -194,11 +219,14 @@ class Tracer:
         try:
             with _symbols_for_weights(layer, owned, dtype) as weights:
                 symbols, inputs = masks.symbols(args, kwargs, symbol)
-                return keras.Function([*inputs, *weights], self._call(layer, symbols, dtype)), list(owned.values())
+                graph = keras.Function([*inputs, *weights], self._call(layer, symbols, dtype))
         except Exception:
             # A call that reads `weight.value`, or assigns to it.
+            owned = {}
             symbols, inputs = masks.symbols(args, kwargs, symbol)
-            return keras.Function(inputs, self._call(layer, symbols, dtype)), []
+            graph = keras.Function(inputs, self._call(layer, symbols, dtype))
+        _check_operations(graph)
+        return graph, list(owned.values())
 
     def _call(self, layer, symbols, dtype):
         """The symbolic outputs of a layer's own `call`, and the masks that it left on them: see `masks.left_on`."""
@@ -224,10 +252,10 @@ class Tracer:
             layer._maybe_reset_call_context()
         leaves = tree.flatten(outputs)
         if not leaves or not all(isinstance(leaf, keras.KerasTensor) for leaf in leaves):
-            raise NotImplementedError(f"`call` of `{layer.name}` returned something else than tensors")
+            raise NotImplementedError("its `call` returns something else than tensors")
         if len(layer.losses) != losses:
             layer._clear_losses()
-            raise NotImplementedError(f"`call` of `{layer.name}` adds a loss")
+            raise NotImplementedError("its `call` adds a loss")
         return masks.left_on(outputs)
 
     def _run_opened(self, graph, weights, layer, args, kwargs, name: str):
@@ -253,10 +281,6 @@ class Tracer:
         return cast.with_mask(value.mask)
 
     def _run_by_autodiff(self, operation, args, kwargs, name: str, error: Exception):
-        if self.context.fallback == "error":
-            raise missing_rule_error(operation, name) from error
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        self.fallbacks[name] = f"{type(operation).__name__}: {reason}"
         masked = any(value.mask is not None for value in masks.values_among(args))
         if masked and getattr(operation, "_layers", None) and not any("mask" in key for key in kwargs):
             raise NotImplementedError(
@@ -268,6 +292,11 @@ class Tracer:
         if isinstance(operation, keras.Layer) and "training" in operation._call_signature.parameters:
             kwargs["training"] = self.context.training
         primal, pushforward = fall_back(operation, args, kwargs, [value.primal for value in values])
+        if pushforward is not None:
+            if self.context.fallback == "error":
+                raise missing_rule_error(operation, name) from error
+            expected = isinstance(error, Declined) and error.to_autodiff
+            self.fallbacks[name] = LeftToAutodiff(type(operation).__name__, _reason(error), expected)
         return self._record(name, operation, values, primal, pushforward)
 
     def _primals(self, operation, args, kwargs):
@@ -341,6 +370,8 @@ class Tracer:
     def _record(self, name, operation, inputs: Sequence[Value], primal, pushforward):
         batched = any(value.batched for value in inputs)
         outputs = map_leaves(lambda leaf: self.value(leaf, batched), primal)
+        if pushforward is not None and not any(value.has_tangents for value in leaves_of(outputs)):
+            pushforward = None
         layer = operation if isinstance(operation, keras.Layer) else self._opened
         node = Node(name, operation, tuple(inputs), tuple(leaves_of(outputs)), pushforward, layer)
         self.nodes.append(node)
@@ -352,6 +383,62 @@ class Tracer:
         uses = self._uses.get(name, 0)
         self._uses[name] = uses + 1
         return f"{name}:{uses}" if uses else name
+
+
+CONTROL_FLOW = (
+    core.AssociativeScan,
+    core.Cond,
+    core.ForiLoop,
+    core.Map,
+    core.Scan,
+    core.Switch,
+    core.VectorizedMap,
+    core.WhileLoop,
+)
+
+
+def _check_operations(graph: keras.Function) -> None:
+    """Raises where a call that was traced cannot be run operation by operation.
+
+    A trace that succeeds proves nothing: Keras only asks operations for the shapes of their outputs.
+    """
+    for operation in graph.operations:
+        if isinstance(operation, CONTROL_FLOW):
+            # What its functions close over, the symbols of the trace among it, is in no argument.
+            raise NotImplementedError(f"its `call` has control flow (`keras.ops.{_kind(operation)}`)")
+        if isinstance(operation, numpy_ops.GetItem) and any(map(_has_symbol, tree.flatten(_arguments(operation)))):
+            raise NotImplementedError("its `call` slices by a tensor")
+        if not isinstance(operation, keras.Layer) and find_rule(operation) is None:
+            args, kwargs = _arguments(operation)
+            # Not by what the operation knows of its own shapes: by its `call`, as it will run.
+            keras.Operation.compute_output_spec(operation, *args, **kwargs)
+
+
+def _arguments(operation) -> tuple[tuple, dict]:
+    # Private: what an operation was called with. Made within the call, it was called once.
+    (node,) = operation._inbound_nodes
+    return node.arguments.args, node.arguments.kwargs
+
+
+def _has_symbol(leaf) -> bool:
+    bounds = (leaf.start, leaf.stop, leaf.step) if isinstance(leaf, slice) else ()
+    return any(isinstance(bound, keras.KerasTensor) for bound in bounds)
+
+
+def _reason(error: Exception) -> str:
+    """Why an operation is left to autodiff, in one line: what the engine says, or where its `call` failed."""
+    if isinstance(error, (NotImplementedError, Declined)) and str(error):
+        return str(error).splitlines()[0]
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not any(part in LIBRARIES for part in Path(frame.filename).parts)]
+    named = [frame for frame in own if not Path(frame.filename).name.startswith("__autograph")]
+    where = f", line {named[-1].lineno} of {Path(named[-1].filename).name}" if named else ""
+    said = re.split(r"\n|(?<=\w)\.(?= |$)", str(error).strip())[0]
+    return f"its `call` does not take symbols for tensors ({type(error).__name__}{said and f': {said}'}{where})"
+
+
+LIBRARIES = {"site-packages", Path(__file__).parent.name}
+"""Folders whose files are not the user's."""
 
 
 def _symbol(tensor) -> keras.KerasTensor:
@@ -400,8 +487,6 @@ def trace(
     tracer = Tracer(replace(context, batch=ops.shape(inputs[0])[0] if len(inputs[0].shape) else None), companions)
     given = [get_keras_mask(leaf) for leaf in flatten_inputs(model, x, "x")]
     values = [tracer.masked(tensor, mask) for tensor, mask in zip(inputs, given, strict=True)]
-    integers = hold_integers(model, x)
-    values = [replace(value, integers=whole) for value, whole in zip(values, integers, strict=True)]
     if companions is not None:
         companions.enter(values)
     if is_model(model):
@@ -463,8 +548,22 @@ def _input_dtype(operation) -> str | None:
 
 def _autocast(value: Value, dtype):
     own = keras.backend.standardize_dtype(value.primal.dtype)
-    kept = dtype in (None, own) or value.integers or not keras.backend.is_float_dtype(own)
+    kept = dtype in (None, own) or not keras.backend.is_float_dtype(own)
     return value.primal if kept else ops.cast(value.primal, dtype)
+
+
+def _computed_in(operation, leaf):
+    """An argument as a layer of Keras' computes with it: whole numbers as floats, unless it returns whole numbers."""
+    whole = isinstance(leaf, Value) and not leaf.has_tangents
+    if not whole or not isinstance(operation, keras.Layer) or type(operation).__module__.split(".")[0] != "keras":
+        return leaf
+    symbol = _symbol(leaf.primal)
+    try:
+        computed = operation.compute_output_spec(symbol)
+    except Exception:  # Of several inputs: merged, whole numbers stay whole, or meet floats.
+        return leaf
+    floats = has_tangents(leaves_of(computed)[0])
+    return replace(leaf, primal=ops.cast(leaf.primal, operation.compute_dtype)) if floats else leaf
 
 
 def _record_activity_loss(operation, outputs) -> None:

@@ -39,7 +39,10 @@ def flatten_inputs(model, structure, argument: str) -> list:
 
 
 def standardize_inputs(model, x) -> list:
-    """The model's inputs as a flat list of floating-point tensors, in the order of `model.inputs`.
+    """The model's inputs as a flat list of tensors, in the order of `model.inputs`.
+
+    Bytes become floats, since those of an image stand for real numbers, and no float rounds them. Other whole numbers
+    stay as they are: floats would round token ids, and nothing has a derivative by them.
 
     Raises:
         ValueError: a shape does not fit.
@@ -52,8 +55,7 @@ def standardize_inputs(model, x) -> list:
     inputs = []
     for i, (leaf, spec) in enumerate(zip(leaves, expected, strict=True)):
         tensor = ops.convert_to_tensor(leaf, dtype=None if spec is None else spec.dtype)
-        if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype)):
-            # Bytes of an image: the same numbers as floats, since integers have no tangents.
+        if keras.backend.standardize_dtype(tensor.dtype) == "uint8":
             tensor = ops.cast(tensor, keras.config.floatx())
         if spec is not None:
             tensor = _adjust_rank(tensor, spec.shape)
@@ -75,12 +77,36 @@ def standardize_inputs(model, x) -> list:
     return inputs
 
 
-def hold_integers(model, x) -> list[bool]:
-    """Whether each of the model's inputs holds integers, as far as Keras' mixed precision knows."""
-    leaves, graph = flatten_inputs(model, x, "x"), graph_of(model)
-    expected = leaves if graph is None else graph.inputs
-    dtypes = [keras.backend.standardize_dtype(getattr(leaf, "dtype", type(leaf))) for leaf in expected]
-    return [not keras.backend.is_float_dtype(dtype) for dtype in dtypes]
+def as_floats(inputs: list) -> list:
+    """The inputs, whole numbers as floats: so tangents and probes can be like them, though they count for nothing."""
+    return [x if has_tangents(x) else ops.cast(x, keras.config.floatx()) for x in inputs]
+
+
+def has_tangents(tensor) -> bool:
+    """Whether a tensor holds real or complex numbers, which can have a tangent."""
+    dtype = keras.backend.standardize_dtype(tensor.dtype)
+    return keras.backend.is_float_dtype(dtype) or dtype.startswith("complex")
+
+
+def check_moving(tangents: list, inputs: list, argument: str) -> None:
+    """Raises where tangents, None for zero, are those of whole numbers alone.
+
+    Args:
+        tangents: one for each input.
+        inputs: as the model takes them.
+        argument: what the caller calls the tangents.
+
+    Raises:
+        ValueError: there is no derivative.
+    """
+    given = [x for x, tangent in zip(inputs, tangents, strict=True) if tangent is not None]
+    if given and not any(map(has_tangents, given)):
+        dtypes = ", ".join(sorted({keras.backend.standardize_dtype(x.dtype) for x in given}))
+        raise ValueError(
+            f"Invalid value for argument `{argument}`. Expected real numbers: nothing has a derivative by integers. "
+            f"Received: an input of integers ({dtypes}). If they stand for real numbers, give the model floats; if "
+            'they are token ids, look behind the embedding, as by `linearize(model, x).after("embedding")`.'
+        )
 
 
 def graph_of(model):

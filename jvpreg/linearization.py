@@ -8,7 +8,8 @@ import keras
 from keras import ops, tree
 
 from jvpreg import matrices
-from jvpreg.frozen import FrozenGraph, Node, Value, is_float
+from jvpreg.frozen import FrozenGraph, Node, Value
+from jvpreg.inputs import check_moving
 from jvpreg.tangents import (
     at_least_float32,
     check_count,
@@ -26,14 +27,20 @@ class Linearization:
     """A model frozen at `x`: `u ↦ J u`, `v ↦ Jᵀ v`, and what `f(x)` has beside `J x`. Made by `linearize`.
 
     Attributes:
-        inputs: the model's inputs, a flat list of `(B, …)`.
+        inputs: the model's inputs, a flat list of `(B, …)`, whole numbers as floats. By whole numbers (token ids,
+            lengths, masks) nothing has a derivative: their tangents and gradients count as zero beside those of other
+            inputs, and are an error alone. Bytes, as of images, stand for real numbers.
         outputs: `f(x)`, `(B, …)`, in the model's own structure; the primal pass ran once to get it.
         nodes: the frozen nodes, in the order in which they ran.
+        fallbacks: a dict from the name of each node that was left to the backend's autodiff to the reason.
     """
 
-    def __init__(self, graph: FrozenGraph, inputs: list, outputs, flatten: Callable):
+    def __init__(
+        self, graph: FrozenGraph, inputs: list, outputs, flatten: Callable, fallbacks: Mapping[str, str] | None = None
+    ):
         self.inputs = inputs
         self.outputs = outputs
+        self.fallbacks = dict(fallbacks or {})
         self._graph = graph
         self._flatten_inputs = flatten
         # How a part of a batch gets its intercepts: from the whole.
@@ -91,6 +98,7 @@ class Linearization:
         like += [made[name] if self._whole is None else made[name][: self.inputs[0].shape[0]] for name in taps]
         if u is not None:
             check_count(flat, self.inputs, "u", "x")
+            self._check_moving(flat, "u")
         tangents, probed = standardize_tangents(
             [*flat, *(tangent for _, tangent in given), *taps.values()], like, names
         )
@@ -114,7 +122,11 @@ class Linearization:
         Raises:
             ValueError: a shape does not fit.
         """
+        self._check_moving(self.inputs, "x")
         return self.gradients(v, nodes=[])[0]
+
+    def _check_moving(self, tangents: list, argument: str) -> None:
+        check_moving(tangents, [value.primal for value in self._graph.inputs], argument)
 
     @property
     def intercepts(self) -> dict[str, Any]:
@@ -142,7 +154,7 @@ class Linearization:
         """
         chosen = self.nodes if layers is None else [self.nodes[i] for path in layers for i in self._indices_of(path)]
         found = {name: value for node in chosen for name, value in _named_outputs(node)}
-        return {name: value.primal for name, value in found.items() if value.batched and is_float(value.primal)}
+        return {name: value.primal for name, value in found.items() if value.batched and value.has_tangents}
 
     def gradients(self, v, nodes: Sequence[str] | None = None, with_inputs: bool = True) -> tuple[Any, dict[str, Any]]:
         """`Jᵀ v`, and the gradient of `vᵀ f` at the outputs of nodes, all in one backward pass.
@@ -237,6 +249,7 @@ class Linearization:
             [cut(x) for x in self.inputs],
             tree.map_structure(cut, self.outputs),
             self._flatten_inputs,
+            self.fallbacks,
         )
         part._whole = lambda names: {name: cut(value) for name, value in self.intercepts_of(names).items()}
         return part
@@ -389,6 +402,7 @@ class Linearization:
                 "A linearization that couples the examples of a batch has no Jacobian of each. Use "
                 '`batch_statistics="frozen"` or "moving", and no operation that mixes examples.'
             )
+        self._check_moving(self.inputs, "x")
         return matrices.materialize(self.inputs, tree.flatten(self.outputs), self._push, self._pull, chunk_size)
 
     def affine_map(self, chunk_size: int = 64):

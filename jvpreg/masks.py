@@ -65,8 +65,10 @@ def on_outputs(layer: keras.Layer, inputs, previous, outputs, new_value: Callabl
 
 
 def values_among(*arguments) -> list[Value]:
-    """The values among arguments, and after them their masks."""
-    leaves = [leaf for leaf in tree.flatten(arguments) if isinstance(leaf, Value)]
+    """The values among arguments, in the order in which `map_leaves` comes to them, and after them their masks."""
+    leaves: list[Value] = []
+    # Not `tree.flatten`: it sorts the keys of a dict, which on Torch `map_leaves` takes as they were put in.
+    map_leaves(lambda leaf: leaves.append(leaf) if isinstance(leaf, Value) else None, arguments)
     return leaves + list({leaf.mask.slot: leaf.mask for leaf in leaves if leaf.mask is not None}.values())
 
 
@@ -79,7 +81,7 @@ def symbols(args: tuple, kwargs: dict, make: Callable) -> tuple[Any, list]:
         if value.mask is not None:
             set_keras_mask(symbol, by_slot[value.mask.slot])
     places = iter(made)
-    return tree.map_structure(lambda leaf: next(places) if isinstance(leaf, Value) else leaf, (args, kwargs)), made
+    return map_leaves(lambda leaf: next(places) if isinstance(leaf, Value) else leaf, (args, kwargs)), made
 
 
 def left_on(outputs) -> list:

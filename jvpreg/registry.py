@@ -235,7 +235,16 @@ def identity() -> Pushforward:
 
 
 class Declined(Exception):  # noqa: N818 -- no error: the engine has other ways
-    """Raised by a rule for arguments that it does not cover: the operation is then treated as one without a rule."""
+    """Raised by a rule for arguments that it does not cover: the operation is then treated as one without a rule.
+
+    Args:
+        reason: why.
+        to_autodiff: whether autodiff is what should serve it, so that nobody needs to be told.
+    """
+
+    def __init__(self, reason: str, to_autodiff: bool = False):
+        super().__init__(reason)
+        self.to_autodiff = to_autodiff
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from jvpreg import probes
 from jvpreg.callbacks.measurement import Measurement
 from jvpreg.callbacks.probe import JacobianProbe
 from jvpreg.callbacks.reader import check_probe
-from jvpreg.frozen import is_float
+from jvpreg.inputs import has_tangents
 from jvpreg.linearization import Linearization
 from jvpreg.registry import unwrap
 
@@ -219,12 +219,8 @@ class _Layers:
     def _state(self, linearization: Linearization) -> dict:
         nodes = [node for node in linearization.nodes if any(value.batched for value in node.outputs)]
         self.names = [node.name for node in nodes]
-        inputs = [x if is_float(x) else None for x in linearization.inputs]
-        gains = {}
-        if floats := [x for x in inputs if x is not None]:  # Token ids have no tangents.
-            drawn = iter(probes.draw("gaussian", floats, NUM_PROBES, seed=0))
-            u = [None if x is None else next(drawn) for x in inputs]
-            gains = linearization.gains(u[0] if len(u) == 1 else u)
+        u = probes.draw("gaussian", linearization.inputs, NUM_PROBES, seed=0)
+        gains = linearization.gains(u[0] if len(u) == 1 else u)
         zero = ops.zeros((NUM_PROBES,))
         found = {
             "weights": [_all_finite(_weights(node)) for node in nodes],
@@ -242,7 +238,7 @@ def _weights(node) -> list:
 
 
 def _all_finite(tensors):
-    finite = [ops.all(ops.isfinite(ops.convert_to_tensor(t))) for t in tensors if is_float(t)]
+    finite = [ops.all(ops.isfinite(ops.convert_to_tensor(t))) for t in tensors if has_tangents(t)]
     return ops.all(ops.stack(finite)) if finite else ops.convert_to_tensor(True)
 
 

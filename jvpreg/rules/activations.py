@@ -283,16 +283,17 @@ def sparse_plus(x, y):
 # Activations that mix the entries of one axis.
 
 
-def _from_end(axis: int, x) -> int:
-    """`axis` counted from the end, where the leading probe axis of a tangent does not shift it."""
+def _from_end(axis, x):
+    """`axis`, or each of a tuple, counted from the end, where the leading probe axis of a tangent does not shift it."""
+    if isinstance(axis, (list, tuple)):
+        return tuple(_from_end(each, x) for each in axis)
     return axis if axis < 0 else axis - len(x.shape)
 
 
 @register_rule(activations.softmax)
 def softmax(function, x, context, axis=-1):
-    axis = _from_end(axis, x)
     y = function(x, axis=axis)
-    return y, _softmax_pushforward(y, axis, context)
+    return y, _softmax_pushforward(y, _from_end(axis, x), context)
 
 
 def _softmax_pushforward(y, axes, context) -> Pushforward:
@@ -304,13 +305,13 @@ def _softmax_pushforward(y, axes, context) -> Pushforward:
 
 @register_rule(activations.log_softmax)
 def log_softmax(function, x, context, axis=-1):
-    axis = _from_end(axis, x)
     y = function(x, axis=axis)
+    axis = _from_end(axis, x)
 
     def push(tangent, probabilities):
         return tangent - sum_of_products(probabilities, tangent, axis, context)
 
-    return y, Pushforward(push, ops.exp(y), couples_examples=axis == -len(x.shape))
+    return y, Pushforward(push, ops.exp(y), couples_examples=-len(x.shape) in tree.flatten(axis))
 
 
 @register_rule(activations.sparsemax)
@@ -406,5 +407,4 @@ def prelu(layer, x, context):
 def softmax_layer(layer, x, context, mask=None):
     # What is masked is 0 in the output, and with it every tangent there.
     y = layer.call(x, mask=mask)
-    axes = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
-    return y, _softmax_pushforward(y, [_from_end(axis, x) for axis in axes], context)
+    return y, _softmax_pushforward(y, _from_end(layer.axis, x), context)

@@ -3,13 +3,21 @@
 import math
 
 import keras
+import numpy as np
 from keras import ops
 
 # Private: the operations' classes, by which a graph's nodes are known, have no public names.
 from keras.src.ops import nn
 
-from jvpreg.eager import shape_of
+from jvpreg.eager import cast, shape_of
 from jvpreg.registry import Declined, Pushforward, register_rule
+
+
+def _usual_scale(size: int) -> float:
+    """`1 / √size`, as Keras has it: on TensorFlow it is rounded to 32 bits, whatever it is multiplied with."""
+    if keras.backend.backend() == "tensorflow":
+        return float(np.float32(1) / np.sqrt(np.float32(size)))
+    return 1 / math.sqrt(size)
 
 
 @register_rule(nn.DotProductAttention)
@@ -19,7 +27,7 @@ def dot_product_attention(operation, query, key, value, context, bias=None, mask
         raise Declined("a soft cap of the logits")
     if bias is not None:
         raise Declined("a bias")
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scale = _usual_scale(query.shape[-1]) if scale is None else scale
     groups = query.shape[2] // key.shape[2]
 
     # Index legend: b batch, t and s positions of queries and of keys, m heads of keys, g queries' heads for each, h
@@ -43,7 +51,9 @@ def dot_product_attention(operation, query, key, value, context, bias=None, mask
                 else ops.reshape(mask, (-1, key.shape[2], groups, *shape_of(mask)[2:]))
             )
         logits = ops.where(mask, logits, -1e30 if keras.backend.standardize_dtype(logits.dtype) != "float16" else -6e4)
-    probabilities = ops.softmax(logits)
+    if keras.backend.backend() == "jax":  # which takes the softmax in 32 bits, whatever it is of
+        logits = cast(logits, "float32")
+    probabilities = cast(ops.softmax(logits), key.dtype)
 
     def merged(heads):
         shape = ops.shape(heads)

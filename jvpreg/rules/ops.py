@@ -58,6 +58,8 @@ SLOPES: dict[type, Callable] = {
 @register_rule(*SLOPES)
 def elementwise(operation, x, context):
     y = operation.call(x)
+    if isinstance(operation, numpy_ops.Absolute) and _is_complex(x):
+        raise Declined("an absolute value is not differentiable as a function of a complex number")
     return y, scale(SLOPES[type(operation)](x, y))
 
 
@@ -131,6 +133,10 @@ def clip(operation, x, context):
     numpy_ops.Tril,
     numpy_ops.Triu,
     numpy_ops.Copy,
+    numpy_ops.Conjugate,
+    numpy_ops.Imag,
+    numpy_ops.Real,
+    math_ops.ViewAsReal,
     nn.AveragePool,
     nn.AdaptiveAveragePool,
     image.Resize,
@@ -166,9 +172,13 @@ def broadcast_to(operation, x, context):
 
 @register_rule(core.Cast, core.ConvertToTensor)
 def cast(operation, x, context):
-    y = operation.call(x)
-    floats = [keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype)) for tensor in (x, y)]
-    return y, Pushforward(operation.call) if all(floats) else None
+    return operation.call(x), Pushforward(operation.call)
+
+
+@register_rule(math_ops.ViewAsComplex)
+def view_as_complex(operation, x, context):
+    # Not by the operation itself, which has no `call` of its own on every backend.
+    return ops.view_as_complex(x), Pushforward(each_probe(ops.view_as_complex))
 
 
 @register_rule(numpy_ops.Pad)
@@ -228,7 +238,11 @@ def take(operation, x, indices, context):
 
 
 def _is_number(operand) -> bool:
-    return isinstance(operand, (int, float))
+    return isinstance(operand, (int, float, complex))
+
+
+def _is_complex(tensor) -> bool:
+    return "complex" in keras.backend.standardize_dtype(tensor.dtype)
 
 
 def _like(operand, tangent):
@@ -242,6 +256,7 @@ def _partials(operands, parts: list[Callable], y, *residuals) -> Pushforward:
     The residuals are the operands themselves, or have the output's shape. A number among the operands has no tangent.
     """
     rank = len(y.shape)
+    dtype = y.dtype if _is_complex(y) else None  # which real tangents are made to have
     parts = [part for part, operand in zip(parts, operands, strict=True) if not _is_number(operand)]
     kept = [residual for residual in residuals if not _is_number(residual)]
 
@@ -249,7 +264,8 @@ def _partials(operands, parts: list[Callable], y, *residuals) -> Pushforward:
         tangents, frozen = arguments[: len(parts)], iter(arguments[len(parts) :])
         values = [residual if _is_number(residual) else next(frozen) for residual in residuals]
         like = next(frozen, None)
-        images = [part(align(t, rank + 1), *values) for part, t in zip(parts, tangents, strict=True) if t is not None]
+        moved = [(part, align(t, rank + 1)) for part, t in zip(parts, tangents, strict=True) if t is not None]
+        images = [part(convert(t, dtype or t.dtype), *values) for part, t in moved]
         image = functools.reduce(ops.add, images)
         return image if like is None else ops.add(image, ops.zeros_like(like, dtype=image.dtype))
 
@@ -368,17 +384,23 @@ def _probed(subscripts: str, i: int) -> str | None:
     return f"{','.join(given)}->{probes}{result}"
 
 
-@register_rule(nn.Conv, nn.DepthwiseConv)
+@register_rule(nn.Conv, nn.DepthwiseConv, nn.ConvTranspose)
 def convolution(operation, x, kernel, context):
+    call = operation.call
+    if isinstance(operation, nn.ConvTranspose):
+        # Not by the operation itself, whose `call` gives its arguments in another order than they are taken.
+        names = ("strides", "padding", "output_padding", "data_format", "dilation_rate")
+        call = functools.partial(ops.conv_transpose, **{name: getattr(operation, name) for name in names})
+
     def push(x_tangent, kernel_tangent, x, kernel):
         images = []
         if x_tangent is not None:
-            images.append(unfold(operation.call(fold(x_tangent), kernel[0]), ops.shape(x_tangent)[0]))
+            images.append(unfold(call(fold(x_tangent), kernel[0]), ops.shape(x_tangent)[0]))
         if kernel_tangent is not None:
-            images.append(each_probe(lambda t: operation.call(x[0], t))(kernel_tangent))
+            images.append(each_probe(lambda t: call(x[0], t))(kernel_tangent))
         return functools.reduce(ops.add, images)
 
-    return operation.call(x, kernel), Pushforward(push, x, kernel, takes_none=True)
+    return call(x, kernel), Pushforward(push, x, kernel, takes_none=True)
 
 
 @register_rule(numpy_ops.Concatenate, numpy_ops.Stack, numpy_ops.Hstack, numpy_ops.Vstack)
@@ -434,6 +456,8 @@ def extremum(operation, x, context):
 
 @register_rule(numpy_ops.Var, numpy_ops.Std)
 def variance(operation, x, context):
+    if _is_complex(x):
+        raise Declined("a variance of complex numbers")
     axes = _reduced_axes(operation, x)
     y = operation.call(x)
     centered = x - ops.mean(x, axis=axes, keepdims=True)
@@ -491,6 +515,7 @@ def normalize(operation, x, context):
     numpy_ops.Ceil,
     numpy_ops.Equal,
     numpy_ops.Floor,
+    numpy_ops.FloorDivide,
     numpy_ops.Greater,
     numpy_ops.GreaterEqual,
     numpy_ops.Isfinite,
@@ -503,6 +528,7 @@ def normalize(operation, x, context):
     numpy_ops.OnesLike,
     numpy_ops.Round,
     numpy_ops.Sign,
+    numpy_ops.Trunc,
     numpy_ops.ZerosLike,
 )
 def constant(operation, *inputs, context, **kwargs):

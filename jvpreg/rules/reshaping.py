@@ -29,5 +29,5 @@ def rearrange(layer, x, context):
 @register_rule(layers.RandomCrop)
 def random_crop(layer, x, context):
     if context.training:
-        raise Declined("a random crop")
+        raise Declined("it crops at random", to_autodiff=True)
     return layer.call(x, training=False), linear(lambda tangent: layer.call(tangent, training=False))

@@ -1,0 +1,109 @@
+"""Whole numbers as inputs: they reach the layers as they are, and nothing has a derivative by them."""
+
+import keras
+import numpy as np
+import pytest
+from compare import assert_close, normal, numpy
+from keras import layers, ops
+
+import jvpreg
+
+DTYPES = ["int8", "int16", "int32", "int64", "uint16", "bool"]
+
+
+class Remainder(layers.Layer):
+    def call(self, x):
+        return ops.cast(ops.mod(ops.cast(x, "int32"), 7), "float32")
+
+
+def remainders(dtype, shape=(2,)):
+    return keras.Sequential([keras.Input(shape, dtype=dtype), Remainder()])
+
+
+@pytest.mark.parametrize("floatx", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_float_rounds_them(dtype, floatx):
+    before = keras.config.floatx()
+    keras.config.set_floatx(floatx)
+    try:
+        model = remainders(dtype)
+        # Beyond what halves hold exactly, and in 32 bits what floats do.
+        largest = {"bool": 1, "int8": 127, "int16": 2**12 + 1, "uint16": 2**12 + 1}.get(dtype, 2**24 + 1)
+        x = np.array([[largest, 0], [largest - 1, 1]]).astype(dtype)
+        expected = numpy(model(x))
+        np.testing.assert_array_equal(numpy(jvpreg.linearize(model, x).outputs), expected)
+        np.testing.assert_array_equal(expected, x.astype("int64") % 7)
+    finally:
+        keras.config.set_floatx(before)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: layers.Dense(2),
+        lambda: layers.Rescaling(0.5),
+        lambda: layers.Normalization(mean=1.0, variance=4.0),
+        lambda: layers.LayerNormalization(),
+        lambda: layers.Flatten(),
+        lambda: layers.Embedding(50, 2),
+    ],
+    ids=["dense", "rescaling", "normalization", "layer-normalization", "flatten", "embedding"],
+)
+def test_layers_compute_with_them_as_in_keras(layer):
+    x = np.array([[3, 49], [7, 0]], "int32")
+    model = keras.Sequential([keras.Input((2,), dtype="int32"), layer()])
+    outputs, expected = jvpreg.linearize(model, x).outputs, model(x)
+    assert outputs.dtype == expected.dtype
+    assert_close(outputs, expected, 1e-6)
+
+
+def tokens_and_numbers():
+    tokens, numbers = keras.Input((2,), dtype="int32", name="tokens"), keras.Input((3,), name="numbers")
+    words = layers.Flatten()(layers.Embedding(5000, 3)(tokens))
+    hidden = layers.Concatenate()([words, layers.Dense(4, activation="tanh")(numbers)])
+    return keras.Model({"tokens": tokens, "numbers": numbers}, layers.Dense(2)(hidden))
+
+
+def test_beside_floats_their_tangents_count_for_nothing():
+    model = tokens_and_numbers()
+    x = {"tokens": np.array([[4999, 1], [2051, 2]]), "numbers": normal(2, 3)}
+    lin = jvpreg.linearize(model, x)
+    assert_close(lin.outputs, model(x), 1e-6)
+    u = normal(2, 3, seed=1)
+    alone = lin.jvp({"tokens": None, "numbers": u})
+    assert np.abs(numpy(alone)).max() > 1e-3
+    assert_close(lin.jvp({"tokens": np.ones((2, 2)), "numbers": u}), alone, 1e-6)
+    assert_close(jvpreg.jvp(model, x, {"tokens": np.ones((2, 2)), "numbers": u})[1], alone, 1e-6)
+    at_numbers, at_tokens = lin.vjp(np.ones((2, 2)))
+    assert np.abs(numpy(at_numbers)).max() > 1e-3
+    assert np.abs(numpy(at_tokens)).max() == 0
+
+
+ASKED = {
+    "jvp": lambda model, x: jvpreg.jvp(model, x, np.ones(x.shape)),
+    "lin.jvp": lambda model, x: jvpreg.linearize(model, x).jvp(np.ones(x.shape)),
+    "vjp": lambda model, x: jvpreg.vjp(model, x, np.ones((2, 3))),
+    "jacobian": jvpreg.jacobian,
+    "estimator": lambda model, x: jvpreg.estimators.frobenius_norm(jvpreg.linearize(model, x), num_probes=2),
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_by_them_alone_there_is_no_derivative(asked):
+    embedded = [layers.Embedding(50, 4, name="embedding"), layers.GlobalAveragePooling1D(), layers.Dense(3)]
+    model = keras.Sequential([keras.Input((6,), dtype="int32"), *embedded])
+    x = np.ones((2, 6), "int32")
+    with pytest.raises(ValueError, match=r"Invalid value for argument `[ux]`.* by integers.*int32.*after\("):
+        ASKED[asked](model, x)
+
+
+def test_what_an_embedding_returns_has_one():
+    model = keras.Sequential(
+        [keras.Input((6,), dtype="int32"), layers.Embedding(50, 4, name="words"), layers.Flatten()]
+    )
+    x = np.array([[3, 1, 4, 1, 5, 9]])
+    lin = jvpreg.linearize(model, x)
+    assert_close(lin.after("words").jvp(np.ones((1, 6, 4))), np.ones((1, 24)), 1e-6)
+    (table,) = model.trainable_variables
+    moved = lin.jvp(weights=[(table, np.ones((50, 4)))])
+    assert_close(moved, np.ones((1, 24)), 1e-6)
