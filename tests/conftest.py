@@ -1,12 +1,24 @@
-"""Float64 where a test asks for it, the same seed for every test, no network."""
+"""Float64 where a test asks for it, the same seed for every test, no network; compiled and computed cheaply."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_ENABLE_X64", "1")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # Tests compile much and compute little.
 os.environ.setdefault("WANDB_MODE", "offline")
+# There is a process of pytest-xdist for each core: further threads would only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
+# Most of JAX' programs are the same from test to test: what one process has compiled, all of them load.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import keras
 import pytest
@@ -45,5 +57,12 @@ def own_rules(monkeypatch):
 
 def pytest_addoption(parser):
     # JAX compiles every operation of every graph.
-    default = 40 if keras.backend.backend() == "jax" else 200
+    default = 20 if keras.backend.backend() == "jax" else 100
     parser.addoption("--fuzz", type=int, default=default, help="how many random graphs tests/test_fuzz.py checks")
+    parser.addoption("--studies", action="store_true", help="test the studies whatever the backend")
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "every_backend: of a study, about the backend: see tests/experiments/conftest.py"
+    )

@@ -80,6 +80,7 @@ def measured():
     return row
 
 
+@pytest.mark.every_backend
 def test_every_competitor_is_right_and_timed(measured):
     assert (measured["input_shape"], measured["output_shape"]) == ([6, 6, 2], [3])
     for along in ("input", "weight"):
@@ -140,6 +141,7 @@ def registered(monkeypatch):
     monkeypatch.setattr(architectures, "ARCHITECTURES", (SMALL, SMOOTH))
 
 
+@pytest.mark.every_backend
 def test_several_directions_are_pushed_at_once(registered, tmp_path):
     config = benchmark.ProbesConfig(architecture="small", counts=[3, 1], folder=str(tmp_path), **CONFIG)
     summary = benchmark.probes(config)
@@ -161,6 +163,7 @@ def test_several_directions_are_pushed_at_once(registered, tmp_path):
     assert "| one more |" in (tmp_path / "probes.md").read_text()
 
 
+@pytest.mark.every_backend
 def test_products_one_after_the_other_are_right_and_timed(registered, tmp_path):
     config = benchmark.IterateConfig(architecture="smooth", counts=[1, 3], folder=str(tmp_path), **CONFIG)
     summary = benchmark.iterate(config)

@@ -93,6 +93,7 @@ def test_a_process_that_is_killed_has_run_out_of_memory_and_another_failure_is_t
         failed("stopped after 3600 s")
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
 @pytest.mark.parametrize("entry", memory_entries.ENTRIES, ids=lambda entry: entry.name)
 def test_every_entry_runs(entry, mode, config):
@@ -105,6 +106,7 @@ def test_every_entry_runs(entry, mode, config):
         assert counted >= (0 if entry.name == "training" else 4 * 10 * 4)
 
 
+@pytest.mark.every_backend
 def test_buffers_are_counted_once_and_the_weights_never(config):
     subject = memory_entries.subject(config, 1, None)
     tensor = ops.convert_to_tensor(np.arange(1000, dtype="float32")) + 1

@@ -39,6 +39,7 @@ def summary(config):
         return benchmark.step(config)
 
 
+@pytest.mark.every_backend
 def test_every_entry_is_checked_and_timed(summary):
     rows = {row["name"]: row for row in summary["entries"]}
     assert list(rows) == [*(entry.name for entry in entries.ENTRIES), "wrong"]

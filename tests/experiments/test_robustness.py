@@ -37,6 +37,7 @@ def margins(model, split):
     return logits[own] - logits[other], (kernel[:, 0] - kernel[:, 1]).astype(np.float64)
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("epsilon", [0.01, 0.03, 0.05])
 def test_both_attacks_reach_the_worst_case_of_a_linear_classifier(linear, split, epsilon):
     config = RobustnessConfig(examples=600, noise=[], epsilons=[epsilon], pgd_steps=10, pgd_step_size=0.25)

@@ -66,6 +66,7 @@ def finished(tmp_path_factory):
     return result, RunFolder(path)
 
 
+@pytest.mark.every_backend
 def test_the_folder_holds_what_it_promises(finished):
     result, folder = finished
     assert yaml.safe_load(folder.config.read_text())["jacobian"]["strength"] == 0.01
@@ -82,6 +83,7 @@ def test_the_folder_holds_what_it_promises(finished):
     assert result["jacobian/frobenius_norm"] > result["jacobian/frobenius_norm_sem"] > 0
 
 
+@pytest.mark.every_backend
 def test_the_saved_model_is_the_one_that_was_evaluated(finished):
     result, folder = finished
     model = keras.models.load_model(folder.model)
@@ -130,8 +132,9 @@ def test_resuming_needs_a_run_of_the_same_configuration(finished, tmp_path):
         train(other)
 
 
+@pytest.mark.every_backend
 def test_a_killed_run_continues_to_where_it_would_have_come(tmp_path):
-    config = small(tmp_path / "killed", epochs=8, wandb=WandbConfig(mode="offline"))
+    config = small(tmp_path / "killed", epochs=5, wandb=WandbConfig(mode="offline"))
     folder = RunFolder(tmp_path / "killed")
     kill_between_epochs(config, folder)
     done = folder.finished_epochs()
