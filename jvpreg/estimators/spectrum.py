@@ -19,13 +19,13 @@ class RitzValues(NamedTuple):
     Attributes:
         values: σ, `(B, k)`.
         inputs: v, `(B, k, n)`.
-        outputs: u, `(B, k, m)`, with `A v = σ u`.
+        images: A v, `(B, k, m)`.
         gram_residual: `‖AᵀA v − σ² v‖`, `(B, k)`.
     """
 
     values: Any
     inputs: Any
-    outputs: Any
+    images: Any
     gram_residual: Any
 
     @property
@@ -83,7 +83,8 @@ def top_singular_values(
     """
     operator = as_operator(linearization)
     ritz, unit, converged, num_matvecs = _singular_triplets(operator, k, tol, num_iterations, max_restarts, seed)
-    right, left = _completed(ritz.inputs), ritz.outputs
+    # Not the left vectors of the SVD: of repeated values, rounding may turn them against those on the right.
+    right, left = _completed(ritz.inputs), _completed(ritz.images)
     if operator.upright is not operator:
         right, left = left, right
     vectors = tuple(ops.transpose(rows, (1, 0, 2)) for rows in (left, right))
@@ -324,7 +325,7 @@ def _singular_triplets(operator: Operator, k, tol, num_iterations, max_restarts,
             images = forward(rows)
             return images, backward(images)
 
-        def cycle(i, _values, start, _outputs, _residual):
+        def cycle(i, _values, start, _images, _residual):
             basis, images, returned = block_krylov(apply, start, num_iterations, (outputs, size))
             return i + 1, *_ritz(basis, images, returned, k)
 
@@ -335,8 +336,8 @@ def _singular_triplets(operator: Operator, k, tol, num_iterations, max_restarts,
 
         start = ops.transpose(operator.draw("gaussian", k, seed), (1, 0, 2))
         nothing = ops.zeros((operator.batch_size, k), operator.dtype)
-        left = ops.zeros((operator.batch_size, k, outputs), operator.dtype)
-        state = (ops.convert_to_tensor(0), nothing, start, left, nothing + np.inf)
+        images = ops.zeros((operator.batch_size, k, outputs), operator.dtype)
+        state = (ops.convert_to_tensor(0), nothing, start, images, nothing + np.inf)
         cycles, *parts = ops.while_loop(unfinished, cycle, state)
         ritz, num_matvecs = RitzValues(*parts), cycles * (2 * k * num_iterations) + 1
     return ritz, unit, ritz.residual <= tol * ritz.values[:, :1], num_matvecs
@@ -359,13 +360,12 @@ def _materialized(operator: Operator, k: int) -> tuple:
 def _ritz(basis, images, returned, k: int) -> RitzValues:
     """Rayleigh-Ritz: `A` within the rows of `basis`, where `images` are their `A v` and `returned` their `AᵀA v`."""
     # The SVD of the triangle is that of all images, of which the Gram matrix would lose half of the digits.
-    columns, triangle = ops.qr(ops.transpose(images, (0, 2, 1)))
-    left, values, right = ops.svd(triangle)
+    _, triangle = ops.qr(ops.transpose(images, (0, 2, 1)))
+    _, values, right = ops.svd(triangle)
     values, right = values[:, :k], right[:, :k]
     inputs = ops.matmul(right, basis)
-    outputs = ops.transpose(ops.matmul(columns, left[:, :, :k]), (0, 2, 1))
     off = ops.matmul(right, returned) - ops.expand_dims(values**2, -1) * inputs
-    return RitzValues(values, inputs, outputs, ops.norm(off, axis=-1))
+    return RitzValues(values, inputs, ops.matmul(right, images), ops.norm(off, axis=-1))
 
 
 def _completed(rows):
