@@ -21,11 +21,12 @@ lint: .venv-tensorflow/installed
 test-tensorflow test-jax test-torch: test-%: .venv-%/installed
 	KERAS_BACKEND=$* .venv-$*/bin/python -m pytest -n 2 --dist loadfile tests jvpreg
 
-# An environment for each backend, without the others: nothing may import what its users do not have.
+# An environment for each backend, without the others: nothing may import what its users do not have. Not compiled to
+# bytecode beforehand, which takes half a minute and is mostly of modules that nothing imports.
 .venv-%/installed: pyproject.toml
 	$(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --upgrade pip
-	.venv-$*/bin/python -m pip install --quiet --group $* --group test --editable .[experiments]
+	.venv-$*/bin/python -m pip install --quiet --no-compile --group $* --group test --editable .[experiments]
 	touch $@
 
 clean:

@@ -56,8 +56,8 @@ def own_rules(monkeypatch):
 
 
 def pytest_addoption(parser):
-    # JAX compiles every operation of every graph.
-    default = 20 if keras.backend.backend() == "jax" else 100
+    # TensorFlow traces a graph for each anew, and JAX compiles every operation of every graph.
+    default = {"tensorflow": 100, "jax": 20}.get(keras.backend.backend(), 200)
     parser.addoption("--fuzz", type=int, default=default, help="how many random graphs tests/test_fuzz.py checks")
     parser.addoption("--studies", action="store_true", help="test the studies whatever the backend")
 
