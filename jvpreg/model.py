@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import keras
 from keras import ops, tree
@@ -20,12 +19,21 @@ from jvpreg.regularizers.base import (
     outcomes,
     requests,
 )
-from jvpreg.steps import RunningStep, alternate, example_weights, weighted_mean
+from jvpreg.steps import SteppedModel
 from jvpreg.trackers import MeasureTracker, PenaltyTracker, StopAtNonFinitePenalty
+from jvpreg.weighting import (
+    check_labels_beside,
+    compiled_labels,
+    compiled_weights,
+    example_weights,
+    given_weights,
+    own_keys,
+    weighted_mean,
+)
 
 
 @keras.saving.register_keras_serializable(package="jvpreg")
-class JacobianModel(keras.Model):
+class JacobianModel(SteppedModel):
     """Wraps a model so that `compile` takes Jacobian regularizers. It computes just what the model computes.
 
     In a training step the model runs once, and that run serves the outputs, the loss and every penalty; batch
@@ -53,8 +61,6 @@ class JacobianModel(keras.Model):
     ['jacobian_norm', 'loss']
     """
 
-    train_function: Any
-
     def __init__(self, base: keras.Model, seed: int | None = None, **kwargs):
         if not isinstance(base, keras.Model) or isinstance(base, JacobianModel):
             raise ValueError(
@@ -65,19 +71,12 @@ class JacobianModel(keras.Model):
         super().__init__(**{"autocast": False, "dtype": base.dtype_policy, **kwargs})
         self.base = base
         self.seed = seed
-        self.jacobian_regularizers: tuple[JacobianRegularizer, ...] = ()
+        if hasattr(base, "output_names"):
+            # By these, Keras finds the losses, metrics and weights of several outputs, and names what it logs.
+            self.output_names = base.output_names
         self._training_seed = keras.random.SeedGenerator(seed)
         # Evaluation draws from a generator of its own: validating must not change what is trained.
         self._evaluation_seed = keras.random.SeedGenerator(seed)
-        self._step = self.add_weight(
-            shape=(),
-            initializer="zeros",
-            dtype="int32",
-            trainable=False,
-            name="jacobian_step",
-            autocast=False,
-        )
-        self._running = RunningStep()
         self._trackers: list[PenaltyTracker] = []
         # What the regularizers measure beside their penalties, in their order.
         self._measures: list[MeasureTracker] = []
@@ -125,14 +124,6 @@ class JacobianModel(keras.Model):
         """Those of every penalty."""
         return self._trackers
 
-    def _is_plain_step(self) -> bool:
-        """Whether the step is known to have no penalty, and the base model is the faster way to take it.
-
-        Under XLA and on JAX it is not: there the engine's max pooling has the cheaper gradient.
-        """
-        compiled_by_xla = keras.backend.backend() != "tensorflow" or self.jit_compile
-        return self._running.due is False and not compiled_by_xla
-
     def compute_output_shape(self, input_shape):
         """The base model's."""
         return self.base.compute_output_shape(input_shape)
@@ -161,7 +152,9 @@ class JacobianModel(keras.Model):
             ValueError: an argument is out of its range, two regularizers share a name or contradict each other, or one
                 does not fit the model.
 
-        `sample_weight` (and `class_weight`) of shape `(B,)` weigh an example's penalty as they weigh its loss.
+        `sample_weight` and `class_weight` weigh an example's penalty as they weigh its loss. Of several outputs with
+        a weight each, an example has the mean, and so it has of weights `(B, T)` of steps in time; a regularizer with
+        labels of its own has their weight, where they are given one.
         """
         regularizers = check_regularizers(jacobian_regularizers, "jacobian_regularizers")
         _check_compile_arguments(regularizers, jacobian_interval, jacobian_fraction)
@@ -187,7 +180,13 @@ class JacobianModel(keras.Model):
 
         Raises:
             FloatingPointError: a penalty was not finite in an epoch; the error names it and the step.
+            ValueError: there are weights and no labels, without which Keras would drop them.
         """
+        if self._has_penalties:
+            check_labels_beside(kwargs.get("sample_weight"), y)
+            given = [kwargs.get(name) for name in ("sample_weight", "class_weight", "validation_split")]
+            weights = given_weights(y, own_keys(self.jacobian_regularizers), *given)
+            kwargs |= dict(zip(("sample_weight", "class_weight"), weights, strict=True))
         if self._all_trackers:
             watch = StopAtNonFinitePenalty(self._all_trackers)
             # First in line: an epoch that went wrong must not be saved as a checkpoint.
@@ -199,44 +198,20 @@ class JacobianModel(keras.Model):
                 callbacks = [watch, *tree.flatten(callbacks or [])]
         return super().fit(x, y, batch_size, epochs, verbose, callbacks, **kwargs)
 
-    def make_train_function(self, force=False):
-        """As Keras'. With an interval, a function for the steps with penalties and one for those without.
+    def evaluate(self, x=None, y=None, batch_size=None, verbose="auto", sample_weight=None, **kwargs):
+        """As `keras.Model.evaluate`.
 
-        The choice is made on the host, which counts the steps itself: inside a compiled step it would be a
-        conditional, and XLA on CPU runs the convolutions of a branch several times slower. Where one function takes
-        several steps, where nothing is compiled, and on Torch, the conditional it is.
+        Raises:
+            ValueError: there are weights and no labels.
         """
-        alone = self.run_eagerly or self.steps_per_execution > 1 or keras.backend.backend() == "torch"
-        if not self.jacobian_regularizers or self.jacobian_interval == 1 or alone:
-            return super().make_train_function(force)
-        if self.train_function is None or force:
-            functions = {due: self._train_function_when(due) for due in (True, False)}
-            taken = int(ops.convert_to_numpy(self._step))
-            self.train_function = alternate(functions, self.jacobian_interval, first=taken)
-        return self.train_function
+        if self._has_penalties:
+            check_labels_beside(sample_weight, y)
+        return super().evaluate(x, y, batch_size, verbose, sample_weight, **kwargs)
 
-    def _train_function_when(self, due: bool):
-        def train_step(*args, **kwargs):
-            with self._running.scheduled(due):
-                return type(self).train_step(self, *args, **kwargs)
-
-        # Keras compiles the attribute, and JAX would take one method for the same function twice.
-        self.train_step = train_step  # type: ignore[method-assign]
-        try:
-            super().make_train_function(force=True)
-        finally:
-            del self.train_step
-        return self.train_function
-
-    def train_step(self, *args, **kwargs):
-        """One step of `fit`, as Keras does it on this backend."""
-        with self._running.step(penalized=self._has_penalties):
-            return super().train_step(*args, **kwargs)
-
-    def test_step(self, *args, **kwargs):
-        """One step of `evaluate`, as Keras does it on this backend."""
-        with self._running.step(penalized=self._has_penalties and self.jacobian_evaluate):
-            return super().test_step(*args, **kwargs)
+    def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
+        """As Keras'."""
+        weights = given_weights(y, own_keys(self.jacobian_regularizers), sample_weight, class_weight)
+        return super().train_on_batch(x, y, *weights, return_dict)
 
     def get_metrics_result(self):
         """As Keras', without the penalties in an evaluation that leaves them out."""
@@ -252,7 +227,8 @@ class JacobianModel(keras.Model):
         if self.loss is None and not self.losses and linearization is not None:
             loss = ops.zeros(())  # Penalties alone: Keras would have nothing to compute.
         else:
-            loss = super().compute_loss(x, self._compiled_labels(y), y_pred, sample_weight, training=training)
+            labels, weights = self._compiled(y, sample_weight)
+            loss = super().compute_loss(x, labels, y_pred, weights, training=training)
         if linearization is None:
             if self._running.penalized and self._is_plain_step():
                 self._step.assign(self._step + 1)
@@ -263,32 +239,25 @@ class JacobianModel(keras.Model):
         return loss + ops.cast(self._aggregate_additional_loss(penalty), loss.dtype)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
-        """As Keras', with the labels that are the loss's."""
-        return super().compute_metrics(x, self._compiled_labels(y), y_pred, sample_weight)
+        """As Keras', with the labels and weights that are the loss's."""
+        labels, weights = self._compiled(y, sample_weight)
+        return super().compute_metrics(x, labels, y_pred, weights)
 
-    def _compiled_labels(self, labels):
-        """The labels without those that are a regularizer's own; what is left alone is no dict."""
-        own = {key for regularizer in self.jacobian_regularizers for key in regularizer.label_keys}
-        if not own:
-            return labels
-        if not isinstance(labels, dict) or not own < set(labels):
-            raise ValueError(
-                f"Invalid value for argument `y`. Expected a dict with the labels of the loss and {sorted(own)}, which "
-                f"a regularizer asks for. Received: {sorted(labels) if isinstance(labels, dict) else type(labels)}"
-            )
-        left = {key: value for key, value in labels.items() if key not in own}
-        return next(iter(left.values())) if len(left) == 1 else left
+    def _compiled(self, labels, sample_weight) -> tuple:
+        """The labels and weights without those that are a regularizer's own."""
+        own = own_keys(self.jacobian_regularizers)
+        return compiled_labels(labels, own, alone=self.loss is None), compiled_weights(sample_weight, own)
 
     def _penalty(self, linearization: Linearization, labels, sample_weight, training: bool):
         """The weighted sum of the penalties' means, a scalar; the trackers are updated."""
         batch = ops.shape(tree.flatten(linearization.outputs)[0])[0]
         indices = self._draw_examples(batch) if training and self.jacobian_fraction < 1 else None
         inputs, outputs = _single(linearization.inputs), linearization.outputs
+        own_labels = own_keys(self.jacobian_regularizers)
+        weights = [example_weights(sample_weight, own_labels, r.label_keys) for r in self.jacobian_regularizers]
         if indices is not None:
-            inputs, outputs, labels, sample_weight = tree.map_structure(
-                lambda t: ops.take(t, indices, axis=0),
-                (inputs, outputs, labels, sample_weight),
-                none_is_leaf=False,
+            inputs, outputs, labels, weights = tree.map_structure(
+                lambda t: ops.take(t, indices, axis=0), (inputs, outputs, labels, weights), none_is_leaf=False
             )
         # The directions are drawn outside the conditional below: a seed must not advance inside a branch.
         seed = self._training_seed if training else self._evaluation_seed
@@ -308,9 +277,10 @@ class JacobianModel(keras.Model):
             for at, members, seen, asked in views:
                 on_data = at == "data"
                 chosen = seen.take(indices) if on_data and indices is not None else seen
-                weights = example_weights(sample_weight) if on_data else None
-                for i, outcome in zip(members, outcomes(chosen, asked, labels if on_data else None), strict=True):
-                    found[i], means[i] = outcome, ops.cast(weighted_mean(outcome.penalty, weights), dtype)
+                given = [weights[i] if on_data else None for i in members]
+                came = outcomes(chosen, asked, labels if on_data else None, given)
+                for i, outcome, weight in zip(members, came, given, strict=True):
+                    found[i], means[i] = outcome, ops.cast(weighted_mean(outcome.penalty, weight), dtype)
             measured = [
                 ops.cast(outcome.measured[name], dtype)
                 for outcome, regularizer in zip(found, self.jacobian_regularizers, strict=True)
@@ -336,19 +306,6 @@ class JacobianModel(keras.Model):
         factor = self.jacobian_interval if training else 1
         strengths = [ops.convert_to_tensor(r.strength_at(step), means.dtype) for r in self.jacobian_regularizers]
         return factor * ops.sum(ops.stack(strengths) * means)
-
-    def _run_when_due(self, compute, skip, training: bool):
-        """What `compute` or `skip` returns, which of them (1 or 0), and the number of the training step, from 1."""
-        # A sum, and so a tensor of its own: the variable's value would move with the assignment.
-        step = self._step + 1
-        if training:
-            self._step.assign(step)
-        if not training or self.jacobian_interval == 1:
-            return compute(), 1.0, step
-        if self._running.due is not None:
-            return (compute(), 1.0, step) if self._running.due else (skip(), 0.0, step)
-        due = ops.equal((step - 1) % self.jacobian_interval, 0)
-        return ops.cond(due, compute, skip), ops.cast(due, "float32"), step
 
     def _draw_examples(self, batch):
         """Indices of a random part of the batch, `(N,)`."""

@@ -1,11 +1,15 @@
-"""What the parts of a training step share, in which order kinds of steps are taken, and how examples are weighed."""
+"""Steps with penalties and without: in which order they are taken, and what the parts of one share."""
 
 import contextlib
 import threading
+from collections.abc import Callable
+from typing import Any
 
+import keras
 from keras import ops
 
 from jvpreg.linearization import Linearization
+from jvpreg.regularizers.base import JacobianRegularizer
 
 
 class RunningStep(threading.local):
@@ -35,29 +39,154 @@ class RunningStep(threading.local):
             self.active, self.penalized, self.linearization = False, False, None
 
 
-def alternate(functions: dict, interval: int, first: int):
-    """Runs `functions[True]` every `interval`-th time and `functions[False]` else; `first` steps were taken before."""
-    step = first
+class Alternating:
+    """A train function that runs `functions[True]` every `interval`-th step and `functions[False]` else.
 
-    def train_function(*args):
-        nonlocal step
-        result = functions[step % interval == 0](*args)
-        step += 1  # Only now: at the end of the data there was no step.
+    The host counts the steps, so that it waits for the device in none of them. It asks how many were taken before its
+    first step, which comes after callbacks restored weights, and again after `recount`.
+
+    Args:
+        functions: train functions, by whether a step has penalties.
+        interval: of steps with penalties.
+        taken: how many steps were taken, from the arguments of a train function.
+    """
+
+    def __init__(self, functions: dict[bool, Callable], interval: int, taken: Callable[..., int]):
+        self._functions = functions
+        self._interval = interval
+        self._taken = taken
+        self._step: int | None = None
+
+    def recount(self) -> None:
+        """States that the model's number of steps may no longer be the host's: weights were set or loaded."""
+        self._step = None
+
+    def __call__(self, *args):
+        """Takes a step."""
+        step = self._taken(*args) if self._step is None else self._step
+        result = self._functions[step % self._interval == 0](*args)
+        self._step = step + 1  # Only now: at the end of the data there was no step.
         return result
 
-    return train_function
 
+class SteppedModel(keras.Model):
+    """A model that counts its training steps, of which some have penalties.
 
-def example_weights(sample_weight):
-    """Weights `(B,)`, or None where there are none, or none that belong to examples as a whole."""
-    if sample_weight is None or isinstance(sample_weight, (dict, list, tuple)):
-        return None
-    weights = ops.convert_to_tensor(sample_weight)
-    if len(weights.shape) == 2 and weights.shape[1] == 1:
-        weights = ops.squeeze(weights, 1)
-    return weights if len(weights.shape) == 1 else None
+    Attributes:
+        jacobian_regularizers: the penalties.
+        jacobian_interval: every how many training steps there are penalties.
+        jacobian_evaluate: whether there are in evaluation.
+    """
 
+    train_function: Any
+    jacobian_regularizers: tuple[JacobianRegularizer, ...] = ()
+    jacobian_interval = 1
+    jacobian_evaluate = True
 
-def weighted_mean(penalty, weights):
-    """As Keras reduces a loss: the weighted sum over the number of examples."""
-    return ops.mean(penalty if weights is None else penalty * ops.cast(weights, penalty.dtype))
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self._step = self.add_weight(
+            shape=(),
+            initializer="zeros",
+            dtype="int32",
+            trainable=False,
+            name="jacobian_step",
+            autocast=False,
+        )
+        self._running = RunningStep()
+
+    @property
+    def _has_penalties(self) -> bool:
+        """Whether a step linearizes the model."""
+        raise NotImplementedError
+
+    def _is_plain_step(self) -> bool:
+        """Whether the step is known to have no penalty, and the base model is the faster way to take it.
+
+        Under XLA and on JAX it is not: there the engine's max pooling has the cheaper gradient.
+        """
+        compiled_by_xla = keras.backend.backend() != "tensorflow" or self.jit_compile
+        return self._running.due is False and not compiled_by_xla
+
+    def make_train_function(self, force=False):
+        """As Keras'. With an interval, a function for the steps with penalties and one for those without.
+
+        The choice is made on the host, which counts the steps itself: inside a compiled step it would be a
+        conditional, and XLA on CPU runs the convolutions of a branch several times slower. Where one function takes
+        several steps, where nothing is compiled, and on Torch, the conditional it is.
+        """
+        alone = self.run_eagerly or self.steps_per_execution > 1 or keras.backend.backend() == "torch"
+        if not self.jacobian_regularizers or self.jacobian_interval == 1 or alone:
+            return super().make_train_function(force)
+        if self.train_function is None or force:
+            functions = {due: self._train_function_when(due) for due in (True, False)}
+            self.train_function = Alternating(functions, self.jacobian_interval, self._steps_taken)
+        return self.train_function
+
+    def _train_function_when(self, due: bool):
+        def train_step(*args, **kwargs):
+            with self._running.scheduled(due):
+                return type(self).train_step(self, *args, **kwargs)
+
+        # Keras compiles the attribute, and JAX would take one method for the same function twice.
+        self.train_step = train_step  # type: ignore[method-assign]
+        try:
+            super().make_train_function(force=True)
+        finally:
+            del self.train_step
+        return self.train_function
+
+    def train_step(self, *args, **kwargs):
+        """One step of `fit`, as Keras does it on this backend."""
+        with self._running.step(penalized=self._has_penalties):
+            return super().train_step(*args, **kwargs)
+
+    def test_step(self, *args, **kwargs):
+        """One step of `evaluate`, as Keras does it on this backend."""
+        with self._running.step(penalized=self._has_penalties and self.jacobian_evaluate):
+            return super().test_step(*args, **kwargs)
+
+    def _steps_taken(self, *args) -> int:
+        """How many training steps were taken, before a train function is run with `args`."""
+        if keras.backend.backend() == "jax":
+            # Within `fit`, a variable holds nothing: its value is in the state that the step is given.
+            place = [variable is self._step for variable in self.non_trainable_variables].index(True)
+            return int(args[0][1][place])
+        return int(ops.convert_to_numpy(self._step))
+
+    def _recount_steps(self) -> None:
+        if isinstance(self.train_function, Alternating):
+            self.train_function.recount()
+
+    def reset_metrics(self):
+        """As Keras', which does it before each epoch: what ran between two of them may have restored weights."""
+        self._recount_steps()
+        super().reset_metrics()
+
+    def set_weights(self, weights):
+        """As Keras'."""
+        super().set_weights(weights)
+        self._recount_steps()
+
+    def set_state_tree(self, state_tree):
+        """As Keras'."""
+        super().set_state_tree(state_tree)
+        self._recount_steps()
+
+    def load_own_variables(self, store):
+        """As Keras'."""
+        super().load_own_variables(store)
+        self._recount_steps()
+
+    def _run_when_due(self, compute, skip, training: bool):
+        """What `compute` or `skip` returns, which of them (1 or 0), and the number of the training step, from 1."""
+        # A sum, and so a tensor of its own: the variable's value would move with the assignment.
+        step = self._step + 1
+        if training:
+            self._step.assign(step)
+        if not training or self.jacobian_interval == 1:
+            return compute(), 1.0, step
+        if self._running.due is not None:
+            return (compute(), 1.0, step) if self._running.due else (skip(), 0.0, step)
+        due = ops.equal((step - 1) % self.jacobian_interval, 0)
+        return ops.cond(due, compute, skip), ops.cast(due, "float32"), step

@@ -106,7 +106,11 @@ class Constraint(JacobianRegularizer):
     def carry(self, seen, carried):
         """The multipliers after this step."""
         assert isinstance(self.enforcement, AugmentedLagrangian)
-        return self.enforcement.advance(self._components_of(seen), carried)
+        violation = self._components_of(seen)
+        if seen.weights is not None:
+            # As in the loss: an example that counts for nothing there must not make multipliers grow.
+            violation = violation * ops.expand_dims(ops.cast(seen.weights, violation.dtype), -1)
+        return self.enforcement.advance(violation, carried)
 
     def measure(self, seen):
         """The violation's mean, its maximum, the fraction of points, and the largest multiplier."""

@@ -16,8 +16,8 @@ from jvpreg.linearization import Linearization
 from jvpreg.model import JacobianModel
 from jvpreg.registry import register_wrapper, unwrap
 from jvpreg.regularizers.full_jacobian import target_cotangent
-from jvpreg.steps import example_weights, weighted_mean
 from jvpreg.trackers import PenaltyTracker
+from jvpreg.weighting import example_weights, own_keys, weighted_mean
 
 INPUTS, PRODUCTS = "inputs", "teacher_products"
 
@@ -140,7 +140,7 @@ class JacobianDistiller(JacobianModel):
 
     def _compare(self, products: dict, seen: dict, sample_weight, training: bool):
         """The weighted sum of the mean distances; the trackers are updated."""
-        weights = example_weights(sample_weight)
+        weights = example_weights(sample_weight, own_keys(self.jacobian_regularizers))
         trackers = {tracker.name: tracker for tracker in self._matching_trackers}
         number = self._step + 1 if training else None
         total = ops.zeros(())

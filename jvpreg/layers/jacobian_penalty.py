@@ -21,7 +21,8 @@ class JacobianPenalty(keras.layers.Layer):
     """Computes what `block` computes and, in training, adds penalties on its Jacobian through `add_loss`.
 
     Works inside any model and in a custom training loop that adds `model.losses`. Outside training it costs
-    nothing: a layer cannot tell evaluation from prediction. Labels are not seen by a layer, so regularizers get None.
+    nothing: a layer cannot tell evaluation from prediction. Neither labels nor weights of examples reach a layer: its
+    regularizers get None, and all examples count alike, as in Keras' own activity regularizers.
 
     Args:
         block: a functional or Sequential model, or a layer that has a rule.

@@ -27,6 +27,7 @@ class Seen:
         labels: the labels given to `fit`, or None.
         found: what `look` returned.
         carried: what the regularizer carries from step to step, or None.
+        weights: the weight of each example in the loss, `(B,)`, or None: all are 1.
     """
 
     jvp: Any
@@ -38,6 +39,7 @@ class Seen:
     labels: Any
     found: Any = None
     carried: Any = None
+    weights: Any = None
 
 
 class JacobianRegularizer:
@@ -295,8 +297,10 @@ def penalties(linearization: Linearization, asked: Sequence[Request], labels) ->
     return [outcome.penalty for outcome in found], [outcome.carried for outcome in found]
 
 
-def outcomes(linearization: Linearization, asked: Sequence[Request], labels) -> list[Outcome]:
-    """What comes of every request.
+def outcomes(
+    linearization: Linearization, asked: Sequence[Request], labels, weights: Sequence | None = None
+) -> list[Outcome]:
+    """What comes of every request; `weights` are those of the examples, `(B,)` or None, for each.
 
     At most one pass in each direction, beside what a regularizer searches with.
     """
@@ -310,10 +314,11 @@ def outcomes(linearization: Linearization, asked: Sequence[Request], labels) -> 
     pushed = _share(linearization.jvp, wanted)
     pulled = _share(linearization.vjp, [request.cotangents for request in asked])
     result = []
-    for request, directions, jvp, vjp in zip(asked, wanted, pushed, pulled, strict=True):
+    weights = weights or [None] * len(asked)
+    for request, directions, jvp, vjp, weight in zip(asked, wanted, pushed, pulled, weights, strict=True):
         regularizer = request.regularizer
         found = regularizer.look(linearization, request.drawn, labels)
-        seen = Seen(jvp, vjp, directions, request.cotangents, inputs, outputs, labels, found, request.carried)
+        seen = Seen(jvp, vjp, directions, request.cotangents, inputs, outputs, labels, found, request.carried, weight)
         penalty = regularizer.penalty(seen)
         batch = tree.flatten(outputs)[0].shape[0]
         if len(penalty.shape) != 1 or (None not in (batch, penalty.shape[0]) and penalty.shape[0] != batch):
