@@ -1,11 +1,13 @@
 """The full-Jacobian: what the input and every source of bias contribute to an output."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import keras
 from keras import layers, ops, tree
 
+from jvpreg.finite import finite_examples, nan_unless
 from jvpreg.freeze import linearize
 from jvpreg.frozen import Node
 from jvpreg.linearization import Linearization
@@ -74,7 +76,8 @@ def full_jacobian(model, x, target=None, **kwargs) -> FullJacobian:
         **kwargs: of `jvpreg.linearize`.
 
     Returns:
-        A `FullJacobian`. It costs one primal pass, one tangent pass node by node, and one backward pass.
+        A `FullJacobian`. It costs one primal pass, one tangent pass node by node, and one backward pass. Where an
+        input or an output of an example is not finite, all of the example is NaN.
 
     Raises:
         ValueError: an argument does not fit.
@@ -100,13 +103,18 @@ def full_jacobian(model, x, target=None, **kwargs) -> FullJacobian:
     inputs = linearization.inputs
     pairs = zip(tree.flatten(cotangent), tree.flatten(linearization.outputs), strict=True)
     dtype = tree.flatten(at_input)[0].dtype
+    known = functools.partial(nan_unless, finite_examples(linearization))
     return FullJacobian(
         inputs=inputs[0] if len(inputs) == 1 else inputs,
         outputs=linearization.outputs,
-        input_jacobian=at_input,
-        bias_jacobians={name: at_nodes[name] * ops.cast(c, at_nodes[name].dtype) for name, c in intercepts.items()},
+        input_jacobian=tree.map_structure(known, at_input),
+        bias_jacobians={
+            name: known(at_nodes[name] * ops.cast(c, at_nodes[name].dtype)) for name, c in intercepts.items()
+        },
         sources={name: _source(nodes[name]) for name in intercepts},
-        target_output=sum(_sum_of_each(ops.cast(v, dtype) * ops.cast(y, dtype)) for v, y in pairs if v is not None),
+        target_output=known(
+            sum(_sum_of_each(ops.cast(v, dtype) * ops.cast(y, dtype)) for v, y in pairs if v is not None)
+        ),
     )
 
 

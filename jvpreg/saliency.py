@@ -1,7 +1,7 @@
 """Saliency maps: the full-Jacobian's, and those it is compared with, all of one signature.
 
 Each function takes a model of images `(B, H, W, C)`, the images and a target as `jvpreg.full_jacobian` takes it, and
-returns a map `(B, H, W)`.
+returns a map `(B, H, W)`. Where an input or an output of an example is not finite, its map is NaN.
 """
 
 import math
@@ -13,6 +13,7 @@ import numpy as np
 from keras import ops
 
 from jvpreg.estimators.operator import check_count
+from jvpreg.finite import finite_examples, nan_unless
 from jvpreg.freeze import linearize
 from jvpreg.frozen import FrozenGraph, Node
 from jvpreg.full_jacobian import FullJacobian, as_cotangent
@@ -69,7 +70,9 @@ def bias_jacobian(model, x, target=None, interpolation: str = "bilinear"):
 
     Reference: Srinivas & Fleuret (2018), equation 4, its second term.
     """
-    return _from_biases(decompose(model, _images(x), target), interpolation)
+    full = decompose(model, _images(x), target)
+    # What is not known of an example shows in its output too, if no layer has a bias.
+    return _from_biases(full, interpolation) + 0 * ops.reshape(full.target_output, (-1, 1, 1))
 
 
 def input_gradient(model, x, target=None):
@@ -85,7 +88,8 @@ def input_gradient(model, x, target=None):
 
     Reference: Simonyan, Vedaldi & Zisserman (2014), "Deep inside convolutional networks".
     """
-    return ops.sum(ops.abs(_gradient(linearize(model, _images(x)), target)), axis=-1)
+    linearization = linearize(model, _images(x))
+    return _known(linearization, ops.sum(ops.abs(_gradient(linearization, target)), axis=-1))
 
 
 def integrated_gradients(model, x, target=None, baseline=0.0, num_steps: int = 32):
@@ -109,12 +113,13 @@ def integrated_gradients(model, x, target=None, baseline=0.0, num_steps: int = 3
     check_count("num_steps", num_steps)
     x = _images(x)
     start = ops.broadcast_to(ops.cast(baseline, x.dtype), ops.shape(x))
-    cotangent = as_cotangent(linearize(model, x).outputs, target)
+    linearization = linearize(model, x)
+    cotangent = as_cotangent(linearization.outputs, target)
     total = ops.zeros_like(x)
     for step in range(num_steps):
         point = start + (step + 0.5) / num_steps * (x - start)
         total = total + _gradient(linearize(model, point), cotangent)
-    return ops.sum((x - start) * total / num_steps, axis=-1)
+    return _known(linearization, ops.sum((x - start) * total / num_steps, axis=-1))
 
 
 def smooth_grad(model, x, target=None, noise: float = 0.15, num_samples: int = 16, seed: int = 0):
@@ -138,14 +143,15 @@ def smooth_grad(model, x, target=None, noise: float = 0.15, num_samples: int = 1
     """
     check_count("num_samples", num_samples)
     x = _images(x)
-    cotangent = as_cotangent(linearize(model, x).outputs, target)
+    linearization = linearize(model, x)
+    cotangent = as_cotangent(linearization.outputs, target)
     spread = noise * (ops.max(x, axis=(1, 2, 3), keepdims=True) - ops.min(x, axis=(1, 2, 3), keepdims=True))
     seeds = keras.random.SeedGenerator(seed)
     total = ops.zeros_like(x)
     for _ in range(num_samples):
         noisy = x + spread * keras.random.normal(ops.shape(x), dtype=x.dtype, seed=seeds)
         total = total + _gradient(linearize(model, noisy), cotangent)
-    return ops.sum(ops.abs(total), axis=-1) / num_samples
+    return _known(linearization, ops.sum(ops.abs(total), axis=-1) / num_samples)
 
 
 def guided_backpropagation(model, x, target=None):
@@ -173,7 +179,7 @@ def guided_backpropagation(model, x, target=None):
             cotangents = [ops.maximum(c, 0.0) for c in cotangents]
         for slot, gradient in _pull_node(node, cotangents).items():
             arriving[slot] = arriving[slot] + gradient if slot in arriving else gradient
-    return ops.sum(ops.abs(arriving[graph.inputs[0].slot][0]), axis=-1)
+    return _known(linearization, ops.sum(ops.abs(arriving[graph.inputs[0].slot][0]), axis=-1))
 
 
 def grad_cam(model, x, target=None, layer: str | None = None, interpolation: str = "bilinear"):
@@ -207,7 +213,7 @@ def grad_cam(model, x, target=None, layer: str | None = None, interpolation: str
     gradient = gradients[images[-1]]
     weights = ops.mean(gradient, axis=(1, 2), keepdims=True)
     salient = ops.relu(ops.sum(weights * ops.cast(outputs[images[-1]], gradient.dtype), axis=-1))
-    return _resized(salient, linearization.inputs[0].shape[1:3], interpolation)
+    return _known(linearization, _resized(salient, linearization.inputs[0].shape[1:3], interpolation))
 
 
 METHODS: dict[str, Callable] = {
@@ -265,6 +271,11 @@ def _images(x):
             f"Received: {type(x).__name__ if isinstance(x, (list, tuple, dict)) else tuple(np.shape(x))}"
         )
     return ops.convert_to_tensor(x, dtype=None if ops.is_tensor(x) else keras.config.floatx())
+
+
+def _known(linearization: Linearization, maps):
+    """Maps `(B, H, W)`, NaN for examples of which an input or an output is not finite."""
+    return nan_unless(finite_examples(linearization), maps)
 
 
 def _gradient(linearization: Linearization, target):

@@ -149,7 +149,9 @@ class JacobianGuard(keras.callbacks.Callback):
         before, self._state = self._state, self._kind(value, reference)
         if self._state is None:
             self._healthy.append(value)
-            self._gains.append(self._layers.measure(self.probe.x).gains)
+            gains = self._layers.measure(self.probe.x).gains
+            if np.isfinite(gains).all():  # The median of others is not a number for `window` measurements.
+                self._gains.append(gains)
         elif self._state != before:
             usual = np.median(self._gains, axis=0) if self._gains else None
             layer, reason = self._layers.measure(self.probe.x).origin(self._state, usual)

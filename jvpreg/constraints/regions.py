@@ -245,8 +245,9 @@ def _too_many(model) -> ValueError:
 
 def _check_sides(domain) -> None:
     shapes = [domain.origin.shape, *[side.shape for side in domain.sides]]
-    if len(set(shapes)) > 1 or not all(np.any(side) and np.all(np.isfinite(side)) for side in domain.sides):
+    finite = all(np.all(np.isfinite(given)) for given in (domain.origin, *domain.sides))
+    if len(set(shapes)) > 1 or not finite or not all(map(np.any, domain.sides)):
         raise ValueError(
-            f"Invalid value for argument of {type(domain).__name__}. Expected arrays like one example's input, and "
-            f"sides that are not zero. Received: shapes {shapes}"
+            f"Invalid value for argument of {type(domain).__name__}. Expected finite arrays like one example's input, "
+            f"and sides that are not zero. Received: shapes {shapes}{'' if finite else ', with NaN or infinity'}"
         )

@@ -8,6 +8,7 @@ from keras import ops, tree
 
 from jvpreg.constraints.base import Constraint
 from jvpreg.constraints.regions import Rectangle, Region, Segment, points_of, regions
+from jvpreg.finite import finite_examples, nan_unless
 from jvpreg.freeze import linearize
 from jvpreg.registry import unwrap
 from jvpreg.regularizers.base import Seen
@@ -52,7 +53,7 @@ class Report:
     @property
     def violated(self) -> float:
         """The fraction of points."""
-        return float(np.mean(self.violations > self.tolerance))
+        return float(np.mean(self._is_violated))
 
     @property
     def holds(self) -> bool:
@@ -62,8 +63,13 @@ class Report:
     @property
     def worst(self) -> np.ndarray:
         """The indices of the violated points, the worst first."""
-        order = np.argsort(-self.violations, kind="stable")
-        return order[self.violations[order] > self.tolerance]
+        order = np.argsort(-np.where(np.isnan(self.violations), np.inf, self.violations), kind="stable")
+        return order[self._is_violated[order]]
+
+    @property
+    def _is_violated(self) -> np.ndarray:
+        # Where the violation is not a number, nothing is certified.
+        return ~(self.violations <= self.tolerance)
 
     def __repr__(self):
         count = len(self.violations)
@@ -103,7 +109,7 @@ class ExactReport(Report):
     @property
     def violated(self) -> float:
         """The part of the domain."""
-        return float(self.sizes @ (self.violations > self.tolerance))
+        return float(self.sizes @ self._is_violated)
 
     @property
     def holds(self) -> bool:
@@ -137,11 +143,12 @@ def verify(model, constraint: Constraint, x, labels=None, seed: int = 0) -> Repo
         seed: of random directions.
 
     Returns:
-        A `Report`, or an `ExactReport`.
+        A `Report`, or an `ExactReport`. Where an output of the model is not finite, the violation is NaN, and counts as
+        one.
 
     Raises:
-        ValueError: the constraint does not fit the model; on a segment or a rectangle, the model is not piecewise
-            affine, has too many regions, or the constraint is not constant in them.
+        ValueError: `x` or a label is not finite; the constraint does not fit the model; on a segment or a rectangle,
+            the model is not piecewise affine, has too many regions, or the constraint is not constant in them.
 
     Example:
 
@@ -162,7 +169,9 @@ def verify(model, constraint: Constraint, x, labels=None, seed: int = 0) -> Repo
             f"Received: constraint={constraint!r}"
         )
     model = unwrap(model)
+    _check_finite("labels", labels)
     if not isinstance(x, (Segment, Rectangle)):
+        _check_finite("x", x)
         return Report(constraint, _violations(model, constraint, x, labels, seed), constraint.tolerance)
     if not constraint.is_constant_in_regions:
         raise ValueError(
@@ -199,5 +208,18 @@ def _violations(model, constraint: Constraint, x, labels, seed: int) -> np.ndarr
             lin.outputs,
             own,
         )
-        parts.append(ops.convert_to_numpy(constraint.violation(seen)))
+        parts.append(ops.convert_to_numpy(nan_unless(finite_examples(lin), constraint.violation(seen))))
     return np.concatenate(parts)
+
+
+def _check_finite(argument: str, given) -> None:
+    """Raises unless all numbers are finite: the slope of a ReLU at NaN is 0, which would obey any bound."""
+    for leaf in tree.flatten(given):
+        array = np.asarray(0 if leaf is None else ops.convert_to_numpy(leaf))
+        finite = array.dtype.kind in "iub" or np.isfinite(array)
+        if not np.all(finite):
+            examples = np.unique(np.nonzero(~np.atleast_1d(finite))[0])
+            raise ValueError(
+                f"Invalid value for argument `{argument}`. Expected finite numbers. Received: NaN or infinity in "
+                f"{len(examples)} of {len(array)} examples, the first of which is {examples[0]}."
+            )

@@ -3,13 +3,15 @@
 from keras import ops
 
 from jvpreg import probes
-from jvpreg.estimators.operator import Operator
+from jvpreg.estimators.operator import Operator, by_example
 from jvpreg.estimators.result import Estimate
 from jvpreg.estimators.spectrum import top_eigenvalues
+from jvpreg.finite import finite_examples
 from jvpreg.implicit import ImplicitPushforward
 from jvpreg.linearization import Linearization
 
 
+@by_example
 def fixed_point_spectral_radius(
     linearization: Linearization, layer: str | None = None, tol: float = 1e-2, num_iterations: int = 20, seed=0
 ) -> Estimate:
@@ -42,11 +44,12 @@ def fixed_point_spectral_radius(
     pushforward = frozen_fixed_point(linearization, layer)
     z = pushforward.residuals[0]
     size, batch = probes.dimension(z), ops.shape(z)[0]
+    finite = ops.reshape(finite_examples(linearization), (1, -1, 1))
 
     def matvec(vectors):
         count = ops.shape(vectors)[0]
         tangents = ops.reshape(ops.cast(vectors, z.dtype), (count, batch, *z.shape[1:]))
-        return ops.reshape(pushforward.state_product(tangents), (count, batch, size))
+        return ops.where(finite, ops.reshape(pushforward.state_product(tangents), (count, batch, size)), 0.0)
 
     found = top_eigenvalues(Operator(matvec, None, (size, size), batch), 1, tol, num_iterations, seed=seed)
     value, sem, residual, converged = (part[:, 0] for part in found[:4])

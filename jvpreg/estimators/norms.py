@@ -6,7 +6,7 @@ from typing import Literal
 from keras import ops, tree
 
 from jvpreg import probes as probes_module
-from jvpreg.estimators.operator import Operator, as_operator, check_count, magnitude
+from jvpreg.estimators.operator import Operator, as_operator, by_example, check_count, magnitude
 from jvpreg.estimators.result import Estimate
 from jvpreg.linearization import Linearization
 
@@ -16,6 +16,7 @@ def squared_norm(products):
     return sum(ops.sum(ops.square(ops.reshape(t, (*ops.shape(t)[:2], -1))), axis=-1) for t in tree.flatten(products))
 
 
+@by_example
 def frobenius_norm(
     linearization: Linearization | Operator,
     num_probes: int = 16,

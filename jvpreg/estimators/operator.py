@@ -1,14 +1,20 @@
 """What estimators work on: a linear map for each example of a batch, known by its products."""
 
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Integral
+from typing import ParamSpec, TypeVar
 
 import keras
 from keras import ops, tree
 
 from jvpreg import probes
+from jvpreg.finite import finite_examples, nan_unless
 from jvpreg.linearization import Linearization
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Operator:
@@ -122,6 +128,28 @@ class Operator:
         return ops.fori_loop(0, (count + missing) // chunk, step, images)[:count]
 
 
+def by_example(estimator: Callable[P, R]) -> Callable[P, R]:
+    """An estimator that knows nothing of examples with an input or an output that is not finite: NaN, not converged."""
+
+    @functools.wraps(estimator)
+    def marked(*args: P.args, **kwargs: P.kwargs) -> R:
+        found = estimator(*args, **kwargs)
+        source = args[0] if args else kwargs["linearization"]
+        if not isinstance(source, Linearization):
+            return found
+        finite = finite_examples(source)
+        parts = found._asdict()  # type: ignore[attr-defined]
+        for name in {"value", "sem", "residual", "converged", "points"} & set(parts):
+            parts[name] = nan_unless(finite, parts[name])
+        if isinstance(parts.get("vectors"), tuple):  # Of singular values, (k, B, …).
+            parts["vectors"] = tree.map_structure(lambda v: nan_unless(finite, v, axis=1), parts["vectors"])
+        elif parts.get("vectors") is not None:
+            parts["vectors"] = nan_unless(finite, parts["vectors"])
+        return type(found)(**parts)
+
+    return marked
+
+
 def as_operator(source: Linearization | Operator) -> Operator:
     """The Jacobian of a linearization as an operator; several inputs or outputs are one long vector each.
 
@@ -136,12 +164,14 @@ def as_operator(source: Linearization | Operator) -> Operator:
             f"`jvpreg.estimators.Operator`. Received: {source!r} (of type {type(source).__name__})"
         )
     inputs, outputs = spaces(source)
+    # A decomposition of a matrix with a NaN fails for the whole batch.
+    finite = ops.reshape(finite_examples(source), (1, -1, 1))
 
     def forward(vectors):
-        return flatten(source.jvp(probes.split(vectors, inputs)))
+        return ops.where(finite, flatten(source.jvp(probes.split(vectors, inputs))), 0.0)
 
     def backward(vectors):
-        return flatten(source.vjp(probes.split(vectors, outputs)))
+        return ops.where(finite, flatten(source.vjp(probes.split(vectors, outputs))), 0.0)
 
     first = source.inputs[0]
     dtype = keras.backend.result_type(first.dtype, "float32")

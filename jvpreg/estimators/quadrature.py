@@ -8,7 +8,7 @@ from keras import ops
 
 from jvpreg.estimators.krylov import lanczos
 from jvpreg.estimators.norms import mean_and_sem
-from jvpreg.estimators.operator import Operator, as_operator, check_count, check_square
+from jvpreg.estimators.operator import Operator, as_operator, by_example, check_count, check_square
 from jvpreg.estimators.result import Estimate
 from jvpreg.estimators.spectrum import singular_values
 from jvpreg.linearization import Linearization
@@ -110,6 +110,7 @@ def _gauss(alphas, betas) -> tuple:
     return nodes, ops.square(vectors[..., 0, :])
 
 
+@by_example
 def log_determinant(
     linearization: Linearization | Operator,
     of: Literal["JJT", "J"] = "JJT",
@@ -180,6 +181,7 @@ def log_determinant(
     return found._replace(residual=residual, converged=converged, num_matvecs=found.num_matvecs + 2)
 
 
+@by_example
 def inverse_frobenius_norm(
     linearization: Linearization | Operator, num_probes: int = 8, num_steps: int = 20, tol: float = 1e-2, seed=0
 ) -> Estimate:
@@ -238,6 +240,7 @@ class SpectralDensity(NamedTuple):
     num_matvecs: int
 
 
+@by_example
 def spectral_density(
     linearization: Linearization | Operator,
     num_points: int = 64,

@@ -3,13 +3,14 @@
 from keras import ops
 
 from jvpreg.estimators.norms import frobenius_norm
-from jvpreg.estimators.operator import Operator, as_operator, check_count
+from jvpreg.estimators.operator import Operator, as_operator, by_example, check_count
 from jvpreg.estimators.quadrature import gram_quadrature
 from jvpreg.estimators.result import Estimate
 from jvpreg.estimators.spectrum import singular_values, spectral_norm
 from jvpreg.linearization import Linearization
 
 
+@by_example
 def stable_rank(
     linearization: Linearization | Operator,
     num_probes: int = 16,
@@ -65,6 +66,7 @@ def stable_rank(
     return Estimate(value, sem, 2 * value * (residual / unit), converged, num_matvecs)
 
 
+@by_example
 def effective_rank(
     linearization: Linearization | Operator, num_probes: int = 8, num_steps: int = 20, tol: float = 1e-2, seed=0
 ) -> Estimate:

@@ -6,6 +6,9 @@ from typing import Any, NamedTuple
 class Estimate(NamedTuple):
     """A value for each example, and how far it may be off.
 
+    Of an example of which an input or an output is not finite, value, error and residual are NaN, and nothing has
+    converged.
+
     Attributes:
         value: `(B,)`, or `(B, k)` for several singular values or eigenvalues.
         sem: standard error of `value` over the random probes, like it; 0 where nothing was drawn at random.

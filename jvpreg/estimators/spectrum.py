@@ -8,7 +8,7 @@ from keras import ops
 
 from jvpreg import probes
 from jvpreg.estimators.krylov import block_krylov, probed
-from jvpreg.estimators.operator import Operator, as_operator, check_count, magnitude, spaces
+from jvpreg.estimators.operator import Operator, as_operator, by_example, check_count, magnitude, spaces
 from jvpreg.estimators.result import Estimate
 from jvpreg.linearization import Linearization
 
@@ -37,6 +37,7 @@ class RitzValues(NamedTuple):
         return ops.where(positive, ops.minimum(root, self.gram_residual / ops.where(positive, self.values, 1.0)), root)
 
 
+@by_example
 def top_singular_values(
     linearization: Linearization | Operator,
     k: int = 1,
@@ -95,6 +96,7 @@ def top_singular_values(
     return Estimate(value, ops.zeros_like(value), residual, converged, num_matvecs, vectors)
 
 
+@by_example
 def singular_values(linearization: Linearization | Operator) -> Estimate:
     """All singular values of each example's Jacobian, which is materialized from its smaller side.
 
@@ -119,6 +121,7 @@ def singular_values(linearization: Linearization | Operator) -> Estimate:
     return Estimate(unit * ritz.values, zero, zero, exact, operator.shape[1])
 
 
+@by_example
 def spectral_norm(
     linearization: Linearization | Operator,
     tol: float = 1e-3,
@@ -151,6 +154,7 @@ def spectral_norm(
     return Estimate(value, sem, residual, converged, estimate.num_matvecs)
 
 
+@by_example
 def condition_number(linearization: Linearization | Operator, max_products: int = 1024) -> Estimate:
     """`σ₁ / σ_min` of each example's Jacobian, over the singular values of its smaller side.
 
@@ -190,6 +194,7 @@ def condition_number(linearization: Linearization | Operator, max_products: int 
     return Estimate(value, zero, zero, estimate.converged[:, 0], estimate.num_matvecs)
 
 
+@by_example
 def top_eigenvalues(
     linearization: Linearization | Operator,
     k: int = 1,

@@ -7,13 +7,14 @@ from keras import ops
 
 from jvpreg.estimators.krylov import probed
 from jvpreg.estimators.norms import mean_and_sem
-from jvpreg.estimators.operator import Operator, as_operator, check_count, check_square, magnitude
+from jvpreg.estimators.operator import Operator, as_operator, by_example, check_count, check_square, magnitude
 from jvpreg.estimators.result import Estimate
 from jvpreg.linearization import Linearization
 
 METHODS = ("hutchinson", "hutch++", "xtrace")
 
 
+@by_example
 def trace(
     linearization: Linearization | Operator,
     num_matvecs: int = 32,
