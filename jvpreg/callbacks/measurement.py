@@ -1,10 +1,14 @@
-"""A function of a linearization, compiled by Keras on every backend."""
+"""A function of a linearization, compiled by Keras on every backend, and the batch that it is measured on."""
 
+import numbers
 from collections.abc import Callable
+from typing import Any
 
 import keras
+import numpy as np
 from keras import ops, tree
 
+from jvpreg import replicas
 from jvpreg.freeze import linearize
 from jvpreg.inputs import standardize_inputs
 
@@ -25,6 +29,7 @@ class Measurement(keras.Model):
         self.base = base
         self.function = function
         self.built = True
+        self._undivided: Callable | None = None
         # TensorFlow's XLA has no eigenvalues of a general matrix.
         self.compile(jit_compile=False if keras.backend.backend() == "tensorflow" else "auto")
 
@@ -33,6 +38,15 @@ class Measurement(keras.Model):
         if any(isinstance(leaf, keras.KerasTensor) for leaf in tree.flatten(x)):
             return {"symbolic": keras.KerasTensor((tree.flatten(x)[0].shape[0],))}
         return self.function(linearize(self.base, x, training=False))
+
+    def make_predict_function(self, force=False):
+        """As Keras'. In the scope of a strategy of several replicas, each of them would measure the whole batch."""
+        if not replicas.is_scope():
+            return super().make_predict_function(force)
+        if self._undivided is None or force:
+            self._undivided = replicas.undivided(lambda data: self.predict_step(data[0]))
+        self.predict_function = self._undivided
+        return self.predict_function
 
     def first_example(self, x) -> dict:
         """What it is of the first example of the batch `x`, uncompiled.
@@ -55,3 +69,36 @@ class Measurement(keras.Model):
         with keras.StatelessScope():
             outputs = self.base(tree.map_structure(ops.convert_to_tensor, x), training=False)
         return all(bool(ops.all(ops.isfinite(leaf))) for leaf in tree.flatten(outputs))
+
+
+def as_arrays(x):
+    """A batch as NumPy arrays, whichever library its tensors are of.
+
+    Raises:
+        ValueError: it is no batch of numbers.
+    """
+    # A list of numbers, or of such lists, is one array; any other list is one of inputs.
+    rows = isinstance(x, (list, tuple)) and all(isinstance(leaf, numbers.Number) for leaf in tree.flatten(x))
+    return as_array("x", x) if rows else tree.map_structure(lambda leaf: as_array("x", leaf), x)
+
+
+def as_array(argument: str, given) -> np.ndarray:
+    """A tensor of any library as an array.
+
+    Raises:
+        ValueError: it is none, or not of numbers.
+    """
+    array: Any = None
+    if isinstance(given, (list, tuple)) or hasattr(given, "__array__"):
+        try:
+            # Torch gives no array of what has a gradient, or lies on a GPU.
+            array = np.asarray(given.detach().cpu() if hasattr(given, "detach") else given)
+        except (TypeError, ValueError):  # Lists of different lengths, numbers that NumPy does not know.
+            array = None
+    if array is None or array.ndim == 0 or array.dtype.kind in "OSUMm":
+        raise ValueError(
+            f"Invalid value for argument `{argument}`. Expected arrays or tensors of numbers, (B, …). "
+            f"Received: {type(given).__name__}{'' if array is None else f' of {array.dtype}, {array.shape}'}. "
+            "Of a dataset or generator, pass one batch: `next(iter(dataset))`."
+        )
+    return array

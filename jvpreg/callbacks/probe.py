@@ -12,8 +12,9 @@ import numpy as np
 from keras import ops, tree
 
 from jvpreg import estimators
-from jvpreg.callbacks.measurement import Measurement
+from jvpreg.callbacks.measurement import Measurement, as_array, as_arrays
 from jvpreg.estimators import Estimate, SpectralDensity
+from jvpreg.finite import finite_examples, nan_unless
 from jvpreg.linearization import Linearization
 from jvpreg.registry import unwrap
 
@@ -59,11 +60,12 @@ class JacobianProbe(keras.callbacks.Callback):
     - `jacobian/class_3/m`: of the examples of class 3 only, before `after/` and `block/`, where there are `labels`.
 
     A density, or anything else that is not `(B,)` or `(B, k)`, has no name in `logs`: it is in `values`, and in the
-    pictures of `JacobianPictures` and `JacobianWandbLogger`. An example whose outputs are not finite counts as NaN.
+    pictures of `JacobianPictures` and `JacobianWandbLogger`. An example counts as NaN if an input or an output of it is
+    not finite.
 
     Args:
-        x: the batch, `(B, …)` or a structure of inputs. An exact `‖J‖_F` takes `B × (number of outputs)` products,
-            so 64 to 512 examples are usual.
+        x: the batch, `(B, …)` or a structure of inputs, as arrays or tensors of any library. An exact `‖J‖_F` takes
+            `B × (number of outputs)` products, so 64 to 512 examples are usual.
         metrics: names of functions in `jvpreg.estimators`; or a dict from a name in `logs` to such a name, or to a
             function of a `Linearization` that returns an `Estimate` or a tensor `(B,)` or `(B, k)`.
         labels: integers `(B,)`, to measure each class too.
@@ -123,7 +125,7 @@ class JacobianProbe(keras.callbacks.Callback):
                 raise ValueError(
                     f"Invalid value for argument `{name}`. Expected a list of paths of layers. Received: {paths!r}"
                 )
-        self.x = x
+        self.x = as_arrays(x)
         self.metrics = _functions(metrics, seed)
         self.layers = list(layers)
         self.blocks = list(blocks)
@@ -134,7 +136,7 @@ class JacobianProbe(keras.callbacks.Callback):
         self.epoch: int | None = None
         # Keras overlaps batch hooks with the next step for callbacks that say they are safe; one that does nothing is.
         self.async_safe = every_batches is None
-        self._groups: dict[str, Any] = {"": slice(None), **_classes(labels, _batch_size(x))}
+        self._groups: dict[str, Any] = {"": slice(None), **_classes(labels, _batch_size(self.x))}
         self._measurement: Measurement | None = None
         self._blank: dict[str, dict[str, np.ndarray]] = {}
         self._batches = 0
@@ -205,16 +207,12 @@ class JacobianProbe(keras.callbacks.Callback):
 
     def _measure(self, linearization: Linearization) -> dict[str, dict]:
         """All metrics of the model and of its parts, as a dict of dicts of tensors `(B, …)`."""
-        batch = ops.shape(linearization.inputs[0])[0]
-        # A nonlinearity may hide from the Jacobian that its input is not a number: ReLU's slope there is 0.
-        outputs = [ops.reshape(output, (batch, -1)) for output in tree.flatten(linearization.outputs)]
-        finite = ops.all(ops.isfinite(ops.concatenate(outputs, axis=-1)), axis=-1)
-        blot = ops.where(finite, 0.0, math.nan)
+        finite = finite_examples(linearization)
         found = {}
         for place, part in self._parts(linearization).items():
             for name, function in self.metrics.items():
                 try:
-                    found[place + name] = _tensors(function, part, blot)
+                    found[place + name] = _tensors(function, part, finite)
                 except ValueError as error:
                     raise ValueError(f"`JacobianProbe` cannot measure `{place}{name}`. {error}") from error
         return found
@@ -271,7 +269,7 @@ def _classes(labels, size: int) -> dict[str, np.ndarray]:
     """The examples of each class, by the beginning of the class's names in `logs`."""
     if labels is None:
         return {}
-    labels = np.asarray(labels)
+    labels = as_array("labels", labels)
     if labels.shape not in ((size,), (size, 1)) or not np.issubdtype(labels.dtype, np.integer):
         raise ValueError(
             f"Invalid value for argument `labels`. Expected an integer for each of the {size} examples of `x`. "
@@ -285,8 +283,8 @@ def _batch_size(x) -> int:
     return len(tree.flatten(x)[0])
 
 
-def _tensors(function: Callable, linearization: Linearization, blot) -> dict:
-    """What is read of a metric, each `(B, …)`, plus `blot` (B,), which is 0 or NaN."""
+def _tensors(function: Callable, linearization: Linearization, finite) -> dict:
+    """What is read of a metric, each `(B, …)`, as floats; NaN for examples that are not finite."""
     result = function(linearization)
     if isinstance(result, SpectralDensity):
         parts = {"points": result.points, "value": result.value, "sem": result.sem}
@@ -298,15 +296,13 @@ def _tensors(function: Callable, linearization: Linearization, blot) -> dict:
         parts = {"value": ops.convert_to_tensor(result)}
     found = {}
     for key, part in parts.items():
-        if len(part.shape) == 0 or part.shape[0] != blot.shape[0]:
+        if len(part.shape) == 0 or part.shape[0] != finite.shape[0]:
             raise ValueError(
-                f"Expected a number, or several, for each of {blot.shape[0]} examples. "
+                f"Expected a number, or several, for each of {finite.shape[0]} examples. "
                 f"Received: a tensor of shape {tuple(part.shape)}."
             )
         is_complex = "complex" in keras.backend.standardize_dtype(part.dtype)
-        dtype = "complex64" if is_complex else "float32"
-        shift = ops.cast(ops.reshape(blot, (-1, *[1] * (len(part.shape) - 1))), dtype)
-        found[key] = ops.cast(part, dtype) + (shift * (1 + 1j) if is_complex else shift)
+        found[key] = nan_unless(finite, ops.cast(part, "complex64" if is_complex else "float32"))
     return found
 
 

@@ -344,3 +344,43 @@ def test_what_is_not_finite_is_nan_and_no_error(every_example):
         assert math.isnan(logs[key][1]), key
         assert math.isnan(logs[key][0]) != every_example, key
     assert np.isnan(probe.values["norm"]).tolist() == [every_example or i == 3 for i in range(10)]
+
+
+class Foreign:
+    """A tensor of another library."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __array__(self, dtype=None, copy=None):
+        return self.array if dtype is None else self.array.astype(dtype)
+
+
+@pytest.mark.parametrize("wrap", [Foreign, np.ndarray.tolist, ops.convert_to_tensor], ids=["other", "list", "own"])
+def test_a_batch_of_any_library(wrap):
+    x = np.random.default_rng(0).normal(size=(4, 3)).astype("float32")
+    model = keras.Sequential([keras.Input((3,)), layers.Dense(2)])
+    model.compile(loss="mse")
+    probe = JacobianProbe(wrap(x), ["frobenius_norm"], labels=wrap(np.array([0, 1, 1, 0])))
+    model.fit(x, np.zeros((4, 2)), verbose=0, callbacks=[probe])
+    norm = np.linalg.norm(model.get_weights()[0])
+    np.testing.assert_allclose(probe.values["frobenius_norm"], np.full(4, norm), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda: (row for row in np.ones((4, 3))),
+        lambda: iter(np.ones((4, 3))),
+        lambda: object(),
+        lambda: None,
+        lambda: "x",
+        lambda: np.array(["a", "b"]),
+        lambda: np.float32(1.0),
+        lambda: [[1.0, 2.0], [3.0]],
+        lambda: {"a": np.ones((4, 3)), "b": None},
+    ],
+)
+def test_what_is_no_batch_is_refused_at_once(given):
+    with pytest.raises(ValueError, match=r"Invalid value for argument `x`. Expected arrays or tensors of numbers"):
+        JacobianProbe(given())
