@@ -9,7 +9,7 @@ import math
 import keras
 from keras import ops, tree
 
-from jvpreg.frozen import is_float
+from jvpreg.inputs import has_tangents
 from jvpreg.linearization import Linearization
 
 
@@ -18,7 +18,7 @@ def finite_examples(linearization: Linearization):
     found = ops.ones((ops.shape(linearization.inputs[0])[0],), "bool")
     # Not the outputs alone: a ReLU that TensorFlow fuses with a product makes 0 of NaN.
     for leaf in (*linearization.inputs, *tree.flatten(linearization.outputs)):
-        if is_float(leaf):
+        if has_tangents(leaf):
             finite, axes = ops.isfinite(leaf), tuple(range(1, len(leaf.shape)))
             found = ops.logical_and(found, ops.all(finite, axis=axes) if axes else finite)
     return found

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import keras
 from keras import ops, tree
 
+from jvpreg import checks
 from jvpreg.companions import Companions
 from jvpreg.frozen import FrozenGraph, Node
 from jvpreg.graph import LeftToAutodiff, trace
@@ -131,10 +132,7 @@ def weight_jvp(model, x, weights, **kwargs):
     model = _checked_model(model)
     pairs = weight_pairs(weights)
     if not pairs:
-        raise ValueError(
-            "Invalid value for argument `weights`. Expected a tangent of one weight at least. "
-            f"Received: weights={weights!r}"
-        )
+        raise checks.invalid("weights", "a tangent of one weight at least", weights)
     known = getattr(model, "variables", [])
     if not known or not all(isinstance(key, str) or any(key is variable for variable in known) for key, _ in pairs):
         # Weights that the model does not track: which ones it uses is known once it has run.
@@ -172,19 +170,13 @@ def _linearize_options(
     fallback: Fallback = "warn",
     xla: bool | None = None,
 ) -> Context:
+    training = checks.boolean("training", training)
+    checks.choice("batch_statistics", batch_statistics, ("moving", "frozen", "coupled", None))
+    checks.choice("fallback", fallback, ("warn", "allow", "error"))
+    checks.boolean("xla", xla, optional=True)
     if batch_statistics is None:
         batch_statistics = "frozen" if training else "moving"
-    if batch_statistics not in ("moving", "frozen", "coupled"):
-        raise ValueError(
-            'Invalid value for argument `batch_statistics`. Expected "moving", "frozen", "coupled" or None. '
-            f"Received: batch_statistics={batch_statistics!r}"
-        )
-    if fallback not in ("warn", "allow", "error"):
-        raise ValueError(
-            'Invalid value for argument `fallback`. Expected "warn", "allow" or "error". '
-            f"Received: fallback={fallback!r}"
-        )
-    return Context(bool(training), batch_statistics, fallback, xla)
+    return Context(training, batch_statistics, fallback, xla)
 
 
 def _freeze(
@@ -207,10 +199,7 @@ def _checked_model(model):
     """What a model computes, once it is known that it can."""
     model = unwrap(model)
     if not isinstance(model, keras.Operation):
-        raise ValueError(
-            "Invalid value for argument `model`. Expected a Keras model or layer. "
-            f"Received: model={model!r} (of type {type(model).__name__})"
-        )
+        raise checks.invalid("model", "a Keras model or layer", model)
     if not getattr(model, "built", True):
         raise ValueError(
             f"Invalid value for argument `model`. Expected a built model. Received: `{model.name}`, which has no "

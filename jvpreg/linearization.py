@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops, tree
 
-from jvpreg import matrices
+from jvpreg import checks, matrices
 from jvpreg.frozen import FrozenGraph, Node, Value
 from jvpreg.inputs import check_moving
 from jvpreg.tangents import (
@@ -392,11 +392,7 @@ class Linearization:
 
         Reference: Balestriero & Baraniuk (2021), proposition 1.
         """
-        if not isinstance(chunk_size, int) or chunk_size < 1:
-            raise ValueError(
-                "Invalid value for argument `chunk_size`. Expected an integer, 1 or more. "
-                f"Received: chunk_size={chunk_size!r}"
-            )
+        chunk_size = checks.count("chunk_size", chunk_size)
         if self._graph.couples_examples:
             raise ValueError(
                 "A linearization that couples the examples of a batch has no Jacobian of each. Use "

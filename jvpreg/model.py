@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import keras
 from keras import ops, tree
 
+from jvpreg import checks
 from jvpreg.freeze import linearize
 from jvpreg.layers.jacobian_penalty import JacobianPenalty
 from jvpreg.linearization import Linearization
@@ -63,14 +64,11 @@ class JacobianModel(SteppedModel):
 
     def __init__(self, base: keras.Model, seed: int | None = None, **kwargs):
         if not isinstance(base, keras.Model) or isinstance(base, JacobianModel):
-            raise ValueError(
-                "Invalid value for argument `base`. Expected a plain Keras model. "
-                f"Received: base={base!r} (of type {type(base).__name__})"
-            )
+            raise checks.invalid("base", "a plain Keras model", base)
         # `base` casts its own inputs; a second cast here would round what it is given.
         super().__init__(**{"autocast": False, "dtype": base.dtype_policy, **kwargs})
         self.base = base
-        self.seed = seed
+        self.seed = checks.seed("seed", seed, optional=True)
         if hasattr(base, "output_names"):
             # By these, Keras finds the losses, metrics and weights of several outputs, and names what it logs.
             self.output_names = base.output_names
@@ -157,12 +155,16 @@ class JacobianModel(SteppedModel):
         labels of its own has their weight, where they are given one.
         """
         regularizers = check_regularizers(jacobian_regularizers, "jacobian_regularizers")
-        _check_compile_arguments(regularizers, jacobian_interval, jacobian_fraction)
+        interval = checks.count("jacobian_interval", jacobian_interval)
+        fraction = checks.number("jacobian_fraction", jacobian_fraction, above=0, most=1)
+        evaluate = checks.boolean("jacobian_evaluate", jacobian_evaluate)
+        _check_names(regularizers)
         _check_penalties_within(self.base, regularizers)
+        # Set only now: a call that is refused leaves the model as it was.
         self.jacobian_regularizers = regularizers
-        self.jacobian_interval = jacobian_interval
-        self.jacobian_fraction = float(jacobian_fraction)
-        self.jacobian_evaluate = bool(jacobian_evaluate)
+        self.jacobian_interval = interval
+        self.jacobian_fraction = fraction
+        self.jacobian_evaluate = evaluate
         # Cleared first: Keras would go on reporting what an earlier `compile` tracked.
         self._trackers.clear()
         self._trackers.extend(PenaltyTracker(regularizer.name) for regularizer in regularizers)
@@ -379,7 +381,7 @@ class JacobianModel(SteppedModel):
 register_wrapper(JacobianModel, lambda model: model.base)
 
 
-def _check_compile_arguments(regularizers, interval, fraction) -> None:
+def _check_names(regularizers) -> None:
     names = [regularizer.name for regularizer in regularizers]
     if len(set(names)) < len(names):
         raise ValueError(
@@ -390,14 +392,6 @@ def _check_compile_arguments(regularizers, interval, fraction) -> None:
         raise ValueError(
             'Invalid value for argument `name` of a Jacobian regularizer. Expected a name other than "loss", which is '
             'the total in the logs. Received: name="loss"'
-        )
-    if not isinstance(interval, int) or interval < 1:
-        raise ValueError(
-            f"Invalid value for argument `jacobian_interval`. Expected an integer, 1 or more. Received: {interval!r}"
-        )
-    if not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
-        raise ValueError(
-            f"Invalid value for argument `jacobian_fraction`. Expected 0 < fraction <= 1. Received: {fraction!r}"
         )
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 import keras
 from keras import ops, tree
 
+from jvpreg import checks
+
 
 def draw(kind: str, like, num_probes: int, seed):
     """Draws directions for each example.
@@ -32,8 +34,8 @@ def draw(kind: str, like, num_probes: int, seed):
     >>> tuple(jvpreg.probes.draw("sphere", np.zeros((4, 3)), num_probes=2, seed=0).shape)
     (2, 4, 3)
     """
-    if kind not in KINDS:
-        raise ValueError(f"Invalid value for argument `probes`. Expected one of {list(KINDS)}. Received: {kind!r}")
+    checks.choice("kind", kind, KINDS)
+    num_probes = checks.count("num_probes", num_probes)
     tensors = [ops.convert_to_tensor(x) for x in tree.flatten(like)]
     size, dtype = dimension(tensors), keras.backend.result_type(tensors[0].dtype, "float32")
     if kind == "orthogonal" and num_probes > size:

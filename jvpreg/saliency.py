@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from jvpreg.estimators.operator import check_count
+from jvpreg import checks
 from jvpreg.finite import finite_examples, nan_unless
 from jvpreg.freeze import linearize
 from jvpreg.frozen import FrozenGraph, Node
@@ -110,7 +110,7 @@ def integrated_gradients(model, x, target=None, baseline=0.0, num_steps: int = 3
 
     Reference: Sundararajan, Taly & Yan (2017), "Axiomatic attribution for deep networks".
     """
-    check_count("num_steps", num_steps)
+    checks.count("num_steps", num_steps)
     x = _images(x)
     start = ops.broadcast_to(ops.cast(baseline, x.dtype), ops.shape(x))
     linearization = linearize(model, x)
@@ -141,7 +141,7 @@ def smooth_grad(model, x, target=None, noise: float = 0.15, num_samples: int = 1
 
     Reference: Smilkov et al. (2017), "SmoothGrad".
     """
-    check_count("num_samples", num_samples)
+    checks.count("num_samples", num_samples)
     x = _images(x)
     linearization = linearize(model, x)
     cotangent = as_cotangent(linearization.outputs, target)

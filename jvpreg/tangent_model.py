@@ -3,6 +3,7 @@
 import keras
 from keras import tree
 
+from jvpreg import checks
 from jvpreg.freeze import jvp
 from jvpreg.inputs import flatten_inputs
 from jvpreg.registry import unwrap
@@ -35,10 +36,7 @@ class TangentModel(keras.Model):
     def __init__(self, base: keras.Model, **kwargs):
         base = unwrap(base)
         if not isinstance(base, keras.Model) or isinstance(base, TangentModel) or not base.built:
-            raise ValueError(
-                "Invalid value for argument `base`. Expected a Keras model, built. "
-                f"Received: base={base!r} (of type {type(base).__name__})"
-            )
+            raise checks.invalid("base", "a Keras model, built", base)
         # `base` casts its own inputs; a second cast here would round what it is given.
         super().__init__(**{"autocast": False, "dtype": base.dtype_policy, **kwargs})
         self.base = base

@@ -110,7 +110,7 @@ def test_directions_are_of_float32_at_least(dtype):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"`probes`. Expected one of \['gaussian', .*\]. Received: 'uniform'"):
+    with pytest.raises(ValueError, match=r"`kind`. Expected .gaussian., .* Received: kind='uniform'"):
         probes.draw("uniform", np.zeros((2, 3)), 1, seed=0)
     with pytest.raises(ValueError, match=r"`num_probes`. Expected at most 3, .* orthogonal .* Received: num_probes=4"):
         probes.draw("orthogonal", np.zeros((2, 3)), 4, seed=0)

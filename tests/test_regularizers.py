@@ -65,10 +65,10 @@ def test_bad_strength(strength):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_probes": 0}, "`num_probes`. Expected an integer, 1 or more. Received: 0"),
+        ({"num_probes": 0}, "`num_probes`. Expected an integer, 1 or more. Received: num_probes=0"),
         ({"num_probes": 1.5}, "`num_probes`"),
-        ({"side": "both"}, '`side`. Expected "input" or "output". Received: \'both\''),
-        ({"probes": "uniform"}, "`probes`. Expected one of"),
+        ({"side": "both"}, '`side`. Expected "input" or "output". Received: side=\'both\''),
+        ({"probes": "uniform"}, '`probes`. Expected "gaussian", "'),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -9,10 +9,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from jvpreg import probes
+from jvpreg import checks, probes
 from jvpreg.callbacks.measurement import Measurement
 from jvpreg.callbacks.probe import JacobianProbe
-from jvpreg.callbacks.reader import check_probe
+from jvpreg.callbacks.reader import check_probe, checked_probe
 from jvpreg.inputs import has_tangents
 from jvpreg.linearization import Linearization
 from jvpreg.registry import unwrap
@@ -92,20 +92,12 @@ class JacobianGuard(keras.callbacks.Callback):
         action: Literal["stop", "warn"] = "stop",
     ):
         super().__init__()
-        for name, expected, fits, value in (
-            ("explosion", "a number above 1", _is_number(explosion) and explosion > 1, explosion),
-            ("collapse", "a number from 0 to below 1", _is_number(collapse) and 0 <= collapse < 1, collapse),
-            ("window", "an integer, 1 or more", isinstance(window, int) and window >= 1, window),
-            ("action", '"stop" or "warn"', action in ("stop", "warn"), action),
-        ):
-            if not fits:
-                raise ValueError(f"Invalid value for argument `{name}`. Expected {expected}. Received: {value!r}")
-        self.probe = probe
-        self.metric = metric
-        self.explosion = explosion
-        self.collapse = collapse
-        self.window = window
-        self.action = action
+        self.probe = checked_probe(probe)
+        self.metric = checks.text("metric", metric)
+        self.explosion = checks.number("explosion", explosion, above=1, finite=False)
+        self.collapse = checks.number("collapse", collapse, least=0, below=1)
+        self.window = checks.count("window", window)
+        self.action = checks.choice("action", action, ("stop", "warn"))
         self.events: list[GuardEvent] = []
         self.async_safe = probe.async_safe
         self._key = f"{probe.prefix}/{metric}"
@@ -116,10 +108,7 @@ class JacobianGuard(keras.callbacks.Callback):
         check_probe(self)
         if self.probe.keys and self._key not in self.probe.keys:
             names = [key.removeprefix(f"{self.probe.prefix}/") for key in self.probe.keys]
-            raise ValueError(
-                f"Invalid value for argument `metric`. Expected one that the probe measures: {names}. "
-                f"Received: metric={self.metric!r}"
-            )
+            raise checks.invalid("metric", f"one that the probe measures: {names}", self.metric)
         if self._layers is None or self._layers.base is not unwrap(self.model):
             self._layers = _Layers(unwrap(self.model))
         self.events = []
@@ -242,7 +231,3 @@ def _weights(node) -> list:
 def _all_finite(tensors):
     finite = [ops.all(ops.isfinite(ops.convert_to_tensor(t))) for t in tensors if has_tangents(t)]
     return ops.all(ops.stack(finite)) if finite else ops.convert_to_tensor(True)
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from jvpreg import checks
 from jvpreg.callbacks.probe import JacobianProbe
 from jvpreg.callbacks.reader import ProbeReader
 
@@ -48,6 +49,9 @@ class JacobianPictures(ProbeReader):
         every_epochs: int = 1,
     ):
         super().__init__(probe, every_epochs)
+        for name, path in (("folder", folder), ("log_dir", log_dir)):
+            if path is not None and not isinstance(path, (str, os.PathLike)):
+                raise checks.invalid(name, "a path, or None", path)
         if folder is None and log_dir is None:
             raise ValueError("Invalid value for argument `folder`. Expected a path, or `log_dir`. Received: neither.")
         self.folder = None if folder is None else Path(folder)

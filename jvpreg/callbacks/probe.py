@@ -11,7 +11,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from jvpreg import estimators
+from jvpreg import checks, estimators
 from jvpreg.callbacks.measurement import Measurement, as_array, as_arrays
 from jvpreg.estimators import Estimate, SpectralDensity
 from jvpreg.finite import finite_examples, nan_unless
@@ -115,23 +115,13 @@ class JacobianProbe(keras.callbacks.Callback):
         prefix: str = "jacobian",
     ):
         super().__init__()
-        for name, value in (("every_epochs", every_epochs), ("every_batches", every_batches)):
-            if not (isinstance(value, int) and value >= 1) and not (name == "every_batches" and value is None):
-                raise ValueError(
-                    f"Invalid value for argument `{name}`. Expected an integer, 1 or more. Received: {value!r}"
-                )
-        for name, paths in (("layers", layers), ("blocks", blocks)):
-            if isinstance(paths, str) or not all(isinstance(path, str) for path in paths):
-                raise ValueError(
-                    f"Invalid value for argument `{name}`. Expected a list of paths of layers. Received: {paths!r}"
-                )
         self.x = as_arrays(x)
-        self.metrics = _functions(metrics, seed)
-        self.layers = list(layers)
-        self.blocks = list(blocks)
-        self.every_epochs = every_epochs
-        self.every_batches = every_batches
-        self.prefix = prefix
+        self.metrics = _functions(metrics, checks.seed("seed", seed))
+        self.layers = checks.paths("layers", layers)
+        self.blocks = checks.paths("blocks", blocks)
+        self.every_epochs = checks.count("every_epochs", every_epochs)
+        self.every_batches = checks.count("every_batches", every_batches, optional=True)
+        self.prefix = checks.text("prefix", prefix)
         self.values: dict[str, Any] = {}
         self.epoch: int | None = None
         # Keras overlaps batch hooks with the next step for callbacks that say they are safe; one that does nothing is.

@@ -4,6 +4,7 @@ from typing import Any
 
 import keras
 
+from jvpreg import checks
 from jvpreg.callbacks.figures import history_png
 from jvpreg.callbacks.probe import JacobianProbe
 
@@ -22,12 +23,8 @@ class ProbeReader(keras.callbacks.Callback):
 
     def __init__(self, probe: JacobianProbe, every_epochs: int):
         super().__init__()
-        if not isinstance(every_epochs, int) or every_epochs < 1:
-            raise ValueError(
-                f"Invalid value for argument `every_epochs`. Expected an integer, 1 or more. Received: {every_epochs!r}"
-            )
-        self.probe = probe
-        self.every_epochs = every_epochs
+        self.probe = checked_probe(probe)
+        self.every_epochs = checks.count("every_epochs", every_epochs)
         self.epochs: list[int] = []
         self.history: list[dict[str, Any]] = []
 
@@ -51,6 +48,17 @@ class ProbeReader(keras.callbacks.Callback):
     def picture(self, name: str) -> bytes:
         """The history of a metric as a PNG file."""
         return history_png(name, self.epochs, [values[name] for values in self.history])
+
+
+def checked_probe(probe) -> JacobianProbe:
+    """The probe of a callback that reads one.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not isinstance(probe, JacobianProbe):
+        raise checks.invalid("probe", "a `JacobianProbe`", probe)
+    return probe
 
 
 def check_probe(callback) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import keras
 from keras import ops
 
+from jvpreg import checks
 from jvpreg.constraints.enforcement import AugmentedLagrangian, Penalty, as_enforcement
 from jvpreg.constraints.points import as_points, between
 from jvpreg.estimators.operator import flatten
@@ -43,12 +44,8 @@ class Constraint(JacobianRegularizer):
     ):
         self.enforcement = as_enforcement(enforcement)
         super().__init__(self.enforcement.weight, name)
-        if not isinstance(tolerance, (int, float)) or not tolerance >= 0:
-            raise ValueError(
-                f"Invalid value for argument `tolerance`. Expected a number, 0 or more. Received: {tolerance!r}"
-            )
         self.at = as_points(at)
-        self.tolerance = float(tolerance)
+        self.tolerance = checks.number("tolerance", tolerance, least=0)
         self.scheduled = self.enforcement.schedule is not None
         self.carried_start = "zeros"
         self.measures = {**MEASURES, MULTIPLIER: "last"} if self._has_multipliers else MEASURES

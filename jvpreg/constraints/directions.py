@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from keras import ops, tree
 
+from jvpreg import checks
+
 
 class Directions:
     """Directions of the inputs, as a constraint is given them.
@@ -40,14 +42,10 @@ class Directions:
         elif isinstance(given, np.ndarray) and given.dtype.kind == "f" and given.size:
             self.array = given
         if self.functions is None and self.array is None and not self.features:
-            raise ValueError(
-                f"Invalid value for argument `{argument}`. Expected a list of indices of features, an array of floats "
-                f"(P, …), or functions of the inputs. Received: {argument}={given!r}"
-            )
+            expected = "a list of indices of features, an array of floats (P, …), or functions of the inputs"
+            raise checks.invalid(argument, expected, given)
         if self.features and len(set(self.features)) < len(self.features):
-            raise ValueError(
-                f"Invalid value for argument `{argument}`. Expected each feature once. Received: {self.features}"
-            )
+            raise checks.invalid(argument, "each feature once", self.features)
 
     @property
     def count(self) -> int | None:
@@ -89,7 +87,7 @@ class Directions:
 
 
 def _is_index(value) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= 0)
+    return checks.is_integer(value) and value >= 0
 
 
 def _with_probes(drawn, inputs):

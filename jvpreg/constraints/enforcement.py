@@ -6,6 +6,8 @@ from collections.abc import Callable
 import keras
 from keras import ops
 
+from jvpreg import checks
+
 
 @keras.saving.register_keras_serializable(package="jvpreg")
 class Penalty:
@@ -31,14 +33,8 @@ class Penalty:
     """
 
     def __init__(self, weight: float = 1.0, schedule: Callable | None = None):
-        _check_positive("weight", weight, least=0.0)
-        if schedule is not None and not callable(schedule):
-            raise ValueError(
-                "Invalid value for argument `schedule`. Expected a function of the training step, or None. "
-                f"Received: schedule={schedule!r}"
-            )
-        self.weight = float(weight)
-        self.schedule = schedule
+        self.weight = checks.number("weight", weight, least=0)
+        self.schedule = checks.function("schedule", schedule, "a function of the training step", optional=True)
 
     def weight_at(self, step):
         """The weight at a training step."""
@@ -99,13 +95,8 @@ class AugmentedLagrangian:
     weight = 1.0
 
     def __init__(self, rho: float = 1.0, update_every: int = 10):
-        _check_positive("rho", rho)
-        if not isinstance(update_every, int) or update_every < 1:
-            raise ValueError(
-                f"Invalid value for argument `update_every`. Expected an integer, 1 or more. Received: {update_every!r}"
-            )
-        self.rho = float(rho)
-        self.update_every = update_every
+        self.rho = checks.number("rho", rho, above=0)
+        self.update_every = checks.count("update_every", update_every)
 
     def weight_at(self, step):
         """1: the multipliers are the weights."""
@@ -145,18 +136,7 @@ def as_enforcement(given) -> Penalty | AugmentedLagrangian:
     """The enforcement; a number is the weight of a penalty."""
     if isinstance(given, (Penalty, AugmentedLagrangian)):
         return given
-    if isinstance(given, (int, float)) and not isinstance(given, bool):
-        return Penalty(given)
-    raise ValueError(
-        "Invalid value for argument `enforcement`. Expected a `Penalty`, an `AugmentedLagrangian`, or the weight of a "
-        f"penalty. Received: enforcement={given!r}"
-    )
-
-
-def _check_positive(argument: str, value, least: float | None = None) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or (value < 0 if least is not None else value <= 0):
-        expected = "a finite number, 0 or more" if least is not None else "a finite number above 0"
-        raise ValueError(
-            f"Invalid value for argument `{argument}`. Expected {expected}. Received: {argument}={value!r}"
-        )
+    if not checks.is_real(given) or not 0 <= given < math.inf:
+        expected = "a `Penalty`, an `AugmentedLagrangian`, or the weight of a penalty, a finite number, 0 or more"
+        raise checks.invalid("enforcement", expected, given)
+    return Penalty(given)

@@ -5,9 +5,9 @@ import itertools
 import keras
 from keras import ops
 
-from jvpreg import probes
+from jvpreg import checks, probes
 from jvpreg.constraints.base import Constraint
-from jvpreg.estimators.operator import check_count, flatten
+from jvpreg.estimators.operator import flatten
 
 
 class _Field(Constraint):
@@ -54,9 +54,7 @@ class Symmetric(_Field):
 
     def __init__(self, num_pairs: int | None = None, **arguments):
         super().__init__(**arguments)
-        if num_pairs is not None:
-            check_count("num_pairs", num_pairs)
-        self.num_pairs = num_pairs
+        self.num_pairs = checks.count("num_pairs", num_pairs, optional=True)
 
     def directions(self, inputs, labels, seed):
         """The basis of the inputs, or pairs of random directions."""

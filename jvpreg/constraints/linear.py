@@ -5,6 +5,7 @@ from collections.abc import Callable
 import keras
 from keras import ops
 
+from jvpreg import checks
 from jvpreg.constraints.slopes import _Directed
 
 
@@ -39,13 +40,8 @@ class Linear(_Directed):
 
     def __init__(self, function: Callable, directions, equality: bool = False, **arguments):
         super().__init__(directions, "directions", arguments)
-        if not callable(function):
-            raise ValueError(
-                "Invalid value for argument `function`. Expected a function of inputs, outputs and products. "
-                f"Received: function={function!r}"
-            )
-        self.function = function
-        self.equality = bool(equality)
+        self.function = checks.function("function", function, "a function of inputs, outputs and products")
+        self.equality = checks.boolean("equality", equality)
 
     def components(self, outputs):
         """One for all: what the function returns is known only when it is called."""

@@ -4,6 +4,8 @@ import keras
 import numpy as np
 from keras import ops, tree
 
+from jvpreg import checks
+
 
 @keras.saving.register_keras_serializable(package="jvpreg", name="between")
 def between(inputs, seed):
@@ -60,13 +62,9 @@ class Box:
                 "Invalid value for argument `low`. Expected finite numbers, nowhere above `high`. "
                 f"Received: low={low!r}, high={high!r}"
             )
-        if not isinstance(num_points, int) or num_points < 1:
-            raise ValueError(
-                f"Invalid value for argument `num_points`. Expected an integer, 1 or more. Received: {num_points!r}"
-            )
         self.low = np.asarray(low, "float64").tolist()
         self.high = np.asarray(high, "float64").tolist()
-        self.num_points = num_points
+        self.num_points = checks.count("num_points", num_points)
 
     def __call__(self, inputs, seed):
         """Points `(N, …)` like `inputs` (B, …)."""
@@ -104,7 +102,4 @@ def as_points(given):
         return between
     if given == "data" or (callable(given) and not isinstance(given, str)):
         return given
-    raise ValueError(
-        'Invalid value for argument `at`. Expected "data", "between", or a function `(inputs, seed) -> points`. '
-        f"Received: at={given!r}"
-    )
+    raise checks.invalid("at", '"data", "between", or a function `(inputs, seed) -> points`', given)

@@ -7,7 +7,7 @@ from typing import Literal
 import keras
 from keras import ops, tree
 
-from jvpreg import probes
+from jvpreg import checks, probes
 from jvpreg.constraints.base import Constraint, by_example
 from jvpreg.constraints.directions import Directions
 from jvpreg.estimators.operator import flatten
@@ -72,11 +72,9 @@ class Monotone(_Directed):
     def __init__(self, features: Sequence[int], increasing: bool = True, **arguments):
         super().__init__(features, "features", arguments)
         if not self._directions.features:
-            raise ValueError(
-                f"Invalid value for argument `features`. Expected a list of indices. Received: features={features!r}"
-            )
+            raise checks.invalid("features", "a list of indices", features)
         self.features = self._directions.features
-        self.increasing = bool(increasing)
+        self.increasing = checks.boolean("increasing", increasing)
 
     def violation(self, seen):
         """`max(0, −J e_i)`, or `max(0, J e_i)`."""
@@ -212,10 +210,7 @@ class KnownDerivative(_Directed):
     def __init__(self, targets: str | Callable, directions, **arguments):
         super().__init__(directions, "directions", arguments)
         if not isinstance(targets, str) and not callable(targets):
-            raise ValueError(
-                "Invalid value for argument `targets`. Expected a key of the labels, or a function of the inputs. "
-                f"Received: targets={targets!r}"
-            )
+            raise checks.invalid("targets", "a key of the labels, or a function of the inputs", targets)
         if isinstance(targets, str) and self.at != "data":
             raise ValueError(
                 "Invalid value for argument `targets`. Expected a function of the inputs, since points other than the "
@@ -296,15 +291,9 @@ class Lipschitz(Constraint):
         **arguments,
     ):
         super().__init__(**arguments)
-        if not isinstance(bound, (int, float)) or not (math.isfinite(bound) and bound > 0):
-            raise ValueError(f"Invalid value for argument `bound`. Expected a number above 0. Received: {bound!r}")
-        if norm not in (1, 2, "inf"):
-            raise ValueError(f'Invalid value for argument `norm`. Expected 1, 2 or "inf". Received: norm={norm!r}')
-        if side not in ("input", "output"):
-            raise ValueError(f'Invalid value for argument `side`. Expected "input" or "output". Received: {side!r}')
-        self.bound = float(bound)
-        self.norm = norm
-        self.side = side
+        self.bound = checks.number("bound", bound, above=0)
+        self.norm = checks.choice("norm", norm, (1, 2, "inf"))
+        self.side = checks.choice("side", side, ("input", "output"))
 
     def directions(self, inputs, labels, seed):
         """The basis of the inputs, if that is the side."""

@@ -9,6 +9,8 @@ they end there. Bilinear interpolation would have no derivative at zero, but one
 import keras
 from keras import ops
 
+from jvpreg import checks
+
 
 class _Transform:
     """A transform with one amount, or two.
@@ -20,9 +22,7 @@ class _Transform:
     num_directions = 1
 
     def __init__(self, size: float = 1.0):
-        if not isinstance(size, (int, float)) or not 0 < size < float("inf"):
-            raise ValueError(f"Invalid value for argument `size`. Expected a number above 0. Received: size={size!r}")
-        self.size = float(size)
+        self.size = checks.number("size", size, above=0)
 
     def __call__(self, images):
         """The directions `(P, B, H, W, C)` at images `(B, H, W, C)`."""

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
+from jvpreg import checks
 from jvpreg.constraints.base import Constraint
 from jvpreg.constraints.regions import Rectangle, Region, Segment, points_of, regions
 from jvpreg.finite import finite_examples, nan_unless
@@ -164,10 +165,7 @@ def verify(model, constraint: Constraint, x, labels=None, seed: int = 0) -> Repo
       between (0), (0.5): 2
     """
     if not isinstance(constraint, Constraint):
-        raise ValueError(
-            "Invalid value for argument `constraint`. Expected one of `jvpreg.constraints`. "
-            f"Received: constraint={constraint!r}"
-        )
+        raise checks.invalid("constraint", "one of `jvpreg.constraints`", constraint)
     model = unwrap(model)
     _check_finite("labels", labels)
     if not isinstance(x, (Segment, Rectangle)):

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from jvpreg import checks
 from jvpreg.distillation.base import MatchingLoss, squared_distance
 
 
@@ -33,12 +34,7 @@ class ActivationMatching(MatchingLoss):
 
     def __init__(self, weight: float, temperature: float | None = None, name: str | None = None):
         super().__init__(weight, name)
-        if temperature is not None and not (isinstance(temperature, (int, float)) and temperature > 0):
-            raise ValueError(
-                "Invalid value for argument `temperature`. Expected a number above 0, or None. "
-                f"Received: temperature={temperature!r}"
-            )
-        self.temperature = temperature
+        self.temperature = checks.number("temperature", temperature, above=0, optional=True)
 
     def see(self, view, sites, directions):
         """The outputs."""

@@ -6,6 +6,7 @@ from typing import Literal
 import keras
 from keras import ops
 
+from jvpreg import checks
 from jvpreg.distillation.base import MatchingLoss, squared_distance
 from jvpreg.distillation.maps import alike
 from jvpreg.distillation.pairs import LayerPairs
@@ -47,7 +48,7 @@ class AttentionMatching(MatchingLoss):
         super().__init__(weight, name)
         self.pairs = LayerPairs(layers, "maps", type(self).__name__)
         self.layers = layers if isinstance(layers, str) else [list(pair) for pair in layers]
-        self.normalized = bool(normalized)
+        self.normalized = checks.boolean("normalized", normalized)
 
     def see(self, view, sites, directions):
         """The attention map of each layer, `(B, *sizes)`."""

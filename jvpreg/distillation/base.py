@@ -1,6 +1,5 @@
 """The base class of matching losses, and what they see of a network."""
 
-import math
 import re
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -8,8 +7,11 @@ from typing import Any, Literal
 import keras
 from keras import ops, tree
 
+from jvpreg import checks
 from jvpreg.distillation.pairs import LayerPairs, Site
 from jvpreg.linearization import Linearization
+
+TARGETS = ("label", "predicted")
 
 
 class View:
@@ -102,13 +104,8 @@ class MatchingLoss(keras.distillation.DistillationLoss):
     measures: tuple[str, ...] = ()
 
     def __init__(self, weight: float, name: str | None = None):
-        if not isinstance(weight, (int, float)) or not (math.isfinite(weight) and weight >= 0):
-            raise ValueError(
-                f"Invalid value for argument `weight` of {type(self).__name__}. Expected a finite number, 0 or more. "
-                f"Received: weight={weight!r}"
-            )
-        self.weight = float(weight)
-        self.name = name or snake_case(type(self).__name__)
+        self.weight = checks.number("weight", weight, least=0, owner=type(self).__name__)
+        self.name = checks.text("name", name, optional=True) or snake_case(type(self).__name__)
 
     def draw(self, inputs, seed):
         """Random directions `(P, B, …)` like the inputs, the same for teacher and student."""
@@ -189,14 +186,6 @@ class KerasLoss(MatchingLoss):
 def snake_case(name: str) -> str:
     """The name of a class as that of a metric."""
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
-
-
-def check_target(target) -> None:
-    """Raises if there is no such target."""
-    if target not in ("label", "predicted"):
-        raise ValueError(
-            f'Invalid value for argument `target`. Expected "label" or "predicted". Received: target={target!r}'
-        )
 
 
 def squared_distance(teacher: Sequence, student: Sequence):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import keras
 from keras import ops, tree
 
+from jvpreg import checks
 from jvpreg.distillation.base import KerasLoss, MatchingLoss
 from jvpreg.layers.jacobian_penalty import JacobianPenalty
 from jvpreg.model import JacobianModel
@@ -38,10 +39,7 @@ def checked_losses(losses) -> tuple[MatchingLoss, ...]:
     """
     known = (MatchingLoss, keras.distillation.DistillationLoss)
     if not isinstance(losses, (list, tuple)) or not losses or not all(isinstance(loss, known) for loss in losses):
-        raise ValueError(
-            "Invalid value for argument `losses`. Expected a list of losses of `jvpreg.distillation` or of "
-            f"`keras.distillation`. Received: losses={losses!r}"
-        )
+        raise checks.invalid("losses", "a list of losses of `jvpreg.distillation` or of `keras.distillation`", losses)
     checked = tuple(loss if isinstance(loss, MatchingLoss) else KerasLoss(loss) for loss in losses)
     names = metric_names(checked)
     if len(set(names)) < len(names) or "loss" in names:
@@ -56,10 +54,7 @@ def check_models(teacher, student) -> None:
     """Raises a ValueError if the two are no teacher and student."""
     for role, model in (("teacher", teacher), ("student", student)):
         if not isinstance(model, keras.Model) or (role == "student" and isinstance(model, JacobianModel)):
-            raise ValueError(
-                f"Invalid value for argument `{role}`. Expected a plain Keras model. "
-                f"Received: {role}={model!r} (of type {type(model).__name__})"
-            )
+            raise checks.invalid(role, "a plain Keras model", model)
     if not teacher.built:
         raise ValueError(
             f"Invalid value for argument `teacher`. Expected a built model. Received: `{teacher.name}`, which has no "

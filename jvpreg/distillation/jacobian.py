@@ -7,8 +7,8 @@ from typing import Literal
 import keras
 from keras import ops, tree
 
-from jvpreg import probes
-from jvpreg.distillation.base import MatchingLoss, check_target, squared_distance
+from jvpreg import checks, probes
+from jvpreg.distillation.base import TARGETS, MatchingLoss, squared_distance
 from jvpreg.distillation.maps import alike
 from jvpreg.distillation.pairs import LayerPairs
 
@@ -53,14 +53,10 @@ class JacobianMatching(MatchingLoss):
     ):
         super().__init__(weight, name)
         if num_probes is None:
-            self.target = "label" if target is None else target
-            check_target(self.target)
-        elif target is not None or not isinstance(num_probes, int) or num_probes < 1:
-            raise ValueError(
-                "Invalid value for argument `num_probes`. Expected an integer, 1 or more, and no `target`, or None. "
-                f"Received: num_probes={num_probes!r}, target={target!r}"
-            )
-        self.num_probes = num_probes
+            self.target = checks.choice("target", target, (*TARGETS, None)) or "label"
+        elif target is not None:
+            raise checks.invalid("num_probes", f"None beside `target`, which is {target!r}", num_probes)
+        self.num_probes = checks.count("num_probes", num_probes, optional=True)
         self.draws = num_probes is not None
         self.sees_inputs = num_probes is None
 
@@ -122,10 +118,9 @@ class BiasJacobianMatching(MatchingLoss):
         name: str | None = None,
     ):
         super().__init__(weight, name)
-        check_target(target)
         self.pairs = LayerPairs(layers, "biases", type(self).__name__)
         self.layers = layers if isinstance(layers, str) else [list(pair) for pair in layers]
-        self.target = target
+        self.target = checks.choice("target", target, TARGETS)
 
     def see(self, view, sites, directions):
         """The bias-Jacobian of each layer, summed over its channels: `(B, *sizes)`."""

@@ -6,6 +6,7 @@ from typing import Literal
 
 from keras import layers
 
+from jvpreg import checks
 from jvpreg.frozen import Node
 from jvpreg.full_jacobian import NORMALIZATIONS
 from jvpreg.linearization import Linearization
@@ -166,8 +167,6 @@ def _checked_pairs(layers, owner: str):
         isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(path, str) for path in pair)
         for pair in pairs
     ):
-        raise ValueError(
-            f"Invalid value for argument `layers` of {owner}. Expected a list of pairs of paths, (teacher_layer, "
-            f'student_layer), or "auto". Received: layers={layers!r}'
-        )
+        expected = 'a list of pairs of paths, (teacher_layer, student_layer), or "auto"'
+        raise checks.invalid("layers", expected, layers, owner)
     return pairs

@@ -2,7 +2,7 @@
 
 from keras import ops
 
-from jvpreg import probes
+from jvpreg import checks, probes
 from jvpreg.estimators.operator import Operator, by_example
 from jvpreg.estimators.result import Estimate
 from jvpreg.estimators.spectrum import top_eigenvalues
@@ -66,8 +66,6 @@ def frozen_fixed_point(linearization: Linearization, layer: str | None) -> Impli
     known = {name: pushforward for name, pushforward in pairs if isinstance(pushforward, ImplicitPushforward)}
     found = [pushforward for name, pushforward in known.items() if layer in (None, name)]
     if len(found) != 1:
-        raise ValueError(
-            f"Invalid value for argument `layer`. Expected the path of a FixedPoint layer of the model, one of "
-            f"{list(known)}, or None where there is one. Received: layer={layer!r}"
-        )
+        expected = f"the path of a FixedPoint layer of the model, one of {list(known)}, or None where there is one"
+        raise checks.invalid("layer", expected, layer)
     return found[0]

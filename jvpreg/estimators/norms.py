@@ -5,8 +5,9 @@ from typing import Literal
 
 from keras import ops, tree
 
+from jvpreg import checks
 from jvpreg import probes as probes_module
-from jvpreg.estimators.operator import Operator, as_operator, by_example, check_count, magnitude
+from jvpreg.estimators.operator import Operator, as_operator, by_example, magnitude
 from jvpreg.estimators.result import Estimate
 from jvpreg.linearization import Linearization
 
@@ -54,13 +55,9 @@ def frobenius_norm(
     >>> [round(float(keras.ops.convert_to_numpy(part)[0]), 4) for part in (estimate.value, estimate.sem)]
     [2.4495, 0.0]
     """
-    if side not in ("input", "output", None):
-        raise ValueError(f'Invalid value for argument `side`. Expected "input", "output" or None. Received: {side!r}')
-    if probes not in probes_module.KINDS:
-        raise ValueError(
-            f"Invalid value for argument `probes`. Expected one of {list(probes_module.KINDS)}. Received: {probes!r}"
-        )
-    check_count("num_probes", num_probes)
+    checks.choice("side", side, ("input", "output", None))
+    checks.choice("probes", probes, probes_module.KINDS)
+    checks.count("num_probes", num_probes)
     operator = as_operator(linearization)
     if side is None:
         outputs_are_fewer = operator.shape[0] <= operator.shape[1] and operator.has_transpose
@@ -75,10 +72,7 @@ def frobenius_norm(
         zero = ops.zeros_like(value)
         return Estimate(value, zero, zero, ops.isfinite(value), size)
     if num_probes < 2:
-        raise ValueError(
-            "Invalid value for argument `num_probes`. Expected at least 2: one probe has no standard error. "
-            f"Received: num_probes={num_probes}"
-        )
+        raise checks.invalid("num_probes", "at least 2: one probe has no standard error", num_probes)
     products = operator.matvec(operator.draw(probes, num_probes, seed))
     unit = magnitude(products)
     mean, sem = mean_and_sem(squared_norm(products / ops.expand_dims(unit, -1)))

@@ -3,13 +3,12 @@
 import functools
 import math
 from collections.abc import Callable, Iterable
-from numbers import Integral
 from typing import ParamSpec, TypeVar
 
 import keras
 from keras import ops, tree
 
-from jvpreg import probes
+from jvpreg import checks, probes
 from jvpreg.finite import finite_examples, nan_unless
 from jvpreg.linearization import Linearization
 
@@ -42,18 +41,15 @@ class Operator:
     """
 
     def __init__(self, matvec, rmatvec, shape, batch_size, dtype=None, chunk_size: int = 16):
-        sizes = [int(size) for size in shape if isinstance(size, Integral)] if isinstance(shape, Iterable) else []
+        sizes = [int(size) for size in shape if checks.is_integer(size)] if isinstance(shape, Iterable) else []
         if len(sizes) != 2 or len(tuple(shape)) != 2 or min(sizes) < 1:
-            raise ValueError(
-                f"Invalid value for argument `shape`. Expected (m, n), two positive integers. Received: shape={shape!r}"
-            )
-        check_count("chunk_size", chunk_size)
-        self._matvec = matvec
-        self._rmatvec = rmatvec
+            raise checks.invalid("shape", "(m, n), two positive integers", shape)
+        self._matvec = checks.function("matvec", matvec, "a function of vectors (P, B, n)")
+        self._rmatvec = checks.function("rmatvec", rmatvec, "a function of vectors (P, B, m)", optional=True)
         self.shape = (sizes[0], sizes[1])
         self.batch_size = batch_size
         self.dtype = keras.backend.standardize_dtype(dtype or keras.config.floatx())
-        self.chunk_size = chunk_size
+        self.chunk_size = checks.count("chunk_size", chunk_size)
 
     @property
     def has_transpose(self) -> bool:
@@ -159,10 +155,8 @@ def as_operator(source: Linearization | Operator) -> Operator:
     if isinstance(source, Operator):
         return source
     if not isinstance(source, Linearization):
-        raise ValueError(
-            "Invalid value for argument `linearization`. Expected what `jvpreg.linearize` returns, or a "
-            f"`jvpreg.estimators.Operator`. Received: {source!r} (of type {type(source).__name__})"
-        )
+        expected = "what `jvpreg.linearize` returns, or a `jvpreg.estimators.Operator`"
+        raise checks.invalid("linearization", expected, source)
     inputs, outputs = spaces(source)
     # A decomposition of a matrix with a NaN fails for the whole batch.
     finite = ops.reshape(finite_examples(source), (1, -1, 1))
@@ -204,12 +198,4 @@ def check_square(operator: Operator, name: str) -> None:
         raise ValueError(
             f"`{name}` is defined for a square Jacobian only: as many outputs as inputs. "
             f"Received: {operator.shape[0]} outputs and {operator.shape[1]} inputs."
-        )
-
-
-def check_count(name: str, value, least: int = 1) -> None:
-    """Raises if an argument is not an integer of at least `least`."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(
-            f"Invalid value for argument `{name}`. Expected an integer, {least} or more. Received: {value!r}"
         )

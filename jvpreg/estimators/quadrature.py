@@ -6,9 +6,10 @@ from typing import Any, Literal, NamedTuple
 
 from keras import ops
 
+from jvpreg import checks
 from jvpreg.estimators.krylov import lanczos
 from jvpreg.estimators.norms import mean_and_sem
-from jvpreg.estimators.operator import Operator, as_operator, by_example, check_count, check_square
+from jvpreg.estimators.operator import Operator, as_operator, by_example, check_square
 from jvpreg.estimators.result import Estimate
 from jvpreg.estimators.spectrum import singular_values
 from jvpreg.linearization import Linearization
@@ -64,8 +65,8 @@ def gram_quadrature(linearization: Linearization | Operator, num_probes: int, nu
 
     Where it has no more than `num_probes·num_steps` dimensions, the Jacobian is materialized, which is exact.
     """
-    check_count("num_probes", num_probes, least=2)
-    check_count("num_steps", num_steps, least=2)
+    checks.count("num_probes", num_probes, least=2)
+    checks.count("num_steps", num_steps, least=2)
     operator = as_operator(linearization).upright
     size = operator.shape[1]
     if size <= num_probes * num_steps:
@@ -151,13 +152,12 @@ def log_determinant(
     >>> round(float(keras.ops.convert_to_numpy(estimate.value)[0]), 4)  # 3 log 2
     2.0794
     """
-    if of not in ("JJT", "J"):
-        raise ValueError(f'Invalid value for argument `of`. Expected "JJT" or "J". Received: of={of!r}')
+    checks.choice("of", of, ("JJT", "J"))
     if of == "JJT":
         squared = gram_quadrature(linearization, num_probes, num_steps, seed)
         return squared.estimate(lambda nodes: ops.log1p(ops.square(squared.unit * ops.sqrt(nodes))), tol)
-    check_count("num_probes", num_probes, least=2)
-    check_count("num_steps", num_steps, least=2)
+    checks.count("num_probes", num_probes, least=2)
+    checks.count("num_steps", num_steps, least=2)
     operator = as_operator(linearization)
     check_square(operator, 'log_determinant(of="J")')
     size = operator.shape[0]
@@ -279,9 +279,8 @@ def spectral_density(
     >>> round(float(points[0][value[0].argmax()]), 1)
     1.0
     """
-    check_count("num_points", num_points, least=2)
-    if not isinstance(width, (int, float)) or not width > 0:
-        raise ValueError(f"Invalid value for argument `width`. Expected a positive number. Received: width={width!r}")
+    checks.count("num_points", num_points, least=2)
+    checks.number("width", width, above=0)
     found = gram_quadrature(linearization, num_probes, num_steps, seed)
     sigma = ops.sqrt(found.nodes)
     largest = ops.max(sigma, axis=(0, 2))

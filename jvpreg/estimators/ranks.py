@@ -2,8 +2,9 @@
 
 from keras import ops
 
+from jvpreg import checks
 from jvpreg.estimators.norms import frobenius_norm
-from jvpreg.estimators.operator import Operator, as_operator, by_example, check_count
+from jvpreg.estimators.operator import Operator, as_operator, by_example
 from jvpreg.estimators.quadrature import gram_quadrature
 from jvpreg.estimators.result import Estimate
 from jvpreg.estimators.spectrum import singular_values, spectral_norm
@@ -45,7 +46,7 @@ def stable_rank(
     >>> round(float(keras.ops.convert_to_numpy(estimate.value)[0]), 4)
     3.0
     """
-    check_count("num_probes", num_probes, least=2)
+    checks.count("num_probes", num_probes, least=2)
     operator = as_operator(linearization)
     if min(operator.shape) <= num_probes:
         every = singular_values(operator)

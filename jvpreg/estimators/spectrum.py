@@ -6,9 +6,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from jvpreg import probes
+from jvpreg import checks, probes
 from jvpreg.estimators.krylov import block_krylov, probed
-from jvpreg.estimators.operator import Operator, as_operator, by_example, check_count, magnitude, spaces
+from jvpreg.estimators.operator import Operator, as_operator, by_example, magnitude, spaces
 from jvpreg.estimators.result import Estimate
 from jvpreg.linearization import Linearization
 
@@ -180,7 +180,7 @@ def condition_number(linearization: Linearization | Operator, max_products: int 
     >>> float(keras.ops.convert_to_numpy(estimate.value)[0])
     1.0
     """
-    check_count("max_products", max_products)
+    checks.count("max_products", max_products)
     size = min(as_operator(linearization).shape)
     if size > max_products:
         raise ValueError(
@@ -384,10 +384,7 @@ def _completed(rows):
 
 
 def _check_iteration(k, tol, num_iterations, max_restarts, size: int) -> None:
-    check_count("k", k)
-    check_count("num_iterations", num_iterations)
-    check_count("max_restarts", max_restarts, least=0)
-    if k > size:
-        raise ValueError(f"Invalid value for argument `k`. Expected at most {size}: there are no more. Received: k={k}")
-    if not isinstance(tol, (int, float)) or not tol > 0:
-        raise ValueError(f"Invalid value for argument `tol`. Expected a positive number. Received: tol={tol!r}")
+    checks.count("k", k, most=size)
+    checks.count("num_iterations", num_iterations)
+    checks.count("max_restarts", max_restarts, least=0)
+    checks.number("tol", tol, above=0)

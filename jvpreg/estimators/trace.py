@@ -5,9 +5,10 @@ from typing import Literal
 
 from keras import ops
 
+from jvpreg import checks
 from jvpreg.estimators.krylov import probed
 from jvpreg.estimators.norms import mean_and_sem
-from jvpreg.estimators.operator import Operator, as_operator, by_example, check_count, check_square, magnitude
+from jvpreg.estimators.operator import Operator, as_operator, by_example, check_square, magnitude
 from jvpreg.estimators.result import Estimate
 from jvpreg.linearization import Linearization
 
@@ -52,17 +53,16 @@ def trace(
     >>> round(float(keras.ops.convert_to_numpy(estimate.value)[0]), 4)
     3.0
     """
-    if method not in METHODS:
-        raise ValueError(f"Invalid value for argument `method`. Expected one of {list(METHODS)}. Received: {method!r}")
+    checks.choice("method", method, METHODS)
     operator = as_operator(linearization)
     check_square(operator, "trace")
-    check_count("num_matvecs", num_matvecs)
+    checks.count("num_matvecs", num_matvecs)
     size = operator.shape[0]
     if num_matvecs >= size:
         value = ops.einsum("pbp->b", operator.matvec(operator.basis()))
         zero = ops.zeros_like(value)
         return Estimate(value, zero, zero, ops.isfinite(value), size)
-    check_count("num_matvecs", num_matvecs, least={"hutchinson": 2, "hutch++": 6, "xtrace": 4}[method])
+    checks.count("num_matvecs", num_matvecs, least={"hutchinson": 2, "hutch++": 6, "xtrace": 4}[method])
     samples, spent, unit = {"hutchinson": _hutchinson, "hutch++": _hutch_plus_plus, "xtrace": _xtrace}[method](
         operator, num_matvecs, seed
     )

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import keras
 import numpy as np
@@ -12,7 +12,7 @@ from keras import ops
 # Private, and there is no public one: whether Keras asks for shapes only.
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
-from jvpreg import implicit
+from jvpreg import checks, implicit
 from jvpreg.graph import freeze, is_model
 from jvpreg.implicit import ImplicitPushforward
 from jvpreg.registry import Context, register_rule
@@ -83,22 +83,15 @@ class FixedPoint(keras.layers.Layer):
         **kwargs,
     ):
         _check_cell(cell)
-        _check_choice("solver", solver, NONLINEAR)
-        _check_choice("adjoint_solver", adjoint_solver, tuple(SOLVERS))
-        _check_choice("unconverged", unconverged, ("warn", "error", "ignore"))
-        if not isinstance(tolerance, (int, float)) or not 0 < tolerance < 1:
-            raise ValueError(
-                f"Invalid value for argument `tolerance`. Expected a number between 0 and 1. Received: {tolerance!r}"
-            )
-        if not isinstance(max_iterations, int) or isinstance(max_iterations, bool) or max_iterations < 1:
-            raise ValueError(
-                f"Invalid value for argument `max_iterations`. Expected an integer, 1 or more. "
-                f"Received: {max_iterations!r}"
-            )
+        checks.choice("solver", solver, NONLINEAR)
+        checks.choice("adjoint_solver", adjoint_solver, SOLVERS)
+        checks.choice("unconverged", unconverged, ("warn", "error", "ignore"))
+        tolerance = checks.number("tolerance", tolerance, above=0, below=1)
+        max_iterations = checks.count("max_iterations", max_iterations)
         super().__init__(**{"autocast": False, "dtype": cell.dtype_policy, **kwargs})
         self.cell = cell
         self.solver = solver
-        self.tolerance = float(tolerance)
+        self.tolerance = tolerance
         self.max_iterations = max_iterations
         self.adjoint_solver = adjoint_solver
         self.unconverged = unconverged
@@ -340,20 +333,10 @@ def _takes_two(cell) -> bool:
 
 def _check_cell(cell) -> None:
     if not isinstance(cell, keras.Layer):
-        raise ValueError(
-            "Invalid value for argument `cell`. Expected a Keras model or layer of x and z. "
-            f"Received: cell={cell!r} (of type {type(cell).__name__})"
-        )
+        raise checks.invalid("cell", "a Keras model or layer of x and z", cell)
     count = len(cell.inputs) if is_model(cell) else 2
     if count != 2:
         raise ValueError(
             f"Invalid value for argument `cell`. Expected a model of two inputs, x and z. Received: `{cell.name}`, "
             f"which has {count}."
-        )
-
-
-def _check_choice(argument: str, value: Any, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(
-            f"Invalid value for argument `{argument}`. Expected one of {list(choices)}. Received: {value!r}"
         )

@@ -1,7 +1,6 @@
 """The base class of Jacobian regularizers, and the one tangent pass that a list of them shares."""
 
 import itertools
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 import keras
 from keras import ops, tree
 
+from jvpreg import checks
 from jvpreg.linearization import Linearization
 
 
@@ -84,13 +84,9 @@ class JacobianRegularizer:
     scheduled = False
 
     def __init__(self, strength: float, name: str | None = None):
-        if not isinstance(strength, (int, float)) or not (math.isfinite(strength) and strength >= 0):
-            raise ValueError(
-                f"Invalid value for argument `strength` of {type(self).__name__}. Expected a finite number, 0 or more. "
-                f"Received: strength={strength!r}"
-            )
-        self.strength = float(strength)
-        self.name = name or re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+        self.strength = checks.number("strength", strength, least=0, owner=type(self).__name__)
+        snake_case = re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
+        self.name = checks.text("name", name, optional=True) or snake_case
 
     def check(self, inputs, outputs) -> None:
         """Raises a ValueError where it does not fit a model of such inputs and outputs, `(B, …)`, at `compile`."""
@@ -165,10 +161,7 @@ def check_regularizers(regularizers, argument: str) -> tuple[JacobianRegularizer
     """
     several = isinstance(regularizers, (list, tuple))
     if regularizers is not None and not (several and all(isinstance(r, JacobianRegularizer) for r in regularizers)):
-        raise ValueError(
-            f"Invalid value for argument `{argument}`. Expected a list of `jvpreg.regularizers.JacobianRegularizer`. "
-            f"Received: {argument}={regularizers!r}"
-        )
+        raise checks.invalid(argument, "a list of `jvpreg.regularizers.JacobianRegularizer`", regularizers)
     for one, other in itertools.combinations(regularizers or (), 2):
         if reason := one.contradicts(other):
             raise ValueError(

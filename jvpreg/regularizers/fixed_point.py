@@ -3,7 +3,7 @@
 import keras
 from keras import ops, tree
 
-from jvpreg import probes
+from jvpreg import checks, probes
 from jvpreg.estimators.fixed_point import frozen_fixed_point
 from jvpreg.estimators.norms import squared_norm
 from jvpreg.regularizers.base import JacobianRegularizer
@@ -36,12 +36,8 @@ class FixedPointJacobianNorm(JacobianRegularizer):
 
     def __init__(self, strength: float, layer: str | None = None, num_probes: int = 1, name: str | None = None):
         super().__init__(strength, name)
-        if not isinstance(num_probes, int) or num_probes < 1:
-            raise ValueError(
-                f"Invalid value for argument `num_probes`. Expected an integer, 1 or more. Received: {num_probes!r}"
-            )
-        self.layer = layer
-        self.num_probes = num_probes
+        self.layer = checks.text("layer", layer, optional=True)
+        self.num_probes = checks.count("num_probes", num_probes)
 
     def draw(self, linearization, inputs, seed):
         """Standard normal directions of z, `(P, B, …)`."""

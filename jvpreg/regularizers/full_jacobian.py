@@ -6,7 +6,7 @@ from typing import Literal
 import keras
 from keras import ops, tree
 
-from jvpreg import probes
+from jvpreg import checks, probes
 from jvpreg.estimators.norms import squared_norm
 from jvpreg.full_jacobian import as_cotangent
 from jvpreg.linearization import Linearization
@@ -51,15 +51,9 @@ class BiasJacobianNorm(JacobianRegularizer):
         name: str | None = None,
     ):
         super().__init__(strength, name)
-        _check_layers(layers)
-        _check_target(target, ("label", "predicted", "all"))
-        if not isinstance(num_probes, int) or num_probes < 1:
-            raise ValueError(
-                f"Invalid value for argument `num_probes`. Expected an integer, 1 or more. Received: {num_probes!r}"
-            )
-        self.layers = None if layers is None else list(layers)
-        self.target = target
-        self.num_probes = num_probes
+        self.layers = checks.paths("layers", layers, optional=True)
+        self.target = checks.choice("target", target, ("label", "predicted", "all"))
+        self.num_probes = checks.count("num_probes", num_probes)
 
     def draw(self, linearization, inputs, seed):
         """Standard normal ξ like the output of each node, `(P, B, …)`, where all outputs are the target."""
@@ -127,17 +121,10 @@ class FullJacobianNorm(JacobianRegularizer):
         name: str | None = None,
     ):
         super().__init__(strength, name)
-        _check_layers(layers)
-        _check_target(target, ("label", "predicted"))
-        for argument, value in (("input_weight", input_weight), ("bias_weight", bias_weight)):
-            if not isinstance(value, (int, float)) or value < 0:
-                raise ValueError(
-                    f"Invalid value for argument `{argument}`. Expected a number, 0 or more. Received: {value!r}"
-                )
-        self.input_weight = float(input_weight)
-        self.bias_weight = float(bias_weight)
-        self.layers = None if layers is None else list(layers)
-        self.target = target
+        self.input_weight = checks.number("input_weight", input_weight, least=0)
+        self.bias_weight = checks.number("bias_weight", bias_weight, least=0)
+        self.layers = checks.paths("layers", layers, optional=True)
+        self.target = checks.choice("target", target, ("label", "predicted"))
 
     def look(self, linearization, drawn, labels):
         """The input-Jacobian `(1, B, …)` of each input, and the bias-Jacobians by node."""
@@ -184,15 +171,3 @@ def target_cotangent(regularizer, outputs, labels):
     if len(labels.shape) == 2 and labels.shape[1] == classes:
         return ops.cast(labels, leaves[0].dtype)
     return as_cotangent(outputs, ops.cast(ops.reshape(labels, (-1,)), "int32"))
-
-
-def _check_layers(layers) -> None:
-    if layers is not None and (isinstance(layers, str) or not all(isinstance(path, str) for path in layers)):
-        raise ValueError(
-            f"Invalid value for argument `layers`. Expected a list of paths of layers, or None. Received: {layers!r}"
-        )
-
-
-def _check_target(target, expected: tuple[str, ...]) -> None:
-    if target not in expected:
-        raise ValueError(f"Invalid value for argument `target`. Expected one of {list(expected)}. Received: {target!r}")

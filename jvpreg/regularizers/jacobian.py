@@ -5,6 +5,7 @@ from typing import Literal
 import keras
 from keras import ops
 
+from jvpreg import checks
 from jvpreg import probes as probes_module
 from jvpreg.estimators.norms import squared_norm
 from jvpreg.regularizers.base import JacobianRegularizer
@@ -49,20 +50,9 @@ class JacobianNorm(JacobianRegularizer):
         name: str | None = None,
     ):
         super().__init__(strength, name)
-        if not isinstance(num_probes, int) or num_probes < 1:
-            raise ValueError(
-                f"Invalid value for argument `num_probes`. Expected an integer, 1 or more. Received: {num_probes!r}"
-            )
-        if probes not in probes_module.KINDS:
-            raise ValueError(
-                f"Invalid value for argument `probes`. Expected one of {list(probes_module.KINDS)}. "
-                f"Received: {probes!r}"
-            )
-        if side not in ("input", "output"):
-            raise ValueError(f'Invalid value for argument `side`. Expected "input" or "output". Received: {side!r}')
-        self.num_probes = num_probes
-        self.probes = probes
-        self.side = side
+        self.num_probes = checks.count("num_probes", num_probes)
+        self.probes = checks.choice("probes", probes, probes_module.KINDS)
+        self.side = checks.choice("side", side, ("input", "output"))
 
     def directions(self, inputs, labels, seed):
         """Random directions of the input, `(P, B, …)`, if that is the side."""

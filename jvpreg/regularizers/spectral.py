@@ -3,7 +3,7 @@
 import keras
 from keras import ops, tree
 
-from jvpreg import probes
+from jvpreg import checks, probes
 from jvpreg.estimators.norms import squared_norm
 from jvpreg.estimators.operator import flatten, spaces
 from jvpreg.regularizers.base import JacobianRegularizer
@@ -45,12 +45,7 @@ class SpectralNorm(JacobianRegularizer):
 
     def __init__(self, strength: float, num_iterations: int = 1, name: str | None = None):
         super().__init__(strength, name)
-        if not isinstance(num_iterations, int) or num_iterations < 1:
-            raise ValueError(
-                f"Invalid value for argument `num_iterations`. Expected an integer, 1 or more. "
-                f"Received: {num_iterations!r}"
-            )
-        self.num_iterations = num_iterations
+        self.num_iterations = checks.count("num_iterations", num_iterations)
 
     def carried_shape(self, outputs):
         """A vector like the outputs for each class: `(C, K)`, or `(1, K)`."""

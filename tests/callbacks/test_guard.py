@@ -160,10 +160,10 @@ def test_it_is_compiled_once(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"explosion": 1.0}, "`explosion`. Expected a number above 1. Received: 1.0"),
+        ({"explosion": 1.0}, "`explosion`. Expected a number above 1. Received: explosion=1.0"),
         ({"collapse": 1}, "`collapse`"),
         ({"window": 0}, "`window`"),
-        ({"action": "raise"}, '`action`. Expected "stop" or "warn". Received: \'raise\''),
+        ({"action": "raise"}, '`action`. Expected "stop" or "warn". Received: action=\'raise\''),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -176,7 +176,7 @@ def test_what_is_missing_is_told_before_training_begins(tmp_path):
     probe = JacobianProbe(data(4)[0], ["frobenius_norm"])
     with pytest.raises(ValueError, match=r"Expected a path, or `log_dir`. Received: neither"):
         JacobianPictures(probe)
-    with pytest.raises(ValueError, match=r"`every_epochs`. Expected an integer, 1 or more. Received: 0"):
+    with pytest.raises(ValueError, match=r"`every_epochs`. Expected an integer, 1 or more. Received: every_epochs=0"):
         JacobianPictures(probe, tmp_path, every_epochs=0)
     with pytest.raises(ValueError, match="`JacobianPictures` reads a `JacobianProbe` that is not in `callbacks`"):
         fit(make_model(), JacobianPictures(probe, tmp_path), NeverBegins())

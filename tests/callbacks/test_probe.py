@@ -169,9 +169,9 @@ def test_another_model_is_measured_anew():
         ({"metrics": "frobenius_norm"}, "`metrics`"),
         ({"metrics": []}, "`metrics`"),
         ({"metrics": {"sigma": "norm"}}, "`metrics`"),
-        ({"every_epochs": 0}, "`every_epochs`. Expected an integer, 1 or more. Received: 0"),
+        ({"every_epochs": 0}, "`every_epochs`. Expected an integer, 1 or more. Received: every_epochs=0"),
         ({"every_batches": 1.5}, "`every_batches`"),
-        ({"layers": "first"}, "`layers`. Expected a list of paths of layers. Received: 'first'"),
+        ({"layers": "first"}, "`layers`. Expected a list of paths of layers. Received: layers='first'"),
         (
             {"labels": [0, 1, 2]},
             "`labels`. Expected an integer for each of the 4 examples of `x`. Received: labels with",

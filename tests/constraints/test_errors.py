@@ -93,7 +93,7 @@ def test_what_does_not_fit_the_model(constraint, sizes, message, shape_known):
         (lambda: Monotone([0.5]), "`features`"),
         (lambda: Monotone([0], at="here"), '`at`. Expected "data", "between", or a function'),
         (lambda: Monotone([0], enforcement="strong"), "`enforcement`. Expected a `Penalty`"),
-        (lambda: Monotone([0], enforcement=-1.0), "`weight`. Expected a finite number, 0 or more"),
+        (lambda: Monotone([0], enforcement=-1.0), "weight of a penalty, a finite number, 0 or more"),
         (lambda: Monotone([0], tolerance=-1.0), "`tolerance`"),
         (lambda: Penalty(1.0, schedule=3), "`schedule`. Expected a function"),
         (lambda: AugmentedLagrangian(0.0), "`rho`. Expected a finite number above 0"),

@@ -168,10 +168,10 @@ def sharing():
     ("make", "message"),
     [
         (lambda: ActivationMatching(-1.0), "`weight` of ActivationMatching. Expected a finite number, 0 or more"),
-        (lambda: ActivationMatching(1.0, temperature=0), "`temperature`. Expected a number above 0"),
-        (lambda: JacobianMatching(1.0, target="all"), '`target`. Expected "label" or "predicted".*target=.all.'),
+        (lambda: ActivationMatching(1.0, temperature=0), "`temperature`. Expected a finite number above 0, or None"),
+        (lambda: JacobianMatching(1.0, target="all"), '`target`. Expected "label", "predicted" or None.*target=.all.'),
         (lambda: JacobianMatching(1.0, num_probes=0), "`num_probes`. Expected an integer, 1 or more"),
-        (lambda: JacobianMatching(1.0, "label", num_probes=2), "and no `target`.*num_probes=2, target=.label."),
+        (lambda: JacobianMatching(1.0, "label", num_probes=2), "None beside `target`, which is .label..*num_probes=2"),
         (lambda: BiasJacobianMatching(1.0, target=None), '`target`. Expected "label" or "predicted"'),
         (lambda: BiasJacobianMatching(1.0, "first"), "`layers` of BiasJacobianMatching. Expected a list of pairs"),
         (lambda: AttentionMatching(1.0, ["a", "b"]), r"`layers` of AttentionMatching.*layers=\['a', 'b'\]"),

@@ -98,14 +98,14 @@ def test_one_seed_draws_one_number():
 @pytest.mark.parametrize(
     ("argument", "value", "message"),
     [
-        ("num_probes", 0, r"`num_probes`. Expected an integer, 1 or more. Received: 0"),
+        ("num_probes", 0, r"`num_probes`. Expected an integer, 1 or more. Received: num_probes=0"),
         (
             "num_probes",
             1,
             r"`num_probes`. Expected at least 2: one probe has no standard error. Received: num_probes=1",
         ),
-        ("side", "both", r"`side`. Expected \"input\", \"output\" or None. Received: 'both'"),
-        ("probes", "cube", r"`probes`. Expected one of \['gaussian'.*Received: 'cube'"),
+        ("side", "both", r"`side`. Expected \"input\", \"output\" or None. Received: side='both'"),
+        ("probes", "cube", r"`probes`. Expected .gaussian., .*Received: probes='cube'"),
     ],
 )
 def test_bad_arguments(argument, value, message):

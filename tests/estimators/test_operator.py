@@ -229,8 +229,8 @@ def test_what_needs_the_transpose_says_so(name):
         ("shape", (3, 0), r"`shape`. Expected \(m, n\)"),
         ("shape", (3, None), r"`shape`. Expected \(m, n\)"),
         ("shape", 3, r"`shape`. Expected \(m, n\)"),
-        ("chunk_size", 0, r"`chunk_size`. Expected an integer, 1 or more. Received: 0"),
-        ("chunk_size", None, r"`chunk_size`. Expected an integer, 1 or more. Received: None"),
+        ("chunk_size", 0, r"`chunk_size`. Expected an integer, 1 or more. Received: chunk_size=0"),
+        ("chunk_size", None, r"`chunk_size`. Expected an integer, 1 or more. Received: chunk_size=None"),
     ],
 )
 def test_bad_arguments(argument, value, message):

@@ -187,16 +187,18 @@ def test_the_standard_error_of_the_density():
 @pytest.mark.parametrize("argument", ["num_probes", "num_steps"])
 def test_bad_numbers(estimator, argument):
     for value in (1, 0, 2.5):
-        with pytest.raises(ValueError, match=rf"`{argument}`. Expected an integer, 2 or more. Received: {value}"):
+        with pytest.raises(
+            ValueError, match=rf"`{argument}`. Expected an integer, 2 or more. Received: {argument}={value}"
+        ):
             estimator(operator(np.eye(3)), **{argument: value})
 
 
 def test_bad_arguments():
     with pytest.raises(ValueError, match=r"`of`. Expected \"JJT\" or \"J\". Received: of='JTJ'"):
         log_determinant(operator(np.eye(3)), of="JTJ")
-    with pytest.raises(ValueError, match=r"`width`. Expected a positive number. Received: width=0"):
+    with pytest.raises(ValueError, match=r"`width`. Expected a finite number above 0. Received: width=0"):
         spectral_density(operator(np.eye(3)), width=0)
-    with pytest.raises(ValueError, match=r"`num_points`. Expected an integer, 2 or more. Received: 1"):
+    with pytest.raises(ValueError, match=r"`num_points`. Expected an integer, 2 or more. Received: num_points=1"):
         spectral_density(operator(np.eye(3)), num_points=1)
     with pytest.raises(ValueError, match=r"`log_determinant\(of=\"J\"\)` is defined for a square.*Received: 3 outputs"):
         log_determinant(operator(normal(3, 4)), of="J")

@@ -90,7 +90,7 @@ def test_singular_values_of_all_kinds_in_one_batch(num_iterations, shape):
 
 @pytest.mark.usefixtures("float64")
 def test_vectors_of_repeated_values_belong_together():
-    """Those of an SVD may not, by 1e-8 on TensorFlow: which matrices they are of, rounding decides, so here are many."""
+    """Those of an SVD may not, by 1e-8 on TensorFlow; rounding decides of which matrices, so here are many."""
     values = [3, 3, 3, *np.linspace(0.1, 1, 20)]
     matrices = np.stack([with_singular_values(values, ROWS, COLUMNS, seed=2 * seed) for seed in range(300)])
     found = estimated(top_singular_values, matrices, k=4, tol=1e-7, num_iterations=20)
@@ -338,15 +338,15 @@ def test_eigenvalues_of_a_network():
 @pytest.mark.parametrize(
     ("argument", "value", "message"),
     [
-        ("k", 0, r"`k`. Expected an integer, 1 or more. Received: 0"),
+        ("k", 0, r"`k`. Expected an integer from 1 to 3. Received: k=0"),
         ("k", 1.5, r"`k`. Expected an integer"),
         ("k", True, r"`k`. Expected an integer"),
-        ("k", 4, r"`k`. Expected at most 3: there are no more. Received: k=4"),
-        ("tol", 0, r"`tol`. Expected a positive number. Received: tol=0"),
-        ("tol", float("nan"), r"`tol`. Expected a positive number. Received: tol=nan"),
-        ("tol", "small", r"`tol`. Expected a positive number. Received: tol='small'"),
-        ("num_iterations", 0, r"`num_iterations`. Expected an integer, 1 or more. Received: 0"),
-        ("max_restarts", -1, r"`max_restarts`. Expected an integer, 0 or more. Received: -1"),
+        ("k", 4, r"`k`. Expected an integer from 1 to 3. Received: k=4"),
+        ("tol", 0, r"`tol`. Expected a finite number above 0. Received: tol=0"),
+        ("tol", float("nan"), r"`tol`. Expected a finite number above 0. Received: tol=nan"),
+        ("tol", "small", r"`tol`. Expected a finite number above 0. Received: tol='small'"),
+        ("num_iterations", 0, r"`num_iterations`. Expected an integer, 1 or more. Received: num_iterations=0"),
+        ("max_restarts", -1, r"`max_restarts`. Expected an integer, 0 or more. Received: max_restarts=-1"),
     ],
 )
 def test_bad_arguments(estimator, argument, value, message):

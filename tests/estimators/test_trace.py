@@ -98,11 +98,11 @@ def test_of_any_size_in_float32(scale, method):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "hutch"}, r"`method`. Expected one of \['hutchinson', 'hutch\+\+', 'xtrace'\]. Received: 'hutch'"),
-        ({"num_matvecs": 0}, r"`num_matvecs`. Expected an integer, 1 or more. Received: 0"),
-        ({"num_matvecs": 3}, r"`num_matvecs`. Expected an integer, 4 or more. Received: 3"),
-        ({"num_matvecs": 5, "method": "hutch++"}, r"`num_matvecs`. Expected an integer, 6 or more. Received: 5"),
-        ({"num_matvecs": 1, "method": "hutchinson"}, r"`num_matvecs`. Expected an integer, 2 or more. Received: 1"),
+        ({"method": "hutch"}, r"`method`. Expected .hutchinson., .hutch\+\+. or .xtrace.. Received: method='hutch'"),
+        ({"num_matvecs": 0}, r"`num_matvecs`. Expected an integer, 1 or more. Received: num_matvecs=0"),
+        ({"num_matvecs": 3}, r"`num_matvecs`. Expected an integer, 4 or more. Received: num_matvecs=3"),
+        ({"num_matvecs": 5, "method": "hutch++"}, r"`num_matvecs`. Expected an integer, 6 or more. Received: .*=5"),
+        ({"num_matvecs": 1, "method": "hutchinson"}, r"`num_matvecs`. Expected an integer, 2 or more. Received: .*=1"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -1,0 +1,145 @@
+"""Checks of arguments: one function for each kind, and one form for the error, which names the argument.
+
+Each returns the value as the caller is to keep it (a plain number where NumPy's was given), or raises a ValueError
+before anything is computed. They look at Python values, shapes and dtypes; a tensor's numbers are not read.
+"""
+
+import math
+import operator
+from collections.abc import Collection
+from numbers import Integral, Real
+from typing import Any
+
+import keras
+import numpy as np
+
+LONGEST = 300  # characters of a value in an error
+MOST_ENTRIES = 16  # of an array that is shown as it is
+
+
+def invalid(name: str, expected: str, value, owner: str = "") -> ValueError:
+    """The error for an argument.
+
+    Args:
+        name: of the argument, as its caller writes it.
+        expected: what was expected, in words.
+        value: what was received.
+        owner: whose argument it is, where the name alone does not tell.
+    """
+    of = f" of {owner}" if owner else ""
+    received = f"Received: {name}={described(value)}"
+    return ValueError(f"Invalid value for argument `{name}`{of}. Expected {expected}. {received}")
+
+
+def described(value) -> str:
+    """A value for an error: an array or a tensor by its shape, anything else as it prints, cut where it is long."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        few = isinstance(value, (np.ndarray, np.generic)) and value.size <= MOST_ENTRIES
+        return f"{value!r}" if few else f"{type(value).__name__} of shape {tuple(value.shape)} and dtype {value.dtype}"
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+
+
+def count(name: str, value, least: int = 1, most: int | None = None, optional: bool = False) -> Any:
+    """An integer from `least` to `most`; None passes if it is optional."""
+    if optional and value is None:
+        return None
+    if not is_integer(value) or value < least or (most is not None and value > most):
+        expected = f"an integer, {least} or more" if most is None else f"an integer from {least} to {most}"
+        raise invalid(name, f"{expected}{', or None' if optional else ''}", value)
+    return int(value)
+
+
+def number(
+    name: str,
+    value,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    optional: bool = False,
+    finite: bool = True,
+    owner: str = "",
+) -> Any:
+    """A number within bounds, `least` and `most` included, `above` and `below` not; finite, if that is not waived."""
+    if optional and value is None:
+        return None
+    bounds = [
+        (", {:g} or more", operator.ge, least),
+        (" above {:g}", operator.gt, above),
+        (", at most {:g}", operator.le, most),
+        (", below {:g}", operator.lt, below),
+    ]
+    fits = is_real(value) and not math.isnan(value) and (math.isfinite(value) or not finite)
+    if not fits or not all(holds(value, bound) for _, holds, bound in bounds if bound is not None):
+        limits = "".join(words.format(bound) for words, _, bound in bounds if bound is not None)
+        raise invalid(name, f"a {'finite ' * finite}number{limits}{', or None' if optional else ''}", value, owner)
+    return float(value)
+
+
+def boolean(name: str, value, optional: bool = False) -> Any:
+    """True or False; None passes if it is optional."""
+    if optional and value is None:
+        return None
+    if not isinstance(value, (bool, np.bool_)):
+        raise invalid(name, f"True{', False or None' if optional else ' or False'}", value)
+    return bool(value)
+
+
+def choice(name: str, value, choices: Collection) -> Any:
+    """One of the choices."""
+    # No comparison with arrays, nor with True, which equals 1.
+    comparable = value is None or isinstance(value, str) or is_integer(value)
+    found = [known for known in choices if comparable and value == known]
+    if not found:
+        shown = [str(known) if known is None or is_integer(known) else f'"{known}"' for known in choices]
+        raise invalid(name, " or ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown), value)
+    return found[0]
+
+
+def text(name: str, value, optional: bool = False, owner: str = "") -> Any:
+    """A string that is not empty; None passes if it is optional."""
+    if optional and value is None:
+        return None
+    if not isinstance(value, str) or not value:
+        raise invalid(name, f"a string{', or None' if optional else ''}", value, owner)
+    return value
+
+
+def paths(name: str, value, optional: bool = False, owner: str = "") -> Any:
+    """A list of paths of layers, each once."""
+    if optional and value is None:
+        return None
+    several = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not isinstance(value, (list, tuple)) or not all(isinstance(path, str) and path for path in several):
+        raise invalid(name, f"a list of paths of layers{', or None' if optional else ''}", value, owner)
+    if len(set(several)) < len(several):
+        raise invalid(name, "each path once", value, owner)
+    return several
+
+
+def function(name: str, value, expected: str, optional: bool = False) -> Any:
+    """A callable; None passes if it is optional."""
+    if not callable(value) and not (optional and value is None):
+        raise invalid(name, f"{expected}{', or None' if optional else ''}", value)
+    return value
+
+
+def seed(name: str, value, generator: bool = False, optional: bool = False) -> Any:
+    """An integer, 0 or more; where they are taken, a generator or None."""
+    if (optional and value is None) or (generator and isinstance(value, keras.random.SeedGenerator)):
+        return value
+    if not is_integer(value) or value < 0:
+        others = [", or a `keras.random.SeedGenerator`"] * generator + [", or None"] * optional
+        raise invalid(name, "an integer, 0 or more" + "".join(others), value)
+    return int(value)
+
+
+def is_integer(value) -> bool:
+    """Whether it is one number, whole, and no boolean. NumPy's pass."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_real(value) -> bool:
+    """Whether it is one real number, and no boolean. NumPy's pass."""
+    return isinstance(value, Real) and not isinstance(value, bool)
