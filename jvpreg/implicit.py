@@ -7,6 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from jvpreg import replicas
 from jvpreg.registry import Pushforward
 from jvpreg.transpose import transpose
 
@@ -133,7 +134,8 @@ def tell(counts, hear: Callable, variable) -> None:
     `at_once` says that this is within the call; on JAX a compiled function calls back when it runs.
     """
     if is_graph():
-        variable.assign(variable + counts)
+        # Of several replicas the variable is the mean.
+        variable.assign(variable + replicas.number() * counts)
         return
     if keras.backend.backend() == "jax":
         import jax

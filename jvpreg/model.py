@@ -4,9 +4,10 @@ import math
 from collections.abc import Sequence
 
 import keras
+import numpy as np
 from keras import ops, tree
 
-from jvpreg import checks
+from jvpreg import checks, replicas
 from jvpreg.freeze import linearize
 from jvpreg.layers.jacobian_penalty import JacobianPenalty
 from jvpreg.linearization import Linearization
@@ -15,6 +16,7 @@ from jvpreg.regularizers.base import (
     JacobianRegularizer,
     by_points,
     carried_initializer,
+    carry_on,
     check_regularizers,
     draw_points,
     outcomes,
@@ -276,49 +278,62 @@ class JacobianModel(SteppedModel):
         def compute():
             found: list = [None] * len(self.jacobian_regularizers)
             means: list = [None] * len(self.jacobian_regularizers)
+            counts: list = [None] * len(self.jacobian_regularizers)
             for at, members, seen, asked in views:
                 on_data = at == "data"
                 chosen = seen.take(indices) if on_data and indices is not None else seen
                 given = [weights[i] if on_data else None for i in members]
+                count = ops.cast(ops.shape(tree.flatten(chosen.outputs)[0])[0], dtype)
                 came = outcomes(chosen, asked, labels if on_data else None, given)
                 for i, outcome, weight in zip(members, came, given, strict=True):
                     found[i], means[i] = outcome, ops.cast(weighted_mean(outcome.penalty, weight), dtype)
+                    counts[i] = count
             measured = [
                 ops.cast(outcome.measured[name], dtype)
                 for outcome, regularizer in zip(found, self.jacobian_regularizers, strict=True)
                 for name in regularizer.measures
             ]
-            return ops.stack(means), measured, [outcome.carried for outcome in found if outcome.carried is not None]
+            sums = [outcome.sums for outcome in found if outcome.sums is not None]
+            return ops.stack(means), ops.stack(counts), measured, sums
 
         def skip():
-            means = ops.zeros((len(self.jacobian_regularizers),), dtype=dtype)
+            nothing = ops.zeros((len(self.jacobian_regularizers),), dtype=dtype)
             measured = [ops.zeros((), dtype=dtype) for _ in self._measures]
-            return means, measured, [value for value in carried if value is not None]
+            pairs = zip(self.jacobian_regularizers, carried, strict=True)
+            sums = [ops.zeros(r.sums_shape(tuple(value.shape))) for r, value in pairs if value is not None]
+            return nothing, nothing, measured, sums
 
         dtype = keras.backend.result_type(tree.flatten(outputs)[0].dtype, "float32")
-        (means, measured, carried_on), active, step = self._run_when_due(compute, skip, training)
+        holders = [i for i, tracker in enumerate(self._trackers) if tracker.carried is not None]
+        (means, counts, measured, sums), active, step = self._run_when_due(compute, skip, training)
+        # Outside the conditional too, where replicas cannot wait for each other.
+        kinds = [(i, kind) for i, r in enumerate(self.jacobian_regularizers) for kind in r.measures.values()]
+        whole = replicas.combine(means, counts, measured, kinds, sums)
         for i, tracker in enumerate(self._trackers):
-            tracker.update_state(means[i], active, batch, step if training else None)
-        for measure, value in zip(self._measures, measured, strict=True):
+            tracker.update_state(whole.means[i], active, batch, step if training else None)
+        for measure, value in zip(self._measures, whole.measured, strict=True):
             measure.update_state(value, active, batch)
-        if training:
-            holders = [tracker for tracker in self._trackers if tracker.carried is not None]
-            for tracker, value in zip(holders, carried_on, strict=True):
-                tracker.carried.assign(value)
+        if training and self._running.due is not False:
+            for i, total in zip(holders, whole.sums, strict=True):
+                new = carry_on(self.jacobian_regularizers[i], carried[i], total)
+                always = isinstance(active, float)
+                self._trackers[i].carried.assign(new if always else ops.where(active > 0, new, carried[i]))
         factor = self.jacobian_interval if training else 1
         strengths = [ops.convert_to_tensor(r.strength_at(step), means.dtype) for r in self.jacobian_regularizers]
-        return factor * ops.sum(ops.stack(strengths) * means)
+        return factor * ops.sum(ops.stack(strengths) * whole.for_loss)
 
-    def _draw_examples(self, batch):
-        """Indices of a random part of the batch, `(N,)`."""
+    def _draw_examples(self, size):
+        """Indices of a random part of the batch, rising, `(N,)`; on one of several replicas, of what it has of it."""
+        batch, start = replicas.part_of_batch(size)
         order = ops.argsort(keras.random.uniform((batch,), seed=self._training_seed))
         # Less a little, so that 0.07 × 100 = 7.000000000000001 is 7.
         if isinstance(batch, int):
-            size = max(1, math.ceil(self.jacobian_fraction * batch - 1e-3))
+            count = max(1, math.ceil(self.jacobian_fraction * batch - 1e-3))
         else:
-            size = ops.ceil(self.jacobian_fraction * ops.cast(batch, "float32") - 1e-3)
-            size = ops.maximum(1, ops.cast(size, "int32"))
-        return order[:size]
+            count = ops.ceil(self.jacobian_fraction * ops.cast(batch, "float32") - 1e-3)
+            count = ops.maximum(1, ops.cast(count, "int32"))
+        # In order, so that replicas give each example the directions that one device gives it.
+        return replicas.chosen_here(ops.sort(order[:count]), size, start)
 
     def get_compile_config(self):
         """As Keras', with the regularizers and how they are computed."""
@@ -368,7 +383,9 @@ class JacobianModel(SteppedModel):
         carried = {key: store.pop(key) for key in list(store) if key.startswith("carried_")}
         for tracker in self._trackers:
             value = carried.get(f"carried_{tracker.name}")
-            if tracker.carried is not None and value is not None and value.shape == tracker.carried.shape:
+            if tracker.carried is None or value is None or value.shape != tracker.carried.shape:
+                continue
+            if np.all(np.isfinite(value)):
                 tracker.carried.assign(value)
         super().load_own_variables(store)
 

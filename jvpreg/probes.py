@@ -6,7 +6,7 @@ from collections.abc import Callable
 import keras
 from keras import ops, tree
 
-from jvpreg import checks
+from jvpreg import checks, replicas
 
 
 def draw(kind: str, like, num_probes: int, seed):
@@ -43,7 +43,10 @@ def draw(kind: str, like, num_probes: int, seed):
             f"Invalid value for argument `num_probes`. Expected at most {size}, the dimension of the space, "
             f"for orthogonal probes. Received: num_probes={num_probes}"
         )
-    vectors = KINDS[kind]((num_probes, ops.shape(tensors[0])[0], size), dtype, seed)
+    # Replicas draw for the whole batch, so that each example gets the directions that one device would give it.
+    examples = ops.shape(tensors[0])[0]
+    batch, start = replicas.part_of_batch(examples)
+    vectors = replicas.own_part(KINDS[kind]((num_probes, batch, size), dtype, seed), examples, start, axis=1)
     return split(vectors, like)
 
 

@@ -13,7 +13,7 @@ class MeasureTracker(keras.metrics.Metric):
     Args:
         name: of the metric.
         kind: `"mean"` over the examples, `"max"` or `"last"` over the steps; the latter two are of numbers that are
-            not negative. Under tf.distribute, the replicas' are averaged.
+            not negative. Under tf.distribute each replica is given those of the whole batch.
     """
 
     def __init__(self, name: str, kind: str):
@@ -53,15 +53,19 @@ class PenaltyTracker(keras.metrics.Mean):
     def __init__(self, name: str):
         super().__init__(name=name)
         self.carried: Any = None
-        # Of the first replica: under tf.distribute, Keras would add up the replicas' steps.
+        # Of the first replica: under tf.distribute, Keras would add up the replicas' steps, which are the same.
         self.failed_at = self.add_variable(
             shape=(), initializer="zeros", dtype="int32", aggregation="only_first_replica", name="failed_at"
         )
 
     def carry(self, shape: tuple[int, ...], start: keras.initializers.Initializer) -> None:
         """Makes the variable `carried`."""
-        # Under tf.distribute, the mean of what the replicas found.
-        self.carried = self.add_variable(shape=shape, initializer=start, aggregation="mean", name="carried")
+        # Not by `add_variable`, whose variables are another one on each replica until they are read for the logs. What
+        # replicas assign is the same.
+        with keras.name_scope(self.name.replace("/", ">")):
+            self.carried = keras.Variable(
+                start, shape, trainable=False, autocast=False, aggregation="only_first_replica", name="carried"
+            )
 
     def reset_state(self):
         """As Keras', but for what is carried."""

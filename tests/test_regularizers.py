@@ -8,7 +8,7 @@ from keras import layers, ops
 import jvpreg
 from jvpreg.linearization import Linearization
 from jvpreg.regularizers import JacobianNorm, JacobianRegularizer
-from jvpreg.regularizers.base import penalties, requests
+from jvpreg.regularizers.base import outcomes, requests
 
 MATRIX = np.random.default_rng(0).normal(size=(5, 3))
 NORM = np.sum(MATRIX**2)
@@ -25,7 +25,7 @@ def penalty_of(regularizers, batch=4, labels=None, seed=0):
     x = np.random.default_rng(1).normal(size=(batch, 5)).astype("float32")
     lin = jvpreg.linearize(linear_model(), x)
     asked = requests(regularizers, lin, lin.inputs[0], lin.outputs, labels, seed)
-    return np.stack([ops.convert_to_numpy(p) for p in penalties(lin, asked, labels)[0]])
+    return np.stack([ops.convert_to_numpy(outcome.penalty) for outcome in outcomes(lin, asked, labels)])
 
 
 @pytest.mark.parametrize("side", ["input", "output"])

@@ -100,14 +100,24 @@ class Constraint(JacobianRegularizer):
         """What the enforcement charges: `(B,)`."""
         return self.enforcement.price(self._components_of(seen), seen.carried)
 
-    def carry(self, seen, carried):
-        """The multipliers after this step."""
-        assert isinstance(self.enforcement, AugmentedLagrangian)
-        violation = self._components_of(seen)
+    def sums_shape(self, carried_shape):
+        """One more than there are multipliers."""
+        return (carried_shape[1] + 1,)
+
+    def sums(self, seen, carried):
+        """The sums of the violations over the examples, by multiplier, and the number of examples."""
+        violation = ops.cast(ops.stop_gradient(self._components_of(seen)), carried.dtype)
         if seen.weights is not None:
             # As in the loss: an example that counts for nothing there must not make multipliers grow.
             violation = violation * ops.expand_dims(ops.cast(seen.weights, violation.dtype), -1)
-        return self.enforcement.advance(violation, carried)
+        if carried.shape[1] == 1:
+            violation = ops.mean(violation, axis=1, keepdims=True)
+        return ops.sum(ops.pad(violation, ((0, 0), (0, 1)), constant_values=1.0), axis=0)
+
+    def carry(self, carried, sums):
+        """The multipliers after this step."""
+        assert isinstance(self.enforcement, AugmentedLagrangian)
+        return self.enforcement.advance(sums[:-1] / ops.maximum(sums[-1], 1.0), carried)
 
     def measure(self, seen):
         """The violation's mean, its maximum, the fraction of points, and the largest multiplier."""
@@ -115,7 +125,8 @@ class Constraint(JacobianRegularizer):
         measured = {
             "violation_mean": ops.mean(worst),
             "violation_max": ops.max(worst),
-            "violated": ops.mean(ops.cast(worst > self.tolerance, worst.dtype)),
+            # Of what is not a number nothing is known, least of all that it holds.
+            "violated": ops.mean(ops.cast(ops.logical_not(worst <= self.tolerance), worst.dtype)),
         }
         return {**measured, MULTIPLIER: ops.max(seen.carried[0])} if self._has_multipliers else measured
 

@@ -111,12 +111,10 @@ class AugmentedLagrangian:
         multipliers = ops.cast(carried[0], violation.dtype)
         return ops.sum(multipliers * violation + self.rho / 2 * ops.square(violation), axis=-1)
 
-    def advance(self, violation, carried):
-        """What is carried on after a step with violations `(B, C)`."""
+    def advance(self, mean, carried):
+        """What is carried on after a step with the mean violations `(C,)`."""
         multipliers, total, steps = ops.unstack(carried)
-        mean = ops.cast(ops.mean(ops.stop_gradient(violation), axis=0), carried.dtype)
-        shared = multipliers.shape[0] == 1
-        total = total + (ops.mean(mean, keepdims=True) if shared else mean)
+        total = total + mean
         steps = steps + 1.0
         due = steps >= self.update_every - 0.5
         grown = ops.where(due, multipliers + self.rho * total / steps, multipliers)

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from jvpreg import checks
+from jvpreg import checks, replicas
 
 
 @keras.saving.register_keras_serializable(package="jvpreg", name="between")
@@ -26,12 +26,14 @@ def between(inputs, seed):
     (True, True)
     """
     first = ops.convert_to_tensor(tree.flatten(inputs)[0])
-    part = keras.random.uniform((ops.shape(first)[0],), dtype="float32", seed=seed)
+    size = ops.shape(first)[0]
+    batch, start = replicas.part_of_batch(size)
+    part = replicas.own_part(keras.random.uniform((batch,), dtype="float32", seed=seed), size, start)
 
     def moved(x):
         x = ops.convert_to_tensor(x)
         t = ops.cast(ops.reshape(part, (-1, *[1] * (len(x.shape) - 1))), x.dtype)
-        return x + t * (ops.roll(x, 1, axis=0) - x)
+        return x + t * (replicas.rolled(x) - x)
 
     return tree.map_structure(moved, inputs)
 
@@ -71,7 +73,7 @@ class Box:
         inputs = ops.convert_to_tensor(inputs)
         low, high = (ops.convert_to_tensor(bound, dtype=inputs.dtype) for bound in (self.low, self.high))
         part = keras.random.uniform((self.num_points, *inputs.shape[1:]), dtype=inputs.dtype, seed=seed)
-        return low + part * (high - low)
+        return low + replicas.own_points(part) * (high - low)
 
     def get_config(self) -> dict:
         """The arguments of `__init__`."""

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 from keras import ops, tree
 
+from jvpreg import replicas
 from jvpreg.distillation.base import KerasLoss, MatchingLoss, View
 from jvpreg.distillation.checks import check_models, checked_losses, metric_names, zeros_like_inputs
 from jvpreg.distillation.pairs import Site
@@ -141,9 +142,9 @@ class JacobianDistiller(JacobianModel):
     def _compare(self, products: dict, seen: dict, sample_weight, training: bool):
         """The weighted sum of the mean distances; the trackers are updated."""
         weights = example_weights(sample_weight, own_keys(self.jacobian_regularizers))
-        trackers = {tracker.name: tracker for tracker in self._matching_trackers}
         number = self._step + 1 if training else None
-        total = ops.zeros(())
+        means: list = []
+        weighings: list[float] = []
         for loss in self.matching_losses:
             teacher, student = (_of_loss(loss, side) for side in (products, seen))
             if len(teacher) != len(student):
@@ -151,13 +152,17 @@ class JacobianDistiller(JacobianModel):
                     "Invalid value for argument `x`. Expected the teacher's products as this distiller's "
                     f"`with_teacher` returns them. Received: none for `{loss.name}`."
                 )
-            distance, batch = weighted_mean(loss.distance(teacher, student), weights), ops.shape(student[0])[0]
-            trackers[loss.name].update_state(distance, 1.0, batch, number)
-            for measure, value in loss.measure(teacher, tree.map_structure(ops.stop_gradient, student)).items():
-                trackers[f"{loss.name}_{measure}"].update_state(ops.mean(value), 1.0, batch, number)
-            if loss.weight:
-                total = total + loss.weight * distance
-        return total
+            batch = ops.shape(student[0])[0]
+            means.append(weighted_mean(loss.distance(teacher, student), weights))
+            measured = loss.measure(teacher, tree.map_structure(ops.stop_gradient, student))
+            means += [ops.mean(measured[name]) for name in loss.measures]
+            weighings += [loss.weight, *[0.0] * len(loss.measures)]
+        dtype = keras.backend.result_type("float32", *(mean.dtype for mean in means))
+        found = ops.stack([ops.cast(mean, dtype) for mean in means])
+        whole = replicas.combine(found, ops.full_like(found, ops.cast(batch, found.dtype)))
+        for i, tracker in enumerate(self._matching_trackers):
+            tracker.update_state(whole.means[i], 1.0, batch, number)
+        return sum((weight * whole.for_loss[i] for i, weight in enumerate(weighings) if weight), ops.zeros(()))
 
     def _targets(self) -> dict[str, MatchingLoss]:
         """The targets that are asked for, each with a loss that asks for it."""

@@ -98,8 +98,7 @@ class FixedPoint(keras.layers.Layer):
         self.state_shape = None if state_shape is None else tuple(state_shape)
         self.is_watched = False
         self._heard = np.zeros(len(COUNTS))
-        # What a TensorFlow graph cannot tell otherwise. Under tf.distribute it is the mean over replicas, of which the
-        # ratios are right.
+        # What a TensorFlow graph cannot tell otherwise.
         self._counts = self.add_weight(
             shape=(len(COUNTS),), initializer="zeros", trainable=False, aggregation="mean", name="counts"
         )

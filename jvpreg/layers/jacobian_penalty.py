@@ -5,13 +5,15 @@ from collections.abc import Sequence
 import keras
 from keras import ops, tree
 
+from jvpreg import replicas
 from jvpreg.freeze import linearize
 from jvpreg.registry import register_wrapper
 from jvpreg.regularizers.base import (
     JacobianRegularizer,
     carried_initializer,
+    carry_on,
     check_regularizers,
-    penalties,
+    outcomes,
     requests,
 )
 
@@ -74,14 +76,14 @@ class JacobianPenalty(keras.layers.Layer):
             regularizer.check(inputs, outputs)
             shape = regularizer.carried_shape(outputs)
             start = carried_initializer(regularizer, seed=i)
-            # Under tf.distribute, the mean of what the replicas found.
+            # What replicas of tf.distribute assign is the same.
             self._carried.append(
                 shape
                 and self.add_weight(
                     shape=shape,
                     initializer=start,
                     trainable=False,
-                    aggregation="mean",
+                    aggregation="only_first_replica",
                     autocast=False,
                     name=f"{regularizer.name}_carried",
                 )
@@ -97,12 +99,17 @@ class JacobianPenalty(keras.layers.Layer):
         carried = [None if variable is None else ops.convert_to_tensor(variable) for variable in self._carried]
         outputs = linearization.outputs
         asked = requests(self.regularizers, linearization, seen, outputs, None, self._seed_generator, carried)
-        found, carried = penalties(linearization, asked, None)
-        for request, penalty in zip(asked, found, strict=True):
-            self.add_loss(request.regularizer.strength * ops.mean(penalty))
-        for variable, value in zip(self._carried, carried, strict=True):
-            if variable is not None:
-                variable.assign(value)
+        found = outcomes(linearization, asked, None)
+        dtype = keras.backend.result_type(*(outcome.penalty.dtype for outcome in found))
+        means = ops.stack([ops.cast(ops.mean(outcome.penalty), dtype) for outcome in found])
+        counts = ops.full_like(means, ops.cast(ops.shape(tree.flatten(outputs)[0])[0], means.dtype))
+        sums = [outcome.sums for outcome in found if outcome.sums is not None]
+        combined = replicas.combine(means, counts, sums=sums)
+        remaining = iter(combined.sums)
+        for i, request in enumerate(asked):
+            self.add_loss(request.regularizer.strength * combined.for_loss[i])
+            if request.carried is not None:
+                self._carried[i].assign(carry_on(request.regularizer, carried[i], next(remaining)))
         return outputs
 
     def compute_output_shape(self, input_shape):

@@ -1,6 +1,7 @@
 """The base class of Jacobian regularizers, and the one tangent pass that a list of them shares."""
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import keras
 from keras import ops, tree
 
 from jvpreg import checks
+from jvpreg.finite import finite_examples
 from jvpreg.linearization import Linearization
 
 
@@ -131,8 +133,19 @@ class JacobianRegularizer:
         """
         raise NotImplementedError(f"{type(self).__name__} does not override `search`.")
 
-    def carry(self, seen: Seen, carried):
-        """What is carried to the next step, once the products were seen."""
+    def sums_shape(self, carried_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what `sums` returns; by default that of what is carried."""
+        return carried_shape
+
+    def sums(self, seen: Seen, carried):
+        """What `carry` needs of the examples, a tensor of sums over them, once the products were seen.
+
+        Under `tf.distribute` each replica sees some of the examples, and `carry` gets the sums over all.
+        """
+        raise NotImplementedError(f"{type(self).__name__} carries a variable and must override `sums`.")
+
+    def carry(self, carried, sums):
+        """What is carried to the next step. Where it is not finite, what was carried before is kept."""
         raise NotImplementedError(f"{type(self).__name__} carries a variable and must override `carry`.")
 
     def penalty(self, seen: Seen):
@@ -275,19 +288,13 @@ class Outcome:
 
     Attributes:
         penalty: of each example, `(B,)` in float32.
-        carried: what the regularizer carries on; None if nothing.
+        sums: of the examples, for what the regularizer carries on; None if that is nothing.
         measured: what it reports beside its penalty.
     """
 
     penalty: Any
-    carried: Any
+    sums: Any
     measured: dict
-
-
-def penalties(linearization: Linearization, asked: Sequence[Request], labels) -> tuple[list, list]:
-    """The penalty of each example, `(B,)` in float32, for every request, and what it carries on (None: nothing)."""
-    found = outcomes(linearization, asked, labels)
-    return [outcome.penalty for outcome in found], [outcome.carried for outcome in found]
 
 
 def outcomes(
@@ -308,6 +315,9 @@ def outcomes(
     pulled = _share(linearization.vjp, [request.cotangents for request in asked])
     result = []
     weights = weights or [None] * len(asked)
+    carries = any(request.carried is not None for request in asked)
+    # A nonlinearity may hide what is not a number from the Jacobian, by a slope of 0.
+    usable = ops.all(finite_examples(linearization)) if carries else True
     for request, directions, jvp, vjp, weight in zip(asked, wanted, pushed, pulled, weights, strict=True):
         regularizer = request.regularizer
         found = regularizer.look(linearization, request.drawn, labels)
@@ -320,9 +330,20 @@ def outcomes(
                 f"shape. Expected (B,), one number an example. Received: {tuple(penalty.shape)}"
             )
         penalty = ops.cast(penalty, keras.backend.result_type(penalty.dtype, "float32"))
-        carried = None if request.carried is None else regularizer.carry(seen, request.carried)
-        result.append(Outcome(penalty, carried, regularizer.measure(seen)))
+        sums = None if request.carried is None else regularizer.sums(seen, request.carried)
+        sums = None if sums is None else ops.where(usable, sums, math.nan)
+        result.append(Outcome(penalty, sums, regularizer.measure(seen)))
     return result
+
+
+def carry_on(regularizer: JacobianRegularizer, carried, sums):
+    """What is carried to the next step.
+
+    A step whose numbers are not finite leaves it as it was: an optimizer that scales the loss skips such a step, and a
+    NaN would stay in it for good.
+    """
+    new = regularizer.carry(carried, sums)
+    return ops.where(ops.all(ops.isfinite(new)), new, carried)
 
 
 def by_points(regularizers: Sequence[JacobianRegularizer]) -> list[tuple[Any, list[int]]]:

@@ -65,16 +65,25 @@ class SpectralNorm(JacobianRegularizer):
         # The gradient is that of ‖J u‖² at this u.
         return probes.split(ops.stop_gradient(tangent), inputs)
 
-    def carry(self, seen, carried):
-        """Half of each class's vector, and half of the mean of its examples' new ones."""
+    def sums_shape(self, carried_shape):
+        """A column more, of the numbers of examples."""
+        classes, size = carried_shape
+        return classes, size + 1
+
+    def sums(self, seen, carried):
+        """For each class the sum of its examples' new vectors, and their number: `(C, K + 1)`."""
         new = _normalized(flatten(tree.map_structure(ops.stop_gradient, seen.jvp)))
         new = ops.cast(new[0], carried.dtype)
         # A singular vector has no sign.
         same = ops.sum(new * _started(seen.outputs, carried)[0], axis=-1, keepdims=True) >= 0
         new = ops.where(same, new, -new)
-        members = _members(seen.outputs, carried)
-        counts = ops.expand_dims(ops.sum(members, axis=0), -1)
-        mean = ops.matmul(ops.transpose(members), new) / ops.maximum(counts, 1.0)
+        members = ops.transpose(_members(seen.outputs, carried))
+        return ops.concatenate([ops.matmul(members, new), ops.sum(members, axis=1, keepdims=True)], axis=1)
+
+    def carry(self, carried, sums):
+        """Half of each class's vector, and half of the mean of its examples' new ones."""
+        counts = sums[:, -1:]
+        mean = sums[:, :-1] / ops.maximum(counts, 1.0)
         return ops.where(counts > 0, _normalized(_normalized(carried) + mean), carried)
 
     def penalty(self, seen):
@@ -107,7 +116,6 @@ def _started(outputs, carried):
 
 
 def _normalized(vectors):
-    """Of length 1; a zero stays one."""
+    """Of length 1; a zero stays one, and what is not a number."""
     length = ops.norm(vectors, axis=-1, keepdims=True)
-    positive = length > 0
-    return ops.where(positive, vectors / ops.where(positive, length, 1.0), 0.0)
+    return vectors / ops.where(length == 0, 1.0, length)
