@@ -103,7 +103,11 @@ class JacobianRegularizer:
         return self.strength
 
     def directions(self, inputs, labels, seed):
-        """Directions `(P, B, …)` like `inputs`, to be pushed forward; or None."""
+        """Directions `(P, B, …)` like `inputs`, to be pushed forward; or None.
+
+        Draw random ones by `jvpreg.probes.draw`: a replica of `tf.distribute` then draws those that one device would
+        draw for its examples. What `keras.random` draws is the same on each replica.
+        """
         return
 
     def cotangents(self, outputs, labels, seed):
