@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from jvpreg import checks, replicas
+from jvpreg import checks, replicas, seeds
 from jvpreg.freeze import linearize
 from jvpreg.layers.jacobian_penalty import JacobianPenalty
 from jvpreg.linearization import Linearization
@@ -74,9 +74,9 @@ class JacobianModel(SteppedModel):
         if hasattr(base, "output_names"):
             # By these, Keras finds the losses, metrics and weights of several outputs, and names what it logs.
             self.output_names = base.output_names
-        self._training_seed = keras.random.SeedGenerator(seed)
+        self._training_seed = seeds.generator(self.seed, 0)
         # Evaluation draws from a generator of its own: validating must not change what is trained.
-        self._evaluation_seed = keras.random.SeedGenerator(seed)
+        self._evaluation_seed = seeds.generator(self.seed, 1)
         self._trackers: list[PenaltyTracker] = []
         # What the regularizers measure beside their penalties, in their order.
         self._measures: list[MeasureTracker] = []
@@ -102,7 +102,7 @@ class JacobianModel(SteppedModel):
             regularizer.check(inputs, outputs)
             shape = regularizer.carried_shape(outputs)
             if shape is not None and tracker.carried is None:
-                tracker.carry(shape, carried_initializer(regularizer, seed=i))
+                tracker.carry(shape, carried_initializer(regularizer, seeds.derived(self.seed or 0, 2 + i)))
 
     def call(self, inputs, training=None):
         """What the base model computes; inside a step with penalties, by way of its linearization."""

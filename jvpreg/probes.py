@@ -6,7 +6,7 @@ from collections.abc import Callable
 import keras
 from keras import ops, tree
 
-from jvpreg import checks, replicas
+from jvpreg import checks, replicas, seeds
 
 
 def draw(kind: str, like, num_probes: int, seed):
@@ -98,7 +98,7 @@ def split(vectors, like):
 def _random(distribution: str, shape, dtype, seed):
     """As `keras.random.normal` and `keras.random.uniform`, but on TensorFlow by the same generator under XLA."""
     if keras.backend.backend() != "tensorflow":
-        return getattr(keras.random, distribution)(shape, dtype=dtype, seed=seed)
+        return getattr(keras.random, distribution)(shape, dtype=dtype, seed=seeds.independent(seed))
     import tensorflow as tf
 
     # Left to itself, XLA takes Threefry on a CPU: 44 ms for the probes of 64 CIFAR images on two cores, and Philox 2.

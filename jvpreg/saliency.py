@@ -12,7 +12,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from jvpreg import checks
+from jvpreg import checks, seeds
 from jvpreg.finite import finite_examples, nan_unless
 from jvpreg.freeze import linearize
 from jvpreg.frozen import FrozenGraph, Node
@@ -146,10 +146,10 @@ def smooth_grad(model, x, target=None, noise: float = 0.15, num_samples: int = 1
     linearization = linearize(model, x)
     cotangent = as_cotangent(linearization.outputs, target)
     spread = noise * (ops.max(x, axis=(1, 2, 3), keepdims=True) - ops.min(x, axis=(1, 2, 3), keepdims=True))
-    seeds = keras.random.SeedGenerator(seed)
+    generator = seeds.generator(seed)
     total = ops.zeros_like(x)
     for _ in range(num_samples):
-        noisy = x + spread * keras.random.normal(ops.shape(x), dtype=x.dtype, seed=seeds)
+        noisy = x + spread * keras.random.normal(ops.shape(x), dtype=x.dtype, seed=generator)
         total = total + _gradient(linearize(model, noisy), cotangent)
     return _known(linearization, ops.sum(ops.abs(total), axis=-1) / num_samples)
 

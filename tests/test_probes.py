@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import ops, tree
 
+import jvpreg
 from jvpreg import probes
 
 numpy = ops.convert_to_numpy
@@ -67,6 +68,62 @@ def test_seeds(kind):
     rows = drawn[0].reshape(6, 4)
     if kind != "rademacher":
         assert len(np.unique(rows, axis=0)) == 6
+
+
+LIKE = np.zeros((3, 4), "float32")
+
+
+def _model_of(seed):
+    return jvpreg.JacobianModel(keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)]), seed=seed)
+
+
+STREAMS = {
+    **{kind: lambda seed, kind=kind: (keras.random.SeedGenerator(seed), _draw(kind)) for kind in KINDS},
+    "between": lambda seed: (keras.random.SeedGenerator(seed), lambda g: jvpreg.constraints.between(RAMP, g)),
+    "box": lambda seed: (keras.random.SeedGenerator(seed), lambda g: jvpreg.constraints.Box(0.0, 1.0, 3)(LIKE, g)),
+    "model": lambda seed: (_model_of(seed)._training_seed, _draw("gaussian")),
+    "block": lambda seed: (jvpreg.layers.JacobianPenalty(keras.layers.Dense(1), [], seed)._seed_generator, by_keras),
+    # A function of the user's own, as `at=`, draws from the model's generator by Keras.
+    "own points": lambda seed: (_model_of(seed)._training_seed, by_keras),
+}
+RAMP = np.arange(12, dtype="float32").reshape(3, 4)
+
+
+def _draw(kind):
+    return lambda generator: probes.draw(kind, np.zeros((8, 8), "float32"), 1, generator)
+
+
+def by_keras(generator):
+    return keras.random.normal((8,), seed=generator)
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_no_draw_of_a_seed_is_a_later_one_of_its_neighbour(stream):
+    drawn = [numpy(draw(generator)) for g, draw in map(STREAMS[stream], (0, 1, 2)) for generator in [g] * 4]
+    different = {array.tobytes() for array in drawn}
+    assert len(different) == len(drawn) == 12
+
+
+def test_the_parts_of_a_model_of_one_seed_share_no_draw():
+    """Training, evaluation, what is carried, and what else was given the same seed: as dropout in the base may be."""
+    model = _model_of(0)
+    regularizers = [jvpreg.regularizers.SpectralNorm(1.0, name=name) for name in "ab"]
+    model.compile("sgd", "mse", jacobian_regularizers=regularizers)
+    generators = [model._training_seed, model._evaluation_seed, keras.random.SeedGenerator(0)]
+    drawn = [numpy(keras.random.normal((1,), seed=generator)) for generator in generators for _ in range(3)]
+    drawn += [numpy(tracker.carried).ravel() for tracker in model._trackers]
+    assert len({array.tobytes() for array in drawn}) == len(drawn) == 11
+
+
+def test_smooth_grad_has_noise_of_its_own_for_each_seed():
+    """With one copy more, all but one copy would be those of the seed before."""
+    x = np.random.default_rng(0).normal(size=(1, 4, 4, 1)).astype("float32")
+    square = keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Flatten(), keras.layers.Lambda(keras.ops.square)])
+    target = np.ones((1, 16), "float32")
+    # The gradient of Σ x² is 2 x: with one copy, the map is twice the noisy image.
+    one = [numpy(jvpreg.saliency.smooth_grad(square, x, target, num_samples=1, seed=seed)) for seed in (0, 1)]
+    two = numpy(jvpreg.saliency.smooth_grad(square, x, target, num_samples=2, seed=0))
+    assert np.max(np.abs(two - (one[0] + one[1]) / 2)) > 1e-2
 
 
 @pytest.mark.parametrize("kind", KINDS)

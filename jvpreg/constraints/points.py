@@ -5,6 +5,7 @@ import numpy as np
 from keras import ops, tree
 
 from jvpreg import checks, replicas
+from jvpreg.seeds import independent
 
 
 @keras.saving.register_keras_serializable(package="jvpreg", name="between")
@@ -28,7 +29,8 @@ def between(inputs, seed):
     first = ops.convert_to_tensor(tree.flatten(inputs)[0])
     size = ops.shape(first)[0]
     batch, start = replicas.part_of_batch(size)
-    part = replicas.own_part(keras.random.uniform((batch,), dtype="float32", seed=seed), size, start)
+    part = keras.random.uniform((batch,), dtype="float32", seed=independent(seed))
+    part = replicas.own_part(part, size, start)
 
     def moved(x):
         x = ops.convert_to_tensor(x)
@@ -72,7 +74,7 @@ class Box:
         """Points `(N, …)` like `inputs` (B, …)."""
         inputs = ops.convert_to_tensor(inputs)
         low, high = (ops.convert_to_tensor(bound, dtype=inputs.dtype) for bound in (self.low, self.high))
-        part = keras.random.uniform((self.num_points, *inputs.shape[1:]), dtype=inputs.dtype, seed=seed)
+        part = keras.random.uniform((self.num_points, *inputs.shape[1:]), dtype=inputs.dtype, seed=independent(seed))
         return low + replicas.own_points(part) * (high - low)
 
     def get_config(self) -> dict:

@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass, field
 
-import keras
 import numpy as np
 from keras import ops, tree
 
-from jvpreg import checks
+from jvpreg import checks, seeds
 from jvpreg.constraints.base import Constraint
 from jvpreg.constraints.regions import Rectangle, Region, Segment, points_of, regions
 from jvpreg.finite import finite_examples, nan_unless
@@ -186,7 +185,7 @@ def verify(model, constraint: Constraint, x, labels=None, seed: int = 0) -> Repo
 def _violations(model, constraint: Constraint, x, labels, seed: int) -> np.ndarray:
     """Of all points, a batch after the other: `(N, C)`."""
     count = len(tree.flatten(x)[0])
-    generator = keras.random.SeedGenerator(seed)
+    generator = seeds.generator(seed)
     parts = []
     for start in range(0, count, BATCH):
         batch, own = tree.map_structure(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import keras
 from keras import ops, tree
 
-from jvpreg import replicas
+from jvpreg import replicas, seeds
 from jvpreg.freeze import linearize
 from jvpreg.registry import register_wrapper
 from jvpreg.regularizers.base import (
@@ -63,7 +63,7 @@ class JacobianPenalty(keras.layers.Layer):
                     f"{' and a schedule' if regularizer.scheduled else ''}. List it in `compile` of a JacobianModel."
                 )
         self.seed = seed
-        self._seed_generator = keras.random.SeedGenerator(seed)
+        self._seed_generator = seeds.generator(seed)
         self._carried: list = []
 
     def build(self, input_shape):
@@ -75,7 +75,7 @@ class JacobianPenalty(keras.layers.Layer):
         for i, regularizer in enumerate(self.regularizers):
             regularizer.check(inputs, outputs)
             shape = regularizer.carried_shape(outputs)
-            start = carried_initializer(regularizer, seed=i)
+            start = carried_initializer(regularizer, seeds.derived(self.seed or 0, 1 + i))
             # What replicas of tf.distribute assign is the same.
             self._carried.append(
                 shape
