@@ -76,7 +76,7 @@ def fall_back(operation, args, kwargs, primals: Sequence):
     weights = [(variable, part_of(variable)) for variable in trainable]
     # What a layer does along the first axis is not known.
     mixes = layer is None and any(len(x.shape) > 0 and mixes_examples(operation, x) for x in primals[:1])
-    return outputs, Pushforward(push, *primals, weights=weights, takes_none=True, couples_examples=mixes)
+    return outputs, Pushforward(push, *primals, weights=weights, takes_none=True, couples_examples=mixes, finite=False)
 
 
 def _jvp(function, primals: Sequence, tangents: Sequence) -> tuple:

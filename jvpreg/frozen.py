@@ -214,8 +214,10 @@ class FrozenGraph:
     def intercepts(self, names: Container[str] | None = None) -> dict[str, Any]:
         """`y − pushforward(x)` at every output of the nodes of these names, or of every node, by name.
 
-        Where the rule knows it, nothing is pushed.
+        Where the rule knows it, nothing is pushed. Where y is infinite, it is 0: what follows drops the entry (as a
+        maximum drops −∞ that was padded), or the graph's output is infinite itself.
         """
+        finite = self._finite_slots
         made = [value for node in self.nodes for value in node.outputs]
         # What has no tangent (an index, a comparison) has no intercept, nor has what follows from weights alone.
         fed = {value.slot for value in [*self.inputs, *made] if value.batched and value.has_tangents}
@@ -231,12 +233,25 @@ class FrozenGraph:
                 result[name] = ops.broadcast_to(ops.cast(known, value.primal.dtype), ops.shape(value.primal))
                 continue
             # A constant among a node's inputs has no tangent: what it adds belongs to the intercept.
-            tangents = [ops.expand_dims(v.primal, 0) if v.slot in fed else None for v in node.inputs]
+            fed_in = [v.primal if v.slot in finite else _finite_part(v.primal, v.primal) for v in node.inputs]
+            pairs = zip(fed_in, node.inputs, strict=True)
+            tangents = [ops.expand_dims(primal, 0) if v.slot in fed else None for primal, v in pairs]
             images = push_node(node, tangents, {}, (1, None))
             for j, (name, value) in enumerate(zip(node.output_names, node.outputs, strict=True)):
                 if value.slot in fed:
-                    result[name] = value.primal if not images else value.primal - images[j][0]
+                    added = value.primal if not images else value.primal - images[j][0]
+                    result[name] = added if value.slot in finite else _finite_part(added, value.primal)
         return result
+
+    @property
+    def _finite_slots(self) -> set[int]:
+        """Of values that are known to be finite: not what follows from a constant, of which nothing is known."""
+        finite = {value.slot for value in [*self.inputs, *(value for _, value in self.variables)]}
+        for node in self.nodes:
+            makes_finite = node.pushforward is None or node.pushforward.finite
+            if makes_finite and all(value.slot in finite for value in node.inputs):
+                finite |= {value.slot for value in node.outputs}
+        return finite
 
     def as_pushforward(self) -> Pushforward:
         """The whole graph as the pushforward of one operation, with the residuals of all its nodes."""
@@ -274,6 +289,7 @@ class FrozenGraph:
             couples_examples=self.couples_examples,
             moves_examples=self.moves_examples,
             takes_none=True,
+            finite=all(value.slot in self._finite_slots for value in self.outputs),
         )
 
 
@@ -343,6 +359,11 @@ def push_node(
         _checked(node, functools.reduce(ops.add, parts), leading, value) if value.has_tangents else None
         for parts, value in zip(zip(*images, strict=True), node.outputs, strict=True)
     ]
+
+
+def _finite_part(tensor, of):
+    """A tensor, with 0 where `of` is infinite or not a number."""
+    return ops.where(ops.isfinite(of), tensor, 0.0)
 
 
 def _has(node: Node, name: str) -> bool:

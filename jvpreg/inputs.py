@@ -84,8 +84,12 @@ def as_floats(inputs: list) -> list:
 
 def has_tangents(tensor) -> bool:
     """Whether a tensor holds real or complex numbers, which can have a tangent."""
-    dtype = keras.backend.standardize_dtype(tensor.dtype)
-    return keras.backend.is_float_dtype(dtype) or dtype.startswith("complex")
+    return keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype)) or is_complex(tensor)
+
+
+def is_complex(tensor) -> bool:
+    """Whether a tensor holds complex numbers."""
+    return "complex" in keras.backend.standardize_dtype(tensor.dtype)
 
 
 def check_moving(tangents: list, inputs: list, argument: str) -> None:

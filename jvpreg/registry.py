@@ -72,6 +72,7 @@ class Pushforward:
         intercept: what the operation adds to its linear part, to be broadcast to its output, where the rule knows it:
             a bias; by default it is found as `y − function(x)`, at the cost of one more run and its gradient.
         image: what tangents became that went along with the inputs: nothing more is pushed then.
+        finite: whether the operation returns finite numbers for finite inputs; not if it pads with −∞, or divides.
         mask: of a map with two slopes that freezes something else, `mask(residual)` is where the one of them holds.
         channel_slope: of a map that multiplies each channel by a number, these numbers (C,) and the channels' axis.
         scaled: `scaled(slope, axis)`, the function of the same map with the channels of its output along that axis
@@ -89,6 +90,7 @@ class Pushforward:
         takes_none: bool = False,
         intercept: Any = None,
         image: Any = None,
+        finite: bool = True,
         mask: Callable | None = None,
         channel_slope: tuple[Any, int] | None = None,
         scaled: Callable | None = None,
@@ -102,6 +104,7 @@ class Pushforward:
         self.takes_none = takes_none
         self.intercept = intercept
         self.image = image
+        self.finite = finite
         self.mask = mask
         self.channel_slope: Any = channel_slope
         self.scaled: Any = scaled

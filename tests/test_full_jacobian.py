@@ -63,7 +63,31 @@ def recurrent():
     )
 
 
-MODELS = [plain, without_biases, normalized, shared_and_frozen, attentive, recurrent]
+def padded_with_infinity():
+    """Before a maximum, which drops it: so ResNetV2 pads in keras-hub."""
+    x = keras.Input((4, 4, 2))
+    y = ops.pad(layers.Conv2D(2, 1)(x), [[0, 0], [1, 1], [1, 1], [0, 0]], constant_values=-float("inf"))
+    return keras.Model(x, layers.Dense(3)(layers.Flatten()(layers.MaxPooling2D(3, 2)(y))))
+
+
+def masked_with_infinity():
+    x = keras.Input((4, 6))
+    logits = ops.where(x[:, :, :4] > 0.5, -float("inf"), layers.Dense(4)(x))
+    logits = ops.concatenate([logits, ops.zeros_like(logits[..., :1])], axis=-1)
+    probabilities = ops.exp(ops.log_softmax(logits)) + ops.softmax(logits)
+    return keras.Model(x, layers.Dense(3)(layers.Flatten()(ops.tanh(probabilities))))
+
+
+def with_roots():
+    """Of zeros, and of what is not taken."""
+    x = keras.Input((4,))
+    y = layers.Dense(5, activation="relu")(x)
+    positive = ops.where(y > 0, ops.log(y) / ops.sqrt(y), 0.0)
+    return keras.Model(x, layers.Dense(3)(ops.concatenate([positive, ops.norm(0 * y, axis=1, keepdims=True)], axis=1)))
+
+
+INFINITE = [padded_with_infinity, masked_with_infinity, with_roots]
+MODELS = [plain, without_biases, normalized, shared_and_frozen, attentive, recurrent, *INFINITE]
 
 
 def made(make, batch=3):
@@ -84,6 +108,25 @@ def test_the_parts_sum_to_the_output(make):
     np.testing.assert_allclose(numpy(full.from_input() + full.from_biases()), largest, rtol=1e-9, atol=1e-12)
     kinds = sum(full.from_biases(kind) for kind in ("bias", "normalization", "other"))
     np.testing.assert_allclose(numpy(kinds), numpy(full.from_biases()), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("make", INFINITE)
+def test_a_penalty_on_the_full_jacobian_is_finite_where_values_are_not(make):
+    model, x = made(make)
+    trained = jvpreg.JacobianModel(model)
+    penalties = [jvpreg.regularizers.FullJacobianNorm(0.1), jvpreg.regularizers.BiasJacobianNorm(0.1, target="all")]
+    trained.compile("sgd", "sparse_categorical_crossentropy", jacobian_regularizers=penalties)
+    history = trained.fit(x, np.array([2, 0, 1]), verbose=0).history
+    assert history["full_jacobian_norm"][0] > 0
+    assert history["bias_jacobian_norm"][0] > 0
+    assert all(np.all(np.isfinite(numpy(weight))) for weight in model.weights)
+
+
+def test_values_that_are_known_to_be_finite_are_not_asked(monkeypatch):
+    """So that an intercept costs what it did."""
+    model, x = made(normalized)
+    monkeypatch.setattr(ops, "isfinite", lambda tensor: pytest.fail("asked"))
+    assert jvpreg.linearize(model, x).intercepts
 
 
 def test_a_wrong_part_is_seen_in_the_completeness_error():

@@ -244,6 +244,7 @@ def gelu(function, x, context, approximate=False):
 def _gelu_slope(x, approximate):
     if approximate:
         scale, cubic = math.sqrt(2 / math.pi), 0.044715
+        x = ops.clip(x, -40, 40)  # beyond, the slope is 0 or 1 to the last digit, and x³ may overflow
         inner = ops.tanh(scale * (x + cubic * x**3))
         return 0.5 * (1 + inner) + 0.5 * x * (1 - inner) * (1 + inner) * scale * (1 + 3 * cubic * x**2)
     return 0.5 * (1 + ops.erf(_gelu_root() * x)) + x * _gelu_density(x)
@@ -272,6 +273,8 @@ def hard_silu(x, y):
 
 @elementwise(activations.squareplus)
 def squareplus(x, y, b=4):
+    if b == 0:  # ReLU
+        return ops.cast(x > 0, x.dtype)
     return 0.5 * (1 + x / ops.sqrt(ops.square(x) + b))
 
 

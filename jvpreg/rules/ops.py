@@ -9,11 +9,9 @@ import math
 import string
 from collections.abc import Callable
 
-import keras
-from keras import activations, ops, tree
+from keras import ops, tree
 
 # Private: the operations' classes, by which a graph's nodes are known, have no public names.
-from keras.src.activations.activations import ReLU
 from keras.src.ops import core, image, nn
 from keras.src.ops import math as math_ops
 from keras.src.ops import numpy as numpy_ops
@@ -21,94 +19,9 @@ from keras.src.ops import numpy as numpy_ops
 from jvpreg.eager import cast as convert
 from jvpreg.examples import mixes_examples, moves_examples
 from jvpreg.folding import align, fold, unfold
-from jvpreg.registry import Declined, Pushforward, each_probe, find_rule, gate, register_rule, scale
-
-# ---------------------------------------------------------------- one input, entry by entry
-
-SLOPES: dict[type, Callable] = {
-    numpy_ops.Absolute: lambda x, y: ops.sign(x),
-    numpy_ops.Negative: lambda x, y: -ops.ones_like(x),
-    numpy_ops.Reciprocal: lambda x, y: -y * y,
-    numpy_ops.Square: lambda x, y: 2 * x,
-    numpy_ops.Sqrt: lambda x, y: 0.5 / y,
-    math_ops.Rsqrt: lambda x, y: -0.5 * y / x,
-    numpy_ops.Exp: lambda x, y: y,
-    numpy_ops.Exp2: lambda x, y: math.log(2) * y,
-    numpy_ops.Expm1: lambda x, y: y + 1,
-    numpy_ops.Log: lambda x, y: 1 / x,
-    numpy_ops.Log2: lambda x, y: 1 / (math.log(2) * x),
-    numpy_ops.Log10: lambda x, y: 1 / (math.log(10) * x),
-    numpy_ops.Log1p: lambda x, y: 1 / (1 + x),
-    numpy_ops.Sin: lambda x, y: ops.cos(x),
-    numpy_ops.Cos: lambda x, y: -ops.sin(x),
-    numpy_ops.Tan: lambda x, y: 1 + y * y,
-    numpy_ops.Arcsin: lambda x, y: ops.rsqrt((1 - x) * (1 + x)),
-    numpy_ops.Arccos: lambda x, y: -ops.rsqrt((1 - x) * (1 + x)),
-    numpy_ops.Arctan: lambda x, y: 1 / (1 + x * x),
-    numpy_ops.Sinh: lambda x, y: ops.cosh(x),
-    numpy_ops.Cosh: lambda x, y: ops.sinh(x),
-    numpy_ops.Tanh: lambda x, y: (1 - y) * (1 + y),
-    numpy_ops.Arcsinh: lambda x, y: ops.rsqrt(1 + x * x),
-    numpy_ops.Arccosh: lambda x, y: ops.rsqrt((x - 1) * (x + 1)),
-    numpy_ops.Arctanh: lambda x, y: 1 / ((1 - x) * (1 + x)),
-    math_ops.Erf: lambda x, y: (2 / math.sqrt(math.pi)) * ops.exp(-x * x),
-}
-
-
-@register_rule(*SLOPES)
-def elementwise(operation, x, context):
-    y = operation.call(x)
-    if isinstance(operation, numpy_ops.Absolute) and _is_complex(x):
-        raise Declined("an absolute value is not differentiable as a function of a complex number")
-    return y, scale(SLOPES[type(operation)](x, y))
-
-
-# The operations that are activations too, with the arguments that they hold.
-ACTIVATIONS: dict[type, tuple] = {
-    nn.Relu: (activations.relu,),
-    nn.Relu6: (activations.relu6,),
-    nn.LeakyRelu: (activations.leaky_relu, "negative_slope"),
-    nn.Elu: (activations.elu, "alpha"),
-    nn.Celu: (activations.celu, "alpha"),
-    nn.Selu: (activations.selu,),
-    nn.Gelu: (activations.gelu, "approximate"),
-    nn.Silu: (activations.silu,),
-    nn.HardSilu: (activations.hard_silu,),
-    nn.Sigmoid: (activations.sigmoid,),
-    nn.HardSigmoid: (activations.hard_sigmoid,),
-    nn.LogSigmoid: (activations.log_sigmoid,),
-    nn.Softplus: (activations.softplus,),
-    nn.Softsign: (activations.softsign,),
-    nn.Softmax: (activations.softmax, "axis"),
-    nn.LogSoftmax: (activations.log_softmax, "axis"),
-    nn.Squareplus: (activations.squareplus, "b"),
-    nn.TanhShrink: (activations.tanh_shrink,),
-    nn.HardTanh: (activations.hard_tanh,),
-    nn.Glu: (activations.glu, "axis"),
-}
-
-
-def _as_activation(function, operation, names, x, context):
-    rule = find_rule(function)
-    assert rule is not None  # tests/test_rules.py holds every activation to it.
-    return rule.function(function, x, context=context, **{name: getattr(operation, name) for name in names})
-
-
-@register_rule(*ACTIVATIONS)
-def activation(operation, x, context):
-    function, *names = ACTIVATIONS[type(operation)]
-    return _as_activation(function, operation, names, x, context)
-
-
-@register_rule(ReLU)
-def relu(operation, x, context):
-    return _as_activation(activations.relu, operation, ("negative_slope", "max_value", "threshold"), x, context)
-
-
-@register_rule(numpy_ops.Clip)
-def clip(operation, x, context):
-    return operation.call(x), gate(ops.logical_and(x > operation.x_min, x < operation.x_max))
-
+from jvpreg.inputs import is_complex
+from jvpreg.registry import Declined, Pushforward, each_probe, identity, register_rule, scale
+from jvpreg.rules.elementwise import large, scale_to_the_end
 
 # ---------------------------------------------------------------- one input, linear: entries moved about, or summed
 
@@ -184,7 +97,9 @@ def view_as_complex(operation, x, context):
 @register_rule(numpy_ops.Pad)
 def pad(operation, x, context, constant_values=None):
     mixes = tuple(tree.flatten(operation.pad_width[0])) not in ((0,), (0, 0))
-    return operation.call(x, constant_values), Pushforward(each_probe(operation.call), couples_examples=mixes)
+    push = each_probe(operation.call)
+    finite = constant_values is None or _is_finite_number(constant_values)
+    return operation.call(x, constant_values), Pushforward(push, couples_examples=mixes, finite=finite)
 
 
 @register_rule(numpy_ops.GetItem)
@@ -241,8 +156,8 @@ def _is_number(operand) -> bool:
     return isinstance(operand, (int, float, complex))
 
 
-def _is_complex(tensor) -> bool:
-    return "complex" in keras.backend.standardize_dtype(tensor.dtype)
+def _is_finite_number(operand) -> bool:
+    return _is_number(operand) and math.isfinite(operand)
 
 
 def _like(operand, tangent):
@@ -250,13 +165,13 @@ def _like(operand, tangent):
     return operand if _is_number(operand) else convert(operand, tangent.dtype)
 
 
-def _partials(operands, parts: list[Callable], y, *residuals) -> Pushforward:
+def _partials(operands, parts: list[Callable], y, *residuals, finite: bool = True) -> Pushforward:
     """The pushforward of an operation of two broadcast operands, as one map `part(tangent, *residuals)` for each.
 
     The residuals are the operands themselves, or have the output's shape. A number among the operands has no tangent.
     """
     rank = len(y.shape)
-    dtype = y.dtype if _is_complex(y) else None  # which real tangents are made to have
+    dtype = y.dtype if is_complex(y) else None  # which real tangents are made to have
     parts = [part for part, operand in zip(parts, operands, strict=True) if not _is_number(operand)]
     kept = [residual for residual in residuals if not _is_number(residual)]
 
@@ -271,7 +186,8 @@ def _partials(operands, parts: list[Callable], y, *residuals) -> Pushforward:
 
     # Where a tangent may be smaller than the output, it is spread over it.
     smaller = any(not _is_number(a) and tuple(a.shape) != tuple(y.shape) for a in operands)
-    return Pushforward(push, *kept, *([y] if smaller else []), takes_none=True)
+    finite = finite and all(_is_finite_number(a) for a in operands if _is_number(a))
+    return Pushforward(push, *kept, *([y] if smaller else []), takes_none=True, finite=finite)
 
 
 @register_rule(numpy_ops.Add, numpy_ops.Subtract)
@@ -290,24 +206,62 @@ def multiply(operation, a, b, context):
 @register_rule(numpy_ops.Divide, numpy_ops.TrueDivide)
 def divide(operation, a, b, context):
     y = operation.call(a, b)
-    return y, _partials((a, b), [lambda t, b, y: t / _like(b, t), lambda t, b, y: -t * y / _like(b, t)], y, b, y)
+    if _is_number(b):
+        return y, _partials((a, b), [lambda t, b, y: t / b, lambda t, b, y: -t * y / b], y, b, y)
+
+    def divisor(b, tangent):
+        """A very small number for 0, by which a tangent of zero stays zero."""
+        b = _like(b, tangent)
+        return ops.where(b == 0, 1 / large(tangent.dtype), b)
+
+    quotient = ops.where(b == 0, ops.cast(a, y.dtype), y)
+    parts = [lambda t, b, y: t / divisor(b, t), lambda t, b, y: -t * y / divisor(b, t)]
+    return y, _partials((a, b), parts, y, b, quotient, finite=False)
 
 
 @register_rule(numpy_ops.Power)
 def power(operation, a, b, context):
     y = operation.call(a, b)
-    base, exponent = ops.cast(a, y.dtype), b if _is_number(b) else ops.cast(b, y.dtype)
-    by_base = exponent * operation.call(base, exponent - 1)
-    by_exponent = 0.0 if _is_number(b) else y * ops.log(ops.where(base > 0, base, ops.ones_like(base)))
+    if is_complex(y):
+        raise Declined("a power of complex numbers")
+    base = ops.cast(a, y.dtype)
+    if _is_number(b):
+        return y, _power_of_a_number(operation, base, b)
+    exponent = ops.cast(b, y.dtype)
+    # base ** (exponent − 1) is not asked for where it is 0⁰, or infinite.
+    infinite = ops.logical_and(base == 0, exponent < 1)
+    constant = ops.logical_or(exponent == 0, exponent == 1)
+    by_base = exponent * operation.call(ops.where(ops.logical_or(infinite, constant), 1.0, base), exponent - 1)
+    by_base = ops.where(infinite, by_base * large(y.dtype), by_base)
+    positive = base > 0
+    by_exponent = ops.where(positive, y * ops.log(ops.where(positive, base, 1.0)), 0.0)
     parts = [lambda t, by_base, by_exponent: t * by_base, lambda t, by_base, by_exponent: t * by_exponent]
-    return y, _partials((a, b), parts, y, by_base, by_exponent)
+    return y, _partials((a, b), parts, y, by_base, by_exponent, finite=False)
+
+
+def _power_of_a_number(operation, base, exponent) -> Pushforward:
+    """The pushforward of `base ** exponent` for a number: 0 and 1 are no powers of the base, nor 2 one of its slope."""
+    if exponent == 0:
+        return Pushforward(ops.zeros_like)
+    if exponent == 1:
+        return identity()
+    if exponent == 2:
+        return scale(2 * base)
+    if exponent > 2:
+        return scale(exponent * operation.call(base, exponent - 1))
+    inside = base != 0 if exponent == int(exponent) else base > 0
+    if exponent < 1:
+        return scale_to_the_end(base, lambda x: exponent * operation.call(x, exponent - 1), inside, 1.0)
+    slope = exponent * operation.call(ops.where(inside, base, 1.0), exponent - 1)
+    return scale(ops.where(inside, slope, 0.0))
 
 
 @register_rule(numpy_ops.Maximum, numpy_ops.Minimum)
 def select(operation, a, b, context):
     y = operation.call(a, b)
-    # A tie goes to the first operand.
-    first = ops.broadcast_to(ops.equal(y, a), ops.shape(y))
+    # A tie goes to the first operand. In the dtype of the output, to which a number is rounded.
+    better = ops.greater_equal if isinstance(operation, numpy_ops.Maximum) else ops.less_equal
+    first = ops.broadcast_to(better(ops.cast(a, y.dtype), ops.cast(b, y.dtype)), ops.shape(y))
     parts = [lambda t, first: ops.where(first, t, 0.0), lambda t, first: ops.where(first, 0.0, t)]
     return y, _partials((a, b), parts, y, first)
 
@@ -315,15 +269,25 @@ def select(operation, a, b, context):
 @register_rule(numpy_ops.Logaddexp)
 def logaddexp(operation, a, b, context):
     y = operation.call(a, b)
-    share = ops.exp(a - y)
+    share = ops.sigmoid(ops.where(ops.equal(a, b), ops.zeros_like(y), a - b))  # equal ones may be infinite
     return y, _partials((a, b), [lambda t, share: t * share, lambda t, share: t * (1 - share)], y, share)
+
+
+@register_rule(numpy_ops.Arctan2)
+def arctan2(operation, a, b, context):
+    """The angle of (b, a), which has no direction at the origin: its slope there is 0."""
+    y = operation.call(a, b)
+    squared = a * a + b * b
+    inverse = 1 / ops.where(squared > 0, squared, 1.0)
+    parts = [lambda t, by_a, by_b: t * by_a, lambda t, by_a, by_b: t * by_b]
+    return y, _partials((a, b), parts, y, b * inverse, -a * inverse)
 
 
 @register_rule(numpy_ops.Where)
 def where(operation, condition, a, b, context):
     y = operation.call(condition, a, b)
     chosen = ops.broadcast_to(ops.cast(condition, "bool"), ops.shape(y))
-    parts = [lambda t, c: 0.0 * t, lambda t, c: ops.where(c, t, 0.0), lambda t, c: ops.where(c, 0.0, t)]
+    parts = [lambda t, c: ops.zeros_like(t), lambda t, c: ops.where(c, t, 0.0), lambda t, c: ops.where(c, 0.0, t)]
     return y, _partials((condition, a, b), parts, y, chosen)
 
 
@@ -426,79 +390,6 @@ def join(operation, tensors, context):
 def _zeros_like(x, leading: tuple):
     """The zero tangent of x, whose first axes, that of the probes before them, are `leading`."""
     return ops.zeros((*leading, *ops.shape(x)[len(leading) - 1 :]), x.dtype)
-
-
-# ---------------------------------------------------------------- along an axis
-
-
-def _reduced_axes(operation, x) -> list[int]:
-    """The axes that are reduced, counted from the end, where a probe axis does not shift them."""
-    axis = operation.axis
-    axes = range(len(x.shape)) if axis is None else [axis] if isinstance(axis, int) else axis
-    return [a % len(x.shape) - len(x.shape) for a in axes]
-
-
-@register_rule(numpy_ops.Max, numpy_ops.Amax, numpy_ops.Min, numpy_ops.Amin)
-def extremum(operation, x, context):
-    axes = _reduced_axes(operation, x)
-    y = operation.call(x)
-    wide = y if operation.keepdims else ops.expand_dims(y, sorted(axes))
-    winners = ops.cast(ops.equal(x, wide), x.dtype)
-    # Among equals the tangent is the mean, as the backends' gradients have it.
-    # With an `initial` one that none of them reaches, there is no winner.
-    shares = winners / ops.maximum(ops.sum(winners, axis=axes, keepdims=True), 1)
-
-    def push(tangent, shares):
-        return ops.sum(shares * tangent, axis=axes, keepdims=operation.keepdims)
-
-    return y, Pushforward(push, shares, couples_examples=mixes_examples(operation, x))
-
-
-@register_rule(numpy_ops.Var, numpy_ops.Std)
-def variance(operation, x, context):
-    if _is_complex(x):
-        raise Declined("a variance of complex numbers")
-    axes = _reduced_axes(operation, x)
-    y = operation.call(x)
-    centered = x - ops.mean(x, axis=axes, keepdims=True)
-    factor = 2.0 if isinstance(operation, numpy_ops.Var) else 1.0
-
-    def push(tangent, centered, *deviation):
-        image = factor * ops.mean(centered * tangent, axis=axes, keepdims=operation.keepdims)
-        return image / deviation[0] if deviation else image
-
-    mixes = mixes_examples(operation, x)
-    return y, Pushforward(push, centered, *([] if factor == 2 else [y]), couples_examples=mixes)
-
-
-@register_rule(math_ops.Logsumexp)
-def logsumexp(operation, x, context):
-    axes = _reduced_axes(operation, x)
-    y = operation.call(x)
-    wide = y if operation.keepdims else ops.expand_dims(y, sorted(axes))
-
-    def push(tangent, shares):
-        return ops.sum(shares * tangent, axis=axes, keepdims=operation.keepdims)
-
-    return y, Pushforward(push, ops.exp(x - wide), couples_examples=mixes_examples(operation, x))
-
-
-@register_rule(nn.Normalize)
-def normalize(operation, x, context):
-    """`x / max(‖x‖₂, ε)`."""
-    if operation.order != 2:
-        raise Declined("a norm of another order than 2")
-    axes = _reduced_axes(operation, x)
-    floor = keras.config.epsilon() if operation.epsilon is None else operation.epsilon
-    squares = ops.sum(ops.square(x), axis=axes, keepdims=True)
-    inverse = ops.rsqrt(ops.maximum(squares, floor**2))
-    y = operation.call(x)
-    above = ops.cast(squares > floor**2, x.dtype)
-
-    def push(tangent, y, inverse, above):
-        return inverse * (tangent - above * y * ops.sum(y * tangent, axis=axes, keepdims=True))
-
-    return y, Pushforward(push, y, inverse, above, couples_examples=mixes_examples(operation, x))
 
 
 # ---------------------------------------------------------------- no tangent

@@ -1,0 +1,106 @@
+"""The operations of `keras.ops` that reduce axes to a number, or divide by one: extrema, deviations and norms."""
+
+import keras
+from keras import ops
+
+# Private: the operations' classes, by which a graph's nodes are known, have no public names.
+from keras.src.ops import linalg, nn
+from keras.src.ops import math as math_ops
+from keras.src.ops import numpy as numpy_ops
+
+from jvpreg.examples import mixes_examples
+from jvpreg.inputs import is_complex
+from jvpreg.registry import Declined, Pushforward, register_rule
+
+
+def _reduced_axes(operation, x) -> list[int]:
+    """The axes that are reduced, counted from the end, where a probe axis does not shift them."""
+    axis = operation.axis
+    axes = range(len(x.shape)) if axis is None else [axis] if isinstance(axis, int) else axis
+    return [a % len(x.shape) - len(x.shape) for a in axes]
+
+
+@register_rule(numpy_ops.Max, numpy_ops.Amax, numpy_ops.Min, numpy_ops.Amin)
+def extremum(operation, x, context):
+    axes = _reduced_axes(operation, x)
+    y = operation.call(x)
+    wide = y if operation.keepdims else ops.expand_dims(y, sorted(axes))
+    winners = ops.cast(ops.equal(x, wide), x.dtype)
+    # Among equals the tangent is the mean, as the backends' gradients have it.
+    # With an `initial` one that none of them reaches, there is no winner.
+    shares = winners / ops.maximum(ops.sum(winners, axis=axes, keepdims=True), 1)
+
+    def push(tangent, shares):
+        return ops.sum(shares * tangent, axis=axes, keepdims=operation.keepdims)
+
+    return y, Pushforward(push, shares, couples_examples=mixes_examples(operation, x))
+
+
+@register_rule(numpy_ops.Var, numpy_ops.Std)
+def variance(operation, x, context):
+    if is_complex(x):
+        raise Declined("a variance of complex numbers")
+    axes = _reduced_axes(operation, x)
+    y = operation.call(x)
+    centered = x - ops.mean(x, axis=axes, keepdims=True)
+    factor = 2.0
+    if isinstance(operation, numpy_ops.Std):
+        # The slope at equal numbers is 0. Not by y, whose own slope there is infinite.
+        centered, factor = _unit(centered, ops.mean(ops.square(centered), axis=axes, keepdims=True)), 1.0
+
+    def push(tangent, centered):
+        return factor * ops.mean(centered * tangent, axis=axes, keepdims=operation.keepdims)
+
+    return y, Pushforward(push, centered, couples_examples=mixes_examples(operation, x))
+
+
+def _unit(x, squared):
+    """x divided by the root of what is `squared`; 0 where that is 0, and with it x."""
+    return x * ops.rsqrt(ops.where(squared > 0, squared, 1.0))
+
+
+@register_rule(linalg.Norm)
+def norm(operation, x, context):
+    """The root of the sum of squares, with a slope of 0 at 0."""
+    of_vector = operation.axis is not None and len(operation.axis) == 1
+    if not (operation.ord in (None, "fro") or (operation.ord == 2 and of_vector)):
+        raise Declined("a norm that is not the root of the sum of squares")
+    axes = _reduced_axes(operation, x)
+    unit = _unit(x, ops.sum(ops.square(x), axis=axes, keepdims=True))
+
+    def push(tangent, unit):
+        return ops.sum(unit * tangent, axis=axes, keepdims=operation.keepdims)
+
+    return operation.call(x), Pushforward(push, unit, couples_examples=mixes_examples(operation, x))
+
+
+@register_rule(math_ops.Logsumexp)
+def logsumexp(operation, x, context):
+    axes = _reduced_axes(operation, x)
+    y = operation.call(x)
+    wide = y if operation.keepdims else ops.expand_dims(y, sorted(axes))
+
+    def push(tangent, shares):
+        return ops.sum(shares * tangent, axis=axes, keepdims=operation.keepdims)
+
+    # Where all are −∞, no share of the sum moves it.
+    shares = ops.exp(ops.where(ops.isfinite(wide), x - wide, -float("inf")))
+    return y, Pushforward(push, shares, couples_examples=mixes_examples(operation, x), finite=False)
+
+
+@register_rule(nn.Normalize)
+def normalize(operation, x, context):
+    """`x / max(‖x‖₂, ε)`."""
+    if operation.order != 2:
+        raise Declined("a norm of another order than 2")
+    axes = _reduced_axes(operation, x)
+    floor = keras.config.epsilon() if operation.epsilon is None else operation.epsilon
+    squares = ops.sum(ops.square(x), axis=axes, keepdims=True)
+    inverse = ops.rsqrt(ops.maximum(squares, floor**2))
+    y = operation.call(x)
+    above = ops.cast(squares > floor**2, x.dtype)
+
+    def push(tangent, y, inverse, above):
+        return inverse * (tangent - above * y * ops.sum(y * tangent, axis=axes, keepdims=True))
+
+    return y, Pushforward(push, y, inverse, above, couples_examples=mixes_examples(operation, x))
