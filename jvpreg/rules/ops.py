@@ -4,8 +4,8 @@ Here the first axis of a value need not be the batch, and some inputs are weight
 is `(P, *primal.shape)`, and operations of several inputs sum one linear map for each input that has a tangent.
 """
 
+import cmath
 import functools
-import math
 import string
 from collections.abc import Callable
 
@@ -157,7 +157,7 @@ def _is_number(operand) -> bool:
 
 
 def _is_finite_number(operand) -> bool:
-    return _is_number(operand) and math.isfinite(operand)
+    return _is_number(operand) and cmath.isfinite(operand)
 
 
 def _like(operand, tangent):
