@@ -1,8 +1,9 @@
-"""`JacobianWandbLogger`: the distributions and spectra that a probe measured, in Weights & Biases."""
+"""`JacobianWandbLogger`: a row for every epoch in Weights & Biases, with the distributions and spectra of a probe."""
 
 import io
 
 import numpy as np
+from keras import ops
 
 from jvpreg.callbacks.figures import mean_density
 from jvpreg.callbacks.probe import JacobianProbe
@@ -11,18 +12,18 @@ from jvpreg.estimators import SpectralDensity
 
 
 class JacobianWandbLogger(ProbeReader):
-    """Logs what a `JacobianProbe` measured beside its means: a histogram of each metric, and pictures of spectra.
+    """Logs every epoch, and what a `JacobianProbe` measured: a histogram of each metric, and pictures of spectra.
 
-    The means are in `logs`, from where `WandbMetricsLogger` takes them as `epoch/jacobian/m`. This callback adds, to
-    the same row of the epoch:
+    The row of an epoch has everything in `logs` (the loss, metrics, the means of the probe) under the keys that
+    `WandbMetricsLogger` has, such as `epoch/loss` and `epoch/jacobian/m`, and beside it:
 
     - `jacobian/m_histogram`: of a metric's values over the examples (of the magnitudes, if they are complex), or the
       density, of the examples together, if it is one;
     - `jacobian/m_history`: the picture of the epochs so far, as `JacobianPictures` draws it, of a metric that is
       several numbers an example or a density.
 
-    All of these are charted against the epoch. List it after the probe and before `WandbMetricsLogger`, whose call
-    completes the row. It needs wandb, and for the pictures matplotlib.
+    All of these are charted against the epoch. List it after the probe. Nothing else is needed; a `WandbMetricsLogger`
+    that is listed after it writes into the same row. It needs wandb, and for the pictures matplotlib.
 
     Args:
         probe: the `JacobianProbe` of the same `fit`, listed before.
@@ -49,28 +50,57 @@ class JacobianWandbLogger(ProbeReader):
         import wandb
 
         self._wandb = wandb
+        self._pending: int | None = None
 
     def on_train_begin(self, logs=None):
         """Checks that a run is active, and tells it to use epochs."""
         super().on_train_begin(logs)
         if self._wandb.run is None:
             raise RuntimeError("`JacobianWandbLogger` needs an active run: call `wandb.init()` before `fit`.")
+        self._pending = None
         self._wandb.define_metric("epoch/epoch")
+        self._wandb.define_metric("epoch/*", step_metric="epoch/epoch")
         self._wandb.define_metric(f"{self.probe.prefix}/*", step_metric="epoch/epoch")
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Completes the row of the last epoch, if nothing else did."""
+        self._complete()
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Begins the row of the epoch: it stays open for a logger that is listed later."""
+        run = self._wandb.run
+        assert run is not None
+        optimizer = getattr(self.model, "optimizer", None)
+        row = {f"epoch/{key}": value for key, value in {**(logs or {}), "epoch": epoch}.items()}
+        if optimizer is not None:
+            row["epoch/learning_rate"] = float(ops.convert_to_numpy(optimizer.learning_rate))
+        run.log(row, commit=False)
+        self._pending = run.step
+        super().on_epoch_end(epoch, logs)
+
+    def on_train_end(self, logs=None):
+        """Completes the row of the last epoch, if nothing else did."""
+        self._complete()
+
+    def _complete(self) -> None:
+        run = self._wandb.run
+        # W&B counts the rows that are complete.
+        if run is not None and self._pending is not None and run.step == self._pending:
+            run.log({}, commit=True)
+        self._pending = None
 
     def read(self, epoch: int, draw: bool) -> None:
         """Adds histograms, and pictures if it is time to, to the row of the epoch."""
         assert self._wandb.run is not None
         if self._wandb.run.disabled:
             return
-        row = {"epoch/epoch": epoch}
+        row = {}
         for name, value in self.probe.values.items():
             key = f"{self.probe.prefix}/{name}"
             if (histogram := self._histogram(value)) is not None:
                 row[f"{key}_histogram"] = histogram
             if draw and (isinstance(value, SpectralDensity) or value.ndim == 2):
                 row[f"{key}_history"] = self._image(self.picture(name))
-        # No step and no commit: WandbMetricsLogger counts steps by its own calls.
         self._wandb.log(row, commit=False)
 
     def _histogram(self, value):

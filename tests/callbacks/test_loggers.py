@@ -151,6 +151,22 @@ def test_wandb_has_numbers_histograms_and_pictures_in_one_row_an_epoch(run, tmp_
         assert (row[f"{key}/width"], row[f"{key}/height"]) == size(file.read_bytes())
 
 
+@pytest.mark.parametrize("beside", ["alone", "before a metrics logger"])
+def test_wandb_has_a_row_for_every_epoch(run, tmp_path, beside):
+    """Whether the probe measured it or not, with everything in `logs`, and one row only."""
+    probe = JacobianProbe(data(10)[0], ["frobenius_norm"], every_epochs=2)
+    loggers = [JacobianWandbLogger(probe), *([] if beside == "alone" else [metrics_logger(run)])]
+    history = fit(make_model(), probe, *loggers, epochs=3).history
+    run.finish()
+    written(tmp_path / "wandb")
+    rows = wandb_records.history(tmp_path / "wandb")
+    assert [row["epoch/epoch"] for row in rows] == [0, 1, 2]
+    for key, values in history.items():
+        np.testing.assert_allclose([float(row[f"epoch/{key}"]) for row in rows], values, rtol=1e-6)
+    assert {"loss", *probe.keys} <= set(history)
+    assert all(float(row["epoch/learning_rate"]) > 0 for row in rows)
+
+
 def test_wandb_charts_it_against_the_epoch(run, tmp_path):
     probe = JacobianProbe(data(10)[0], ["frobenius_norm"], prefix="val_jacobian")
     fit(make_model(), probe, JacobianWandbLogger(probe), metrics_logger(run))
