@@ -1,15 +1,33 @@
-"""The studies' own tests run on one backend: what is of a backend in them is marked `every_backend`."""
+"""The studies' own tests run on one backend, but for those that are about the backend and marked `every_backend`.
+
+With `--studies` all of them run.
+"""
 
 import keras
-import pytest
 
-BACKEND = "tensorflow"
+# Where nothing is traced, what trains many small models takes a fraction of the time. The others are TensorFlow's:
+# the quickstart's commands, and benchmarks, whose competitors Torch has not all of.
+ON_TORCH = {
+    "test_constraints_study.py",
+    "test_distill_study.py",
+    "test_fixed_point_study.py",
+    "test_health.py",
+    "test_regularization_study.py",
+    "test_saliency_study.py",
+    "test_sparing_study.py",
+}
 
 
 def pytest_collection_modifyitems(config, items):
-    if keras.backend.backend() == BACKEND or config.getoption("--studies"):
+    if config.getoption("--studies"):
         return
-    skip = pytest.mark.skip(reason=f"studies are tested on {BACKEND}, and elsewhere with --studies")
-    for item in items:
-        if "experiments" in item.path.parts and "every_backend" not in item.keywords:
-            item.add_marker(skip)
+    backend = keras.backend.backend()
+    elsewhere = [
+        item
+        for item in items
+        if "experiments" in item.path.parts
+        and "every_backend" not in item.keywords
+        and backend != ("torch" if item.path.name in ON_TORCH else "tensorflow")
+    ]
+    config.hook.pytest_deselected(items=elsewhere)
+    items[:] = [item for item in items if item not in elsewhere]
