@@ -1,7 +1,7 @@
 """Checks of arguments: one function for each kind, and one form for the error, which names the argument.
 
 Each returns the value as the caller is to keep it (a plain number where NumPy's was given), or raises a ValueError
-before anything is computed. They look at Python values, shapes and dtypes; a tensor's numbers are not read.
+before anything is computed. They look at Python values, shapes and dtypes; only `classes` reads a tensor's numbers.
 """
 
 import math
@@ -12,9 +12,13 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras import ops
 
 LONGEST = 300  # characters of a value in an error
 MOST_ENTRIES = 16  # of an array that is shown as it is
+NUMBERS = "a dense array of real numbers"
+# What a ragged or sparse tensor of a backend has, and no dense one: by class, each backend would have to be imported.
+RAGGED_OR_SPARSE = ("row_splits", "dense_shape", "nse", "is_sparse", "is_sparse_csr", "is_nested")
 
 
 def invalid(name: str, expected: str, value, owner: str = "") -> ValueError:
@@ -106,16 +110,21 @@ def text(name: str, value, optional: bool = False, owner: str = "") -> Any:
     return value
 
 
-def paths(name: str, value, optional: bool = False, owner: str = "") -> Any:
-    """A list of paths of layers, each once."""
+def names(name: str, value, optional: bool = False, owner: str = "", what: str = "names of nodes") -> Any:
+    """A list of strings, each once; None passes if they are optional."""
     if optional and value is None:
         return None
     several = list(value) if isinstance(value, (list, tuple)) else [value]
     if not isinstance(value, (list, tuple)) or not all(isinstance(path, str) and path for path in several):
-        raise invalid(name, f"a list of paths of layers{', or None' if optional else ''}", value, owner)
+        raise invalid(name, f"a list of {what}{', or None' if optional else ''}", value, owner)
     if len(set(several)) < len(several):
-        raise invalid(name, "each path once", value, owner)
+        raise invalid(name, "each of them once", value, owner)
     return several
+
+
+def paths(name: str, value, optional: bool = False, owner: str = "") -> Any:
+    """A list of paths of layers, each once; None passes if they are optional."""
+    return names(name, value, optional, owner, "paths of layers")
 
 
 def function(name: str, value, expected: str, optional: bool = False) -> Any:
@@ -143,3 +152,74 @@ def is_integer(value) -> bool:
 def is_real(value) -> bool:
     """Whether it is one real number, and no boolean. NumPy's pass."""
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def float_dtype(name: str, value) -> str:
+    """The name of a floating-point dtype."""
+    try:
+        dtype = keras.backend.standardize_dtype(value)
+    except Exception:  # What is no dtype at all fails in ways of its own.
+        dtype = ""
+    if not keras.backend.is_float_dtype(dtype):
+        raise invalid(name, "a floating-point dtype", value)
+    return dtype
+
+
+def tensor(name: str, value, dtype=None):
+    """A dense tensor of real numbers: from an array, a tensor, a variable, a number, or lists of numbers."""
+    given = value if hasattr(value, "dtype") else _as_array(value)
+    if given is None or not _holds_numbers(given.dtype) or _is_ragged_or_sparse(given):
+        raise invalid(name, NUMBERS, value)
+    try:
+        return ops.convert_to_tensor(value, dtype=dtype)
+    except Exception as error:  # Each backend has its own.
+        raise invalid(name, NUMBERS, value) from error
+
+
+def array(name: str, value) -> np.ndarray:
+    """Finite numbers as a NumPy array in float64, not empty."""
+    found = _as_array(value)
+    if isinstance(found, np.ndarray) and found.dtype.kind in "iuf" and found.size and np.all(np.isfinite(found)):
+        return found.astype("float64")
+    raise invalid(name, "a finite number, or an array of them", value)
+
+
+def classes(name: str, indices, num_classes: int) -> None:
+    """Raises if there is no such class, as far as the indices can be read: a tensor in a graph cannot."""
+    try:
+        array = np.asarray(indices if isinstance(indices, (np.ndarray, np.generic)) else ops.convert_to_numpy(indices))
+    except Exception:  # A tensor that has no value yet. Each backend has its own error.
+        return
+    if array.dtype.kind not in "iuf":
+        raise invalid(name, "classes, whole numbers", indices)
+    wrong = (array < 0) | (array >= num_classes) | (array != np.floor(array))
+    if wrong.any():
+        expected = f"classes from 0 to {num_classes - 1}"
+        raise ValueError(
+            f"Invalid value for argument `{name}`. Expected {expected}. Received: {array[wrong].flat[0]} among them."
+        )
+
+
+def _as_array(value) -> np.ndarray | None:
+    """Numbers, or lists of them, as an array; None where they are none."""
+    if isinstance(value, keras.KerasTensor) or value is None:
+        return None
+    try:
+        return np.asarray(value)
+    except Exception:  # Lists of several lengths, tensors of a graph.
+        leaves = keras.tree.flatten(value)
+        return leaves[0] if leaves and all(hasattr(leaf, "dtype") for leaf in leaves) else None
+
+
+def _holds_numbers(dtype) -> bool:
+    try:
+        name = keras.backend.standardize_dtype(dtype)
+    except (ValueError, TypeError):
+        return False
+    return name not in ("string", "object") and "complex" not in name
+
+
+def _is_ragged_or_sparse(value) -> bool:
+    return isinstance(value, keras.KerasTensor) or any(
+        getattr(value, attribute, False) is not False for attribute in RAGGED_OR_SPARSE
+    )

@@ -30,6 +30,8 @@ import itertools
 import keras
 from keras import ops
 
+from jvpreg import checks
+
 
 def stack(x, u):
     """The batch `[x, u, 0]`.
@@ -46,10 +48,12 @@ def stack(x, u):
 
     Reference: Balestriero & Baraniuk (2021), section 3.2, step 2.
     """
-    x = ops.convert_to_tensor(x)
+    x = checks.tensor("x", x)
+    if len(x.shape) == 0 or x.shape[0] == 0:
+        raise checks.invalid("x", "a batch (B, …) of one example at least", x)
     if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(x.dtype)):
         x = ops.cast(x, keras.config.floatx())
-    u = ops.convert_to_tensor(u, dtype=x.dtype)
+    u = checks.tensor("u", u, dtype=x.dtype)
     if tuple(x.shape) not in (tuple(u.shape), tuple(u.shape)[1:]):
         raise ValueError(
             f"Invalid value for argument `u`. Expected shape {tuple(x.shape)}, like x, or "
@@ -86,6 +90,7 @@ def activation(h, negative_slope: float = 0.0, num_probes: int | None = None):
 
     Reference: Balestriero & Baraniuk (2021), equation 8 and algorithm 1.
     """
+    checks.number("negative_slope", negative_slope)
     parts = _split(h, num_probes)
     return _join(ops.where(parts[:1] > 0, parts, negative_slope * parts if negative_slope else 0.0))
 
@@ -99,13 +104,20 @@ def max_pool(h, pool_size, strides=None, padding: str = "valid", data_format=Non
     """
     parts = _split(h, num_probes)
     rank = len(parts.shape) - 3
-    windows = (pool_size,) * rank if isinstance(pool_size, int) else tuple(pool_size)
-    strides = windows if strides is None else (strides,) * rank if isinstance(strides, int) else tuple(strides)
+    for name, sizes in (("pool_size", pool_size), ("strides", strides)):
+        for size in sizes if isinstance(sizes, (list, tuple)) else [sizes]:
+            checks.count(name, size, optional=name == "strides")
+    checks.choice("padding", padding, ("valid", "same"))
+    checks.choice("data_format", data_format, ("channels_last", "channels_first", None))
+    windows = (pool_size,) * rank if checks.is_integer(pool_size) else tuple(pool_size)
+    strides = windows if strides is None else (strides,) * rank if checks.is_integer(strides) else tuple(strides)
     first = 3 if (data_format or keras.config.image_data_format()) == "channels_first" else 2
     widths, lengths = [(0, 0)] * len(parts.shape), []
     for axis, window, stride in zip(range(first, first + rank), windows, strides, strict=True):
         size = parts.shape[axis]
         count = -(-size // stride) if padding == "same" else (size - window) // stride + 1
+        if count < 1:
+            raise checks.invalid("pool_size", f"at most {size}, the size of the images", pool_size)
         lengths.append((count - 1) * stride + 1)
         missing = max(lengths[-1] + window - 1 - size, 0)
         widths[axis] = (missing // 2, missing - missing // 2)
@@ -129,6 +141,9 @@ def dropout(h, rate: float, seed=None, num_probes: int | None = None):
 
     Reference: Balestriero & Baraniuk (2021), algorithm 3.
     """
+    checks.number("rate", rate, least=0, below=1)
+    if seed is not None:
+        checks.seed("seed", seed, generator=True)
     parts = _split(h, num_probes)
     return _join(parts * keras.random.dropout(ops.ones_like(parts[0]), rate, seed=seed)) if rate else h
 
@@ -153,9 +168,13 @@ def batch_normalization(
 
 def _split(h, num_probes):
     """((P+2)·B, …) to (P+2, B, …)."""
-    h = ops.convert_to_tensor(h)
+    h = checks.tensor("h", h)
+    if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(h.dtype)):
+        h = ops.cast(h, keras.config.floatx())
+    num_probes = checks.count("num_probes", num_probes, optional=True)
     count = (1 if num_probes is None else num_probes) + 2
-    if isinstance(h.shape[0], int) and h.shape[0] % count:
+    batch = h.shape[0] if len(h.shape) else 0
+    if isinstance(batch, int) and (batch == 0 or batch % count):
         raise ValueError(
             f"Invalid value for argument `h`. Expected a batch of {count}·B examples, as `clone.stack` makes it for "
             f"num_probes={num_probes}. Received: h with shape {tuple(h.shape)}."

@@ -1,16 +1,20 @@
 """The full-Jacobian: what the input and every source of bias contribute to an output."""
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import keras
+import numpy as np
 from keras import layers, ops, tree
 
+from jvpreg import checks
 from jvpreg.finite import finite_examples, nan_unless
 from jvpreg.freeze import linearize
 from jvpreg.frozen import Node
 from jvpreg.linearization import Linearization
+from jvpreg.tangents import check_count, flatten_like
 
 Source = Literal["bias", "normalization", "other"]
 
@@ -53,6 +57,7 @@ class FullJacobian:
 
     def from_biases(self, source: Source | None = None):
         """What the biases contribute, those of one kind or all: `(B,)`."""
+        checks.choice("source", source, ("bias", "normalization", "other", None))
         found = [_sum_of_each(c) for name, c in self.bias_jacobians.items() if source in (None, self.sources[name])]
         return sum(found, ops.zeros_like(self.target_output))
 
@@ -71,8 +76,8 @@ def full_jacobian(model, x, target=None, **kwargs) -> FullJacobian:
     Args:
         model: a Keras model or layer, or a `Linearization`.
         x: its input, `(B, …)`; None for a `Linearization`.
-        target: which output. Class indices, integers `(B,)`, of an output `(B, K)`; a cotangent like the outputs; or
-            None for the largest output of each example.
+        target: which output. A class, an integer, of an output `(B, K)`; a class for each example, integers `(B,)`; a
+            cotangent like the outputs; or None for the largest output of each example.
         **kwargs: of `jvpreg.linearize`.
 
     Returns:
@@ -95,6 +100,8 @@ def full_jacobian(model, x, target=None, **kwargs) -> FullJacobian:
     >>> bool(keras.ops.all(full.completeness_error() < 1e-5))
     True
     """
+    if isinstance(model, Linearization) and (x is not None or kwargs):
+        raise checks.invalid("x", "None, and no options, beside a `Linearization`", x if x is not None else kwargs)
     linearization = model if isinstance(model, Linearization) else linearize(model, x, **kwargs)
     cotangent = as_cotangent(linearization.outputs, target)
     intercepts = linearization.intercepts
@@ -134,16 +141,55 @@ def as_cotangent(outputs, target):
                 f"(B, K) of one number for each class. Received: None, for outputs {[tuple(y.shape) for y in leaves]}"
             )
         return ops.one_hot(ops.argmax(first, axis=-1), first.shape[1], dtype=first.dtype)
-    flat = [ops.convert_to_tensor(target)] if len(leaves) == 1 and outputs is first else tree.flatten(target)
-    if len(flat) == 1 and flat[0] is not None:
-        indices = ops.convert_to_tensor(flat[0])
-        whole = not keras.backend.is_float_dtype(keras.backend.standardize_dtype(indices.dtype))
-        if whole and len(indices.shape) == 2 and indices.shape[1] == 1 and first.shape[1] != 1:
-            indices = ops.squeeze(indices, axis=1)
-        if has_classes and whole and len(indices.shape) == 1:
-            return ops.one_hot(indices, first.shape[1], dtype=first.dtype)
-    target = flat[0] if outputs is first else target
-    return tree.map_structure(lambda v, y: None if v is None else ops.cast(v, y.dtype), target, outputs)
+    if has_classes:
+        given = target[0] if outputs is not first and isinstance(target, (list, tuple)) and len(target) == 1 else target
+        cotangent = _of_classes(given, first)
+        if cotangent is not None:
+            return cotangent if outputs is first else tree.pack_sequence_as(outputs, [cotangent])
+    flat = flatten_like(target, outputs, "target")
+    check_count(flat, leaves, "target", "the outputs")
+    cast = [None if v is None else _like(v, y) for v, y in zip(flat, leaves, strict=True)]
+    return tree.pack_sequence_as(outputs, cast)
+
+
+def class_cotangent(outputs, labels):
+    """The cotangent of class indices `(B,)` of outputs `(B, K)`; NaN where there is no such class.
+
+    For labels in a compiled step, which cannot be looked at: zeros would train on nothing without a word.
+    """
+    valid = ops.logical_and(labels >= 0, labels < outputs.shape[1])
+    rows = ops.one_hot(ops.cast(ops.where(valid, labels, 0), "int32"), outputs.shape[1], dtype=outputs.dtype)
+    return ops.where(ops.expand_dims(valid, -1), rows, math.nan)
+
+
+def _of_classes(target, outputs):
+    """The cotangent of one class for all examples, or of one for each; None where the target is none of these."""
+    batch, count = outputs.shape
+    if checks.is_integer(target):
+        checks.classes("target", np.asarray(target), count)
+        target = np.full(batch, target) if batch is not None else ops.full((ops.shape(outputs)[0],), int(target))
+    indices = checks.tensor("target", target)
+    if "int" not in keras.backend.standardize_dtype(indices.dtype):
+        return None
+    if len(indices.shape) == 2 and indices.shape[1] == 1 and count != 1:
+        indices = ops.squeeze(indices, axis=1)
+    if len(indices.shape) != 1:
+        return None
+    if None not in (batch, indices.shape[0]) and indices.shape[0] != batch:
+        raise checks.invalid("target", f"an index for each of the {batch} examples", target)
+    checks.classes("target", indices, count)
+    return class_cotangent(outputs, indices)
+
+
+def _like(target, output):
+    """A cotangent in the dtype of the output."""
+    cotangent = checks.tensor("target", target)
+    pairs = zip(cotangent.shape, output.shape, strict=False)
+    if len(cotangent.shape) != len(output.shape) or any(None not in pair and pair[0] != pair[1] for pair in pairs):
+        raise checks.invalid(
+            "target", f"class indices, integers (B,), or a cotangent like the outputs, {tuple(output.shape)}", target
+        )
+    return ops.cast(cotangent, output.dtype)
 
 
 def _source(node: Node) -> Source:

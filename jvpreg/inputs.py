@@ -3,6 +3,8 @@
 import keras
 from keras import ops, tree
 
+from jvpreg import checks
+
 
 def flatten_inputs(model, structure, argument: str) -> list:
     """The leaves of a structure like the model's input, in the order of `model.inputs`; a dict goes by name.
@@ -54,7 +56,7 @@ def standardize_inputs(model, x) -> list:
     expected = [None] * len(leaves) if graph is None else graph.inputs
     inputs = []
     for i, (leaf, spec) in enumerate(zip(leaves, expected, strict=True)):
-        tensor = ops.convert_to_tensor(leaf, dtype=None if spec is None else spec.dtype)
+        tensor = checks.tensor("x", leaf, dtype=None if spec is None else spec.dtype)
         if keras.backend.standardize_dtype(tensor.dtype) == "uint8":
             tensor = ops.cast(tensor, keras.config.floatx())
         if spec is not None:
@@ -66,7 +68,13 @@ def standardize_inputs(model, x) -> list:
                     f"Received: x with shape {_readable(tensor.shape)}."
                 )
         inputs.append(tensor)
-    sizes = {tensor.shape[0] for tensor in inputs if len(tensor.shape) and isinstance(tensor.shape[0], int)}
+    batches = [tensor for tensor in inputs if len(tensor.shape)]
+    if not batches or any(tensor.shape[0] == 0 for tensor in batches):
+        raise ValueError(
+            "Invalid value for argument `x`. Expected a batch (B, …) of one example at least. "
+            f"Received: x with shape {[tuple(tensor.shape) for tensor in inputs]}."
+        )
+    sizes = {tensor.shape[0] for tensor in batches if isinstance(tensor.shape[0], int)}
     if len(sizes) > 1:
         raise ValueError(
             "Invalid value for argument `x`. Expected the same number of examples in every input. "
@@ -142,4 +150,6 @@ def _compatible(shape, expected) -> bool:
 
 
 def _readable(shape) -> str:
+    if len(shape) == 0:
+        return "()"
     return "(" + ", ".join(["B", *("?" if size is None else str(size) for size in tuple(shape)[1:])]) + ")"

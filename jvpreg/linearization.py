@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops, tree
 
 from jvpreg import checks, matrices
@@ -14,6 +15,7 @@ from jvpreg.tangents import (
     at_least_float32,
     check_count,
     each_name,
+    flatten_like,
     pack_products,
     standardize_tangents,
     weight_pairs,
@@ -83,6 +85,8 @@ class Linearization:
                 "Invalid value for argument `u`. Expected a tangent, or `weights` or `taps`. Received: neither."
             )
         given = weight_tangents(pairs, self.weights)
+        if taps is not None and not isinstance(taps, Mapping):
+            raise checks.invalid("taps", "a dict from names of nodes to tangents, or None", taps)
         taps = dict(taps or {})
         made = self.node_outputs() if taps else {}
         unknown = [name for name in taps if name not in made]
@@ -141,6 +145,10 @@ class Linearization:
 
     def intercepts_of(self, nodes: Sequence[str] | None) -> dict[str, Any]:
         """The `intercepts` of nodes of these names only, at the cost of these only; None: of all."""
+        nodes = checks.names("nodes", nodes, optional=True)
+        known = [name for node in self.nodes for name in node.output_names]
+        if not set(nodes or ()) <= set(known):
+            raise checks.invalid("nodes", f"names among {known}", nodes)
         return self._graph.intercepts(nodes) if self._whole is None else self._whole(nodes)
 
     def node_outputs(self, layers: Sequence[str] | None = None) -> dict[str, Any]:
@@ -152,6 +160,7 @@ class Linearization:
         Raises:
             ValueError: there is no such layer.
         """
+        layers = checks.names("layers", layers, optional=True)
         chosen = self.nodes if layers is None else [self.nodes[i] for path in layers for i in self._indices_of(path)]
         found = {name: value for node in chosen for name, value in _named_outputs(node)}
         return {name: value.primal for name, value in found.items() if value.batched and value.has_tangents}
@@ -181,10 +190,12 @@ class Linearization:
         ((5, 3), (5, 4))
         """
         outputs = tree.flatten(self.outputs)
-        flat = tree.flatten(v)
+        flat = flatten_like(v, self.outputs, "v")
         check_count(flat, outputs, "v", "the outputs")
         cotangents, probed = standardize_tangents(flat, outputs, each_name("v", "the outputs", len(outputs)))
         known = self.node_outputs()
+        nodes = checks.names("nodes", nodes, optional=True)
+        with_inputs = checks.boolean("with_inputs", with_inputs)
         unknown = [name for name in nodes or [] if name not in known]
         if unknown:
             raise ValueError(
@@ -234,12 +245,19 @@ class Linearization:
                 "A linearization that moves the examples of a batch from its first axis cannot be cut. Reshape to "
                 f"(batch, ...), and not to (-1, ...) with other axes in it. Received: the reshape `{moving[0]}`."
             )
-        indices = ops.convert_to_tensor(indices)
+        given = indices
+        indices = checks.tensor("indices", indices)
         if len(indices.shape) != 1 or "int" not in keras.backend.standardize_dtype(indices.dtype):
             raise ValueError(
                 "Invalid value for argument `indices`. Expected a vector (N,) of integers, places of examples. "
                 f"Received: shape {tuple(indices.shape)} of {keras.backend.standardize_dtype(indices.dtype)}."
             )
+        batch = self.inputs[0].shape[0]
+        if not ops.is_tensor(given) and isinstance(batch, int):  # A step's own are tensors, which are not read.
+            known = np.asarray(given)
+            if not known.size or known.min() < -batch or known.max() >= batch:
+                raise checks.invalid("indices", f"indices of a batch of {batch}, one at least", given)
+            indices = ops.convert_to_tensor(known % batch)
 
         def cut(tensor):
             return ops.take(tensor, indices, axis=0)
@@ -431,11 +449,8 @@ class Linearization:
             ValueError: there is no such example.
         """
         batch = int(ops.shape(self.inputs[0])[0])
-        if not -batch <= example < batch:
-            raise ValueError(
-                f"Invalid value for argument `example`. Expected an index of a batch of {batch}. "
-                f"Received: example={example!r}"
-            )
+        if not checks.is_integer(example) or not -batch <= example < batch:
+            raise checks.invalid("example", f"an index of a batch of {batch}", example)
         part = self if batch == 1 else self.take([example % batch])
         return matrices.linear_operator(part.inputs, tree.flatten(part.outputs), part._push, part._pull)
 

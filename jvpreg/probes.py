@@ -36,7 +36,8 @@ def draw(kind: str, like, num_probes: int, seed):
     """
     checks.choice("kind", kind, KINDS)
     num_probes = checks.count("num_probes", num_probes)
-    tensors = [ops.convert_to_tensor(x) for x in tree.flatten(like)]
+    checks.seed("seed", seed, generator=True)
+    tensors = _spaces(like)
     size, dtype = dimension(tensors), keras.backend.result_type(tensors[0].dtype, "float32")
     if kind == "orthogonal" and num_probes > size:
         raise ValueError(
@@ -65,12 +66,19 @@ def basis(like):
     >>> tuple(jvpreg.probes.basis(np.zeros((4, 3))).shape)
     (3, 4, 3)
     """
-    tensors = [ops.convert_to_tensor(x) for x in tree.flatten(like)]
+    tensors = _spaces(like)
     size, dtype = dimension(tensors), keras.backend.result_type(tensors[0].dtype, "float32")
     vectors = ops.eye(size, dtype=dtype)
     shape = (size, ops.shape(tensors[0])[0], size)
     vectors = ops.broadcast_to(ops.expand_dims(vectors, 1), shape)
     return split(vectors, like)
+
+
+def _spaces(like) -> list:
+    tensors = [checks.tensor("like", x) for x in tree.flatten(like)]
+    if not tensors or any(len(tensor.shape) == 0 or 0 in tuple(tensor.shape) for tensor in tensors):
+        raise checks.invalid("like", "tensors (B, …) with one entry an example at least", like)
+    return tensors
 
 
 def dimension(like) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 import keras
 from keras import ops, tree
 
+from jvpreg import checks
 from jvpreg.eager import cast, shape_of
 from jvpreg.folding import as_batch, fold, unfold, with_probe_axis
 
@@ -299,7 +300,16 @@ def register_rule(*operations, activation: str | None = None) -> Callable:
     >>> jvpreg.testing.check_rule(Halve(), (3,))
     """
 
+    checks.text("activation", activation, optional=True)
+    if not operations:
+        raise checks.invalid("operations", "a class of layers or of operations, or a function", operations)
+    for operation in operations:
+        is_class = isinstance(operation, type) and issubclass(operation, keras.Operation)
+        if not is_class and (isinstance(operation, (type, keras.Operation)) or not callable(operation)):
+            raise checks.invalid("operations", "classes of layers or of operations, or functions", operation)
+
     def decorate(function: Callable) -> Callable:
+        checks.function("function", function, "a rule, `rule(operation, *inputs, context) -> (y, Pushforward)`")
         for operation in operations:
             if operation in _RULES:
                 raise ValueError(
@@ -359,7 +369,12 @@ def elementwise(*operations, kernel: Callable | None = None) -> Callable:
             the backend has one operation for it; or None where it has not.
     """
 
+    if not operations or not all(callable(operation) for operation in operations):
+        raise checks.invalid("operations", "functions", operations)
+    checks.function("kernel", kernel, "a function without arguments", optional=True)
+
     def decorate(derivative: Callable) -> Callable:
+        checks.function("derivative", derivative, "a function `derivative(x, y) -> slope`")
         for operation in operations:
 
             @register_rule(operation)

@@ -21,6 +21,9 @@ from jvpreg.full_jacobian import full_jacobian as decompose
 from jvpreg.linearization import Linearization
 from jvpreg.transpose import transpose
 
+# Of `keras.ops.image.resize`, as far as all backends have them.
+INTERPOLATIONS = ("bilinear", "nearest", "bicubic", "lanczos3", "lanczos5")
+
 
 def full_jacobian(model, x, target=None, interpolation: str = "bilinear"):
     """The full-Jacobian map: `|x ⊙ ∇ₓ f|`, and `|Σ_c f^b|` of every spatial layer, resized and added up.
@@ -50,6 +53,7 @@ def full_jacobian(model, x, target=None, interpolation: str = "bilinear"):
     >>> tuple(jvpreg.saliency.full_jacobian(model, np.ones((5, 8, 8, 3))).shape)
     (5, 8, 8)
     """
+    checks.choice("interpolation", interpolation, INTERPOLATIONS)
     full = decompose(model, _images(x), target)
     gradient = full.input_jacobian
     at_input = ops.abs(ops.sum(ops.cast(full.inputs, gradient.dtype) * gradient, axis=-1))
@@ -70,6 +74,7 @@ def bias_jacobian(model, x, target=None, interpolation: str = "bilinear"):
 
     Reference: Srinivas & Fleuret (2018), equation 4, its second term.
     """
+    checks.choice("interpolation", interpolation, INTERPOLATIONS)
     full = decompose(model, _images(x), target)
     # What is not known of an example shows in its output too, if no layer has a bias.
     return _from_biases(full, interpolation) + 0 * ops.reshape(full.target_output, (-1, 1, 1))
@@ -112,7 +117,11 @@ def integrated_gradients(model, x, target=None, baseline=0.0, num_steps: int = 3
     """
     checks.count("num_steps", num_steps)
     x = _images(x)
-    start = ops.broadcast_to(ops.cast(baseline, x.dtype), ops.shape(x))
+    start = checks.tensor("baseline", baseline, dtype=x.dtype)
+    pairs = zip(tuple(start.shape)[::-1], tuple(x.shape)[::-1], strict=False)
+    if len(start.shape) > len(x.shape) or any(a not in (1, b) for a, b in pairs):
+        raise checks.invalid("baseline", f"a number, or what broadcasts to `x` of shape {tuple(x.shape)}", baseline)
+    start = ops.broadcast_to(start, ops.shape(x))
     linearization = linearize(model, x)
     cotangent = as_cotangent(linearization.outputs, target)
     total = ops.zeros_like(x)
@@ -142,6 +151,8 @@ def smooth_grad(model, x, target=None, noise: float = 0.15, num_samples: int = 1
     Reference: Smilkov et al. (2017), "SmoothGrad".
     """
     checks.count("num_samples", num_samples)
+    checks.number("noise", noise, least=0)
+    checks.seed("seed", seed)
     x = _images(x)
     linearization = linearize(model, x)
     cotangent = as_cotangent(linearization.outputs, target)
@@ -200,6 +211,8 @@ def grad_cam(model, x, target=None, layer: str | None = None, interpolation: str
 
     Reference: Selvaraju et al. (2017), "Grad-CAM".
     """
+    checks.choice("interpolation", interpolation, INTERPOLATIONS)
+    checks.text("layer", layer, optional=True)
     linearization = linearize(model, _images(x))
     outputs = linearization.node_outputs(None if layer is None else [layer])
     images = [name for name, y in outputs.items() if len(y.shape) == 4 and math.prod(y.shape[1:3]) > 1]
@@ -265,12 +278,9 @@ def _images(x):
     """Raises unless `x` is one batch of images, with the channels last."""
     if keras.config.image_data_format() != "channels_last":
         raise ValueError("Saliency maps need `keras.config.image_data_format()` to be channels_last.")
-    if isinstance(x, (list, tuple, dict)) or len(np.shape(x)) != 4:
-        raise ValueError(
-            "Invalid value for argument `x`. Expected images (B, H, W, C). "
-            f"Received: {type(x).__name__ if isinstance(x, (list, tuple, dict)) else tuple(np.shape(x))}"
-        )
-    return ops.convert_to_tensor(x, dtype=None if ops.is_tensor(x) else keras.config.floatx())
+    if isinstance(x, (list, tuple, dict)) or len(getattr(x, "shape", ())) != 4:
+        raise checks.invalid("x", "images (B, H, W, C)", x)
+    return checks.tensor("x", x, dtype=None if ops.is_tensor(x) else keras.config.floatx())
 
 
 def _known(linearization: Linearization, maps):

@@ -6,6 +6,8 @@ from typing import Any
 import keras
 from keras import ops, tree
 
+from jvpreg import checks
+
 
 def standardize_tangents(flat: list, like: list, names: list[tuple[str, str]]) -> tuple[list, bool]:
     """Flat tangents `(P, …)` with the dtypes of `like`, and whether the probe axis was there."""
@@ -15,11 +17,11 @@ def standardize_tangents(flat: list, like: list, names: list[tuple[str, str]]) -
         if vector is None:
             tangents.append(None)
             continue
-        tangent = ops.convert_to_tensor(vector, dtype=x.dtype)
+        tangent = checks.tensor(name, vector, dtype=x.dtype)
         extra = len(tangent.shape) - len(x.shape)
         shape = tuple(tangent.shape)[extra:] if extra >= 0 else ()
         fits = all(a is None or b is None or a == b for a, b in zip(shape, x.shape, strict=False))
-        if extra not in (0, 1) or not fits:
+        if extra not in (0, 1) or not fits or (extra and tangent.shape[0] == 0):
             raise ValueError(
                 f"Invalid value for argument `{name}`. Expected shape {tuple(x.shape)}, like {like_name}, or "
                 f"(P, {str(tuple(x.shape))[1:-1]}) with a leading axis of P probes. "
@@ -51,13 +53,56 @@ def check_count(flat: list, like: list, name: str, like_name: str) -> None:
         raise ValueError(f"Invalid value for argument `{name}`. Expected at least one tensor. Received: None.")
 
 
+def flatten_like(given, like, name: str) -> list:
+    """The leaves of a structure like that of the outputs, `like`, in their order; None in place of a part is zero.
+
+    Raises:
+        ValueError: it has other keys, or another number of parts.
+    """
+    arranged = _arranged(given, like, name)
+    # In place of one tensor, a list of numbers is one too.
+    return tree.flatten(arranged) if isinstance(like, (dict, list, tuple)) else [arranged]
+
+
+def _arranged(given, like, name: str):
+    if given is None:
+        return tree.map_structure(lambda _: None, like)
+    if isinstance(like, dict):
+        if not isinstance(given, dict) or set(given) != set(like):
+            received = f"keys {list(given)}" if isinstance(given, dict) else f"{name}={checks.described(given)}"
+            raise ValueError(
+                f"Invalid value for argument `{name}`. Expected a dict with the keys {list(like)}, as the outputs are. "
+                f"Received: {received}."
+            )
+        # In the order of the outputs, whose leaves these are paired with.
+        return type(like)((key, _arranged(given[key], part, name)) for key, part in like.items())
+    if isinstance(given, dict):
+        expected = (
+            f"{len(like)} tensor(s), one for each of the outputs" if isinstance(like, (list, tuple)) else "a tensor"
+        )
+        raise checks.invalid(name, expected, given)
+    if isinstance(like, (list, tuple)):
+        if len(like) == 1 and not isinstance(given, (list, tuple)):
+            given = [given]
+        if not isinstance(given, (list, tuple)) or len(given) != len(like):
+            number = len(given) if isinstance(given, (list, tuple)) else 1
+            raise ValueError(
+                f"Invalid value for argument `{name}`. Expected {len(like)} tensor(s), one for each of the outputs. "
+                f"Received: {number}."
+            )
+        return [_arranged(part, each, name) for part, each in zip(given, like, strict=True)]
+    return given[0] if isinstance(given, (list, tuple)) and len(given) == 1 and hasattr(given[0], "shape") else given
+
+
 def weight_pairs(weights: Any) -> list[tuple[Any, Any]]:
     """Pairs of a weight, or its path, and a tangent that is not None, as `Linearization.jvp` takes them."""
-    pairs = list(weights.items()) if isinstance(weights, Mapping) else list(weights or [])
-    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+    pairs = list(weights.items()) if isinstance(weights, Mapping) else weights if weights is not None else []
+    if not isinstance(pairs, (list, tuple)) or not all(
+        isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs
+    ):
         raise ValueError(
             "Invalid value for argument `weights`. Expected a dict from paths of weights to tangents, or a list of "
-            f"pairs (variable, tangent). Received: {[type(pair).__name__ for pair in pairs]}."
+            f"pairs (variable, tangent). Received: weights={checks.described(weights)}"
         )
     return [(key, tangent) for key, tangent in pairs if tangent is not None]
 

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
+from jvpreg import checks
 from jvpreg.estimators.norms import squared_norm
 from jvpreg.freeze import linearize
 from jvpreg.linearization import Linearization
@@ -57,6 +58,16 @@ def check_rule(
     >>> import keras, jvpreg
     >>> jvpreg.testing.check_rule(keras.layers.Dense(4, activation="tanh"), (3,))
     """
+    if not isinstance(layer, keras.Layer):
+        raise checks.invalid("layer", "a Keras layer or model", layer)
+    shapes = input_shape if isinstance(input_shape, list) else [input_shape]
+    if not shapes or not all(isinstance(s, (tuple, list)) and all(map(checks.is_integer, s)) for s in shapes):
+        raise checks.invalid("input_shape", "a shape without the batch, or a list of them", input_shape)
+    checks.count("batch_size", batch_size)
+    checks.boolean("jit", jit)
+    checks.function("reference", reference, "a function of the inputs", optional=True)
+    checks.number("tolerance", tolerance, above=0)
+    checks.seed("seed", seed)
     with float64():
         _check_rule(layer, input_shape, batch_size, training, batch_statistics, jit, reference, tolerance, seed)
 

@@ -58,6 +58,10 @@ def own_rules(monkeypatch):
 def pytest_addoption(parser):
     # TensorFlow traces a graph for each anew, and JAX compiles every operation of every graph.
     default = {"tensorflow": 100, "jax": 20}.get(keras.backend.backend(), 200)
+    parser.addoption(
+        "--fuzz-interface", type=int, default=400, help="how many calls tests/test_fuzz_interface.py makes"
+    )
+    parser.addoption("--fuzz-interface-seed", type=int, default=0, help="and which")
     parser.addoption("--fuzz", type=int, default=default, help="how many random graphs tests/test_fuzz.py checks")
     parser.addoption("--studies", action="store_true", help="test the studies whatever the backend")
 

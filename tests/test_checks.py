@@ -49,7 +49,7 @@ def test_what_is_kept_is_plain(check, value, kept):
         (lambda v: checks.choice("n", v, ("a", 1, None)), ("b", True, 1.0, ["a"], np.array(["a"])), '"a", 1 or None'),
         (lambda v: checks.text("n", v), ("", 3, None, b"x"), "a string"),
         (lambda v: checks.paths("n", v), ("a", [1], [""], None, {"a"}), "a list of paths of layers"),
-        (lambda v: checks.paths("n", v), (["a", "a"],), "each path once"),
+        (lambda v: checks.paths("n", v), (["a", "a"],), "each of them once"),
         (lambda v: checks.function("n", v, "a function of x"), (None, "f"), "a function of x"),
         (
             lambda v: checks.seed("n", v, generator=True),

@@ -237,16 +237,18 @@ class JacobianProbe(keras.callbacks.Callback):
 
 def _functions(metrics, seed) -> dict[str, Callable]:
     """The metrics as a dict from name to function of a linearization."""
-    named: dict[str, Any] = dict(metrics) if isinstance(metrics, Mapping) else {}
-    if not isinstance(metrics, Mapping):
-        named = {} if isinstance(metrics, str) else {name: name for name in metrics}
-    fits = [isinstance(name, str) and (callable(of) or of in ESTIMATORS) for name, of in named.items()]
-    if not named or not all(fits):
-        raise ValueError(
-            f"Invalid value for argument `metrics`. Expected a list of names among {sorted(ESTIMATORS)}, or a dict "
-            "from names to these or to functions of a linearization, such as `functools.partial` makes them. "
-            f"Received: metrics={metrics!r}"
+    listed = list(metrics) if isinstance(metrics, (list, tuple)) else []
+    pairs = list(metrics.items()) if isinstance(metrics, Mapping) else [(name, name) for name in listed]
+    fits = [
+        isinstance(name, str) and (callable(of) or (isinstance(of, str) and of in ESTIMATORS)) for name, of in pairs
+    ]
+    if not pairs or not all(fits):
+        expected = (
+            f"a list of names among {sorted(ESTIMATORS)}, or a dict from names to these or to functions of a "
+            "linearization, such as `functools.partial` makes them"
         )
+        raise checks.invalid("metrics", expected, metrics)
+    named: dict[str, Any] = dict(pairs)
     return {name: of if callable(of) else _seeded(ESTIMATORS[of], seed) for name, of in named.items()}
 
 
@@ -270,7 +272,10 @@ def _classes(labels, size: int) -> dict[str, np.ndarray]:
 
 
 def _batch_size(x) -> int:
-    return len(tree.flatten(x)[0])
+    leaves = [checks.tensor("x", leaf) for leaf in tree.flatten(x)]
+    if not leaves or any(len(leaf.shape) == 0 or leaf.shape[0] == 0 for leaf in leaves):
+        raise checks.invalid("x", "a batch (B, …) of one example at least", x)
+    return int(leaves[0].shape[0])
 
 
 def _tensors(function: Callable, linearization: Linearization, finite) -> dict:

@@ -39,10 +39,10 @@ class Directions:
             self.functions = several
         elif several and all(map(_is_index, several)):
             self.features = [int(i) for i in several]
-        elif isinstance(given, np.ndarray) and given.dtype.kind == "f" and given.size:
+        elif isinstance(given, np.ndarray) and given.dtype.kind == "f" and given.size and np.all(np.isfinite(given)):
             self.array = given
         if self.functions is None and self.array is None and not self.features:
-            expected = "a list of indices of features, an array of floats (P, …), or functions of the inputs"
+            expected = "a list of indices of features, an array of finite floats (P, …), or functions of the inputs"
             raise checks.invalid(argument, expected, given)
         if self.features and len(set(self.features)) < len(self.features):
             raise checks.invalid(argument, "each feature once", self.features)

@@ -26,8 +26,11 @@ def between(inputs, seed):
     >>> bool(keras.ops.all(points >= 0)), bool(keras.ops.all(points <= 1))
     (True, True)
     """
-    first = ops.convert_to_tensor(tree.flatten(inputs)[0])
-    size = ops.shape(first)[0]
+    leaves = [checks.tensor("inputs", x) for x in tree.flatten(inputs)]
+    if not leaves or any(len(x.shape) == 0 for x in leaves):
+        raise checks.invalid("inputs", "tensors (B, …)", inputs)
+    checks.seed("seed", seed, generator=True)
+    size = ops.shape(leaves[0])[0]
     batch, start = replicas.part_of_batch(size)
     part = keras.random.uniform((batch,), dtype="float32", seed=independent(seed))
     part = replicas.own_part(part, size, start)
@@ -61,19 +64,20 @@ class Box:
     """
 
     def __init__(self, low, high, num_points: int):
-        if not np.all(np.isfinite(low)) or not np.all(np.asarray(low) <= np.asarray(high)):
-            raise ValueError(
-                "Invalid value for argument `low`. Expected finite numbers, nowhere above `high`. "
-                f"Received: low={low!r}, high={high!r}"
-            )
-        self.low = np.asarray(low, "float64").tolist()
-        self.high = np.asarray(high, "float64").tolist()
+        bounds = [checks.array("low", low), checks.array("high", high)]
+        if not _fit(*bounds) or np.any(bounds[0] > bounds[1]):
+            raise checks.invalid("low", f"numbers like `high`, nowhere above it, which is {high!r}", low)
+        self.low, self.high = (bound.tolist() for bound in bounds)
         self.num_points = checks.count("num_points", num_points)
 
     def __call__(self, inputs, seed):
         """Points `(N, …)` like `inputs` (B, …)."""
         inputs = ops.convert_to_tensor(inputs)
         low, high = (ops.convert_to_tensor(bound, dtype=inputs.dtype) for bound in (self.low, self.high))
+        for name, bound in (("low", low), ("high", high)):
+            if tuple(bound.shape) not in ((), tuple(inputs.shape[1:])):
+                expected = f"a number, or an array like one example, {tuple(inputs.shape[1:])}"
+                raise checks.invalid(name, expected, np.asarray(getattr(self, name)))
         part = keras.random.uniform((self.num_points, *inputs.shape[1:]), dtype=inputs.dtype, seed=independent(seed))
         return low + replicas.own_points(part) * (high - low)
 
@@ -96,14 +100,22 @@ class Box:
         return f"Box(low={self.low}, high={self.high}, num_points={self.num_points})"
 
 
+def _fit(low: np.ndarray, high: np.ndarray) -> bool:
+    try:
+        np.broadcast_shapes(low.shape, high.shape)
+    except ValueError:
+        return False
+    return True
+
+
 def as_points(given):
     """What `at` stands for: `"data"`, or a function.
 
     Raises:
         ValueError: it is neither.
     """
-    if given == "between":
+    if isinstance(given, str) and given == "between":
         return between
-    if given == "data" or (callable(given) and not isinstance(given, str)):
+    if (isinstance(given, str) and given == "data") or (callable(given) and not isinstance(given, str)):
         return given
     raise checks.invalid("at", '"data", "between", or a function `(inputs, seed) -> points`', given)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
+from jvpreg import checks
 from jvpreg.freeze import linearize
 from jvpreg.linearization import Linearization
 
@@ -28,9 +29,11 @@ class Segment:
     """
 
     def __init__(self, start, end):
-        self.origin = np.asarray(start, "float64")
-        self.sides = [np.asarray(end, "float64") - self.origin]
-        _check_sides(self)
+        self.origin = checks.array("start", start)
+        last = checks.array("end", end)
+        if last.shape != self.origin.shape or not np.any(last != self.origin):
+            raise checks.invalid("end", f"another point than `start`, of shape {self.origin.shape}", end)
+        self.sides = [last - self.origin]
 
 
 class Rectangle:
@@ -46,9 +49,11 @@ class Rectangle:
     """
 
     def __init__(self, corner, first, second):
-        self.origin = np.asarray(corner, "float64")
-        self.sides = [np.asarray(side, "float64") for side in (first, second)]
-        _check_sides(self)
+        self.origin = checks.array("corner", corner)
+        self.sides = [checks.array("first", first), checks.array("second", second)]
+        for name, side in zip(("first", "second"), self.sides, strict=True):
+            if side.shape != self.origin.shape or not np.any(side):
+                raise checks.invalid(name, f"a side that is not zero, of shape {self.origin.shape}", side)
 
 
 @dataclass(frozen=True)
@@ -241,13 +246,3 @@ def _too_many(model) -> ValueError:
         f"`{model.name}` has more than {MOST_REGIONS} affine regions here. Expected a smaller model or domain. Verify "
         "it at points instead."
     )
-
-
-def _check_sides(domain) -> None:
-    shapes = [domain.origin.shape, *[side.shape for side in domain.sides]]
-    finite = all(np.all(np.isfinite(given)) for given in (domain.origin, *domain.sides))
-    if len(set(shapes)) > 1 or not finite or not all(map(np.any, domain.sides)):
-        raise ValueError(
-            f"Invalid value for argument of {type(domain).__name__}. Expected finite arrays like one example's input, "
-            f"and sides that are not zero. Received: shapes {shapes}{'' if finite else ', with NaN or infinity'}"
-        )

@@ -116,12 +116,11 @@ class Bounded(_Directed):
 
     def __init__(self, low: float | None, high: float | None, directions, **arguments):
         super().__init__(directions, "directions", arguments)
-        self.low = -math.inf if low is None else float(low)
-        self.high = math.inf if high is None else float(high)
-        if not self.low <= self.high or self.low == math.inf or self.high == -math.inf or low is high is None:
-            raise ValueError(
-                "Invalid value for argument `low`. Expected a bound or None, not above `high`, and one of the two. "
-                f"Received: low={low!r}, high={high!r}"
+        self.low = -math.inf if low is None else checks.number("low", low, below=math.inf, finite=False)
+        self.high = math.inf if high is None else checks.number("high", high, above=-math.inf, finite=False)
+        if self.low > self.high or (self.low, self.high) == (-math.inf, math.inf):
+            raise checks.invalid(
+                "low", f"a bound or None, not above `high`, which is {high!r}, and one of the two", low
             )
 
     def violation(self, seen):

@@ -62,7 +62,10 @@ class Translation(_Transform):
     def transform(self, images, amount):
         """Images moved down and to the right by `amount`, `(B, 2)` or `(2,)`, in pixels."""
         images = _checked(images)
-        amount = ops.broadcast_to(ops.convert_to_tensor(amount, images.dtype), (ops.shape(images)[0], 2))
+        amount = checks.tensor("amount", amount, images.dtype)
+        if len(amount.shape) not in (1, 2) or amount.shape[-1] != 2 or not _of_each(amount.shape[:-1], images):
+            raise checks.invalid("amount", "pixels (B, 2) or (2,)", amount)
+        amount = ops.broadcast_to(amount, (ops.shape(images)[0], 2))
         rows, columns = _grid(images)
         return resample(images, rows - amount[:, 0, None, None], columns - amount[:, 1, None, None])
 
@@ -199,15 +202,19 @@ def _from_centre(images):
 
 def _per_image(images, amount):
     """An amount for each image, `(B, 1, 1)`."""
-    amount = ops.convert_to_tensor(amount, images.dtype)
+    amount = checks.tensor("amount", amount, images.dtype)
+    if len(amount.shape) > 1 or not _of_each(amount.shape, images):
+        raise checks.invalid("amount", "a number, or one for each image (B,)", amount)
     return ops.broadcast_to(ops.reshape(amount, (-1, 1, 1)), (ops.shape(images)[0], 1, 1))
 
 
+def _of_each(axes, images) -> bool:
+    """Whether there is one amount for all images, or for each, as far as their number is known."""
+    return all(size in (1, None, images.shape[0]) or images.shape[0] is None for size in axes)
+
+
 def _checked(images):
-    images = ops.convert_to_tensor(images)
+    images = checks.tensor("images", images)
     if len(images.shape) != 4 or not keras.backend.is_float_dtype(keras.backend.standardize_dtype(images.dtype)):
-        raise ValueError(
-            "Invalid value for argument `images`. Expected floats (B, H, W, C). "
-            f"Received: {tuple(images.shape)} of {images.dtype}"
-        )
+        raise checks.invalid("images", "floats (B, H, W, C)", images)
     return images

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import keras
 import numpy as np
 from keras import ops, tree
 
@@ -165,8 +166,11 @@ def verify(model, constraint: Constraint, x, labels=None, seed: int = 0) -> Repo
     """
     if not isinstance(constraint, Constraint):
         raise checks.invalid("constraint", "one of `jvpreg.constraints`", constraint)
+    checks.seed("seed", seed)
     model = unwrap(model)
     _check_finite("labels", labels)
+    if not isinstance(model, keras.Operation):
+        raise checks.invalid("model", "a Keras model", model)
     if not isinstance(x, (Segment, Rectangle)):
         _check_finite("x", x)
         return Report(constraint, _violations(model, constraint, x, labels, seed), constraint.tolerance)
@@ -184,7 +188,15 @@ def verify(model, constraint: Constraint, x, labels=None, seed: int = 0) -> Repo
 
 def _violations(model, constraint: Constraint, x, labels, seed: int) -> np.ndarray:
     """Of all points, a batch after the other: `(N, C)`."""
-    count = len(tree.flatten(x)[0])
+    leaves = [checks.tensor("x", leaf) for leaf in tree.flatten(x)]
+    if not leaves or any(len(leaf.shape) == 0 or leaf.shape[0] != leaves[0].shape[0] for leaf in leaves):
+        raise checks.invalid("x", "points (N, …), as many in each input", x)
+    count = leaves[0].shape[0]
+    if count == 0:
+        raise checks.invalid("x", "points (N, …), one at least", x)
+    for leaf in tree.flatten(labels, none_is_leaf=False) if labels is not None else []:
+        if np.shape(leaf)[:1] != (count,):
+            raise checks.invalid("labels", f"a dict of arrays ({count}, …)", labels)
     generator = seeds.generator(seed)
     parts = []
     for start in range(0, count, BATCH):

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops, tree
 
-from jvpreg import replicas
+from jvpreg import checks, replicas
 from jvpreg.distillation.base import KerasLoss, MatchingLoss, View
 from jvpreg.distillation.checks import check_models, checked_losses, metric_names, zeros_like_inputs
 from jvpreg.distillation.pairs import Site
@@ -226,9 +227,20 @@ class JacobianDistiller(JacobianModel):
                 "`with_teacher` needs losses that see the same of the teacher in every step. Received losses with "
                 f"random directions: {random}. Pass the plain data to `fit`."
             )
+        checks.count("batch_size", batch_size)
+        if y is not None and "label" in self._targets():
+            self._check_labels(y)
         given = {INPUTS: x} if y is None else {INPUTS: x, "labels": y}
         products = _TeacherProducts(self).predict(given, batch_size=batch_size, verbose=0)
         return {INPUTS: x, PRODUCTS: products}
+
+    def _check_labels(self, y) -> None:
+        """Raises where labels are class indices of outputs `(B, K)`, and there is no such class."""
+        labels, shapes = tree.flatten(y), [output.shape for output in getattr(self.student, "outputs", None) or ()]
+        if len(labels) == 1 and len(shapes) == 1 and len(shapes[0]) == 2:
+            shape = np.shape(labels[0])
+            if len(shape) == 1 or (len(shape) == 2 and shape[1] == 1 != shapes[0][1]):
+                checks.classes("y", labels[0], shapes[0][1])
 
     def _find_sites(self) -> dict[str, list[tuple[Site, Site]]]:
         """The layers that each loss has named, by a run of both networks on one example of zeros, if any did."""

@@ -45,7 +45,8 @@ class LayerPairs:
     """
 
     def __init__(self, layers: Sequence[tuple[str, str]] | Literal["auto"], kind: Kind, owner: str):
-        self.layers = layers if layers == "auto" else [tuple(pair) for pair in _checked_pairs(layers, owner)]
+        auto = isinstance(layers, str) and layers == "auto"
+        self.layers = "auto" if auto else [tuple(pair) for pair in _checked_pairs(layers, owner)]
         self.kind = kind
         self.owner = owner
 

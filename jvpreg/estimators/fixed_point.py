@@ -62,6 +62,9 @@ def frozen_fixed_point(linearization: Linearization, layer: str | None) -> Impli
     Raises:
         ValueError: there is no such layer, or there are several and none was named.
     """
+    if not isinstance(linearization, Linearization):
+        raise checks.invalid("linearization", "what `jvpreg.linearize` returns", linearization)
+    checks.text("layer", layer, optional=True)
     pairs = [(node.name, node.pushforward) for node in linearization.nodes]
     known = {name: pushforward for name, pushforward in pairs if isinstance(pushforward, ImplicitPushforward)}
     found = [pushforward for name, pushforward in known.items() if layer in (None, name)]

@@ -57,6 +57,7 @@ def frobenius_norm(
     """
     checks.choice("side", side, ("input", "output", None))
     checks.choice("probes", probes, probes_module.KINDS)
+    checks.seed("seed", seed, generator=True)
     checks.count("num_probes", num_probes)
     operator = as_operator(linearization)
     if side is None:

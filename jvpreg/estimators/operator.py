@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import keras
@@ -41,14 +41,15 @@ class Operator:
     """
 
     def __init__(self, matvec, rmatvec, shape, batch_size, dtype=None, chunk_size: int = 16):
-        sizes = [int(size) for size in shape if checks.is_integer(size)] if isinstance(shape, Iterable) else []
-        if len(sizes) != 2 or len(tuple(shape)) != 2 or min(sizes) < 1:
+        sizes = [int(size) for size in shape if checks.is_integer(size)] if isinstance(shape, (list, tuple)) else []
+        if len(sizes) != 2 or len(shape) != 2 or min(sizes) < 1:
             raise checks.invalid("shape", "(m, n), two positive integers", shape)
         self._matvec = checks.function("matvec", matvec, "a function of vectors (P, B, n)")
         self._rmatvec = checks.function("rmatvec", rmatvec, "a function of vectors (P, B, m)", optional=True)
         self.shape = (sizes[0], sizes[1])
-        self.batch_size = batch_size
-        self.dtype = keras.backend.standardize_dtype(dtype or keras.config.floatx())
+        # In a graph it may be a tensor.
+        self.batch_size = batch_size if ops.is_tensor(batch_size) else checks.count("batch_size", batch_size)
+        self.dtype = checks.float_dtype("dtype", keras.config.floatx() if dtype is None else dtype)
         self.chunk_size = checks.count("chunk_size", chunk_size)
 
     @property

@@ -67,6 +67,7 @@ def gram_quadrature(linearization: Linearization | Operator, num_probes: int, nu
     """
     checks.count("num_probes", num_probes, least=2)
     checks.count("num_steps", num_steps, least=2)
+    checks.seed("seed", seed, generator=True)
     operator = as_operator(linearization).upright
     size = operator.shape[1]
     if size <= num_probes * num_steps:
@@ -153,11 +154,13 @@ def log_determinant(
     2.0794
     """
     checks.choice("of", of, ("JJT", "J"))
+    checks.number("tol", tol, above=0)
     if of == "JJT":
         squared = gram_quadrature(linearization, num_probes, num_steps, seed)
         return squared.estimate(lambda nodes: ops.log1p(ops.square(squared.unit * ops.sqrt(nodes))), tol)
     checks.count("num_probes", num_probes, least=2)
     checks.count("num_steps", num_steps, least=2)
+    checks.seed("seed", seed, generator=True)
     operator = as_operator(linearization)
     check_square(operator, 'log_determinant(of="J")')
     size = operator.shape[0]
@@ -214,6 +217,7 @@ def inverse_frobenius_norm(
     >>> round(float(keras.ops.convert_to_numpy(estimate.value)[0]), 4)
     2.0
     """
+    checks.number("tol", tol, above=0)
     operator = as_operator(linearization)
     check_square(operator, "inverse_frobenius_norm")
     measure = gram_quadrature(operator, num_probes, num_steps, seed)

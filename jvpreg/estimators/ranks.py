@@ -47,6 +47,10 @@ def stable_rank(
     3.0
     """
     checks.count("num_probes", num_probes, least=2)
+    checks.number("tol", tol, above=0)
+    checks.count("num_iterations", num_iterations)
+    checks.count("max_restarts", max_restarts, least=0)
+    checks.seed("seed", seed, generator=True)
     operator = as_operator(linearization)
     if min(operator.shape) <= num_probes:
         every = singular_values(operator)
@@ -98,6 +102,7 @@ def effective_rank(
     >>> round(float(keras.ops.convert_to_numpy(estimate.value)[0]), 4)
     3.0
     """
+    checks.number("tol", tol, above=0)
     found = gram_quadrature(linearization, num_probes, num_steps, seed)
     sums, weighted = found.sums(ops.sqrt), found.sums(_sigma_log_sigma)
     total, mean = ops.mean(sums, axis=0), ops.mean(weighted, axis=0)

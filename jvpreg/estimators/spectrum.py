@@ -247,7 +247,7 @@ def top_eigenvalues(
         value = ops.square(unit * ritz.values)
         converged = ritz.gram_residual <= tol * ops.square(ritz.values[:, :1])
         return Estimate(value, ops.zeros_like(value), unit**2 * ritz.gram_residual, converged, num_matvecs)
-    _check_iteration(k, tol, num_iterations, max_restarts, operator.shape[0])
+    _check_iteration(k, tol, num_iterations, max_restarts, seed, operator.shape[0])
     size, batch = operator.shape[0], operator.batch_size
     # Two more than asked for, so that a pair starts again as the plane that it is, and has a neighbour to be told from.
     width = k + 2
@@ -316,7 +316,7 @@ def _complex(real, imaginary):
 
 def _singular_triplets(operator: Operator, k, tol, num_iterations, max_restarts, seed) -> tuple:
     """The k largest triplets of the upright operator over its unit, that, whether they converged, and the products."""
-    _check_iteration(k, tol, num_iterations, max_restarts, min(operator.shape))
+    _check_iteration(k, tol, num_iterations, max_restarts, seed, min(operator.shape))
     operator = operator.upright
     outputs, size = operator.shape
     if size <= 2 * k * num_iterations:
@@ -383,8 +383,9 @@ def _completed(rows):
     return ops.transpose(columns, (0, 2, 1)) * ops.cast(ops.expand_dims(signs, -1), rows.dtype)
 
 
-def _check_iteration(k, tol, num_iterations, max_restarts, size: int) -> None:
+def _check_iteration(k, tol, num_iterations, max_restarts, seed, size: int) -> None:
     checks.count("k", k, most=size)
     checks.count("num_iterations", num_iterations)
     checks.count("max_restarts", max_restarts, least=0)
     checks.number("tol", tol, above=0)
+    checks.seed("seed", seed, generator=True)

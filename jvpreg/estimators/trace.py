@@ -54,6 +54,7 @@ def trace(
     3.0
     """
     checks.choice("method", method, METHODS)
+    checks.seed("seed", seed, generator=True)
     operator = as_operator(linearization)
     check_square(operator, "trace")
     checks.count("num_matvecs", num_matvecs)

@@ -88,6 +88,9 @@ class FixedPoint(keras.layers.Layer):
         checks.choice("unconverged", unconverged, ("warn", "error", "ignore"))
         tolerance = checks.number("tolerance", tolerance, above=0, below=1)
         max_iterations = checks.count("max_iterations", max_iterations)
+        several = isinstance(state_shape, (list, tuple)) and all(map(checks.is_integer, state_shape))
+        if state_shape is not None and not (several and all(size > 0 for size in state_shape)):
+            raise checks.invalid("state_shape", "a shape without the batch, or None", state_shape)
         super().__init__(**{"autocast": False, "dtype": cell.dtype_policy, **kwargs})
         self.cell = cell
         self.solver = solver

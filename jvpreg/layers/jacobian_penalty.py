@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import keras
 from keras import ops, tree
 
-from jvpreg import replicas, seeds
+from jvpreg import checks, replicas, seeds
 from jvpreg.freeze import linearize
 from jvpreg.registry import register_wrapper
 from jvpreg.regularizers.base import (
@@ -52,6 +52,8 @@ class JacobianPenalty(keras.layers.Layer):
         seed: int | None = None,
         **kwargs,
     ):
+        if not isinstance(block, keras.Layer):
+            raise checks.invalid("block", "a Keras model or layer", block)
         super().__init__(**{"autocast": False, "dtype": block.dtype_policy, **kwargs})
         self.block = block
         self.regularizers = check_regularizers(regularizers, "regularizers")
@@ -62,8 +64,8 @@ class JacobianPenalty(keras.layers.Layer):
                     f"which is what a layer sees. Received: `{regularizer.name}`, with at={regularizer.at!r}"
                     f"{' and a schedule' if regularizer.scheduled else ''}. List it in `compile` of a JacobianModel."
                 )
-        self.seed = seed
-        self._seed_generator = seeds.generator(seed)
+        self.seed = checks.seed("seed", seed, optional=True)
+        self._seed_generator = seeds.generator(self.seed)
         self._carried: list = []
 
     def build(self, input_shape):

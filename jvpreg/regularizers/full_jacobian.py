@@ -8,7 +8,7 @@ from keras import ops, tree
 
 from jvpreg import checks, probes
 from jvpreg.estimators.norms import squared_norm
-from jvpreg.full_jacobian import as_cotangent
+from jvpreg.full_jacobian import as_cotangent, class_cotangent
 from jvpreg.linearization import Linearization
 from jvpreg.regularizers.base import JacobianRegularizer
 
@@ -170,4 +170,4 @@ def target_cotangent(regularizer, outputs, labels):
     classes = leaves[0].shape[1]
     if len(labels.shape) == 2 and labels.shape[1] == classes:
         return ops.cast(labels, leaves[0].dtype)
-    return as_cotangent(outputs, ops.cast(ops.reshape(labels, (-1,)), "int32"))
+    return class_cotangent(leaves[0], ops.cast(ops.reshape(labels, (-1,)), "int32"))

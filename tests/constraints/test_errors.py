@@ -112,7 +112,17 @@ def test_what_does_not_fit_the_model(constraint, sizes, message, shape_known):
         (lambda: tangents.Rotation(size=0.0), "`size`"),
         (lambda: tangents.Rotation()(np.ones((2, 8, 8), "float32")), "`images`. Expected floats (B, H, W, C)"),
         (lambda: tangents.Brightness()(np.ones((2, 8, 8, 1), "uint8")), "`images`. Expected floats"),
-        (lambda: constraints.Segment([0.0], [0.0]), "sides that are not zero"),
+        (lambda: constraints.Segment([0.0], [0.0]), "`end`. Expected another point than `start`"),
+        (
+            lambda: constraints.Rectangle([0.0, 0.0], [1.0, 0.0], [0.0, 0.0]),
+            "`second`. Expected a side that is not zero",
+        ),
+        (lambda: Box(0.0, np.inf, 3), "`high`. Expected a finite number"),
+        (lambda: Box(np.nan, 1.0, 3), "`low`. Expected a finite number"),
+        (lambda: Box([], [], 3), "`low`"),
+        (lambda: Box([0.0, 0.0], [1.0] * 3, 3), "`low`. Expected numbers like `high`"),
+        (lambda: Monotone([0], increasing="no"), "`increasing`. Expected True or False"),
+        (lambda: Bounded(np.nan, 1.0, [0]), "`low`"),
         (lambda: constraints.verify(None, "monotone", None), "`constraint`. Expected one of `jvpreg.constraints`"),
     ],
 )

@@ -1,0 +1,370 @@
+"""How every public function and class is called rightly: a row for each name, for the fuzz of the interface."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import keras
+import numpy as np
+from keras import layers
+
+import jvpreg
+from jvpreg import callbacks, clone, constraints, distillation, estimators, probes, regularizers, saliency, testing
+from jvpreg import layers as our_layers
+from jvpreg.constraints import tangents
+
+random = np.random.default_rng(0)
+X = random.normal(size=(4, 3)).astype("float32")
+U = random.normal(size=(4, 3)).astype("float32")
+V = random.normal(size=(4, 2)).astype("float32")
+IMAGES = random.uniform(size=(2, 4, 4, 1)).astype("float32")
+LABELS = np.array([0, 1, 0, 1])
+
+
+@dataclass(frozen=True)
+class Row:
+    """A right call.
+
+    Attributes:
+        function: what is called.
+        arguments: by name; a function of nothing in place of one that must be made anew.
+        fixed: names of arguments that are not changed.
+    """
+
+    function: Callable
+    arguments: dict = field(default_factory=dict)
+    fixed: tuple[str, ...] = ()
+
+
+@functools.cache
+def network():
+    keras.utils.set_random_seed(0)
+    return keras.Sequential(
+        [keras.Input((3,)), layers.Dense(3, activation="tanh", name="hidden"), layers.Dense(2, name="last")]
+    )
+
+
+@functools.cache
+def field_network():
+    keras.utils.set_random_seed(1)
+    return keras.Sequential([keras.Input((3,)), layers.Dense(3, activation="tanh", name="hidden")])
+
+
+@functools.cache
+def of_images():
+    keras.utils.set_random_seed(2)
+    return keras.Sequential(
+        [
+            keras.Input((4, 4, 1)),
+            layers.Conv2D(2, 3, padding="same", activation="relu", name="convolution"),
+            layers.Flatten(),
+            layers.Dense(3, name="last"),
+        ]
+    )
+
+
+@functools.cache
+def cell():
+    x, z = keras.Input((3,)), keras.Input((3,))
+    return keras.Model([x, z], keras.ops.tanh(layers.Dense(3)(x) + 0.1 * z))
+
+
+@functools.cache
+def equilibrium():
+    return keras.Sequential([keras.Input((3,)), our_layers.FixedPoint(cell(), name="equilibrium")])
+
+
+@functools.cache
+def lin():
+    return jvpreg.linearize(network(), X)
+
+
+@functools.cache
+def square():
+    return jvpreg.linearize(field_network(), X)
+
+
+@functools.cache
+def operator():
+    matrix = np.diag([1.0, 2.0, 3.0]).astype("float32")
+    product = functools.partial(keras.ops.matmul, x2=matrix)
+    return estimators.Operator(lambda v: product(v), lambda v: product(v), shape=(3, 3), batch_size=2)
+
+
+@functools.cache
+def probe():
+    return callbacks.JacobianProbe(X, ["frobenius_norm"])
+
+
+@functools.cache
+def weight_tangents():
+    return {network().trainable_variables[0].path: np.ones((3, 3), "float32")}
+
+
+def compiled(**arguments):
+    model = jvpreg.JacobianModel(network())
+    model.compile(loss="mse", **arguments)
+    return model
+
+
+def register(operations, activation):
+    operations = operations if isinstance(operations, tuple) else (operations,)
+    known = dict(jvpreg.registry._RULES)
+    try:
+        jvpreg.register_rule(*operations, activation=activation)(lambda layer, x, context: None)
+    finally:
+        jvpreg.registry._RULES.clear()
+        jvpreg.registry._RULES.update(known)
+
+
+class Own(layers.Layer):
+    """A layer without a rule."""
+
+
+def rows() -> dict[str, Row]:
+    """A row for each public name."""
+    model, seed = network(), keras.random.SeedGenerator(0)
+    options = {"training": False, "batch_statistics": None, "fallback": "warn", "xla": None}
+    of_lin = {"linearization": lin()}
+    iteration = {"tol": 1e-2, "num_iterations": 2, "max_restarts": 1, "seed": 0}
+    quadrature = {"num_probes": 2, "num_steps": 2, "seed": 0}
+    enforced = {"enforcement": 1.0, "at": "data", "tolerance": 1e-3, "name": "own"}
+    map_of = {"model": of_images(), "x": IMAGES, "target": 1}
+    stacked = np.concatenate([IMAGES, IMAGES, 0 * IMAGES])
+    found = {
+        "linearize": Row(jvpreg.linearize, {"model": model, "x": X, **options}),
+        "jvp": Row(jvpreg.jvp, {"model": model, "x": X, "u": U, **options}),
+        "vjp": Row(jvpreg.vjp, {"model": model, "x": X, "v": V, **options}),
+        "weight_jvp": Row(jvpreg.weight_jvp, {"model": model, "x": X, "weights": weight_tangents()}),
+        "jacobian": Row(jvpreg.jacobian, {"model": model, "x": X, "chunk_size": 2}),
+        "full_jacobian": Row(jvpreg.full_jacobian, {"model": model, "x": X, "target": LABELS, **options}),
+        "TangentModel": Row(jvpreg.TangentModel, {"base": model, "name": "tangent"}, ("name",)),
+        "JacobianModel": Row(jvpreg.JacobianModel, {"base": model, "seed": 0, "name": "own"}, ("name",)),
+        "JacobianDistiller": Row(
+            jvpreg.JacobianDistiller,
+            {
+                "teacher": lambda: keras.models.clone_model(network()),
+                "student": lambda: keras.models.clone_model(network()),
+                "losses": [distillation.ActivationMatching(1.0)],
+                "seed": 0,
+            },
+        ),
+        "register_rule": Row(register, {"operations": Own, "activation": None}),
+        "JacobianModel.compile": Row(
+            compiled,
+            {
+                "jacobian_regularizers": [regularizers.JacobianNorm(0.1)],
+                "jacobian_interval": 2,
+                "jacobian_fraction": 0.5,
+                "jacobian_evaluate": True,
+            },
+        ),
+        "Linearization.jvp": Row(lin().jvp, {"u": U, "weights": weight_tangents(), "taps": {"hidden": U}}),
+        "Linearization.vjp": Row(lin().vjp, {"v": V}),
+        "Linearization.intercepts_of": Row(lin().intercepts_of, {"nodes": ["hidden"]}),
+        "Linearization.node_outputs": Row(lin().node_outputs, {"layers": ["hidden"]}),
+        "Linearization.gradients": Row(lin().gradients, {"v": V, "nodes": ["hidden"], "with_inputs": True}),
+        "Linearization.take": Row(lambda indices: lin().take(indices).jvp(U[:2]), {"indices": [0, 2]}),
+        "Linearization.after": Row(lambda layer: lin().after(layer).jvp(U), {"layer": "hidden"}),
+        "Linearization.block": Row(lambda layer: lin().block(layer).jvp(U), {"layer": "hidden"}),
+        "Linearization.gains": Row(lin().gains, {"u": U}),
+        "Linearization.tangents_by_slot": Row(lin().tangents_by_slot, {"u": U}),
+        "Linearization.jacobian": Row(lin().jacobian, {"chunk_size": 2}),
+        "Linearization.affine_map": Row(lin().affine_map, {"chunk_size": 2}),
+        "Linearization.linear_operator": Row(lin().linear_operator, {"example": 1}),
+        "estimators.Operator": Row(
+            estimators.Operator,
+            {
+                "matvec": abs,
+                "rmatvec": abs,
+                "shape": (2, 2),
+                "batch_size": 2,
+                "dtype": "float32",
+                "chunk_size": 4,
+            },
+        ),
+        "estimators.condition_number": Row(estimators.condition_number, {**of_lin, "max_products": 16}),
+        "estimators.effective_rank": Row(estimators.effective_rank, {**of_lin, **quadrature, "tol": 0.1}),
+        "estimators.fixed_point_spectral_radius": Row(
+            estimators.fixed_point_spectral_radius,
+            {"linearization": jvpreg.linearize(equilibrium(), X), "layer": "equilibrium", "tol": 0.1, "seed": 0},
+        ),
+        "estimators.frobenius_norm": Row(
+            estimators.frobenius_norm, {**of_lin, "num_probes": 2, "side": "input", "probes": "sphere", "seed": 0}
+        ),
+        "estimators.inverse_frobenius_norm": Row(
+            estimators.inverse_frobenius_norm, {"linearization": square(), **quadrature, "tol": 0.1}
+        ),
+        "estimators.log_determinant": Row(estimators.log_determinant, {**of_lin, "of": "JJT", **quadrature}),
+        "estimators.singular_values": Row(estimators.singular_values, of_lin),
+        "estimators.spectral_density": Row(
+            estimators.spectral_density, {**of_lin, "num_points": 4, "width": 0.1, **quadrature}
+        ),
+        "estimators.spectral_norm": Row(estimators.spectral_norm, {**of_lin, **iteration}),
+        "estimators.stable_rank": Row(estimators.stable_rank, {**of_lin, "num_probes": 2, **iteration}),
+        "estimators.top_eigenvalues": Row(estimators.top_eigenvalues, {"linearization": square(), "k": 1, **iteration}),
+        "estimators.top_singular_values": Row(estimators.top_singular_values, {**of_lin, "k": 2, **iteration}),
+        "estimators.trace": Row(
+            estimators.trace, {"linearization": square(), "num_matvecs": 4, "method": "xtrace", "seed": 0}
+        ),
+        "regularizers.JacobianNorm": Row(
+            regularizers.JacobianNorm,
+            {"strength": 0.1, "num_probes": 2, "probes": "sphere", "side": "input", "name": "own"},
+        ),
+        "regularizers.SpectralNorm": Row(
+            regularizers.SpectralNorm, {"strength": 0.1, "num_iterations": 1, "name": "own"}
+        ),
+        "regularizers.BiasJacobianNorm": Row(
+            regularizers.BiasJacobianNorm, {"strength": 0.1, "layers": ["last"], "target": "label", "num_probes": 1}
+        ),
+        "regularizers.FullJacobianNorm": Row(
+            regularizers.FullJacobianNorm,
+            {"strength": 0.1, "input_weight": 1.0, "bias_weight": 1.0, "layers": ["last"], "target": "label"},
+        ),
+        "regularizers.FixedPointJacobianNorm": Row(
+            regularizers.FixedPointJacobianNorm, {"strength": 0.1, "layer": "equilibrium", "num_probes": 1}
+        ),
+        "regularizers.JacobianRegularizer": Row(regularizers.JacobianRegularizer, {"strength": 0.1, "name": "own"}),
+        "constraints.Constraint": Row(constraints.Constraint, enforced),
+        "constraints.AugmentedLagrangian": Row(constraints.AugmentedLagrangian, {"rho": 1.0, "update_every": 2}),
+        "constraints.Penalty": Row(constraints.Penalty, {"weight": 1.0, "schedule": None}),
+        "constraints.Bounded": Row(constraints.Bounded, {"low": 0.0, "high": 1.0, "directions": [0], **enforced}),
+        "constraints.Monotone": Row(constraints.Monotone, {"features": [0, 2], "increasing": True, **enforced}),
+        "constraints.Invariant": Row(constraints.Invariant, {"tangents": np.ones((1, 3)), **enforced}),
+        "constraints.KnownDerivative": Row(
+            constraints.KnownDerivative, {"targets": "slope", "directions": [0], **enforced}
+        ),
+        "constraints.Linear": Row(constraints.Linear, {"function": abs, "directions": [0], "equality": True}),
+        "constraints.Lipschitz": Row(constraints.Lipschitz, {"bound": 1.0, "norm": 2, "side": "output", **enforced}),
+        "constraints.DivergenceFree": Row(constraints.DivergenceFree, enforced),
+        "constraints.Symmetric": Row(constraints.Symmetric, {"num_pairs": 2, **enforced}),
+        "constraints.Box": Row(constraints.Box, {"low": 0.0, "high": [1.0, 2.0, 1.0], "num_points": 4}),
+        "constraints.Segment": Row(constraints.Segment, {"start": np.zeros(3), "end": np.ones(3)}),
+        "constraints.Rectangle": Row(
+            constraints.Rectangle, {"corner": np.zeros(2), "first": np.ones(2), "second": np.array([1.0, 0.0])}
+        ),
+        "constraints.between": Row(constraints.between, {"inputs": X, "seed": seed}, ("seed",)),
+        "constraints.verify": Row(
+            constraints.verify,
+            {"model": model, "constraint": constraints.Monotone([0]), "x": X, "labels": None, "seed": 0},
+            ("labels",),
+        ),
+        "callbacks.FixedPointMonitor": Row(callbacks.FixedPointMonitor),
+        "callbacks.JacobianProbe": Row(
+            callbacks.JacobianProbe,
+            {
+                "x": X,
+                "metrics": ["frobenius_norm"],
+                "labels": LABELS,
+                "layers": ["hidden"],
+                "blocks": ["hidden"],
+                "every_epochs": 1,
+                "every_batches": 2,
+                "seed": 0,
+                "prefix": "own",
+            },
+        ),
+        "callbacks.JacobianGuard": Row(
+            callbacks.JacobianGuard,
+            {
+                "probe": probe(),
+                "metric": "frobenius_norm",
+                "explosion": 9.0,
+                "collapse": 0.1,
+                "window": 2,
+                "action": "stop",
+            },
+        ),
+        "callbacks.JacobianPictures": Row(
+            callbacks.JacobianPictures, {"probe": probe(), "folder": "own", "log_dir": None, "every_epochs": 1}
+        ),
+        "callbacks.JacobianWandbLogger": Row(
+            callbacks.JacobianWandbLogger, {"probe": probe(), "every_epochs": 1}, ("every_epochs",)
+        ),
+        "distillation.ActivationMatching": Row(
+            distillation.ActivationMatching, {"weight": 1.0, "temperature": 2.0, "name": "own"}
+        ),
+        "distillation.AttentionMatching": Row(
+            distillation.AttentionMatching, {"weight": 1.0, "layers": [("a", "b")], "normalized": True}
+        ),
+        "distillation.BiasJacobianMatching": Row(
+            distillation.BiasJacobianMatching, {"weight": 1.0, "layers": "auto", "target": "label"}
+        ),
+        "distillation.JacobianMatching": Row(
+            distillation.JacobianMatching, {"weight": 1.0, "target": "label", "num_probes": None}
+        ),
+        "distillation.MatchingLoss": Row(distillation.MatchingLoss, {"weight": 1.0, "name": "own"}),
+        "layers.FixedPoint": Row(
+            our_layers.FixedPoint,
+            {
+                "cell": cell(),
+                "solver": "picard",
+                "tolerance": 1e-3,
+                "max_iterations": 5,
+                "adjoint_solver": "gmres",
+                "unconverged": "ignore",
+                "state_shape": (3,),
+            },
+        ),
+        "layers.JacobianPenalty": Row(
+            our_layers.JacobianPenalty,
+            {"block": model, "regularizers": [regularizers.JacobianNorm(0.1)], "seed": 0},
+        ),
+        "probes.draw": Row(probes.draw, {"kind": "gaussian", "like": X, "num_probes": 2, "seed": 0}),
+        "probes.basis": Row(probes.basis, {"like": X}),
+        "clone.stack": Row(clone.stack, {"x": X, "u": U}),
+        "clone.unstack": Row(clone.unstack, {"h": stacked, "num_probes": None}),
+        "clone.activation": Row(clone.activation, {"h": stacked, "negative_slope": 0.1, "num_probes": 1}),
+        "clone.max_pool": Row(clone.max_pool, {"h": stacked, "pool_size": 2, "num_probes": 1}),
+        "clone.dropout": Row(clone.dropout, {"h": stacked, "rate": 0.5, "seed": 0, "num_probes": 1}),
+        "clone.batch_normalization": Row(clone.batch_normalization, {"h": stacked, "num_probes": 1}),
+        "saliency.full_jacobian": Row(saliency.full_jacobian, {**map_of, "interpolation": "nearest"}),
+        "saliency.bias_jacobian": Row(saliency.bias_jacobian, {**map_of, "interpolation": "nearest"}),
+        "saliency.input_gradient": Row(saliency.input_gradient, map_of),
+        "saliency.integrated_gradients": Row(
+            saliency.integrated_gradients, {**map_of, "baseline": 0.0, "num_steps": 1}
+        ),
+        "saliency.smooth_grad": Row(saliency.smooth_grad, {**map_of, "noise": 0.1, "num_samples": 1, "seed": 0}),
+        "saliency.guided_backpropagation": Row(saliency.guided_backpropagation, map_of),
+        "saliency.grad_cam": Row(saliency.grad_cam, {**map_of, "layer": "convolution", "interpolation": "nearest"}),
+        "testing.check_rule": Row(
+            testing.check_rule,
+            {"layer": layers.ReLU(), "input_shape": (3,), "batch_size": 2, "jit": False, "tolerance": 1e-8, "seed": 0},
+            ("jit", "tolerance"),
+        ),
+    }
+    for name in ("Translation", "Rotation", "Scaling", "Brightness"):
+        made = getattr(tangents, name)
+        amount = np.array([1.0, 0.5], "float32")
+        found[f"constraints.tangents.{name}"] = Row(made, {"size": 1.0})
+        found[f"constraints.tangents.{name}.transform"] = Row(made().transform, {"images": IMAGES, "amount": amount})
+    return found
+
+
+# Not called by users: what a function returns or hands on, a base that a row covers, or what only rules call.
+NOT_CALLED = {
+    *("FullJacobian", "Linearization", "Pushforward", "affine", "elementwise", "gate", "linear", "scale"),
+    *("callbacks.GuardEvent", "constraints.ExactReport", "constraints.Report", "distillation.JacobianDistiller"),
+    *("distillation.View", "estimators.Estimate", "estimators.SpectralDensity", "regularizers.Seen"),
+    *("saliency.figure", "testing.float64", "testing.compiled", "probes.dimension", "probes.split"),
+    "constraints.tangents.resample",
+}
+
+
+def public_names() -> list[str]:
+    """Every function and class of the package that has no underscore, as `module.name`."""
+    names = [name for name in jvpreg.__all__ if not inspect.ismodule(getattr(jvpreg, name))]
+    modules = [callbacks, clone, constraints, distillation, estimators, our_layers, probes, regularizers, saliency]
+    for module in [*modules, tangents, testing]:
+        place = module.__name__.removeprefix("jvpreg.")
+        known = getattr(module, "__all__", None) or [
+            name
+            for name, value in vars(module).items()
+            if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__ and callable(value)
+        ]
+        names += [f"{place}.{name}" for name in known if not inspect.ismodule(getattr(module, name))]
+    methods = vars(jvpreg.Linearization).items()
+    return names + [
+        f"Linearization.{name}" for name, value in methods if inspect.isfunction(value) and not name.startswith("_")
+    ]
