@@ -194,7 +194,7 @@ def _violations(model, constraint: Constraint, x, labels, seed: int) -> np.ndarr
     count = leaves[0].shape[0]
     if count == 0:
         raise checks.invalid("x", "points (N, …), one at least", x)
-    for leaf in tree.flatten(labels, none_is_leaf=False) if labels is not None else []:
+    for leaf in [leaf for leaf in tree.flatten(labels) if leaf is not None]:
         if np.shape(leaf)[:1] != (count,):
             raise checks.invalid("labels", f"a dict of arrays ({count}, …)", labels)
     generator = seeds.generator(seed)
