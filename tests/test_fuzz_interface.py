@@ -71,7 +71,8 @@ def numbers_in(result) -> list[np.ndarray]:
         result = result.outputs
     leaves = keras.tree.flatten(result) if isinstance(result, (list, tuple, dict)) else [result]
     found = [leaf for leaf in leaves if keras.ops.is_tensor(leaf) or isinstance(leaf, (np.ndarray, float))]
-    return [np.asarray(keras.ops.convert_to_numpy(keras.ops.stop_gradient(leaf))) for leaf in found]
+    stopped = [keras.ops.stop_gradient(leaf) if keras.ops.is_tensor(leaf) else leaf for leaf in found]
+    return [np.asarray(keras.ops.convert_to_numpy(leaf)) for leaf in stopped]
 
 
 def call(row, changed):
