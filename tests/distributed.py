@@ -1,4 +1,8 @@
+<<<<<<< ours
 """What `tests/test_distribution.py` runs in a process whose devices are made of the CPU: cases on one and on several.
+=======
+"""What `tests/test_distribution.py` runs in a process with devices made of the CPU: each case on one, and on several.
+>>>>>>> theirs
 
 `python -m tests.distributed FILE` writes what differs, by case, as JSON.
 """
@@ -36,12 +40,7 @@ def slopes_beyond(inputs, outputs, products):
 ROWS = {
     "JacobianNorm": lambda name: [
         regularizers.JacobianNorm(0.1, num_probes=2, probes=kind, side=side, name=f"{name}_{kind}_{side}")
-        for kind, side in [
-            ("gaussian", "input"),
-            ("rademacher", "output"),
-            ("sphere", "input"),
-            ("orthogonal", "input"),
-        ]
+        for kind, side in zip(jvpreg.probes.KINDS, ("input", "output", "input", "output"), strict=True)
     ],
     "SpectralNorm": lambda name: [regularizers.SpectralNorm(0.1, num_iterations=2, name=name)],
     "BiasJacobianNorm": lambda name: [
