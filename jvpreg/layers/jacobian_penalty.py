@@ -109,9 +109,14 @@ class JacobianPenalty(keras.layers.Layer):
         combined = replicas.combine(means, counts, sums=sums)
         remaining = iter(combined.sums)
         for i, request in enumerate(asked):
-            self.add_loss(request.regularizer.strength * combined.for_loss[i])
             if request.carried is not None:
                 self._carried[i].assign(carry_on(request.regularizer, carried[i], next(remaining)))
+        if replicas.number() > 1:
+            # Private: a layer's list of losses is one for all replicas, which take turns where they reduce. Those of
+            # another one would be counted in the log of the loss.
+            self._losses.clear()
+        for i, request in enumerate(asked):
+            self.add_loss(request.regularizer.strength * combined.for_loss[i])
         return outputs
 
     def compute_output_shape(self, input_shape):
