@@ -1,8 +1,4 @@
-<<<<<<< ours
 """What `tests/test_distribution.py` runs in a process whose devices are made of the CPU: cases on one and on several.
-=======
-"""What `tests/test_distribution.py` runs in a process with devices made of the CPU: each case on one, and on several.
->>>>>>> theirs
 
 `python -m tests.distributed FILE` writes what differs, by case, as JSON.
 """
