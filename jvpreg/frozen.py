@@ -134,6 +134,15 @@ class FrozenGraph:
         return any(node.moves_examples for node in self.nodes)
 
     @property
+    def is_constant(self) -> bool:
+        """Whether no output depends on an input, as far as tangents know: by integers nothing has a derivative."""
+        reached = {value.slot for value in self.inputs if value.has_tangents}
+        for node in self.nodes:
+            if node.pushforward is not None and any(value.slot in reached for value in node.inputs):
+                reached.update(value.slot for value in node.outputs if value.has_tangents)
+        return not any(value.slot in reached for value in self.outputs)
+
+    @property
     def weights(self) -> list:
         """The variables that can be perturbed, in the order of their first use."""
         owned = [variable for node in self.nodes if node.pushforward for variable in node.pushforward.variables]

@@ -54,6 +54,11 @@ class Linearization:
         return self._graph.nodes
 
     @property
+    def is_constant(self) -> bool:
+        """Whether the Jacobian is zero whatever the weights, since the outputs depend on integers alone, say."""
+        return self._graph.is_constant
+
+    @property
     def weights(self) -> list:
         """The variables that `jvp` can perturb, in the order of their first use."""
         return self._graph.weights

@@ -11,12 +11,15 @@ from jvpreg import checks, replicas, seeds
 from jvpreg.freeze import linearize
 from jvpreg.layers.jacobian_penalty import JacobianPenalty
 from jvpreg.linearization import Linearization
+from jvpreg.names import check_names
 from jvpreg.registry import register_wrapper
 from jvpreg.regularizers.base import (
     JacobianRegularizer,
     by_points,
     carried_initializer,
     carry_on,
+    check_dependence,
+    check_inputs,
     check_regularizers,
     draw_points,
     outcomes,
@@ -90,28 +93,34 @@ class JacobianModel(SteppedModel):
 
     def _build_carried(self) -> None:
         """Variables for what the regularizers carry from step to step, if the outputs' shape is known by now."""
-        if getattr(self.base, "outputs", None):
-            inputs, outputs = _single(list(self.base.inputs)), _single(list(self.base.outputs))
-        else:  # A subclassed model.
-            shapes = (self.base.get_build_config() or {}).get("input_shape") if self.base.built else None
-            if shapes is None:
-                return
-            inputs = tree.map_shape_structure(lambda shape: keras.KerasTensor((None, *shape[1:])), shapes)
-            outputs = self.base.compute_output_spec(inputs)
+        inputs = self._symbolic_inputs()
+        if inputs is None:
+            return
+        check_inputs(self.jacobian_regularizers, self.base)
+        known = getattr(self.base, "outputs", None)
+        outputs = _single(list(known)) if known else self.base.compute_output_spec(inputs)
         for i, (regularizer, tracker) in enumerate(zip(self.jacobian_regularizers, self._trackers, strict=True)):
             regularizer.check(inputs, outputs)
             shape = regularizer.carried_shape(outputs)
             if shape is not None and tracker.carried is None:
                 tracker.carry(shape, carried_initializer(regularizer, seeds.derived(self.seed or 0, 2 + i)))
 
+    def _symbolic_inputs(self):
+        """What the base takes, with batches of any size; None where it is not known yet."""
+        if getattr(self.base, "inputs", None):
+            return _single(list(self.base.inputs))
+        shapes = (self.base.get_build_config() or {}).get("input_shape") if self.base.built else None
+        # A subclassed model says no more than the shapes.
+        return tree.map_shape_structure(lambda shape: keras.KerasTensor((None, *shape[1:])), shapes) if shapes else None
+
     def call(self, inputs, training=None):
         """What the base model computes; inside a step with penalties, by way of its linearization."""
         symbolic = any(isinstance(x, keras.KerasTensor) for x in tree.flatten(inputs))
         if self._running.penalized and not symbolic and not self._is_plain_step():
-            self._running.linearization = linearize(
-                self.base, inputs, training=bool(training), xla=bool(self.jit_compile)
-            )
-            return self._running.linearization.outputs
+            linearization = linearize(self.base, inputs, training=bool(training), xla=bool(self.jit_compile))
+            check_dependence(self.jacobian_regularizers, linearization, self.base)
+            self._running.linearization = linearization
+            return linearization.outputs
         return self.base(inputs, training=training)
 
     @property
@@ -160,7 +169,7 @@ class JacobianModel(SteppedModel):
         interval = checks.count("jacobian_interval", jacobian_interval)
         fraction = checks.number("jacobian_fraction", jacobian_fraction, above=0, most=1)
         evaluate = checks.boolean("jacobian_evaluate", jacobian_evaluate)
-        _check_names(regularizers)
+        check_names(regularizers, getattr(self.base, "output_names", ()), *args, **kwargs)
         _check_penalties_within(self.base, regularizers)
         # Set only now: a call that is refused leaves the model as it was.
         self.jacobian_regularizers = regularizers
@@ -335,6 +344,13 @@ class JacobianModel(SteppedModel):
         # In order, so that replicas give each example the directions that one device gives it.
         return replicas.chosen_here(ops.sort(order[:count]), size, start)
 
+    def export(self, *args, **kwargs):
+        """As `keras.Model.export`, of the base, which computes the same."""
+        inputs = self._symbolic_inputs()
+        if inputs is not None:
+            self.base(inputs)  # In `fit` it was linearized, and Keras exports only what was called.
+        self.base.export(*args, **kwargs)
+
     def get_compile_config(self):
         """As Keras', with the regularizers and how they are computed."""
         if not self.compiled:
@@ -396,20 +412,6 @@ class JacobianModel(SteppedModel):
 
 
 register_wrapper(JacobianModel, lambda model: model.base)
-
-
-def _check_names(regularizers) -> None:
-    names = [regularizer.name for regularizer in regularizers]
-    if len(set(names)) < len(names):
-        raise ValueError(
-            "Invalid value for argument `jacobian_regularizers`. Expected names that differ, since each names a metric "
-            f"(pass `name=`). Received: {names}"
-        )
-    if "loss" in names:
-        raise ValueError(
-            'Invalid value for argument `name` of a Jacobian regularizer. Expected a name other than "loss", which is '
-            'the total in the logs. Received: name="loss"'
-        )
 
 
 def _check_penalties_within(base, regularizers) -> None:

@@ -35,6 +35,9 @@ class RunningStep(threading.local):
         self.active, self.penalized = True, penalized
         try:
             yield
+        except StopIteration:
+            # Not `from` it: a context manager hands on what it takes for the same error.
+            raise RuntimeError("A step raised StopIteration, which would end `fit` as if the data had run out.")  # noqa: B904
         finally:
             self.active, self.penalized, self.linearization = False, False, None
 

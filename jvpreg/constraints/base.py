@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from jvpreg import checks
+from jvpreg.configs import revive
 from jvpreg.constraints.enforcement import AugmentedLagrangian, Penalty, as_enforcement
 from jvpreg.constraints.points import as_points, between
 from jvpreg.estimators.operator import flatten
@@ -141,8 +142,12 @@ class Constraint(JacobianRegularizer):
 
     @classmethod
     def from_config(cls, config):
-        """The constraint that `get_config` described."""
-        return cls(**{key: keras.saving.deserialize_keras_object(value) for key, value in config.items()})
+        """The constraint that `get_config` described.
+
+        Raises:
+            ValueError: a function of the config is not registered with Keras.
+        """
+        return cls(**{key: revive(value) for key, value in config.items()})
 
 
 def by_example(products):

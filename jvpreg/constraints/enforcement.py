@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 from jvpreg import checks
+from jvpreg.configs import revive
 
 
 @keras.saving.register_keras_serializable(package="jvpreg")
@@ -55,7 +56,7 @@ class Penalty:
     @classmethod
     def from_config(cls, config: dict) -> "Penalty":
         """The enforcement that `get_config` described."""
-        return cls(config["weight"], keras.saving.deserialize_keras_object(config["schedule"]))
+        return cls(config["weight"], revive(config["schedule"]))
 
 
 @keras.saving.register_keras_serializable(package="jvpreg")

@@ -12,6 +12,8 @@ from jvpreg.regularizers.base import (
     JacobianRegularizer,
     carried_initializer,
     carry_on,
+    check_dependence,
+    check_inputs,
     check_regularizers,
     outcomes,
     requests,
@@ -33,7 +35,8 @@ class JacobianPenalty(keras.layers.Layer):
         **kwargs: of `keras.Layer`: `name`.
 
     Raises:
-        ValueError: a regularizer asks for what only a `JacobianModel` has: other points, or the number of the step.
+        ValueError: a regularizer asks for what only a `JacobianModel` has: other points, or the number of the step; in
+            a call, the block takes integers alone.
 
     Example:
 
@@ -73,6 +76,7 @@ class JacobianPenalty(keras.layers.Layer):
         if not self.block.built:
             self.block.build(input_shape)
         inputs = tree.map_shape_structure(lambda shape: keras.KerasTensor(shape), input_shape)
+        check_inputs(self.regularizers, self.block)
         outputs = _call(self.block, inputs, None)
         for i, regularizer in enumerate(self.regularizers):
             regularizer.check(inputs, outputs)
@@ -97,6 +101,7 @@ class JacobianPenalty(keras.layers.Layer):
         if not training or symbolic or not self.regularizers:
             return _call(self.block, inputs, training)
         linearization = linearize(self.block, inputs, training=True)
+        check_dependence(self.regularizers, linearization, self.block)
         seen = linearization.inputs[0] if len(linearization.inputs) == 1 else linearization.inputs
         carried = [None if variable is None else ops.convert_to_tensor(variable) for variable in self._carried]
         outputs = linearization.outputs

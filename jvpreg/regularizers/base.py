@@ -12,6 +12,7 @@ from keras import ops, tree
 
 from jvpreg import checks
 from jvpreg.finite import finite_examples
+from jvpreg.inputs import graph_of
 from jvpreg.linearization import Linearization
 
 
@@ -186,6 +187,32 @@ def check_regularizers(regularizers, argument: str) -> tuple[JacobianRegularizer
                 f"`{one.name}` ({type(one).__name__}) and `{other.name}` ({type(other).__name__}), {reason}"
             )
     return tuple(regularizers or ())
+
+
+def check_inputs(regularizers: Sequence[JacobianRegularizer], model) -> None:
+    """Raises a ValueError where a graph says that it takes integers alone, and a regularizer looks along its inputs."""
+    graph = graph_of(model)
+    dtypes = [] if graph is None else [keras.backend.standardize_dtype(tensor.dtype) for tensor in graph.inputs]
+    # Bytes stand for the real numbers of an image.
+    if dtypes and not any(keras.backend.is_float_dtype(dtype) or dtype == "uint8" for dtype in dtypes):
+        _refuse_constant(regularizers, f"`{model.name}` takes integers alone, {dtypes}")
+
+
+def check_dependence(regularizers: Sequence[JacobianRegularizer], linearization: Linearization, model) -> None:
+    """Raises a ValueError where the Jacobian is zero whatever the weights, and a regularizer looks at it."""
+    if linearization.is_constant:
+        _refuse_constant(regularizers, f"The outputs of `{model.name}` do not depend on an input of real numbers")
+
+
+def _refuse_constant(regularizers: Sequence[JacobianRegularizer], reason: str) -> None:
+    for regularizer in regularizers:
+        # What only looks may look at nodes, whose Jacobians there are.
+        if type(regularizer).look is JacobianRegularizer.look:
+            raise ValueError(
+                f"{reason}: there is no Jacobian by an integer, and `{regularizer.name}` would be 0. Put the layers "
+                "after the embedding into a `jvpreg.layers.JacobianPenalty`, or let the model take floats if the "
+                "integers are measured numbers."
+            )
 
 
 def carried_initializer(regularizer: JacobianRegularizer, seed: int) -> keras.initializers.Initializer:

@@ -51,7 +51,7 @@ class BiasJacobianNorm(JacobianRegularizer):
         name: str | None = None,
     ):
         super().__init__(strength, name)
-        self.layers = checks.paths("layers", layers, optional=True)
+        self.layers = _paths(layers)
         self.target = checks.choice("target", target, ("label", "predicted", "all"))
         self.num_probes = checks.count("num_probes", num_probes)
 
@@ -123,7 +123,7 @@ class FullJacobianNorm(JacobianRegularizer):
         super().__init__(strength, name)
         self.input_weight = checks.number("input_weight", input_weight, least=0)
         self.bias_weight = checks.number("bias_weight", bias_weight, least=0)
-        self.layers = checks.paths("layers", layers, optional=True)
+        self.layers = _paths(layers)
         self.target = checks.choice("target", target, ("label", "predicted"))
 
     def look(self, linearization, drawn, labels):
@@ -171,3 +171,11 @@ def target_cotangent(regularizer, outputs, labels):
     if len(labels.shape) == 2 and labels.shape[1] == classes:
         return ops.cast(labels, leaves[0].dtype)
     return class_cotangent(leaves[0], ops.cast(ops.reshape(labels, (-1,)), "int32"))
+
+
+def _paths(layers) -> list[str] | None:
+    """The paths of layers, one at least; None for all of them."""
+    found = checks.paths("layers", layers, optional=True)
+    if found == []:
+        raise checks.invalid("layers", "a list of paths of layers, one or more, or None for all of them", layers)
+    return found
