@@ -77,7 +77,7 @@ class Companions:
 
     def push(self, node: Node) -> None:
         """Pushes the tangents of a node's inputs through it."""
-        images = push_node(node, [self.of(value) for value in node.inputs], self.weights, (self.num_probes, None))
+        images = push_node(node, [self.of(value) for value in node.inputs], self.weights, (self.num_probes, None, None))
         for value, tangent in zip(node.outputs, images or [None] * len(node.outputs), strict=True):
             self._by_slot[value.slot] = tangent
 

@@ -1,27 +1,193 @@
-"""Which operations of `keras.ops` keep the examples of a batch apart, and on its first axis."""
+"""Where the examples of a batch are: which axis of a value is theirs, after which operations, and where they mix."""
 
 import math
+import string
+from collections.abc import Callable
+from typing import NamedTuple
 
 from keras import tree
 
 # Private: the operations' classes, by which a graph's nodes are known, have no public names.
+from keras.src.ops import core, linalg, nn
+from keras.src.ops import math as math_ops
 from keras.src.ops import numpy as numpy_ops
 
 
+class Place(NamedTuple):
+    """The axis of the examples in a value, of size `before · B · after`: other axes may be merged into it."""
+
+    axis: int
+    before: int = 1
+    after: int = 1
+
+
+FIRST = Place(0)
+MIXED = Place(-1)
+"""Of a value in which no axis is that of the examples: each entry depends on several of them."""
+
+
 def mixes_examples(operation, x) -> bool:
-    """Whether the operation works along the first axis, or takes it from its place: examples are not apart after it."""
+    """Whether the operation works along the first axis, or takes it from its place."""
+    return along(operation, x)(FIRST) != FIRST
+
+
+def kept(*places: Place | None) -> Place:
+    """The place of all inputs that have examples, of an operation entry by entry; None: of a weight or constant."""
+    known = {place for place in places if place is not None}
+    return known.pop() if len(known) == 1 else MIXED
+
+
+def broadcast(*ranks: int) -> Callable:
+    """As `kept`, of inputs of these ranks that are broadcast to the largest."""
+
+    def after(*places):
+        pairs = zip(places, ranks, strict=True)
+        return kept(*(p and p._replace(axis=p.axis + max(ranks) - rank) for p, rank in pairs))
+
+    return after
+
+
+def besides(axes, rank: int) -> Callable:
+    """As `kept`, of an operation along these axes: examples on one of them are mixed."""
+    axes = [axis % rank for axis in tree.flatten(axes)]
+
+    def after(*places):
+        place = kept(*places)
+        return MIXED if place.axis in axes else place
+
+    return after
+
+
+_MOVES = (numpy_ops.Transpose, numpy_ops.Swapaxes, numpy_ops.Moveaxis)
+_REMOVES = (core.Unstack, numpy_ops.Squeeze, numpy_ops.Diagonal)
+_REDUCES = (
+    linalg.Norm,
+    math_ops.Logsumexp,
+    nn.Moments,
+    numpy_ops.Amax,
+    numpy_ops.Amin,
+    numpy_ops.Max,
+    numpy_ops.Mean,
+    numpy_ops.Min,
+    numpy_ops.Std,
+    numpy_ops.Sum,
+    numpy_ops.Var,
+)
+
+
+def along(operation, x) -> Callable:
+    """Where the examples of `x` are after an operation along axes, by where they are in its inputs."""
+    rank = len(x.shape)
+
+    def after(*places):
+        place = kept(*places)
+        if place == MIXED:
+            return MIXED
+        if isinstance(operation, _MOVES):
+            return place._replace(axis=_order(operation, rank).index(place.axis))
+        if isinstance(operation, numpy_ops.Ravel):
+            return reshaped(x.shape, (-1,))(place)
+        if isinstance(operation, (numpy_ops.ExpandDims, numpy_ops.Stack)):
+            new = [axis % (rank + 1) for axis in tree.flatten(operation.axis)]
+            return place._replace(axis=place.axis + sum(axis <= place.axis for axis in new)) if len(new) == 1 else MIXED
+        if isinstance(operation, numpy_ops.Tile):
+            repeats = [operation.repeats] if isinstance(operation.repeats, int) else list(operation.repeats)
+            repeats = [1] * (rank - len(repeats)) + repeats
+            axis = place.axis + len(repeats) - rank
+            return place._replace(axis=axis) if repeats[axis] == 1 else MIXED
+        axes = _axes(operation, rank)
+        if place.axis in axes:
+            return MIXED
+        if isinstance(operation, _REMOVES) or (isinstance(operation, _REDUCES) and not operation.keepdims):
+            return place._replace(axis=place.axis - sum(axis < place.axis for axis in axes))
+        return place
+
+    return after
+
+
+def looked_up(operation, x, index_rank: int) -> Callable:
+    """Where the examples are after `take` or `take_along_axis`, of a tensor of examples or of a table."""
+    axis = None if operation.axis is None else operation.axis % len(x.shape)
+    whole = isinstance(operation, numpy_ops.Take)
+
+    def after(place, *of_index):
+        if axis is None:
+            return MIXED
+        known = [p for p in of_index if p is not None]
+        if place is None:  # A table.
+            return kept(*known)._replace(axis=known[0].axis + axis * whole) if len(known) == 1 else MIXED
+        if place.axis == axis or (known and whole):
+            return MIXED
+        moved = place._replace(axis=place.axis + (index_rank - 1) * (whole and axis < place.axis))
+        return kept(moved, *known)
+
+    return after
+
+
+def joined(operation, x) -> Callable:
+    """Where the examples are after tensors like x were concatenated or stacked."""
+    if isinstance(operation, numpy_ops.Vstack):
+        return besides([0], len(x.shape))
+    if isinstance(operation, numpy_ops.Hstack):
+        return besides([min(1, len(x.shape) - 1)], len(x.shape))
+    return along(operation, x)
+
+
+def _order(operation, rank: int) -> list[int]:
+    """The axes of its input in the order of its output."""
     if isinstance(operation, numpy_ops.Transpose):
-        return operation.axes is None or operation.axes[0] != 0
-    if isinstance(operation, numpy_ops.Tile):
-        repeats = operation.repeats
-        return not isinstance(repeats, int) and len(repeats) >= len(x.shape) and repeats[-len(x.shape)] != 1
-    if isinstance(operation, numpy_ops.Ravel):
-        return True
-    rank = len(x.shape) + isinstance(operation, (numpy_ops.ExpandDims, numpy_ops.Stack))
-    named = ("axis", "axes", "axis1", "axis2", "source", "destination")
+        return [axis % rank for axis in operation.axes] if operation.axes else list(range(rank))[::-1]
+    order = list(range(rank))
+    if isinstance(operation, numpy_ops.Swapaxes):
+        first, second = operation.axis1 % rank, operation.axis2 % rank
+        order[first], order[second] = second, first
+        return order
+    source, destination = ([axis % rank for axis in tree.flatten(a)] for a in (operation.source, operation.destination))
+    order = [axis for axis in order if axis not in source]
+    for to, axis in sorted(zip(destination, source, strict=True)):
+        order.insert(to, axis)
+    return order
+
+
+def _axes(operation, rank: int) -> list[int]:
+    """The axes along which it works; no axis means all of them, or the flat tensor."""
+    if isinstance(operation, numpy_ops.Pad):
+        widths = tree.flatten(operation.pad_width)
+        pairs = [widths[i : i + 2] for i in range(0, len(widths), 2)] if len(widths) == 2 * rank else [widths] * rank
+        return [axis for axis, pair in enumerate(pairs) if any(pair)]
+    if isinstance(operation, (numpy_ops.Tril, numpy_ops.Triu)):
+        return [rank - 2, rank - 1]
+    named = ("axis", "axes", "axis1", "axis2")
     given = [getattr(operation, name) for name in named if hasattr(operation, name)]
-    # No axis means all of them, or the flat tensor.
-    return any(axes is None or 0 in [axis % rank for axis in tree.flatten(axes)] for axes in given)
+    if not given and not isinstance(operation, numpy_ops.Copy):  # It pools or resizes all but the first axis.
+        return list(range(1, rank))
+    if any(axes is None for axes in given):
+        return list(range(rank))
+    return [axis % rank for axes in given for axis in tree.flatten(axes)]
+
+
+def reshaped(before, after) -> Callable:
+    """Where the examples are after a reshape of the sizes `before` to those of `after`, one of which may be -1."""
+
+    def place_after(place):
+        leading = _product(before[: place.axis])
+        trailing = _product(before[place.axis + 1 :])
+        if leading is None or trailing is None:
+            return place if place == FIRST and not moves_examples(before, after) else MIXED
+        leading, trailing = leading * place.before, trailing * place.after
+        found = []
+        for axis in range(len(after)):
+            left, right = _product(after[:axis]), _product(after[axis + 1 :])
+            if left and right and leading % left == 0 and trailing % right == 0:
+                found.append(Place(axis, leading // left, trailing // right))
+        # With axes of size 1 there may be several: that of the examples alone, if there is one.
+        return min(found, key=lambda place: (place.before * place.after, place.axis), default=MIXED)
+
+    return place_after
+
+
+def _product(sizes) -> int | None:
+    return math.prod(sizes) if all(isinstance(size, int) and size != -1 for size in sizes) else None
 
 
 def moves_examples(before, after) -> bool:
@@ -29,3 +195,89 @@ def moves_examples(before, after) -> bool:
     sizes = [*before[1:], *after[1:]]
     known = all(isinstance(size, int) and size != -1 for size in sizes)
     return known and math.prod(before[1:]) != math.prod(after[1:])
+
+
+def indexed(key, rank: int) -> Callable:
+    """Where the examples are after `x[key]`: taken from as they are, an axis is a whole slice."""
+    keys = list(key) if isinstance(key, (tuple, list)) else [key]
+    simple = all(entry is None or entry is Ellipsis or isinstance(entry, (int, slice)) for entry in keys)
+    taken = sum(isinstance(entry, (int, slice)) for entry in keys)
+    if Ellipsis not in [entry for entry in keys if entry is None or entry is Ellipsis]:
+        keys.append(Ellipsis)
+    axes: list[int | None] = []  # of the input, for each of the output
+    axis = 0
+    whole = set(range(rank))
+    for entry in keys:
+        if entry is None:
+            axes.append(None)
+        elif entry is Ellipsis:
+            axes += range(axis, axis + rank - taken)
+            axis += rank - taken
+        else:
+            if isinstance(entry, slice):
+                axes.append(axis)
+            if entry != slice(None):
+                whole.discard(axis)
+            axis += 1
+
+    def after(place, *of_key):
+        if not simple:  # A key of tensors moves axes about as NumPy does, but for a first one.
+            first_is_whole = keys[0] is Ellipsis or (isinstance(keys[0], slice) and keys[0] == slice(None))
+            if place is None:
+                return MIXED if first_is_whole else kept(*of_key)
+            return FIRST if place == FIRST and first_is_whole else MIXED
+        return place._replace(axis=axes.index(place.axis)) if place.axis in whole else MIXED
+
+    return after
+
+
+def multiplied(operation, ranks: list[int]) -> Callable:
+    """Where the examples are in a product of tensors of these ranks: `matmul`, `einsum`, `tensordot` or `dot`."""
+
+    def after(*places):
+        letters, result = _letters(operation, ranks)
+        found = {(letters[i][p.axis], p.before, p.after) for i, p in enumerate(places) if p is not None}
+        if len(found) != 1:
+            return MIXED
+        ((letter, *merged),) = found
+        return Place(result.index(letter), *merged) if letter in result else MIXED
+
+    return after
+
+
+def _letters(operation, ranks: list[int]) -> tuple[list[str], str]:
+    """A product's operands and its result as an einsum has them, a letter for each axis."""
+    if isinstance(operation, numpy_ops.Einsum):
+        operands, arrow, result = operation.subscripts.replace(" ", "").partition("->")
+        free = sorted(letter for letter in set(operands) - {",", "."} if operands.count(letter) == 1)
+        # An ellipsis stands for axes that are broadcast.
+        given, dots = operands.replace("...", ".").split(","), string.digits
+        counts = [rank - len(term.replace(".", "")) for term, rank in zip(given, ranks, strict=True)]
+        spelled = [term.replace(".", dots[10 - count :]) for term, count in zip(given, counts, strict=True)]
+        return spelled, (result if arrow else "..." + "".join(free)).replace("...", dots[10 - max(counts) :])
+    left, right = string.ascii_lowercase[: ranks[0]], string.ascii_uppercase[: ranks[1]]
+    if isinstance(operation, numpy_ops.Tensordot):
+        axes = operation.axes
+        pairs = (
+            zip(range(ranks[0] - axes, ranks[0]), range(axes), strict=True)
+            if isinstance(axes, int)
+            else zip(*(tree.flatten(side) for side in axes), strict=True)
+        )
+        contracted = [(left[i], right[j]) for i, j in pairs]
+    else:
+        contracted = [(left[-1], right[-2] if ranks[1] > 1 else right[-1])] if min(ranks) else []
+        if isinstance(operation, numpy_ops.Matmul):  # whose axes before the matrices are broadcast
+            shared = zip(left[-3::-1], right[-3::-1], strict=False) if min(ranks) > 2 else ()
+            for i, j in shared:
+                right = right.replace(j, i)
+    for i, j in contracted:
+        left, right = left.replace(i, "*"), right.replace(j, "*")
+    if isinstance(operation, numpy_ops.Matmul) and min(ranks) > 1:
+        batch = max(left[:-2], right[:-2], key=len)
+        return [left, right], batch + left[-2] + right[-1]
+    return [left, right], (left + right).replace("*", "")
+
+
+def cuts(operation) -> bool:
+    """Whether an operation on the examples of a part of the batch, wherever they are, is what it is on all of them."""
+    return not isinstance(operation, numpy_ops.Reshape)

@@ -10,6 +10,7 @@ from typing import Any
 from keras import ops
 
 from jvpreg.eager import cast, shape_of
+from jvpreg.examples import FIRST, MIXED, Place, cuts, kept
 from jvpreg.folding import align
 from jvpreg.inputs import has_tangents
 from jvpreg.registry import Pushforward
@@ -68,18 +69,15 @@ class Node:
         several = len(self.outputs) > 1
         return [f"{self.name}[{i}]" if several else self.name for i in range(len(self.outputs))]
 
-    @property
-    def couples_examples(self) -> bool:
-        """Whether one example's tangent depends on another's, as it cannot where a weight is split along its axes."""
-        couples = False if self.pushforward is None else self.pushforward.couples_examples
-        batched = [value.primal for value in self.inputs if value.batched]
-        return bool(batched) and couples if isinstance(couples, bool) else any(x is y for x in batched for y in couples)
-
-    @property
-    def moves_examples(self) -> bool:
-        """Whether what follows cannot be told by examples, though they are apart in the end."""
-        batched = any(value.batched for value in self.inputs)
-        return batched and self.pushforward is not None and self.pushforward.moves_examples
+    def examples_after(self, places: Sequence[Place | None]) -> Place:
+        """Where the examples are in its outputs, by where they are in its inputs (None: nowhere)."""
+        assert self.pushforward is not None
+        if MIXED in places:
+            return MIXED
+        if self.pushforward.examples is not None:
+            return self.pushforward.examples(*places)
+        place = kept(*places)
+        return MIXED if self.pushforward.couples_examples or place.axis != 0 else place
 
     def take(self, indices) -> "Node":
         """The node for the examples at `indices` only. Its primal values stay whole: only their shapes matter."""
@@ -123,15 +121,41 @@ class FrozenGraph:
         self.outputs = list(outputs)
         self.variables = list(variables)
 
+    @functools.cached_property
+    def places(self) -> dict[int, Place]:
+        """Where the examples are in each value that a tangent of an input can reach, by its slot."""
+        places = {value.slot: FIRST for value in self.inputs if value.batched}
+        for node in self.nodes:
+            given = [places.get(value.slot) for value in node.inputs]
+            if node.pushforward is not None and any(place is not None for place in given):
+                after = node.examples_after(given)
+                places |= {value.slot: after for value in node.outputs}
+        return places
+
     @property
     def couples_examples(self) -> bool:
-        """Whether one example's tangent depends on another's."""
-        return any(node.couples_examples for node in self.nodes)
+        """Whether one example's tangent depends on another's, or the outputs have them on another axis."""
+        ends = [self.places.get(value.slot, FIRST) for value in self.outputs]
+        return MIXED in self.places.values() or any(place != FIRST for place in ends)
+
+    @property
+    def moving(self) -> list[Node]:
+        """The nodes that cannot be cut by examples, though these are apart: what is frozen has them elsewhere."""
+        return [node for node in self.nodes if not self._can_be_cut(node)]
+
+    def _can_be_cut(self, node: Node) -> bool:
+        if node.pushforward is None or not any(value.batched for value in node.inputs):
+            return True
+        if node.pushforward.moves_examples:
+            return False
+        where = [self.places.get(value.slot, FIRST) for value in (*node.inputs, *node.outputs) if value.batched]
+        frozen = [residual for residual in node.pushforward.residuals if not node.is_constant(residual)]
+        return all(place == FIRST for place in where) or (not frozen and cuts(node.operation))
 
     @property
     def moves_examples(self) -> bool:
         """Whether what is frozen somewhere is not of the examples in their order."""
-        return any(node.moves_examples for node in self.nodes)
+        return bool(self.moving)
 
     @property
     def is_constant(self) -> bool:
@@ -180,7 +204,8 @@ class FrozenGraph:
         """
         taps, weights = taps or {}, weights or {}
         given = [*tangents, *taps.values(), *weights.values()]
-        leading = (next(shape_of(t)[0] for t in given if t is not None), batch)
+        count = next(shape_of(t)[0] for t in given if t is not None)
+        leading = (count, None, None) if batch is None else (count, batch, self.places)
         pairs = zip(self.inputs, tangents, strict=True)
         slots = {value.slot: tangent if value.has_tangents else None for value, tangent in pairs}
         slots |= {value.slot: weights[id(variable)] for variable, value in self.variables if id(variable) in weights}
@@ -223,7 +248,7 @@ class FrozenGraph:
     def intercepts(self, names: Container[str] | None = None) -> dict[str, Any]:
         """`y − pushforward(x)` at every output of the nodes of these names, or of every node, by name.
 
-        Where the rule knows it, nothing is pushed. Where y is infinite, it is 0: what follows drops the entry (as a
+        Where the rule knows it, nothing is pushed. Where it is infinite, it is 0: what follows drops the entry (as a
         maximum drops −∞ that was padded), or the graph's output is infinite itself.
         """
         finite = self._finite_slots
@@ -242,17 +267,17 @@ class FrozenGraph:
                 result[name] = ops.broadcast_to(ops.cast(known, value.primal.dtype), ops.shape(value.primal))
                 continue
             # A constant among a node's inputs has no tangent: what it adds belongs to the intercept.
-            fed_in = [v.primal if v.slot in finite else _finite_part(v.primal, v.primal) for v in node.inputs]
+            fed_in = [v.primal if v.slot in finite else _finite_part(v.primal) for v in node.inputs]
             pairs = zip(fed_in, node.inputs, strict=True)
             tangents = [ops.expand_dims(primal, 0) if v.slot in fed else None for primal, v in pairs]
-            images = push_node(node, tangents, {}, (1, None))
+            images = push_node(node, tangents, {}, (1, None, None))
             for j, (name, value) in enumerate(zip(node.output_names, node.outputs, strict=True)):
                 if value.slot in fed:
                     added = value.primal if not images else value.primal - images[j][0]
-                    result[name] = added if value.slot in finite else _finite_part(added, value.primal)
+                    result[name] = added if value.slot in finite else _finite_part(added)
         return result
 
-    @property
+    @functools.cached_property
     def _finite_slots(self) -> set[int]:
         """Of values that are known to be finite: not what follows from a constant, of which nothing is known."""
         finite = {value.slot for value in [*self.inputs, *(value for _, value in self.variables)]}
@@ -283,11 +308,11 @@ class FrozenGraph:
         def push(*arguments):
             tangents = arguments[:count]
             probes, batch, *_ = next(ops.shape(tangent) for tangent in tangents if tangent is not None)
-            return push_all(tangents, (probes, None if self.couples_examples else batch), arguments[count:])
+            return push_all(tangents, (probes, None if self.couples_examples else batch, None), arguments[count:])
 
         def part(tangent, *residuals, key):
             batch = None if self.couples_examples or not residuals else ops.shape(residuals[0])[1 + axes[0]]
-            return push_all([None] * count, (ops.shape(tangent)[0], batch), residuals, {key: tangent})
+            return push_all([None] * count, (ops.shape(tangent)[0], batch, None), residuals, {key: tangent})
 
         parts = [(variable, functools.partial(part, key=id(variable))) for variable in self.weights]
         return Pushforward(
@@ -338,7 +363,7 @@ def push_node(
         node: the node.
         tangents: one for each of its inputs; None for zero.
         weights: tangents `(P, …)` of variables, by their `id`.
-        leading: P, and B or None: see `FrozenGraph.push`.
+        leading: P, B or None, and where the examples are: see `FrozenGraph.push`.
         residuals: with the probe axis; by default the node's own.
     """
     pushforward = node.pushforward
@@ -370,25 +395,28 @@ def push_node(
     ]
 
 
-def _finite_part(tensor, of):
-    """A tensor, with 0 where `of` is infinite or not a number."""
-    return ops.where(ops.isfinite(of), tensor, 0.0)
+def _finite_part(tensor):
+    """A tensor, with 0 where it is infinite or not a number."""
+    return ops.where(ops.isfinite(tensor), tensor, 0.0)
 
 
 def _has(node: Node, name: str) -> bool:
     return node.pushforward is not None and getattr(node.pushforward, name) is not None
 
 
-def _shape(leading, value: Value) -> tuple:
-    """Of a value's tangents, for `leading` = (P, B): B is None for the whole batch, whose primal shapes are known."""
-    probes, batch = leading
+def tangent_shape(leading, value: Value) -> tuple:
+    """Of a value's tangents, for `leading` = (P, B, places): B is None for the whole batch, whose shapes are known."""
+    probes, batch, places = leading
     shape = shape_of(value.primal)
-    return (probes, *shape) if batch is None or not value.batched else (probes, batch, *shape[1:])
+    if batch is None or not value.batched:
+        return (probes, *shape)
+    axis, before, after = max((places or {}).get(value.slot, FIRST), FIRST)
+    return (probes, *shape[:axis], before * batch * after if before * after != 1 else batch, *shape[axis + 1 :])
 
 
 def _checked(node: Node, tangent, leading, value: Value):
     """The tangent in the dtype of its output, once it has its shape."""
-    expected, received = _shape(leading, value), tuple(tangent.shape)
+    expected, received = tangent_shape(leading, value), tuple(tangent.shape)
     pairs = zip(expected, received, strict=False)
     if len(expected) != len(received) or any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs):
         raise ValueError(
@@ -401,13 +429,13 @@ def _checked(node: Node, tangent, leading, value: Value):
 
 def _spread(tangent, leading, value: Value):
     """A weight's part, which need only broadcast, with all of its axes."""
-    shape = _shape(leading, value)
+    shape = tangent_shape(leading, value)
     return ops.broadcast_to(align(tangent, len(shape)), shape)
 
 
 def _zeros(leading, value: Value):
     """Zero tangents of a value, in floats where it has none of its own."""
-    return ops.zeros(_shape(leading, value), value.primal.dtype if value.has_tangents else None)
+    return ops.zeros(tangent_shape(leading, value), value.primal.dtype if value.has_tangents else None)
 
 
 def _tuple(images) -> tuple:

@@ -37,7 +37,8 @@ class FullJacobian:
         outputs: `f(x)`.
         input_jacobian: `Jᵀ v`, like `inputs`.
         bias_jacobians: a dict from node name to its contributions `∂(vᵀ f)/∂y_l ⊙ c_l`, `(B, …)` like the node's
-            output, where `c_l` is the node's intercept.
+            output, where `c_l` is the node's intercept. Where the output has the examples on another axis, as within
+            `TimeDistributed`, they are on the first one here.
         sources: a dict from node name to what its intercept is: `"bias"` of a layer with a bias, `"normalization"`, or
             `"other"`: what a nonlinearity leaves, or a constant that is added.
         target_output: `vᵀ f(x)`, `(B,)`.
@@ -116,7 +117,8 @@ def full_jacobian(model, x, target=None, **kwargs) -> FullJacobian:
         outputs=linearization.outputs,
         input_jacobian=tree.map_structure(known, at_input),
         bias_jacobians={
-            name: known(at_nodes[name] * ops.cast(c, at_nodes[name].dtype)) for name, c in intercepts.items()
+            name: known(linearization.by_example(name, at_nodes[name] * ops.cast(c, at_nodes[name].dtype)))
+            for name, c in intercepts.items()
         },
         sources={name: _source(nodes[name]) for name in intercepts},
         target_output=known(

@@ -9,7 +9,8 @@ import numpy as np
 from keras import ops, tree
 
 from jvpreg import checks, matrices
-from jvpreg.frozen import FrozenGraph, Node, Value
+from jvpreg.examples import FIRST, MIXED, Place
+from jvpreg.frozen import FrozenGraph, Node, Value, tangent_shape
 from jvpreg.inputs import check_moving
 from jvpreg.tangents import (
     at_least_float32,
@@ -180,7 +181,7 @@ class Linearization:
 
         Returns:
             What `vjp` returns (None without the inputs), and a dict from node name to the gradient, like the node's
-            output, with a leading probe axis if `v` has one.
+            output (see `by_example` where its first axis is not the batch), with a leading probe axis if `v` has one.
 
         Raises:
             ValueError: a shape does not fit, or there is no such node.
@@ -209,16 +210,16 @@ class Linearization:
             )
         names = list(known) if nodes is None else list(nodes)
         count = next(ops.shape(c)[0] for c in cotangents if c is not None)
-        batch = ops.shape(self.inputs[0])[0]
-        moved = [name for name in names if self._whole is None and known[name].shape[:1] != self.inputs[0].shape[:1]]
-        if moved:
+        mixed = [name for name in names if known[name].shape[:1] != self.inputs[0].shape[:1]]
+        mixed = [name for name in mixed if self._place_of(name) == MIXED]
+        if mixed and self._whole is None:
+            batch = ops.shape(self.inputs[0])[0]
             raise ValueError(
-                f"There is no gradient of each example at `{moved[0]}`, which returned {tuple(known[moved[0]].shape)}: "
-                f"its first axis is not that of the {batch} examples. Name other `nodes`, or reshape to (batch, ...)."
+                f"There is no gradient of each example at `{mixed[0]}`, which returned {tuple(known[mixed[0]].shape)}: "
+                f"its entries depend on several of the {batch} examples. Name other `nodes`."
             )
         inputs = [zeros(count, x) for x in self.inputs] if with_inputs else []
-        # Of a part of a batch, the primal values are still whole.
-        taps = [ops.zeros((count, batch, *known[name].shape[1:]), known[name].dtype) for name in names]
+        taps = [ops.zeros((count, *self.shape_at(name)), known[name].dtype) for name in names]
 
         def push(tangents):
             entering = tangents[: len(inputs)] if with_inputs else [None] * len(self.inputs)
@@ -232,6 +233,41 @@ class Linearization:
         at_nodes = [at_least_float32(gradient if probed else gradient[0]) for gradient in pulled[len(inputs) :]]
         return at_inputs, dict(zip(names, at_nodes, strict=True))
 
+    def shape_at(self, name: str, batch=None) -> tuple:
+        """The shape of a node's output for a batch of so many examples; by default for as many as there are here."""
+        value = self._values[name]
+        if batch is None and self._whole is not None:
+            batch = ops.shape(self.inputs[0])[0]
+        return tangent_shape((1, batch, self._graph.places), value)[1:]
+
+    def by_example(self, name: str, tensor, probed: bool = False):
+        """A tensor like a node's output, with the axis of the examples first: `(B, …)`.
+
+        Within a `TimeDistributed` layer, or between a transpose and the one that undoes it, the first axis of a node's
+        output is another one. Where other axes were merged with that of the examples, they are apart again after it.
+
+        Args:
+            name: of the node's output.
+            tensor: such as a gradient at it, or its intercept.
+            probed: whether it has a leading axis for the probes, which stays the first.
+        """
+        axis, before, after = self._place_of(name)
+        axis, first = axis + probed, int(probed)
+        if axis <= first and before * after == 1:
+            return tensor
+        if before * after != 1:
+            shape = ops.shape(tensor)
+            tensor = ops.reshape(tensor, (*shape[:axis], before, -1, after, *shape[axis + 1 :]))
+            axis += 1
+        return ops.moveaxis(tensor, axis, first)
+
+    @functools.cached_property
+    def _values(self) -> dict[str, Value]:
+        return {name: value for node in self.nodes for name, value in _named_outputs(node)}
+
+    def _place_of(self, name: str) -> Place:
+        return self._graph.places.get(self._values[name].slot, FIRST)
+
     def take(self, indices) -> "Linearization":
         """The linearization of the examples at `indices`, an integer vector `(N,)`, only. Nothing is run again.
 
@@ -244,11 +280,12 @@ class Linearization:
                 "A linearization that couples the examples of a batch cannot be cut: each example's tangent depends on "
                 'the whole batch. Use `batch_statistics="frozen"` or "moving", and no operation that mixes examples.'
             )
-        moving = [node.name for node in self._graph.nodes if node.moves_examples]
+        moving = [node.name for node in self._graph.moving]
         if moving:
             raise ValueError(
-                "A linearization that moves the examples of a batch from its first axis cannot be cut. Reshape to "
-                f"(batch, ...), and not to (-1, ...) with other axes in it. Received: the reshape `{moving[0]}`."
+                "A linearization that moves the examples of a batch from its first axis cannot be cut where something "
+                "is frozen. Reshape to (batch, ...), and not to (-1, ...) with other axes in it, and transpose back "
+                f"before other operations. Received: `{moving[0]}`."
             )
         given = indices
         indices = checks.tensor("indices", indices)
@@ -274,7 +311,12 @@ class Linearization:
             self._flatten_inputs,
             self.fallbacks,
         )
-        part._whole = lambda names: {name: cut(value) for name, value in self.intercepts_of(names).items()}
+
+        def whole(names):
+            found = self.intercepts_of(names).items()
+            return {name: ops.take(value, indices, axis=self._place_of(name).axis) for name, value in found}
+
+        part._whole = whole
         return part
 
     def after(self, layer: str) -> "Linearization":

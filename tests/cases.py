@@ -4,6 +4,7 @@ A row is `(id, make, input_shape)`; `make()` returns a layer, and `input_shape` 
 layers with several inputs. A registered rule without a row here fails `test_rules.py`.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -191,8 +192,6 @@ def _operations():
         "moveaxis": lambda x: ops.moveaxis(x, 1, 2),
         "multiply-by-a-number": lambda x: 3.0 * x,
         "negative": ops.negative,
-        "norm": lambda x: ops.norm(x, axis=1),
-        "norm-of-matrices": lambda x: ops.norm(x, axis=(1, 2), keepdims=True),
         "normalize": lambda x: ops.normalize(x, axis=1),
         "pad": lambda x: ops.pad(x, ((0, 0), (1, 2), (0, 0))),
         "power": lambda x: _positive(x) ** 1.5,
@@ -278,8 +277,18 @@ def _operations():
     }
     rows = [(name, function, [(4, 3)]) for name, function in unary.items()]
     rows += [(name, function, [left, right]) for name, (function, left, right) in binary.items()]
-    # Keras' own exp2 does not take float64 in a TensorFlow graph.
-    return [replace(_operation(*row), compiled=row[0] != "exp2") for row in rows]
+    # Keras' own exp2 does not take float64 in a TensorFlow graph, and its norm in a graph no axes on JAX.
+    norm = type(ops.norm(keras.KerasTensor((3, 4)), axis=1)._keras_history.operation)
+    norms = [{"axis": 1}, {"axis": (1, 2), "keepdims": True}]
+    return [replace(_operation(*row), compiled=row[0] != "exp2") for row in rows] + [
+        _call(
+            norm,
+            lambda x, given=given: layers.Lambda(functools.partial(ops.norm, **given))(x),
+            [(4, 3)],
+            f"ops-norm-{len(given)}",
+        )
+        for given in norms
+    ]
 
 
 class WithKernel(layers.Layer):

@@ -324,7 +324,7 @@ def test_examples_that_move_to_another_axis(float64):
     model = randomize(keras.Model(x, y))
     lin = jvpreg.linearize(model, normal(3, 2, 4))
     assert tuple(lin.jacobian().shape) == (3, 6, 2, 4)
-    with pytest.raises(ValueError, match=r"moves the examples of a batch from its first axis.* the reshape `reshape"):
+    with pytest.raises(ValueError, match=r"moves the examples of a batch from its first axis.*Received: `reshape"):
         lin.take([0])
     apart = keras.Model(x, ops.reshape(ops.reshape(x, (-1, 8)), (-1, 4, 2)))
     jvpreg.linearize(apart, normal(3, 2, 4)).take([0])

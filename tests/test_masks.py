@@ -61,10 +61,10 @@ def check(model, **arguments):
     check_products(model)
 
 
-def check_products(model, x=None, tolerance=1e-10, apart=True):
+def check_products(model, x=None, tolerance=1e-10):
     """Outputs, their masks, both products, completeness and two examples alone, against the model itself.
 
-    Directions are 0 where `x` is: there `Masking` would see another mask. `apart`: whether examples do not mix.
+    Directions are 0 where `x` is: there `Masking` would see another mask.
     """
     model = randomize(model)
     x = drawn_inputs(model) if x is None else x
@@ -87,10 +87,9 @@ def check_products(model, x=None, tolerance=1e-10, apart=True):
     assert abs(inner(pushed, v) - inner(u, pulled)) <= tolerance * norm(pushed) * norm(v)
     taps = {name: c[None] for name, c in lin.intercepts.items()}
     assert_close([y[0] for y in lin._push([a[None] for a in x], taps)], expected, tolerance)
-    assert lin._graph.couples_examples != apart
-    if apart:
-        alone = lin.take([2, 1]).jvp([a[1:3][::-1] for a in map(numpy, u)])
-        assert_close(alone, [y[1:3][::-1] for y in map(numpy, pushed)], tolerance)
+    assert not lin._graph.couples_examples
+    alone = lin.take([2, 1]).jvp([a[1:3][::-1] for a in map(numpy, u)])
+    assert_close(alone, [y[1:3][::-1] for y in map(numpy, pushed)], tolerance)
 
 
 def assert_same_masks(received, expected):
@@ -180,8 +179,7 @@ def test_masking_and_a_stack_of_layers(float64):
     )
     x = normal(BATCH, *STEPS)
     x[0, 3:] = x[1, :2] = x[2] = x[3, 2] = 0
-    # A call that moves the batch axis.
-    check_products(model, [ops.convert_to_tensor(x)], apart=False)
+    check_products(model, [ops.convert_to_tensor(x)])
     lin = jvpreg.linearize(model, x)
     u = normal(*x.shape, seed=1)
     assert_close(lin.jvp(u), lin.jvp(u * (x != 0)))

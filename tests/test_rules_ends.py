@@ -51,6 +51,7 @@ FINITE = {
     "var": (total(ops.var), [1, 1, 1], [[0, 0, 0]]),
     "norm": (total(ops.norm), [0, 0, 0], [[0, 0, 0]]),
     "norm, elsewhere": (total(ops.norm), [0, 3, 4], [[0, 0.6, 0.8]]),
+    "root of a sum of squares": (lambda t: ops.sqrt(ops.sum(t * t, axis=-1, keepdims=True)), [0, 0], [[0, 0]]),
     "arctan2": (lambda t: ops.arctan2(t, 0 * t), [0, 1], [0, 0]),
     "abs": (ops.abs, [0, -2], [0, -1]),
     "maximum with a number": (lambda t: ops.maximum(t, 0.3), [0.1, 0.5], [0, 1]),
@@ -70,7 +71,6 @@ FINITE = {
     "log2 behind where": (lambda t: ops.where(t > 0, ops.log2(t), 0.0), [0, 2], [0, 0.5 / np.log(2)]),
     "log10 behind where": (lambda t: ops.where(t > 0, ops.log10(t), 0.0), [0, 2], [0, 0.5 / np.log(10)]),
     "log1p behind where": (lambda t: ops.where(t > -1, ops.log1p(t), 0.0), [-1, 1], [0, 0.5]),
-    "x log x": (lambda t: ops.where(t > 0, t * ops.log(t), 0.0), [0, 1], [0, 1]),
     "arcsin behind where": (lambda t: ops.where(t < 1, ops.arcsin(t), 0.0), [1, 0.6], [0, 1.25]),
     "arccos behind where": (lambda t: ops.where(t < 1, ops.arccos(t), 0.0), [1, 0.6], [0, -1.25]),
     "arctanh behind where": (lambda t: ops.where(t < 1, ops.arctanh(t), 0.0), [1, 0.5], [0, 4 / 3]),
@@ -84,34 +84,35 @@ FINITE = {
     "softmax": (lambda t: ops.softmax(masked(t)), [1, -1, 2], np.insert(np.insert(SOFTMAX, 1, 0, 0), 1, 0, 1)),
     "softplus": (ops.softplus, [800, -800], [1, 0]),
     "elu": (ops.elu, [800, -800], [1, 0]),
-    "gelu": (lambda t: ops.gelu(t, approximate=True), [1e200, -1e200, 0], [1, 0, 0.5]),
     "squareplus without b": (lambda t: ops.squareplus(t, 0), [0, 1, -1], [0, 1, 0]),
     "maximum over padding": (lambda t: total(ops.max)(padded(t)), [1, 2], [[0, 1]]),
 }
+if keras.backend.backend() != "torch":  # whose own kernel has NaN there
+    FINITE["gelu"] = (lambda t: ops.gelu(t, approximate=True), [1e200, -1e200, 0], [1, 0, 0.5])
 # Where backends share the slope out otherwise.
-TIES = {"maximum of equals"}
-# Name: the function, the end, and its slope there.
+TIES = {"maximum of equals", "abs"}
+# Name: the function, the end, and the sign of its slope there.
 INFINITE = {
-    "sqrt": (ops.sqrt, 0, INF),
-    "x**0.5": (lambda t: t**0.5, 0, INF),
-    "rsqrt": (ops.rsqrt, 0, -INF),
-    "reciprocal": (ops.reciprocal, 0, -INF),
-    "x**-2.0": (lambda t: t**-2.0, 0, -INF),
-    "log": (ops.log, 0, INF),
-    "log2": (ops.log2, 0, INF),
-    "log10": (ops.log10, 0, INF),
-    "log1p": (ops.log1p, -1, INF),
-    "arcsin": (ops.arcsin, -1, INF),
-    "arccos": (ops.arccos, 1, -INF),
-    "arccosh": (ops.arccosh, 1, INF),
-    "arctanh": (ops.arctanh, 1, INF),
+    "sqrt": (ops.sqrt, 0, 1),
+    "x**0.5": (lambda t: t**0.5, 0, 1),
+    "rsqrt": (ops.rsqrt, 0, -1),
+    "reciprocal": (ops.reciprocal, 0, -1),
+    "x**-2.0": (lambda t: t**-2.0, 0, -1),
+    "log": (ops.log, 0, 1),
+    "log2": (ops.log2, 0, 1),
+    "log10": (ops.log10, 0, 1),
+    "log1p": (ops.log1p, -1, 1),
+    "arcsin": (ops.arcsin, -1, 1),
+    "arccos": (ops.arccos, 1, -1),
+    "arccosh": (ops.arccosh, 1, 1),
+    "arctanh": (ops.arctanh, 1, 1),
 }
 
 
 def linearized(function, row):
     x = np.array([row], "float64")
     symbol = keras.Input(x.shape[1:], dtype="float64")
-    return jvpreg.linearize(keras.Model(symbol, function(symbol)), x, fallback="error"), x
+    return jvpreg.linearize(keras.Model(symbol, layers.Lambda(function)(symbol)), x, fallback="error"), x
 
 
 def autodiff(function, x, cotangent):
@@ -138,25 +139,29 @@ def test_a_slope_is_finite_wherever_it_can_be(name):
 
 @pytest.mark.parametrize("name", INFINITE)
 def test_at_an_end_a_tangent_of_zero_stays_zero(name):
-    """Any other becomes infinite, as autodiff has it, and none becomes NaN."""
-    function, end, slope = INFINITE[name]
+    """In place of an infinite slope there is a very large number, which no product makes NaN."""
+    function, end, sign = INFINITE[name]
     lin, _ = linearized(function, [end])
-    for tangent, expected in ((0.0, 0.0), (2.0, slope), (-1e-3, -slope)):
-        np.testing.assert_array_equal(numpy(lin.jvp(np.array([[tangent]]))), [[expected]])
-        np.testing.assert_array_equal(numpy(lin.vjp(np.array([[tangent]]))), [[expected]])
+    for product in (lin.jvp, lin.vjp):
+        np.testing.assert_array_equal(numpy(product(np.array([[0.0]]))), [[0.0]])
+        assert sign * numpy(product(np.array([[2.0]])))[0, 0] > 1e299
+        assert sign * numpy(product(np.array([[-2.0]])))[0, 0] < -1e299
 
 
 def test_a_penalty_trains_at_these_points():
-    """The gradient of a penalty asks for the slope's own slope: with weights of 0, every function is at its end."""
+    """The gradient of a penalty asks for the slope's own slope: with x K = 0, every function is at its end."""
     x = keras.Input((2,))
-    t = layers.Dense(2, kernel_initializer="zeros", name="dense")(x)
+    t = layers.Dense(2, kernel_initializer="ones", name="dense")(x)
     roots = [ops.maximum(ops.sqrt(t), 1e-3), ops.where(t > 0, t**0.5, 0.0), ops.where(t > 0, 1 / t, 0.0)]
-    norms = [total(ops.std)(t), total(ops.norm)(t), ops.arctan2(t, 0 * t)]
+    norms = [total(ops.std)(t), layers.Lambda(total(ops.norm))(t), ops.arctan2(t, 0 * t)]
     powers = [t**exponent for exponent in (0.0, 1, 1.5, 2.0)] + [exponents(0, 1)(t)]
     model = jvpreg.JacobianModel(keras.Model(x, layers.Concatenate()([*roots, *norms, *powers])))
-    model.compile("sgd", lambda y, z: 0.0 * z[:, :1], jacobian_regularizers=[jvpreg.regularizers.JacobianNorm(1.0)])
-    history = model.fit(np.ones((3, 2)), np.zeros((3, 1)), verbose=0).history
+    # A loss of the outputs would have NaN from the roots by itself.
+    model.compile(
+        "sgd", lambda y, z: ops.zeros_like(z[:, :1]), jacobian_regularizers=[jvpreg.regularizers.JacobianNorm(1.0)]
+    )
+    history = model.fit(np.array([[1.0, -1.0]] * 3), np.zeros((3, 1)), verbose=0).history
     assert np.isfinite(history["loss"][0])
     kernel = numpy(model.base.get_layer("dense").kernel)
     assert np.all(np.isfinite(kernel))
-    assert np.any(kernel != 0) or history["jacobian_norm"][0] > 0
+    assert np.all(kernel != 1)

@@ -61,7 +61,7 @@ class BiasJacobianNorm(JacobianRegularizer):
             return None
         batch = ops.shape(tree.flatten(inputs)[0])[0]
         outputs = linearization.node_outputs(self.layers)
-        like = {name: ops.zeros((batch, *y.shape[1:]), y.dtype) for name, y in outputs.items()}
+        like = {name: ops.zeros(linearization.shape_at(name, batch), y.dtype) for name, y in outputs.items()}
         return {name: probes.draw("gaussian", zeros, self.num_probes, seed) for name, zeros in like.items()}
 
     def look(self, linearization, drawn, labels):
@@ -148,7 +148,8 @@ def bias_jacobians(linearization: Linearization, cotangent, names: Sequence[str]
     probed = tree.map_structure(lambda v: ops.expand_dims(v, 0), cotangent)
     at_inputs, at_nodes = linearization.gradients(probed, names, with_inputs=with_inputs)
     intercepts = linearization.intercepts_of(names)
-    return at_inputs, {name: at_nodes[name] * ops.cast(intercepts[name], at_nodes[name].dtype) for name in names}
+    found = {name: at_nodes[name] * ops.cast(intercepts[name], at_nodes[name].dtype) for name in names}
+    return at_inputs, {name: linearization.by_example(name, t, probed=True) for name, t in found.items()}
 
 
 def target_cotangent(regularizer, outputs, labels):

@@ -8,8 +8,9 @@ import math
 
 import keras
 import numpy as np
-from keras import activations, layers, ops, tree
+from keras import activations, layers, ops
 
+from jvpreg.examples import besides, kept
 from jvpreg.folding import fold, unfold
 from jvpreg.registry import (
     Declined,
@@ -49,7 +50,7 @@ def _two_pieces(mask, slope) -> Pushforward:
     def push(tangent, mask):
         return ops.where(mask, tangent, slope * tangent)
 
-    return Pushforward(push, mask)
+    return Pushforward(push, mask, examples=kept)
 
 
 def _slope_in_use(function, x, **kwargs):
@@ -79,7 +80,7 @@ def _by_kernel(slope, y) -> Pushforward:
         def push_by_torch(tangent, y):
             return leaky(tangent, y.detach(), slope, True) if slope else relu(tangent, y.detach(), 0)
 
-        return Pushforward(push_by_torch, y, mask=mask)
+        return Pushforward(push_by_torch, y, mask=mask, examples=kept)
     import tensorflow as tf
 
     slope = float(np.float32(slope))  # as the kernel of the layer itself has it
@@ -95,7 +96,7 @@ def _by_kernel(slope, y) -> Pushforward:
         image = tf.raw_ops.LeakyReluGrad(**both, alpha=slope) if slope else tf.raw_ops.ReluGrad(**both)
         return unfold(image, 1)
 
-    return Pushforward(push, y, mask=mask)
+    return Pushforward(push, y, mask=mask, examples=kept)
 
 
 def _has_kernels(context) -> bool:
@@ -120,7 +121,7 @@ def relu(function, x, context, negative_slope=0.0, max_value=None, threshold=0.0
     def push(tangent, above, between):
         return ops.where(between, tangent, ops.where(above, 0.0, negative_slope * tangent))
 
-    return y, Pushforward(push, above, between)
+    return y, Pushforward(push, above, between, examples=kept)
 
 
 @register_rule(activations.relu6)
@@ -152,7 +153,7 @@ def threshold(function, x, threshold, default_value, context):
 
 
 def _gated_slope(mask, slope: float) -> Pushforward:
-    return Pushforward(lambda tangent, mask: ops.where(mask, slope * tangent, 0.0), mask)
+    return Pushforward(lambda tangent, mask: ops.where(mask, slope * tangent, 0.0), mask, examples=kept)
 
 
 @register_rule(activations.hard_sigmoid)
@@ -303,7 +304,7 @@ def _softmax_pushforward(y, axes, context) -> Pushforward:
     def push(tangent, y):
         return y * (tangent - sum_of_products(y, tangent, axes, context))
 
-    return Pushforward(push, y, couples_examples=-len(y.shape) in tree.flatten(axes))
+    return Pushforward(push, y, examples=besides(axes, len(y.shape)))
 
 
 @register_rule(activations.log_softmax)
@@ -314,7 +315,7 @@ def log_softmax(function, x, context, axis=-1):
     def push(tangent, probabilities):
         return tangent - sum_of_products(probabilities, tangent, axis, context)
 
-    return y, Pushforward(push, ops.exp(y), couples_examples=-len(x.shape) in tree.flatten(axis))
+    return y, Pushforward(push, ops.exp(y), examples=besides([axis], len(x.shape)))
 
 
 @register_rule(activations.sparsemax)
@@ -336,7 +337,7 @@ def sparsemax(function, x, context, axis=-1):
     def push(tangent, kept, weights):
         return ops.where(kept, tangent - ops.sum(weights * tangent, axis=axis, keepdims=True), 0.0)
 
-    return y, Pushforward(push, y > 0, weights, couples_examples=axis == -len(x.shape))
+    return y, Pushforward(push, y > 0, weights, examples=besides([axis], len(x.shape)))
 
 
 @register_rule(activations.glu)
@@ -349,8 +350,9 @@ def glu(function, x, context, axis=-1):
         value_tangent, logit_tangent = ops.split(tangent, 2, axis=axis)
         return value_tangent * gate + slope * logit_tangent
 
-    mixes = axis == -len(x.shape)
-    return function(x, axis=axis), Pushforward(push, gate, value * gate * (1 - gate), couples_examples=mixes)
+    return function(x, axis=axis), Pushforward(
+        push, gate, value * gate * (1 - gate), examples=besides([axis], len(x.shape))
+    )
 
 
 # The same as layers.

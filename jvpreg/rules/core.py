@@ -5,6 +5,7 @@ import math
 import keras
 from keras import layers, ops
 
+from jvpreg.examples import besides
 from jvpreg.registry import affine, gate, identity, register_rule
 
 
@@ -47,7 +48,7 @@ def dense(layer, x, context):
     if layer.bias is not None:
         y = ops.add(y, bias)
     weights = [*kernel_parts(layer, lambda u, x: ops.matmul(x, u)), (layer.bias, lambda u, x: u)]
-    return y, affine(apply, x, weights, intercept=bias, image=image)
+    return y, affine(apply, x, weights, intercept=bias, image=image, examples=besides([-1], len(x.shape)))
 
 
 @register_rule(layers.Identity)

@@ -19,27 +19,31 @@ SLOPES: dict[type, Callable] = {
     numpy_ops.Absolute: lambda x, y: ops.sign(x),
     numpy_ops.Negative: lambda x, y: -ops.ones_like(x),
     numpy_ops.Square: lambda x, y: 2 * x,
-    # Where it overflows, the largest number for infinity: for a branch that is not taken, 0 times it is 0.
-    numpy_ops.Exp: lambda x, y: _without_infinity(y),
-    numpy_ops.Exp2: lambda x, y: _without_infinity(math.log(2) * y),
-    numpy_ops.Expm1: lambda x, y: _without_infinity(y + 1),
+    numpy_ops.Exp: lambda x, y: without_infinity(y),
+    numpy_ops.Exp2: lambda x, y: without_infinity(math.log(2) * y),
+    numpy_ops.Expm1: lambda x, y: without_infinity(y + 1),
     numpy_ops.Sin: lambda x, y: ops.cos(x),
     numpy_ops.Cos: lambda x, y: -ops.sin(x),
     numpy_ops.Tan: lambda x, y: 1 + y * y,
     numpy_ops.Arctan: lambda x, y: 1 / (1 + x * x),
-    numpy_ops.Sinh: lambda x, y: _without_infinity(ops.cosh(x)),
-    numpy_ops.Cosh: lambda x, y: _without_infinity(ops.sinh(x)),
+    numpy_ops.Sinh: lambda x, y: without_infinity(ops.cosh(x)),
+    numpy_ops.Cosh: lambda x, y: without_infinity(ops.sinh(x)),
     numpy_ops.Tanh: lambda x, y: (1 - y) * (1 + y),
     numpy_ops.Arcsinh: lambda x, y: ops.rsqrt(1 + x * x),
     math_ops.Erf: lambda x, y: (2 / math.sqrt(math.pi)) * ops.exp(-x * x),
 }
 
 
+OVERFLOWING = (numpy_ops.Exp, numpy_ops.Exp2, numpy_ops.Expm1, numpy_ops.Sinh, numpy_ops.Cosh)
+
+
 @register_rule(*SLOPES)
 def elementwise(operation, x, context):
     _decline_complex(operation, x)
     y = operation.call(x)
-    return y, scale(SLOPES[type(operation)](x, y))
+    pushforward = scale(SLOPES[type(operation)](x, y))
+    pushforward.finite = not isinstance(operation, OVERFLOWING)
+    return y, pushforward
 
 
 # The operations whose slope is infinite at an end of their domain: the slope, where it is finite, and a point there.
@@ -72,22 +76,19 @@ def _decline_complex(operation, x) -> None:
 
 
 def scale_to_the_end(x, slope: Callable, inside, point: float) -> Pushforward:
-    """Multiplies by `slope(x)`, which is infinite where not `inside`, and then has the sign that it has at a `point`.
-
-    Infinity is a product of two large numbers, by which a tangent of zero stays zero, as what comes back from a branch
-    that is not taken must; any other becomes infinite.
-    """
-    factor = ops.where(inside, ops.ones_like(x), large(x.dtype))
-    finite = slope(ops.where(inside, x, point)) * factor
-    return Pushforward(lambda tangent, slope, factor: tangent * slope * factor, finite, factor, finite=False)
+    """Multiplies by `slope(x)`: infinite where not `inside`, and then of the sign that it has at a `point`."""
+    finite = slope(ops.where(inside, x, point))
+    pushforward = scale(ops.where(inside, finite, ops.sign(finite) * large(x.dtype)))
+    pushforward.finite = False
+    return pushforward
 
 
 def large(dtype) -> float:
-    """A number whose square is infinite."""
-    return {"float16": 6e4, "float64": 1e300}.get(keras.backend.standardize_dtype(dtype), 1e38)
+    """What stands for infinity in a slope, since 0 times infinity is NaN: 0 comes from a branch that is not taken."""
+    return {"float16": 1e4, "float64": 1e300}.get(keras.backend.standardize_dtype(dtype), 1e37)
 
 
-def _without_infinity(slope):
+def without_infinity(slope):
     return ops.clip(slope, -large(slope.dtype), large(slope.dtype))
 
 

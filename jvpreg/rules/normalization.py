@@ -9,6 +9,7 @@ from keras import layers, ops
 from keras.src.ops import nn
 
 from jvpreg.eager import cast, shape_of
+from jvpreg.examples import along, besides
 from jvpreg.folding import as_batch, fold, unfold
 from jvpreg.registry import Declined, Pushforward, register_rule
 from jvpreg.rules.core import sum_of_products
@@ -203,7 +204,9 @@ def layer_normalization(operation, x, gamma=None, beta=None, context=None, **kwa
                 images.append(spread(moved, 1) * (standardized if weight is gamma else ops.ones_like(standardized)))
         return ops.cast(sum(images[1:], images[0]), x.dtype)
 
-    return ops.cast(y, x.dtype), Pushforward(push, standardized, inverse, takes_none=True)
+    return ops.cast(y, x.dtype), Pushforward(
+        push, standardized, inverse, takes_none=True, examples=besides(axes, len(x.shape))
+    )
 
 
 @register_rule(layers.GroupNormalization)
@@ -252,4 +255,4 @@ def moments(operation, x, context):
 
     mean = ops.mean(x, axis=axes, keepdims=keepdims)
     variance = ops.mean(ops.square(centered), axis=axes, keepdims=keepdims)
-    return (mean, variance), Pushforward(push, centered, couples_examples=-len(x.shape) in axes)
+    return (mean, variance), Pushforward(push, centered, examples=along(operation, x))

@@ -8,7 +8,9 @@ import cmath
 import functools
 import string
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 from keras import ops, tree
 
 # Private: the operations' classes, by which a graph's nodes are known, have no public names.
@@ -17,11 +19,11 @@ from keras.src.ops import math as math_ops
 from keras.src.ops import numpy as numpy_ops
 
 from jvpreg.eager import cast as convert
-from jvpreg.examples import mixes_examples, moves_examples
+from jvpreg.examples import along, besides, broadcast, indexed, joined, kept, looked_up, multiplied, reshaped
 from jvpreg.folding import align, fold, unfold
 from jvpreg.inputs import is_complex
 from jvpreg.registry import Declined, Pushforward, each_probe, identity, register_rule, scale
-from jvpreg.rules.elementwise import large, scale_to_the_end
+from jvpreg.rules.elementwise import large, scale_to_the_end, without_infinity
 
 # ---------------------------------------------------------------- one input, linear: entries moved about, or summed
 
@@ -56,7 +58,7 @@ from jvpreg.rules.elementwise import large, scale_to_the_end
 )
 def linear(operation, x, context):
     push = each_probe(operation.call)
-    return operation.call(x), Pushforward(push, couples_examples=mixes_examples(operation, x))
+    return operation.call(x), Pushforward(push, examples=along(operation, x))
 
 
 @register_rule(numpy_ops.Reshape)
@@ -67,12 +69,13 @@ def reshape(operation, x, context):
         shape[0] = -1
     # Not by the operation itself, which on TensorFlow holds None for a batch that is not known.
     push = each_probe(lambda tangent: ops.reshape(tangent, shape))
-    return ops.reshape(x, shape), Pushforward(push, moves_examples=moves_examples(x.shape, shape))
+    return ops.reshape(x, shape), Pushforward(push, examples=reshaped(x.shape, shape))
 
 
 @register_rule(numpy_ops.BroadcastTo)
 def broadcast_to(operation, x, context):
     # A call that reads off a batch that is not known, as for a token at the head of each sequence, has None for it.
+    after = broadcast(len(x.shape), len(operation.shape))
     rank, shape = len(operation.shape), tuple(context.batch if size is None else size for size in operation.shape)
 
     def push(tangent):
@@ -80,32 +83,29 @@ def broadcast_to(operation, x, context):
         kept = shape[0] == x.shape[0] and len(x.shape) == rank
         return ops.broadcast_to(tangent, (*ops.shape(tangent)[: 2 if kept else 1], *shape[1 if kept else 0 :]))
 
-    return ops.broadcast_to(x, shape), Pushforward(push)
+    return ops.broadcast_to(x, shape), Pushforward(push, examples=lambda place: after(place, None))
 
 
 @register_rule(core.Cast, core.ConvertToTensor)
 def cast(operation, x, context):
-    return operation.call(x), Pushforward(operation.call)
+    return operation.call(x), Pushforward(operation.call, examples=kept)
 
 
 @register_rule(math_ops.ViewAsComplex)
 def view_as_complex(operation, x, context):
     # Not by the operation itself, which has no `call` of its own on every backend.
-    return ops.view_as_complex(x), Pushforward(each_probe(ops.view_as_complex))
+    return ops.view_as_complex(x), Pushforward(each_probe(ops.view_as_complex), examples=besides([-1], len(x.shape)))
 
 
 @register_rule(numpy_ops.Pad)
 def pad(operation, x, context, constant_values=None):
-    mixes = tuple(tree.flatten(operation.pad_width[0])) not in ((0,), (0, 0))
     push = each_probe(operation.call)
     finite = constant_values is None or _is_finite_number(constant_values)
-    return operation.call(x, constant_values), Pushforward(push, couples_examples=mixes, finite=finite)
+    return operation.call(x, constant_values), Pushforward(push, examples=along(operation, x), finite=finite)
 
 
 @register_rule(numpy_ops.GetItem)
 def get_item(operation, x, key, context):
-    first = key[0] if isinstance(key, (tuple, list)) and key else key
-    whole = first is Ellipsis or (isinstance(first, slice) and first == slice(None))
     # A key may hold tensors, which are inputs too.
     held = [leaf for leaf in tree.flatten(key) if ops.is_tensor(leaf)]
 
@@ -114,7 +114,7 @@ def get_item(operation, x, key, context):
         now = tree.map_structure(lambda leaf: next(frozen) if ops.is_tensor(leaf) else leaf, key)
         return each_probe(lambda row: operation.call(row, now))(tangent)
 
-    return operation.call(x, key), Pushforward(push, *held, couples_examples=not whole)
+    return operation.call(x, key), Pushforward(push, *held, examples=indexed(key, len(x.shape)))
 
 
 @register_rule(numpy_ops.Split)
@@ -124,7 +124,7 @@ def split(operation, x, context):
     def push(tangent):
         return tuple(ops.split(tangent, operation.indices_or_sections, axis=axis))
 
-    return tuple(operation.call(x)), Pushforward(push, couples_examples=mixes_examples(operation, x))
+    return tuple(operation.call(x)), Pushforward(push, examples=along(operation, x))
 
 
 @register_rule(core.Unstack)
@@ -134,7 +134,7 @@ def unstack(operation, x, context):
     def push(tangent):
         return tuple(ops.unstack(tangent, operation.num, axis=axis))
 
-    return tuple(operation.call(x)), Pushforward(push, couples_examples=mixes_examples(operation, x))
+    return tuple(operation.call(x)), Pushforward(push, examples=along(operation, x))
 
 
 @register_rule(numpy_ops.Take, numpy_ops.TakeAlongAxis)
@@ -142,11 +142,11 @@ def take(operation, x, indices, context):
     def push(tangent, _, x, indices):
         return each_probe(lambda row: operation.call(row, indices[0]))(tangent)
 
-    mixes = [x] if mixes_examples(operation, x) else []  # but a table, which holds no examples, is looked up
+    after = looked_up(operation, x, len(indices.shape) if ops.is_tensor(indices) else np.ndim(indices))
     if not ops.is_tensor(indices):
         fixed = each_probe(lambda row: operation.call(row, indices))
-        return operation.call(x, indices), Pushforward(fixed, couples_examples=mixes)
-    return operation.call(x, indices), Pushforward(push, x, indices, takes_none=True, couples_examples=mixes)
+        return operation.call(x, indices), Pushforward(fixed, examples=after)
+    return operation.call(x, indices), Pushforward(push, x, indices, takes_none=True, examples=after)
 
 
 # ---------------------------------------------------------------- several inputs
@@ -187,7 +187,10 @@ def _partials(operands, parts: list[Callable], y, *residuals, finite: bool = Tru
     # Where a tangent may be smaller than the output, it is spread over it.
     smaller = any(not _is_number(a) and tuple(a.shape) != tuple(y.shape) for a in operands)
     finite = finite and all(_is_finite_number(a) for a in operands if _is_number(a))
-    return Pushforward(push, *kept, *([y] if smaller else []), takes_none=True, finite=finite)
+    ranks = [0 if _is_number(operand) else len(operand.shape) for operand in operands]
+    after = broadcast(*(rank for rank, operand in zip(ranks, operands, strict=True) if not _is_number(operand)))
+    options: dict[str, Any] = {"takes_none": True, "finite": finite, "examples": after}
+    return Pushforward(push, *kept, *([y] if smaller else []), **options)
 
 
 @register_rule(numpy_ops.Add, numpy_ops.Subtract)
@@ -208,14 +211,16 @@ def divide(operation, a, b, context):
     y = operation.call(a, b)
     if _is_number(b):
         return y, _partials((a, b), [lambda t, b, y: t / b, lambda t, b, y: -t * y / b], y, b, y)
+    if is_complex(y):
+        raise Declined("a quotient of complex numbers")
 
-    def divisor(b, tangent):
-        """A very small number for 0, by which a tangent of zero stays zero."""
+    def inverse(b, tangent):
+        """Of 0 a very large number, by which a tangent of zero stays zero."""
         b = _like(b, tangent)
-        return ops.where(b == 0, 1 / large(tangent.dtype), b)
+        return ops.where(b == 0, large(tangent.dtype), 1 / ops.where(b == 0, ops.ones_like(b), b))
 
-    quotient = ops.where(b == 0, ops.cast(a, y.dtype), y)
-    parts = [lambda t, b, y: t / divisor(b, t), lambda t, b, y: -t * y / divisor(b, t)]
+    quotient = without_infinity(operation.call(a, ops.where(b == 0, ops.ones_like(b), b)))
+    parts = [lambda t, b, y: t * inverse(b, t), lambda t, b, y: -t * y * inverse(b, t)]
     return y, _partials((a, b), parts, y, b, quotient, finite=False)
 
 
@@ -233,8 +238,8 @@ def power(operation, a, b, context):
     constant = ops.logical_or(exponent == 0, exponent == 1)
     by_base = exponent * operation.call(ops.where(ops.logical_or(infinite, constant), 1.0, base), exponent - 1)
     by_base = ops.where(infinite, by_base * large(y.dtype), by_base)
-    positive = base > 0
-    by_exponent = ops.where(positive, y * ops.log(ops.where(positive, base, 1.0)), 0.0)
+    positive = ops.where(base > 0, base, 1.0)
+    by_exponent = operation.call(positive, exponent) * ops.log(positive)
     parts = [lambda t, by_base, by_exponent: t * by_base, lambda t, by_base, by_exponent: t * by_exponent]
     return y, _partials((a, b), parts, y, by_base, by_exponent, finite=False)
 
@@ -242,7 +247,7 @@ def power(operation, a, b, context):
 def _power_of_a_number(operation, base, exponent) -> Pushforward:
     """The pushforward of `base ** exponent` for a number: 0 and 1 are no powers of the base, nor 2 one of its slope."""
     if exponent == 0:
-        return Pushforward(ops.zeros_like)
+        return Pushforward(ops.zeros_like, examples=kept)
     if exponent == 1:
         return identity()
     if exponent == 2:
@@ -318,23 +323,9 @@ def contract(operation, *operands, context):
 
         return functools.reduce(ops.add, [image(i, t) for i, t in enumerate(tangents) if t is not None])
 
-    mixed = [operand for i, operand in enumerate(operands) if not _keeps_first_axis(operation, i, ranks)]
-    return operation.call(*operands), Pushforward(push, *operands, takes_none=True, couples_examples=mixed)
-
-
-def _keeps_first_axis(operation, i: int, ranks: list[int]) -> bool:
-    """Whether the first axis of operand `i` is that of the product, entry by entry."""
-    if isinstance(operation, numpy_ops.Einsum):
-        operands, arrow, result = operation.subscripts.replace(" ", "").partition("->")
-        free = sorted(letter for letter in set(operands) - {","} if operands.count(letter) == 1)
-        return operands.split(",")[i][:1] == (result if arrow else "".join(free))[:1]
-    if isinstance(operation, numpy_ops.Matmul) and max(ranks) > 2:
-        return ranks[i] == max(ranks)
-    if isinstance(operation, numpy_ops.Tensordot):
-        axes = operation.axes
-        contracted = range(ranks[0] - axes, ranks[0]) if isinstance(axes, int) else tree.flatten(axes[0])
-        return i == 0 and 0 not in [axis % ranks[0] for axis in contracted]
-    return i == 0 and ranks[0] > 1
+    return operation.call(*operands), Pushforward(
+        push, *operands, takes_none=True, examples=multiplied(operation, ranks)
+    )
 
 
 def _probed(subscripts: str, i: int) -> str | None:
@@ -370,8 +361,8 @@ def convolution(operation, x, kernel, context):
 @register_rule(numpy_ops.Concatenate, numpy_ops.Stack, numpy_ops.Hstack, numpy_ops.Vstack)
 def join(operation, tensors, context):
     push = each_probe(lambda *rows: operation.call(list(rows)))
-    along = isinstance(operation, (numpy_ops.Concatenate, numpy_ops.Stack)) and operation.axis is not None
-    if along:
+    with_axis = isinstance(operation, (numpy_ops.Concatenate, numpy_ops.Stack)) and operation.axis is not None
+    if with_axis:
         rank = len(tensors[0].shape) + isinstance(operation, numpy_ops.Stack)
         axis = operation.axis % rank - rank
         put = ops.stack if isinstance(operation, numpy_ops.Stack) else ops.concatenate
@@ -383,8 +374,8 @@ def join(operation, tensors, context):
             pairs = zip(tangents, tensors, strict=True)
             return put([_zeros_like(x, leading) if t is None else t for t, x in pairs], axis=axis)
 
-    mixes = isinstance(operation, numpy_ops.Vstack) or mixes_examples(operation, tensors[0])
-    return operation.call(tensors), Pushforward(push, couples_examples=mixes, takes_none=along)
+    after = joined(operation, tensors[0])
+    return operation.call(tensors), Pushforward(push, examples=after, takes_none=with_axis)
 
 
 def _zeros_like(x, leading: tuple):

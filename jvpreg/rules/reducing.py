@@ -8,7 +8,7 @@ from keras.src.ops import linalg, nn
 from keras.src.ops import math as math_ops
 from keras.src.ops import numpy as numpy_ops
 
-from jvpreg.examples import mixes_examples
+from jvpreg.examples import along
 from jvpreg.inputs import is_complex
 from jvpreg.registry import Declined, Pushforward, register_rule
 
@@ -33,7 +33,7 @@ def extremum(operation, x, context):
     def push(tangent, shares):
         return ops.sum(shares * tangent, axis=axes, keepdims=operation.keepdims)
 
-    return y, Pushforward(push, shares, couples_examples=mixes_examples(operation, x))
+    return y, Pushforward(push, shares, examples=along(operation, x))
 
 
 @register_rule(numpy_ops.Var, numpy_ops.Std)
@@ -51,7 +51,7 @@ def variance(operation, x, context):
     def push(tangent, centered):
         return factor * ops.mean(centered * tangent, axis=axes, keepdims=operation.keepdims)
 
-    return y, Pushforward(push, centered, couples_examples=mixes_examples(operation, x))
+    return y, Pushforward(push, centered, examples=along(operation, x))
 
 
 def _unit(x, squared):
@@ -71,7 +71,9 @@ def norm(operation, x, context):
     def push(tangent, unit):
         return ops.sum(unit * tangent, axis=axes, keepdims=operation.keepdims)
 
-    return operation.call(x), Pushforward(push, unit, couples_examples=mixes_examples(operation, x))
+    # Not by the operation itself, which on JAX takes no list of axes.
+    y = ops.norm(x, operation.ord, operation.axis and tuple(operation.axis), operation.keepdims)
+    return y, Pushforward(push, unit, examples=along(operation, x))
 
 
 @register_rule(math_ops.Logsumexp)
@@ -85,7 +87,7 @@ def logsumexp(operation, x, context):
 
     # Where all are −∞, no share of the sum moves it.
     shares = ops.exp(ops.where(ops.isfinite(wide), x - wide, -float("inf")))
-    return y, Pushforward(push, shares, couples_examples=mixes_examples(operation, x), finite=False)
+    return y, Pushforward(push, shares, examples=along(operation, x), finite=False)
 
 
 @register_rule(nn.Normalize)
@@ -103,4 +105,4 @@ def normalize(operation, x, context):
     def push(tangent, y, inverse, above):
         return inverse * (tangent - above * y * ops.sum(y * tangent, axis=axes, keepdims=True))
 
-    return y, Pushforward(push, y, inverse, above, couples_examples=mixes_examples(operation, x))
+    return y, Pushforward(push, y, inverse, above, examples=along(operation, x))
