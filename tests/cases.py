@@ -539,7 +539,7 @@ LAYERS = [
     *[_row(make, IMAGE) for make in AUGMENTATIONS],
     *[_row(make, IMAGE, float32_on_tensorflow=True) for make in AUGMENTATIONS_IN_FLOAT32],
     *OPERATIONS,
-    *[_own_convolution(name) for name in ("conv", "depthwise_conv")],
+    *[_own_convolution(name) for name in ("conv", "depthwise_conv", "conv_transpose")],
 ]
 
 # What has no tangent, or none that means anything, and why.

@@ -177,7 +177,8 @@ def test_embedding_has_tangents_of_its_table_only(float64, make):
     table = layer.trainable_variables[0]
     moved = normal(2, *table.shape)
     np.testing.assert_array_equal(numpy(lin.jvp(weights=[(table, moved)])), moved[:, words])
-    assert not np.any(numpy(lin.jvp(np.ones(words.shape))))
+    with pytest.raises(ValueError, match="nothing has a derivative by integers"):
+        lin.jvp(np.ones(words.shape))
 
 
 def test_operations_without_a_tangent(float64):

@@ -15,11 +15,10 @@ from keras import ops, tree
 
 # Private: the operations' classes, by which a graph's nodes are known, have no public names.
 from keras.src.ops import core, image, nn
-from keras.src.ops import math as math_ops
 from keras.src.ops import numpy as numpy_ops
 
 from jvpreg.eager import cast as convert
-from jvpreg.examples import along, besides, broadcast, indexed, joined, kept, looked_up, multiplied, reshaped
+from jvpreg.examples import along, broadcast, indexed, joined, kept, looked_up, multiplied, reshaped
 from jvpreg.folding import align, fold, unfold
 from jvpreg.inputs import is_complex
 from jvpreg.registry import Declined, Pushforward, each_probe, identity, register_rule, scale
@@ -48,10 +47,6 @@ from jvpreg.rules.elementwise import large, scale_to_the_end, without_infinity
     numpy_ops.Tril,
     numpy_ops.Triu,
     numpy_ops.Copy,
-    numpy_ops.Conjugate,
-    numpy_ops.Imag,
-    numpy_ops.Real,
-    math_ops.ViewAsReal,
     nn.AveragePool,
     nn.AdaptiveAveragePool,
     image.Resize,
@@ -89,12 +84,6 @@ def broadcast_to(operation, x, context):
 @register_rule(core.Cast, core.ConvertToTensor)
 def cast(operation, x, context):
     return operation.call(x), Pushforward(operation.call, examples=kept)
-
-
-@register_rule(math_ops.ViewAsComplex)
-def view_as_complex(operation, x, context):
-    # Not by the operation itself, which has no `call` of its own on every backend.
-    return ops.view_as_complex(x), Pushforward(each_probe(ops.view_as_complex), examples=besides([-1], len(x.shape)))
 
 
 @register_rule(numpy_ops.Pad)
