@@ -37,6 +37,8 @@ def invalid(name: str, expected: str, value, owner: str = "") -> ValueError:
 
 def described(value) -> str:
     """A value for an error: an array or a tensor by its shape, anything else as it prints, cut where it is long."""
+    if _is_ragged_or_sparse(value):
+        return f"a ragged, sparse or symbolic {type(value).__name__}"  # which may have no shape to be told
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         few = isinstance(value, (np.ndarray, np.generic)) and value.size <= MOST_ENTRIES
         return f"{value!r}" if few else f"{type(value).__name__} of shape {tuple(value.shape)} and dtype {value.dtype}"
@@ -160,7 +162,7 @@ def float_dtype(name: str, value) -> str:
         dtype = keras.backend.standardize_dtype(value)
     except Exception:  # What is no dtype at all fails in ways of its own.
         dtype = ""
-    if not keras.backend.is_float_dtype(dtype):
+    if not dtype or not keras.backend.is_float_dtype(dtype):
         raise invalid(name, "a floating-point dtype", value)
     return dtype
 

@@ -107,6 +107,8 @@ def max_pool(h, pool_size, strides=None, padding: str = "valid", data_format=Non
     for name, sizes in (("pool_size", pool_size), ("strides", strides)):
         for size in sizes if isinstance(sizes, (list, tuple)) else [sizes]:
             checks.count(name, size, optional=name == "strides")
+        if isinstance(sizes, (list, tuple)) and len(sizes) != rank:
+            raise checks.invalid(name, f"an integer, or {rank} of them", sizes)
     checks.choice("padding", padding, ("valid", "same"))
     checks.choice("data_format", data_format, ("channels_last", "channels_first", None))
     windows = (pool_size,) * rank if checks.is_integer(pool_size) else tuple(pool_size)
@@ -143,7 +145,7 @@ def dropout(h, rate: float, seed=None, num_probes: int | None = None):
     """
     checks.number("rate", rate, least=0, below=1)
     if seed is not None:
-        checks.seed("seed", seed, generator=True)
+        seed = checks.seed("seed", seed, generator=True)
     parts = _split(h, num_probes)
     return _join(parts * keras.random.dropout(ops.ones_like(parts[0]), rate, seed=seed)) if rate else h
 
@@ -160,7 +162,8 @@ def batch_normalization(
     """
     if (mean is None) != (variance is None):
         raise ValueError("Invalid value for argument `mean`. Expected it together with `variance`. Received: one.")
-    x = _split(h, num_probes)[0]
+    parts = _split(h, num_probes)
+    x, h = parts[0], _join(parts)
     if mean is None:
         mean, variance = ops.moments(x, [a for a in range(len(x.shape)) if a != axis % len(x.shape)])
     return ops.batch_normalization(h, mean, variance, axis, offset=offset, scale=scale, epsilon=epsilon)

@@ -167,7 +167,8 @@ class Linearization:
             ValueError: there is no such layer.
         """
         layers = checks.names("layers", layers, optional=True)
-        chosen = self.nodes if layers is None else [self.nodes[i] for path in layers for i in self._indices_of(path)]
+        places = [i for path in layers or [] for i in self._indices_of(path, "layers")]
+        chosen = self.nodes if layers is None else [self.nodes[i] for i in places]
         found = {name: value for node in chosen for name, value in _named_outputs(node)}
         return {name: value.primal for name, value in found.items() if value.batched and value.has_tangents}
 
@@ -234,8 +235,12 @@ class Linearization:
         return at_inputs, dict(zip(names, at_nodes, strict=True))
 
     def shape_at(self, name: str, batch=None) -> tuple:
-        """The shape of a node's output for a batch of so many examples; by default for as many as there are here."""
-        value = self._values[name]
+        """The shape of a node's output for a batch of so many examples; by default for as many as there are here.
+
+        Raises:
+            ValueError: there is no such output.
+        """
+        value = self._value_of(name)
         if batch is None and self._whole is not None:
             batch = ops.shape(self.inputs[0])[0]
         return tangent_shape((1, batch, self._graph.places), value)[1:]
@@ -250,8 +255,14 @@ class Linearization:
             name: of the node's output.
             tensor: such as a gradient at it, or its intercept.
             probed: whether it has a leading axis for the probes, which stays the first.
+
+        Raises:
+            ValueError: there is no such output, or the tensor is not like it.
         """
         axis, before, after = self._place_of(name)
+        tensor, expected = checks.tensor("tensor", tensor), self._value_of(name).primal.shape
+        if len(tensor.shape) != len(expected) + checks.boolean("probed", probed):
+            raise checks.invalid("tensor", f"one like the node's output, of shape {tuple(expected)}", tensor)
         axis, first = axis + probed, int(probed)
         if axis <= first and before * after == 1:
             return tensor
@@ -266,7 +277,13 @@ class Linearization:
         return {name: value for node in self.nodes for name, value in _named_outputs(node)}
 
     def _place_of(self, name: str) -> Place:
-        return self._graph.places.get(self._values[name].slot, FIRST)
+        return self._graph.places.get(self._value_of(name).slot, FIRST)
+
+    def _value_of(self, name: str) -> Value:
+        found = self._values.get(name) if isinstance(name, str) else None
+        if found is None:
+            raise checks.invalid("name", f"one of {list(self._values)}", name)
+        return found
 
     def take(self, indices) -> "Linearization":
         """The linearization of the examples at `indices`, an integer vector `(N,)`, only. Nothing is run again.
@@ -367,12 +384,13 @@ class Linearization:
             )
         return self._part(nodes, next(iter(entering.values())), [output], output.primal)
 
-    def _indices_of(self, layer: str) -> list[int]:
+    def _indices_of(self, layer: str, argument: str = "layer") -> list[int]:
         """Those of the nodes of a layer (its activation is one of them), or of the layers of a block."""
+        checks.text(argument, layer)
         found = [i for i, n in enumerate(self.nodes) if n.name == layer or n.name.startswith(f"{layer}/")]
         if not found:
             raise ValueError(
-                "Invalid value for argument `layer`. Expected the path of a layer, one of "
+                f"Invalid value for argument `{argument}`. Expected the path of a layer, one of "
                 f"{[node.name for node in self.nodes]}, or the beginning of several up to a slash. Received: {layer!r}"
             )
         return found

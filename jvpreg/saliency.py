@@ -152,7 +152,7 @@ def smooth_grad(model, x, target=None, noise: float = 0.15, num_samples: int = 1
     """
     checks.count("num_samples", num_samples)
     checks.number("noise", noise, least=0)
-    checks.seed("seed", seed)
+    seed = checks.seed("seed", seed)
     x = _images(x)
     linearization = linearize(model, x)
     cotangent = as_cotangent(linearization.outputs, target)
@@ -214,8 +214,9 @@ def grad_cam(model, x, target=None, layer: str | None = None, interpolation: str
     checks.choice("interpolation", interpolation, INTERPOLATIONS)
     checks.text("layer", layer, optional=True)
     linearization = linearize(model, _images(x))
-    outputs = linearization.node_outputs(None if layer is None else [layer])
-    images = [name for name, y in outputs.items() if len(y.shape) == 4 and math.prod(y.shape[1:3]) > 1]
+    outputs = linearization.node_outputs()
+    chosen = [(name, y) for name, y in outputs.items() if layer in (None, name) or name.startswith(f"{layer}/")]
+    images = [name for name, y in chosen if len(y.shape) == 4 and math.prod(y.shape[1:3]) > 1]
     if not images:
         raise ValueError(
             "Invalid value for argument `layer`. Expected a layer whose output is an image (B, H, W, C) of more than "
@@ -278,9 +279,12 @@ def _images(x):
     """Raises unless `x` is one batch of images, with the channels last."""
     if keras.config.image_data_format() != "channels_last":
         raise ValueError("Saliency maps need `keras.config.image_data_format()` to be channels_last.")
-    if isinstance(x, (list, tuple, dict)) or len(getattr(x, "shape", ())) != 4:
+    if isinstance(x, (list, tuple, dict)):
         raise checks.invalid("x", "images (B, H, W, C)", x)
-    return checks.tensor("x", x, dtype=None if ops.is_tensor(x) else keras.config.floatx())
+    images = checks.tensor("x", x, dtype=None if ops.is_tensor(x) else keras.config.floatx())
+    if len(images.shape) != 4:
+        raise checks.invalid("x", "images (B, H, W, C)", x)
+    return images
 
 
 def _known(linearization: Linearization, maps):

@@ -27,6 +27,8 @@ def independent(seed):
     Keras seeds Torch with the sum of a generator's seed and its count, so that draw i + 1 of seed 0 would be draw i of
     seed 1. On TensorFlow and JAX both numbers are the key, and the generator itself is returned.
     """
+    if isinstance(seed, np.integer):
+        seed = int(seed)
     if keras.backend.backend() != "torch" or isinstance(seed, _Hashed):
         return seed
     if isinstance(seed, keras.random.SeedGenerator):

@@ -114,7 +114,8 @@ def test_the_parts_sum_to_the_output(make):
     np.testing.assert_allclose(numpy(kinds), numpy(full.from_biases()), rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("make", INFINITE)
+# Not with roots: there the gradient of the plain loss is NaN already, on TensorFlow and on JAX.
+@pytest.mark.parametrize("make", [padded_with_infinity, masked_with_infinity])
 def test_a_penalty_on_the_full_jacobian_is_finite_where_values_are_not(make):
     model, x = made(make)
     trained = jvpreg.JacobianModel(model)

@@ -93,7 +93,8 @@ def as_array(argument: str, given) -> np.ndarray:
         try:
             # Torch gives no array of what has a gradient, or lies on a GPU.
             array = np.asarray(given.detach().cpu() if hasattr(given, "detach") else given)
-        except (TypeError, ValueError):  # Lists of different lengths, numbers that NumPy does not know.
+        # Lists of different lengths, numbers that NumPy does not know, Torch's ragged tensors.
+        except (TypeError, ValueError, RuntimeError):
             array = None
     if array is None or array.ndim == 0 or array.dtype.kind in "OSUMm":
         raise ValueError(

@@ -27,6 +27,8 @@ class Directions:
     """
 
     def __init__(self, given, argument: str):
+        if ops.is_tensor(given):
+            given = ops.convert_to_numpy(ops.stop_gradient(checks.tensor(argument, given)))
         self.given = given
         self.argument = argument
         self.features: list[int] | None = None

@@ -27,9 +27,11 @@ def between(inputs, seed):
     (True, True)
     """
     leaves = [checks.tensor("inputs", x) for x in tree.flatten(inputs)]
+    if not all(keras.backend.is_float_dtype(keras.backend.standardize_dtype(x.dtype)) for x in leaves):
+        raise checks.invalid("inputs", "floats, between which there are others", inputs)
     if not leaves or any(len(x.shape) == 0 for x in leaves):
         raise checks.invalid("inputs", "tensors (B, …)", inputs)
-    checks.seed("seed", seed, generator=True)
+    seed = checks.seed("seed", seed, generator=True)
     size = ops.shape(leaves[0])[0]
     batch, start = replicas.part_of_batch(size)
     part = keras.random.uniform((batch,), dtype="float32", seed=independent(seed))

@@ -166,7 +166,7 @@ def verify(model, constraint: Constraint, x, labels=None, seed: int = 0) -> Repo
     """
     if not isinstance(constraint, Constraint):
         raise checks.invalid("constraint", "one of `jvpreg.constraints`", constraint)
-    checks.seed("seed", seed)
+    seed = checks.seed("seed", seed)
     model = unwrap(model)
     _check_finite("labels", labels)
     if not isinstance(model, keras.Operation):
@@ -224,10 +224,10 @@ def _violations(model, constraint: Constraint, x, labels, seed: int) -> np.ndarr
 def _check_finite(argument: str, given) -> None:
     """Raises unless all numbers are finite: the slope of a ReLU at NaN is 0, which would obey any bound."""
     for leaf in tree.flatten(given):
-        array = np.asarray(0 if leaf is None else ops.convert_to_numpy(leaf))
+        array = np.atleast_1d(0 if leaf is None else ops.convert_to_numpy(checks.tensor(argument, leaf)))
         finite = array.dtype.kind in "iub" or np.isfinite(array)
         if not np.all(finite):
-            examples = np.unique(np.nonzero(~np.atleast_1d(finite))[0])
+            examples = np.unique(np.nonzero(np.logical_not(finite))[0])
             raise ValueError(
                 f"Invalid value for argument `{argument}`. Expected finite numbers. Received: NaN or infinity in "
                 f"{len(examples)} of {len(array)} examples, the first of which is {examples[0]}."
