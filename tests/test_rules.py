@@ -62,6 +62,7 @@ def test_every_layer_of_keras_is_covered_or_meaningless():
     assert not [layer.__name__ for layer in covered if layer in MEANINGLESS]
 
 
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="a minute of compilation: rules are found alike on all")
 def test_no_row_is_left_to_autodiff(float64):
     """And every trainable weight can be perturbed."""
     for case in LAYERS:
