@@ -25,9 +25,11 @@ def _tensorflow(function, inputs, cotangents):
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(inputs)
         outputs = function(inputs)
-    return tape.gradient(
+    gradients = tape.gradient(
         outputs, inputs, output_gradients=cotangents, unconnected_gradients=tf.UnconnectedGradients.ZERO
     )
+    # Of rows that were looked up, TensorFlow has the slices of the gradient.
+    return [tf.convert_to_tensor(gradient) for gradient in gradients]
 
 
 def _jax(function, inputs, cotangents):

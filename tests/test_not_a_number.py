@@ -169,7 +169,7 @@ def test_verify_refuses_it(number):
         lambda: constraints.Segment(X[0], spoilt(number)[1]),
         lambda: constraints.Rectangle(spoilt(number)[1], X[0], X[2]),
     ):
-        with pytest.raises(ValueError, match="Expected finite arrays"):
+        with pytest.raises(ValueError, match="Expected a finite number"):
             domain()
 
 

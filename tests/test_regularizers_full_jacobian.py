@@ -196,7 +196,7 @@ def test_bad_arguments(make, message):
 
 def test_what_does_not_fit_the_model_or_the_data():
     model, x, labels = made()
-    with pytest.raises(ValueError, match=r"`layer`. Expected the path of a layer.* Received: 'conv9'"):
+    with pytest.raises(ValueError, match=r"`layers`. Expected the path of a layer.* Received: 'conv9'"):
         compiled(model, BiasJacobianNorm(0.1, layers=["conv9"])).train_on_batch(x, labels)
     layer = jvpreg.layers.JacobianPenalty(model, [BiasJacobianNorm(0.1)])
     with pytest.raises(ValueError, match=r'Use target="predicted" where there are none'):

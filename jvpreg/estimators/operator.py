@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import keras
+import numpy as np
 from keras import ops, tree
 
 from jvpreg import checks, probes
@@ -41,7 +42,8 @@ class Operator:
     """
 
     def __init__(self, matvec, rmatvec, shape, batch_size, dtype=None, chunk_size: int = 16):
-        sizes = [int(size) for size in shape if checks.is_integer(size)] if isinstance(shape, (list, tuple)) else []
+        several = (list, tuple, np.ndarray)
+        sizes = [int(size) for size in shape if checks.is_integer(size)] if isinstance(shape, several) else []
         if len(sizes) != 2 or len(shape) != 2 or min(sizes) < 1:
             raise checks.invalid("shape", "(m, n), two positive integers", shape)
         self._matvec = checks.function("matvec", matvec, "a function of vectors (P, B, n)")

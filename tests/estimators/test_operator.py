@@ -242,7 +242,7 @@ def test_bad_arguments(argument, value, message):
 @pytest.mark.parametrize("estimator", [estimators.frobenius_norm, estimators.trace, estimators.top_singular_values])
 def test_neither_a_linearization_nor_an_operator(estimator):
     with pytest.raises(
-        ValueError, match=r"(?s)`linearization`. Expected what `jvpreg.linearize` returns, or a.*ndarray"
+        ValueError, match=r"(?s)`linearization`. Expected what `jvpreg.linearize` returns, or a.*linearization=array"
     ):
         estimator(np.eye(3))
 
