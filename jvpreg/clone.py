@@ -143,7 +143,7 @@ def dropout(h, rate: float, seed=None, num_probes: int | None = None):
 
     Reference: Balestriero & Baraniuk (2021), algorithm 3.
     """
-    checks.number("rate", rate, least=0, below=1)
+    rate = checks.number("rate", rate, least=0, below=1)
     if seed is not None:
         seed = checks.seed("seed", seed, generator=True)
     parts = _split(h, num_probes)

@@ -9,7 +9,7 @@ from keras import ops
 # Private: the operations' classes, by which a graph's nodes are known, have no public names.
 from keras.src.ops import nn
 
-from jvpreg.eager import cast, shape_of
+from jvpreg.eager import shape_of
 from jvpreg.registry import Declined, Pushforward, register_rule
 
 
@@ -51,9 +51,7 @@ def dot_product_attention(operation, query, key, value, context, bias=None, mask
                 else ops.reshape(mask, (-1, key.shape[2], groups, *shape_of(mask)[2:]))
             )
         logits = ops.where(mask, logits, -1e30 if keras.backend.standardize_dtype(logits.dtype) != "float16" else -6e4)
-    if keras.backend.backend() == "jax":  # which takes the softmax in 32 bits, whatever it is of
-        logits = cast(logits, "float32")
-    probabilities = cast(ops.softmax(logits), key.dtype)
+    probabilities = ops.softmax(logits)
 
     def merged(heads):
         shape = ops.shape(heads)
