@@ -415,8 +415,8 @@ def _check_operations(graph: keras.Function) -> None:
 
 
 def _arguments(operation) -> tuple[tuple, dict]:
-    # Private: what an operation was called with. Made within the call, it was called once.
-    (node,) = operation._inbound_nodes
+    # Private: what an operation was called with. One that a layer holds has been called in earlier traces too.
+    node = operation._inbound_nodes[-1]
     return node.arguments.args, node.arguments.kwargs
 
 
