@@ -6,7 +6,7 @@ import keras
 from keras import ops, tree
 
 from jvpreg.eager import map_leaves
-from jvpreg.examples import mixes_examples
+from jvpreg.examples import of_class
 from jvpreg.inputs import has_tangents
 from jvpreg.registry import Pushforward, each_probe
 from jvpreg.transpose import transpose
@@ -74,9 +74,8 @@ def fall_back(operation, args, kwargs, primals: Sequence):
         return lambda tangent, *residuals: part(tangent, *residuals, variable=variable)
 
     weights = [(variable, part_of(variable)) for variable in trainable]
-    # What a layer does along the first axis is not known.
-    mixes = layer is None and any(len(x.shape) > 0 and mixes_examples(operation, x) for x in primals[:1])
-    return outputs, Pushforward(push, *primals, weights=weights, takes_none=True, couples_examples=mixes, finite=False)
+    after = of_class(operation, [x.shape for x in primals])
+    return outputs, Pushforward(push, *primals, weights=weights, takes_none=True, examples=after, finite=False)
 
 
 def _jvp(function, primals: Sequence, tangents: Sequence) -> tuple:

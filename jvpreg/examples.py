@@ -2,49 +2,53 @@
 
 import math
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import keras
 from keras import tree
 
 # Private: the operations' classes, by which a graph's nodes are known, have no public names.
-from keras.src.ops import core, linalg, nn
+from keras.src.ops import core, image, linalg, nn
 from keras.src.ops import math as math_ops
 from keras.src.ops import numpy as numpy_ops
 
 
 class Place(NamedTuple):
-    """The axis of the examples in a value, of size `before · B · after`: other axes may be merged into it."""
+    """The axis of the examples in a value, of size `before · B · after`: other axes may be merged into it.
+
+    `mixed` is whether an entry depends on other examples than the one in whose row it is.
+    """
 
     axis: int
     before: int = 1
     after: int = 1
+    mixed: bool = False
 
 
 FIRST = Place(0)
-MIXED = Place(-1)
-"""Of a value in which no axis is that of the examples: each entry depends on several of them."""
-
-
-def mixes_examples(operation, x) -> bool:
-    """Whether the operation works along the first axis, or takes it from its place."""
-    return along(operation, x)(FIRST) != FIRST
+MIXED = Place(-1, mixed=True)
+"""Of a value in which the examples are nowhere to be found, or of which it is not known where."""
+GONE = Place(-2, mixed=True)
+"""Of a value without an axis for the examples, which it was reduced over: it is the same for all of them."""
 
 
 def kept(*places: Place | None) -> Place:
     """The place of all inputs that have examples, of an operation entry by entry; None: of a weight or constant."""
-    known = {place for place in places if place is not None}
-    return known.pop() if len(known) == 1 else MIXED
+    known = [place for place in places if place is not None]
+    where = {place._replace(mixed=False) for place in known}
+    return where.pop()._replace(mixed=any(place.mixed for place in known)) if len(where) == 1 else MIXED
 
 
-def broadcast(*ranks: int) -> Callable:
+class broadcast:  # noqa: N801 -- called like the functions beside it
     """As `kept`, of inputs of these ranks that are broadcast to the largest."""
 
-    def after(*places):
-        pairs = zip(places, ranks, strict=True)
-        return kept(*(p and p._replace(axis=p.axis + max(ranks) - rank) for p, rank in pairs))
+    def __init__(self, *ranks: int):
+        self.ranks = ranks
 
-    return after
+    def __call__(self, *places: Place | None) -> Place:
+        pairs = zip(places, self.ranks, strict=True)
+        return kept(*(p and p._replace(axis=p.axis + max(self.ranks) - rank) for p, rank in pairs))
 
 
 def besides(axes, rank: int) -> Callable:
@@ -53,9 +57,61 @@ def besides(axes, rank: int) -> Callable:
 
     def after(*places):
         place = kept(*places)
-        return MIXED if place.axis in axes else place
+        return place._replace(mixed=True) if place.axis in axes else place
 
     return after
+
+
+def _classes(module, names: str) -> tuple[type, ...]:
+    """Those that this version of Keras has."""
+    return tuple(getattr(module, name) for name in names.split() if hasattr(module, name))
+
+
+_ENTRYWISE = (
+    *_classes(core, "Cast SaturateCast StopGradient"),
+    *_classes(nn, "SparseSigmoid SoftShrink SparsePlus HardShrink Threshold Polar"),
+    *_classes(math_ops, "Erf Erfc Erfinv"),
+    *_classes(
+        numpy_ops,
+        "Abs Absolute Angle BitwiseAnd BitwiseInvert BitwiseLeftShift BitwiseNot BitwiseOr BitwiseRightShift "
+        "BitwiseXor Cbrt Ceil Conj Conjugate Deg2rad Digitize DivideNoNan EmptyLike Equal Fabs Floor FloorDivide Fmax "
+        "Fmin Fmod FullLike Gcd Greater GreaterEqual Heaviside Hypot I0 Imag Isclose Isfinite Isinf Isnan Isneginf "
+        "Isposinf Isreal Lcm Ldexp LeftShift Less LessEqual Logaddexp2 LogicalAnd LogicalNot LogicalOr LogicalXor Mod "
+        "NanToNum Nextafter NotEqual OnesLike Rad2deg Real RightShift Round Sign Signbit Sinc Trunc ZerosLike",
+    ),
+)
+_LEADING = {
+    # The least rank with which the first axis is one of a batch.
+    3: (
+        *_classes(nn, "AdaptiveAveragePool AdaptiveMaxPool AveragePool Fold MaxPool"),
+        *_classes(linalg, "Cholesky CholeskyInverse Det Eig Eigh Inv LuFactor Pinv Qr SVD"),
+        *_classes(numpy_ops, "Slogdet"),
+        *_classes(math_ops, "FFT2 IFFT2 Logdet"),
+    ),
+    4: (
+        *_classes(nn, "DepthToSpace SpaceToDepth Unfold"),
+        *_classes(
+            image,
+            "AffineTransform CropImages ElasticTransform ExtractPatches GaussianBlur HSVToRGB PadImages "
+            "PerspectiveTransform RGBToGrayscale RGBToHSV Resize ScaleAndTranslate SobelEdges",
+        ),
+    ),
+    2: _classes(math_ops, "ExtractSequences FFT IRFFT RFFT STFT TopK ViewAsComplex ViewAsReal"),
+}
+
+
+def of_class(operation, shapes: Sequence[tuple]) -> Callable:
+    """Where the examples are after an operation that no rule speaks for, on inputs of these shapes, by its class."""
+    if isinstance(operation, keras.Layer) or type(operation).__module__.split(".")[0] != "keras":
+        # A layer, or somebody's own operation or function, is taken to work example by example.
+        return lambda *places: place if (place := kept(*places))._replace(mixed=False) == FIRST else MIXED
+    if isinstance(operation, _ENTRYWISE):
+        return broadcast(*map(len, shapes))
+    if isinstance(operation, nn.OneHot):
+        return kept if operation.axis == -1 else lambda *places: MIXED
+    if len({len(shape) for shape in shapes}) == 1:
+        return along(operation, shapes[0])
+    return lambda *places: MIXED
 
 
 _MOVES = (numpy_ops.Transpose, numpy_ops.Swapaxes, numpy_ops.Moveaxis)
@@ -64,29 +120,34 @@ _REDUCES = (
     linalg.Norm,
     math_ops.Logsumexp,
     nn.Moments,
+    numpy_ops.All,
     numpy_ops.Amax,
     numpy_ops.Amin,
+    numpy_ops.Any,
+    numpy_ops.Argmax,
+    numpy_ops.Argmin,
     numpy_ops.Max,
     numpy_ops.Mean,
     numpy_ops.Min,
+    numpy_ops.Prod,
     numpy_ops.Std,
     numpy_ops.Sum,
     numpy_ops.Var,
 )
 
 
-def along(operation, x) -> Callable:
-    """Where the examples of `x` are after an operation along axes, by where they are in its inputs."""
-    rank = len(x.shape)
+def along(operation, shape: tuple) -> Callable:
+    """Where the examples are after an operation along axes of tensors of this shape, by where they are in them."""
+    rank = len(shape)
 
     def after(*places):
         place = kept(*places)
-        if place == MIXED:
-            return MIXED
+        if place in (MIXED, GONE):
+            return place
         if isinstance(operation, _MOVES):
             return place._replace(axis=_order(operation, rank).index(place.axis))
         if isinstance(operation, numpy_ops.Ravel):
-            return reshaped(x.shape, (-1,))(place)
+            return reshaped(shape, (-1,))(place)
         if isinstance(operation, (numpy_ops.ExpandDims, numpy_ops.Stack)):
             new = [axis % (rank + 1) for axis in tree.flatten(operation.axis)]
             return place._replace(axis=place.axis + sum(axis <= place.axis for axis in new)) if len(new) == 1 else MIXED
@@ -97,7 +158,7 @@ def along(operation, x) -> Callable:
             return place._replace(axis=axis) if repeats[axis] == 1 else MIXED
         axes = _axes(operation, rank)
         if place.axis in axes:
-            return MIXED
+            return GONE if isinstance(operation, _REDUCES) else MIXED
         if isinstance(operation, _REMOVES) or (isinstance(operation, _REDUCES) and not operation.keepdims):
             return place._replace(axis=place.axis - sum(axis < place.axis for axis in axes))
         return place
@@ -130,7 +191,7 @@ def joined(operation, x) -> Callable:
         return besides([0], len(x.shape))
     if isinstance(operation, numpy_ops.Hstack):
         return besides([min(1, len(x.shape) - 1)], len(x.shape))
-    return along(operation, x)
+    return along(operation, x.shape)
 
 
 def _order(operation, rank: int) -> list[int]:
@@ -159,8 +220,12 @@ def _axes(operation, rank: int) -> list[int]:
         return [rank - 2, rank - 1]
     named = ("axis", "axes", "axis1", "axis2")
     given = [getattr(operation, name) for name in named if hasattr(operation, name)]
-    if not given and not isinstance(operation, numpy_ops.Copy):  # It pools or resizes all but the first axis.
-        return list(range(1, rank))
+    if isinstance(operation, numpy_ops.Copy):
+        return []
+    if not given:
+        # All but the first of a batch; nothing is known of others.
+        batch = any(isinstance(operation, classes) and rank >= least for least, classes in _LEADING.items())
+        return list(range(int(batch), rank))
     if any(axes is None for axes in given):
         return list(range(rank))
     return [axis % rank for axes in given for axis in tree.flatten(axes)]
@@ -206,7 +271,7 @@ def indexed(key, rank: int) -> Callable:
         keys.append(Ellipsis)
     axes: list[int | None] = []  # of the input, for each of the output
     axis = 0
-    whole = set(range(rank))
+    whole, picked = set(range(rank)), set()
     for entry in keys:
         if entry is None:
             axes.append(None)
@@ -216,6 +281,8 @@ def indexed(key, rank: int) -> Callable:
         else:
             if isinstance(entry, slice):
                 axes.append(axis)
+            else:
+                picked.add(axis)
             if entry != slice(None):
                 whole.discard(axis)
             axis += 1
@@ -226,7 +293,9 @@ def indexed(key, rank: int) -> Callable:
             if place is None:
                 return MIXED if first_is_whole else kept(*of_key)
             return FIRST if place == FIRST and first_is_whole else MIXED
-        return place._replace(axis=axes.index(place.axis)) if place.axis in whole else MIXED
+        if place.axis in whole:
+            return place._replace(axis=axes.index(place.axis))
+        return GONE if place.axis in picked else MIXED
 
     return after
 
@@ -240,7 +309,7 @@ def multiplied(operation, ranks: list[int]) -> Callable:
         if len(found) != 1:
             return MIXED
         ((letter, *merged),) = found
-        return Place(result.index(letter), *merged) if letter in result else MIXED
+        return Place(result.index(letter), *merged) if letter in result else GONE
 
     return after
 
@@ -280,4 +349,9 @@ def _letters(operation, ranks: list[int]) -> tuple[list[str], str]:
 
 def cuts(operation) -> bool:
     """Whether an operation on the examples of a part of the batch, wherever they are, is what it is on all of them."""
-    return not isinstance(operation, numpy_ops.Reshape)
+    return not isinstance(operation, (numpy_ops.Reshape, numpy_ops.BroadcastTo))
+
+
+def makes_rows(operation) -> bool:
+    """Whether an operation may make a row for each example of what is the same for all of them."""
+    return isinstance(operation, (numpy_ops.Reshape, numpy_ops.BroadcastTo, numpy_ops.Repeat, numpy_ops.Tile))

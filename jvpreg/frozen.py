@@ -3,14 +3,14 @@
 import functools
 import math
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from keras import ops
 
 from jvpreg.eager import cast, shape_of
-from jvpreg.examples import FIRST, MIXED, Place, cuts, kept
+from jvpreg.examples import FIRST, GONE, MIXED, Place, broadcast, cuts, kept, makes_rows, of_class
 from jvpreg.folding import align
 from jvpreg.inputs import has_tangents
 from jvpreg.registry import Pushforward
@@ -54,6 +54,7 @@ class Node:
         pushforward: the frozen operation; None if no tangent passes through it (an argmax, a comparison).
         layer: the operation itself, or the layer within whose call it was found when that was opened up; None for a
             function or operation of the model's own graph.
+        examples: as its pushforward's, of one that has been dropped since its outputs have no tangents.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Node:
     outputs: tuple[Value, ...]
     pushforward: Pushforward | None
     layer: Any = None
+    examples: Callable | None = None
 
     @property
     def output_names(self) -> list[str]:
@@ -71,21 +73,27 @@ class Node:
 
     def examples_after(self, places: Sequence[Place | None]) -> Place:
         """Where the examples are in its outputs, by where they are in its inputs (None: nowhere)."""
-        assert self.pushforward is not None
-        if MIXED in places:
-            return MIXED
+        if self.pushforward is None:
+            known = self.examples or of_class(self.operation, [value.primal.shape for value in self.inputs])
+            return known(*places)
         if self.pushforward.examples is not None:
             return self.pushforward.examples(*places)
         place = kept(*places)
         return MIXED if self.pushforward.couples_examples or place.axis != 0 else place
 
-    def take(self, indices) -> "Node":
-        """The node for the examples at `indices` only. Its primal values stay whole: only their shapes matter."""
+    def take(self, indices, locations: Mapping[int, Place]) -> "Node":
+        """The node for the examples at `indices` only. Its primal values stay whole: only their shapes matter.
+
+        Args:
+            indices: integers (N,).
+            locations: of the graph: see `FrozenGraph.locations`.
+        """
         if self.pushforward is None:
             return self
 
         def cut(residual, axis):
-            return residual if self.is_constant(residual) else ops.take(residual, indices, axis=axis)
+            kept_whole = self.is_constant(residual) or self.is_whole(residual, locations)
+            return residual if kept_whole else ops.take(residual, indices, axis=axis)
 
         return replace(self, pushforward=self.pushforward.map_residuals(cut))
 
@@ -93,6 +101,48 @@ class Node:
         """Whether a residual is the same for all examples: a weight or constant, or of a node that takes only them."""
         batched = any(value.batched for value in self.inputs)
         return not batched or any(residual is value.primal for value in self.inputs if not value.batched)
+
+    def is_whole(self, residual, locations: Mapping[int, Place]) -> bool:
+        """Whether a residual has no axis of the examples: it was reduced over it, or is to be broadcast along it."""
+        if self._is_entrywise:
+            return not self._is_aligned(residual)
+        return any(residual is value.primal for value in self.inputs if locations.get(value.slot) == GONE)
+
+    def can_be_cut(self, locations: Mapping[int, Place], reached: Container[int]) -> bool:
+        """Whether what is frozen can be cut by examples along its first axis, or need not be.
+
+        Args:
+            locations: of the graph: see `FrozenGraph.locations`.
+            reached: the slots of its values that a tangent can reach.
+        """
+        if self.pushforward is None or not any(value.batched for value in self.inputs):
+            return True
+        if self.pushforward.moves_examples:
+            return False
+        where = {v.slot: locations.get(v.slot, FIRST) for v in (*self.inputs, *self.outputs) if v.batched}
+        where = {slot: place._replace(mixed=False) if place.axis >= 0 else place for slot, place in where.items()}
+        frozen = [residual for residual in self.pushforward.residuals if not self.is_constant(residual)]
+        if all(place == FIRST for place in where.values()):
+            return True
+        # Of an input that no tangent reaches, zeros are made, in its whole shape.
+        if not frozen and cuts(self.operation) and all(value.slot in reached for value in self.inputs):
+            return True
+        # What is the same for all examples stays whole, if it can be told which it is.
+        known = [v.primal for v in self.inputs if where.get(v.slot) in (FIRST, GONE)]
+        known += [v.primal for v in self.outputs]
+        told = self._is_entrywise or all(any(residual is primal for primal in known) for residual in frozen)
+        ends = all(where[v.slot] == FIRST for v in self.outputs if v.batched)
+        return ends and set(where.values()) <= {FIRST, GONE} and told
+
+    @property
+    def _is_entrywise(self) -> bool:
+        after = self.pushforward and self.pushforward.examples
+        return after is kept or isinstance(after, broadcast)
+
+    def _is_aligned(self, residual) -> bool:
+        """Whether a residual of an operation entry by entry has the axes of the output, that of the examples too."""
+        output = self.outputs[0].primal
+        return len(residual.shape) == len(output.shape) and residual.shape[0] == output.shape[0]
 
 
 USUAL_BATCH = 32
@@ -128,9 +178,25 @@ class FrozenGraph:
         for node in self.nodes:
             given = [places.get(value.slot) for value in node.inputs]
             if node.pushforward is not None and any(place is not None for place in given):
-                after = node.examples_after(given)
-                places |= {value.slot: after for value in node.outputs}
+                after = MIXED if MIXED in given else node.examples_after(given)
+                places |= {value.slot: MIXED if after.mixed else after for value in node.outputs}
         return places
+
+    @functools.cached_property
+    def locations(self) -> dict[int, Place]:
+        """Where the examples are in each value that follows from them, by its slot, whether a tangent reaches it or not.
+
+        Here `mixed` does not matter: a row of what is frozen belongs to an example, whichever it depends on.
+        """
+        locations: dict[int, Place] = {}
+        for node in self.nodes:
+            given = [locations.get(value.slot, FIRST) if value.batched else None for value in node.inputs]
+            given = [None if place == GONE else place for place in given]
+            if any(value.batched for value in node.inputs):
+                unknown = MIXED if MIXED in given or makes_rows(node.operation) else GONE
+                after = node.examples_after(given) if any(given) and MIXED not in given else unknown
+                locations |= {value.slot: after for value in node.outputs}
+        return locations
 
     @property
     def couples_examples(self) -> bool:
@@ -141,16 +207,17 @@ class FrozenGraph:
     @property
     def moving(self) -> list[Node]:
         """The nodes that cannot be cut by examples, though these are apart: what is frozen has them elsewhere."""
-        return [node for node in self.nodes if not self._can_be_cut(node)]
+        reached = [node for node in self.nodes if any(value.slot in self._reached for value in node.outputs)]
+        return [node for node in reached if not node.can_be_cut(self.locations, self._reached)]
 
-    def _can_be_cut(self, node: Node) -> bool:
-        if node.pushforward is None or not any(value.batched for value in node.inputs):
-            return True
-        if node.pushforward.moves_examples:
-            return False
-        where = [self.places.get(value.slot, FIRST) for value in (*node.inputs, *node.outputs) if value.batched]
-        frozen = [residual for residual in node.pushforward.residuals if not node.is_constant(residual)]
-        return all(place == FIRST for place in where) or (not frozen and cuts(node.operation))
+    @functools.cached_property
+    def _reached(self) -> set[int]:
+        """The slots of the values that a tangent of an input or of a weight can reach."""
+        reached = {value.slot for value in [*self.inputs, *(value for _, value in self.variables)]}
+        for node in self.nodes:
+            if node.pushforward and (node.pushforward.variables or any(v.slot in reached for v in node.inputs)):
+                reached |= {value.slot for value in node.outputs}
+        return reached
 
     @property
     def moves_examples(self) -> bool:
@@ -175,7 +242,10 @@ class FrozenGraph:
 
     def take(self, indices) -> "FrozenGraph":
         """The graph for the examples at `indices` only."""
-        return FrozenGraph([node.take(indices) for node in self.nodes], self.inputs, self.outputs, self.variables)
+        cut = [node.can_be_cut(self.locations, self._reached) for node in self.nodes]
+        pairs = zip(self.nodes, cut, strict=True)
+        nodes = [node.take(indices, self.locations) if can_be else node for node, can_be in pairs]
+        return FrozenGraph(nodes, self.inputs, self.outputs, self.variables)
 
     def push(
         self,
@@ -410,7 +480,7 @@ def tangent_shape(leading, value: Value) -> tuple:
     shape = shape_of(value.primal)
     if batch is None or not value.batched:
         return (probes, *shape)
-    axis, before, after = max((places or {}).get(value.slot, FIRST), FIRST)
+    axis, before, after, _ = max((places or {}).get(value.slot, FIRST), FIRST)
     return (probes, *shape[:axis], before * batch * after if before * after != 1 else batch, *shape[axis + 1 :])
 
 

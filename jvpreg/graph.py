@@ -370,10 +370,11 @@ class Tracer:
     def _record(self, name, operation, inputs: Sequence[Value], primal, pushforward):
         batched = any(value.batched for value in inputs)
         outputs = map_leaves(lambda leaf: self.value(leaf, batched), primal)
+        examples = None if pushforward is None else pushforward.examples
         if pushforward is not None and not any(value.has_tangents for value in leaves_of(outputs)):
             pushforward = None
         layer = operation if isinstance(operation, keras.Layer) else self._opened
-        node = Node(name, operation, tuple(inputs), tuple(leaves_of(outputs)), pushforward, layer)
+        node = Node(name, operation, tuple(inputs), tuple(leaves_of(outputs)), pushforward, layer, examples)
         self.nodes.append(node)
         if self.companions is not None:
             self.companions.push(node)

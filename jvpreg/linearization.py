@@ -105,7 +105,8 @@ class Linearization:
         names += [("taps", f"`{name}`") for name in taps]
         like = [*self.inputs, *(ops.convert_to_tensor(variable) for variable, _ in given)]
         # Of a part of a batch, the nodes' outputs are still whole.
-        like += [made[name] if self._whole is None else made[name][: self.inputs[0].shape[0]] for name in taps]
+        whole = self._whole is None
+        like += [made[name] if whole else ops.zeros(self.shape_at(name), made[name].dtype) for name in taps]
         if u is not None:
             check_count(flat, self.inputs, "u", "x")
             self._check_moving(flat, "u")
@@ -259,7 +260,7 @@ class Linearization:
         Raises:
             ValueError: there is no such output, or the tensor is not like it.
         """
-        axis, before, after = self._place_of(name)
+        axis, before, after, _ = self._place_of(name)
         tensor, expected = checks.tensor("tensor", tensor), self._value_of(name).primal.shape
         if len(tensor.shape) != len(expected) + checks.boolean("probed", probed):
             raise checks.invalid("tensor", f"one like the node's output, of shape {tuple(expected)}", tensor)

@@ -153,6 +153,116 @@ def test_examples_that_are_mixed_are_refused(function):
             ask()
 
 
+class Function(layers.Layer):
+    """A layer without weights."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.built = function, True
+
+    def call(self, x):
+        return self.function(x)
+
+
+def of_the_batch(function):
+    """A layer that multiplies `x` by what `function` makes of it without a tangent, out of the whole batch."""
+    return Function(lambda x: x * function(ops.stop_gradient(x)) + ops.tanh(x))
+
+
+def frozen_gram(x):
+    frozen = ops.reshape(ops.stop_gradient(x), (-1, 20))
+    return ops.reshape(ops.reshape(x, (-1, 20)) @ (ops.transpose(frozen) @ frozen), (-1, 5, 4))
+
+
+# What no tangent reaches may be the same for all examples, or not: only what is theirs is cut.
+WHOLE = {
+    "mean": lambda: of_the_batch(lambda x: ops.mean(x, axis=0)),
+    "largest": lambda: of_the_batch(lambda x: ops.max(x)),
+    "kept": lambda: of_the_batch(lambda x: ops.max(x, axis=0, keepdims=True)),
+    "any": lambda: of_the_batch(lambda x: ops.cast(ops.any(x > 0.8, axis=0), x.dtype)),
+    "sign": lambda: of_the_batch(lambda x: ops.sum(ops.sign(x), axis=0)),
+    "winner": lambda: of_the_batch(lambda x: ops.cast(ops.argmax(x, axis=0), x.dtype)),
+    "one": lambda: of_the_batch(lambda x: x[1]),
+    "softmax": lambda: of_the_batch(lambda x: ops.softmax(x, axis=0)),
+    "own": lambda: of_the_batch(lambda x: ops.max(x, axis=1, keepdims=True)),
+    "whitened": lambda: Function(lambda x: (x - ops.mean(ops.stop_gradient(x), 0)) / ops.std(ops.stop_gradient(x), 0)),
+    "larger": lambda: Function(lambda x: ops.maximum(x, ops.mean(ops.stop_gradient(x), axis=0))),
+    "chosen": lambda: Function(lambda x: ops.where(ops.any(x > 0.8, axis=0), x, ops.square(x))),
+    "gram": lambda: Function(frozen_gram),
+}
+# Where it cannot be told, as it could be were it made before the layer, nothing is cut.
+UNTOLD = {
+    "sorted": lambda: of_the_batch(lambda x: ops.sort(x, axis=0)),
+    "repeated": lambda: of_the_batch(lambda x: ops.broadcast_to(ops.mean(x, axis=0), (5, 5, 4))),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_a_part_of_a_batch_on_whose_whole_it_depends(name):
+    x, u = normal(5, 5, 4), normal(3, 5, 4, seed=1)
+    lin = jvpreg.linearize(WHOLE[name](), x, fallback="error")
+    part = [2, 0, 2]
+    expected = numpy(lin.jvp(np.concatenate([u[1:2], u[:1] * 0, u[:1], u[:1] * 0, u[:1] * 0])))[[2, 0]]
+    np.testing.assert_allclose(numpy(lin.take(part).jvp(u))[:2], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", UNTOLD)
+def test_a_part_of_a_batch_that_cannot_be_told(name):
+    with pytest.raises(ValueError, match=r"cannot be cut where something is frozen"):
+        jvpreg.linearize(UNTOLD[name](), normal(5, 5, 4), fallback="allow").take([0])
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [
+        (ops.linalg.inv, (4, 4)),
+        (ops.corrcoef, (4, 5)),
+        (lambda x: ops.segment_sum(x, ops.convert_to_tensor([0, 0, 1, 3]), num_segments=4), (4, 3)),
+        (lambda x: ops.top_k(ops.sum(x, axis=1), 4)[0], (4, 3)),
+        (lambda x: ops.cumprod(x, axis=0), (4, 3)),
+    ],
+    ids=["inv", "corrcoef", "segment_sum", "top_k", "cumprod"],
+)
+def test_an_operation_without_a_rule_that_works_along_the_first_axis(function, shape):
+    lin = jvpreg.linearize(Function(function), normal(*shape), fallback="allow")
+    with pytest.raises(ValueError, match=r"couples the examples of a batch"):
+        lin.jacobian()
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [
+        (ops.linalg.inv, (4, 3, 3)),
+        (lambda x: ops.top_k(x, 2)[0], (4, 3)),
+        (lambda x: ops.cumprod(x, axis=1), (4, 3)),
+        (ops.sinc, (4, 3)),
+    ],
+    ids=["inv", "top_k", "cumprod", "sinc"],
+)
+def test_an_operation_without_a_rule_that_works_example_by_example(function, shape):
+    layer, x, u = Function(function), normal(*shape), normal(*shape, seed=1)
+    lin = jvpreg.linearize(layer, x, fallback="allow")
+    assert lin.fallbacks
+    np.testing.assert_allclose(numpy(lin.take([2]).jvp(u[2:3])), numpy(lin.jvp(u))[2:3], rtol=1e-10)
+    jacobian = numpy(lin.jacobian()).reshape(4, -1, u[0].size)
+    np.testing.assert_allclose(
+        np.einsum("bkd,bd->bk", jacobian, u.reshape(4, -1)), numpy(lin.jvp(u)).reshape(4, -1), rtol=1e-9
+    )
+
+
+def test_taps_of_a_part_of_the_batch():
+    """More examples than there were, and where the first axis is another one."""
+    model, x = made(APART["TimeDistributed"]())
+    lin = jvpreg.linearize(model, x)
+    indices = [0, 1, 2, 3, 4, 0, 1]
+    for name in list(lin.node_outputs())[-3:]:
+        part = lin.take(indices)
+        tap = normal(*part.shape_at(name), seed=2)
+        _, at_nodes = part.gradients(v := normal(7, 2, seed=3), [name])
+        product = numpy(part.jvp(taps={name: tap}))
+        np.testing.assert_allclose(np.sum(product * v), np.sum(numpy(at_nodes[name]) * tap), rtol=1e-10)
+
+
 def test_penalties_see_each_example():
     """Of contributions within `TimeDistributed`, and of a random part of the batch."""
     model, x = made(Call(by_steps))

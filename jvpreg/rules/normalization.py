@@ -255,4 +255,4 @@ def moments(operation, x, context):
 
     mean = ops.mean(x, axis=axes, keepdims=keepdims)
     variance = ops.mean(ops.square(centered), axis=axes, keepdims=keepdims)
-    return (mean, variance), Pushforward(push, centered, examples=along(operation, x))
+    return (mean, variance), Pushforward(push, centered, examples=along(operation, x.shape))

@@ -33,7 +33,7 @@ def extremum(operation, x, context):
     def push(tangent, shares):
         return ops.sum(shares * tangent, axis=axes, keepdims=operation.keepdims)
 
-    return y, Pushforward(push, shares, examples=along(operation, x))
+    return y, Pushforward(push, shares, examples=along(operation, x.shape))
 
 
 @register_rule(numpy_ops.Var, numpy_ops.Std)
@@ -51,7 +51,7 @@ def variance(operation, x, context):
     def push(tangent, centered):
         return factor * ops.mean(centered * tangent, axis=axes, keepdims=operation.keepdims)
 
-    return y, Pushforward(push, centered, examples=along(operation, x))
+    return y, Pushforward(push, centered, examples=along(operation, x.shape))
 
 
 def _unit(x, squared):
@@ -73,7 +73,7 @@ def norm(operation, x, context):
 
     # Not by the operation itself, which on JAX takes no list of axes.
     y = ops.norm(x, operation.ord, operation.axis and tuple(operation.axis), operation.keepdims)
-    return y, Pushforward(push, unit, examples=along(operation, x))
+    return y, Pushforward(push, unit, examples=along(operation, x.shape))
 
 
 @register_rule(math_ops.Logsumexp)
@@ -87,7 +87,7 @@ def logsumexp(operation, x, context):
 
     # Where all are −∞, no share of the sum moves it.
     shares = ops.exp(ops.where(ops.isfinite(wide), x - wide, -float("inf")))
-    return y, Pushforward(push, shares, examples=along(operation, x), finite=False)
+    return y, Pushforward(push, shares, examples=along(operation, x.shape), finite=False)
 
 
 @register_rule(nn.Normalize)
@@ -105,4 +105,4 @@ def normalize(operation, x, context):
     def push(tangent, y, inverse, above):
         return inverse * (tangent - above * y * ops.sum(y * tangent, axis=axes, keepdims=True))
 
-    return y, Pushforward(push, y, inverse, above, examples=along(operation, x))
+    return y, Pushforward(push, y, inverse, above, examples=along(operation, x.shape))
