@@ -47,6 +47,7 @@ class broadcast:  # noqa: N801 -- called like the functions beside it
         self.ranks = ranks
 
     def __call__(self, *places: Place | None) -> Place:
+        """The place in the output."""
         pairs = zip(places, self.ranks, strict=True)
         return kept(*(p and p._replace(axis=p.axis + max(self.ranks) - rank) for p, rank in pairs))
 

@@ -184,7 +184,7 @@ class FrozenGraph:
 
     @functools.cached_property
     def locations(self) -> dict[int, Place]:
-        """Where the examples are in each value that follows from them, by its slot, whether a tangent reaches it or not.
+        """Where the examples are in each value that follows from them, by its slot, though no tangent may reach it.
 
         Here `mixed` does not matter: a row of what is frozen belongs to an example, whichever it depends on.
         """

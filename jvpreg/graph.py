@@ -111,11 +111,12 @@ class Tracer:
             except Declined as declined:
                 if declined.to_autodiff:
                     return self._run_by_autodiff(operation, args, kwargs, name, declined)
-        try:
-            graph, weights = self._open(operation, args, kwargs)
-        except Exception as error:  # Whatever a call of one's own raises when it is given symbols for tensors.
-            return self._run_by_autodiff(operation, args, kwargs, name, error)
-        return self._run_opened(graph, weights, operation, args, kwargs, name)
+        with _forgotten(operation):
+            try:
+                graph, weights = self._open(operation, args, kwargs)
+            except Exception as error:  # Whatever a call of one's own raises when it is given symbols for tensors.
+                return self._run_by_autodiff(operation, args, kwargs, name, error)
+            return self._run_opened(graph, weights, operation, args, kwargs, name)
 
     def _run_model(self, model, inputs, scope: str, mask=None):
         if mask is not None:
@@ -216,16 +217,17 @@ class Tracer:
 
         # With symbols for its own weights too, what is made of them is part of the graph.
         owned = {key: value for key, value in _attributes(layer).items() if isinstance(value, keras.Variable)}
-        try:
-            with _symbols_for_weights(layer, owned, dtype) as weights:
+        with _seeds_put_back(layer):
+            try:
+                with _seeds_put_back(layer), _symbols_for_weights(layer, owned, dtype) as weights:
+                    symbols, inputs = masks.symbols(args, kwargs, symbol)
+                    graph = keras.Function([*inputs, *weights], self._call(layer, symbols, dtype))
+            except Exception:
+                # A call that reads `weight.value`, or assigns to it.
+                owned = {}
                 symbols, inputs = masks.symbols(args, kwargs, symbol)
-                graph = keras.Function([*inputs, *weights], self._call(layer, symbols, dtype))
-        except Exception:
-            # A call that reads `weight.value`, or assigns to it.
-            owned = {}
-            symbols, inputs = masks.symbols(args, kwargs, symbol)
-            graph = keras.Function(inputs, self._call(layer, symbols, dtype))
-        _check_operations(graph)
+                graph = keras.Function(inputs, self._call(layer, symbols, dtype))
+            _check_operations(graph)
         return graph, list(owned.values())
 
     def _call(self, layer, symbols, dtype):
@@ -447,6 +449,39 @@ def _symbol(tensor) -> keras.KerasTensor:
     # What its first use would write: a graph may have inputs that nothing uses.
     symbol._keras_history = KerasHistory(operation=None, node_index=0, tensor_index=0)
     return symbol
+
+
+@contextlib.contextmanager
+def _forgotten(operation):
+    """A context after which the layers within an operation know nothing of the symbols that they were called with.
+
+    Keras keeps each call with symbols on the layer, and with it all that came before: after a thousand steps, a
+    thousand graphs with the tensors that are constants in them.
+    """
+    layers = operation._flatten_layers(include_self=False) if isinstance(operation, keras.Layer) else []
+    held = [value for value in _attributes(operation).values() if isinstance(value, keras.Operation)]
+    # Private: nothing public tells, or forgets, what an operation was called with.
+    calls = [nodes for one in (*layers, *held) for nodes in (one._inbound_nodes, one._outbound_nodes)]
+    counts = [len(nodes) for nodes in calls]
+    try:
+        yield
+    finally:
+        for nodes, count in zip(calls, counts, strict=True):
+            del nodes[count:]
+
+
+@contextlib.contextmanager
+def _seeds_put_back(layer):
+    """A context in which a layer draws random numbers; if it fails, it has drawn none."""
+    drawn = layer.variables if isinstance(layer, keras.Layer) else []
+    seeds = [variable for variable in drawn if not any(variable is weight for weight in layer.weights)]
+    before = [ops.convert_to_tensor(variable) + 0 for variable in seeds]
+    try:
+        yield
+    except Exception:
+        for variable, value in zip(seeds, before, strict=True):
+            variable.assign(value)
+        raise
 
 
 @contextlib.contextmanager

@@ -265,3 +265,40 @@ def test_augmentation_is_left_to_autodiff_without_a_word(recwarn):
     flipped = lin.block("random_flip")
     assert_close(flipped.jvp(images), flipped.outputs, 1e-6)
     assert jvpreg.linearize(model, images).fallbacks == {}
+
+
+class Noisy(layers.Layer):
+    """Draws random numbers, in a way that can be traced or in one that cannot."""
+
+    def __init__(self, traced):
+        super().__init__()
+        self.traced, self.seed, self.dense = traced, keras.random.SeedGenerator(1), layers.Dense(3)
+
+    def build(self, shape):
+        self.dense.build(shape)
+
+    def call(self, x):
+        noise = keras.random.normal((4, 3), dtype=x.dtype, seed=self.seed)
+        if not self.traced:
+            assert not isinstance(x, keras.KerasTensor)
+        return self.dense(x * noise)
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_a_call_that_draws_random_numbers_draws_them_once(traced):
+    layer, other, x = Noisy(traced), Noisy(traced), normal(4, 3)
+    called = layer(x)
+    other.build((None, 3))
+    other.dense.set_weights(layer.dense.get_weights())
+    assert_close(jvpreg.linearize(other, x).outputs, called)
+    np.testing.assert_array_equal(numpy(other.seed.state), numpy(layer.seed.state))
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_what_a_layer_was_opened_with_is_not_kept(traced):
+    layer, x = Noisy(traced), normal(4, 3)
+    layer(x)
+    known = len(layer.dense._inbound_nodes)
+    for _ in range(3):
+        jvpreg.linearize(layer, x)
+    assert len(layer.dense._inbound_nodes) == known
