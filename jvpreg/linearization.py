@@ -296,7 +296,8 @@ class Linearization:
         if self._graph.couples_examples:
             raise ValueError(
                 "A linearization that couples the examples of a batch cannot be cut: each example's tangent depends on "
-                'the whole batch. Use `batch_statistics="frozen"` or "moving", and no operation that mixes examples.'
+                'the whole batch. Use `batch_statistics="frozen"` or "moving", and no operation that mixes examples; '
+                "of `after` and `block`, name a layer that has the examples on its first axis."
             )
         moving = [node.name for node in self._graph.moving]
         if moving:
@@ -480,7 +481,8 @@ class Linearization:
         if self._graph.couples_examples:
             raise ValueError(
                 "A linearization that couples the examples of a batch has no Jacobian of each. Use "
-                '`batch_statistics="frozen"` or "moving", and no operation that mixes examples.'
+                '`batch_statistics="frozen"` or "moving", and no operation that mixes examples; of `after` and '
+                "`block`, name a layer that has the examples on its first axis."
             )
         self._check_moving(self.inputs, "x")
         return matrices.materialize(self.inputs, tree.flatten(self.outputs), self._push, self._pull, chunk_size)
