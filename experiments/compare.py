@@ -1,14 +1,13 @@
 """The `compare` study: the same training at several strengths of the penalty, side by side."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import keras
 from rich.console import Console
 
-from experiments import data, plots, tables, timing
+from experiments import data, files, plots, tables, timing
 from experiments.config import CompareConfig, TrainConfig
 from experiments.run_folder import RunFolder
 from experiments.train import train, training_batches
@@ -77,8 +76,8 @@ def step_seconds(config: CompareConfig, folders: dict[str, RunFolder]) -> dict[s
 
 def write(summary: dict[str, Any], folders: dict[str, RunFolder], parent: Path) -> None:
     """Write comparison.json, comparison.md and comparison.png, and print the table."""
-    (parent / "comparison.json").write_text(json.dumps(summary, indent=2))
-    (parent / "comparison.md").write_text(tables.markdown(summary))
+    files.write_json(parent / "comparison.json", summary)
+    files.write_text(parent / "comparison.md", tables.markdown(summary))
     robust = {row["run"]: row["robustness"] for row in summary["rows"]}
     plots.comparison(
         {name: folder.read_history() for name, folder in folders.items()},

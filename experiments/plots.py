@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
+from experiments import files
+
 History = Mapping[str, list[float]]
 """Columns of a run's CSV history, one value an epoch."""
 
@@ -45,7 +47,7 @@ def training_curves(history: History, path: Path) -> None:
         _name_axes(loss, "epoch", "loss")
         _name_axes(accuracy, "epoch", "accuracy (%)")
         _name_axes(norm, "epoch", NORM_LABEL)
-        figure.savefig(path, dpi=150)
+        files.save_figure(figure, path)
 
 
 def comparison(
@@ -79,7 +81,7 @@ def comparison(
         _name_axes(norm, "epoch", NORM_LABEL, legend=False)
         _name_axes(noisy, "noise, standard deviation (white = 1)", "accuracy (%)", legend=False)
         _name_axes(attacked, r"PGD, $L_\infty$ radius (white = 1)", "accuracy (%)", legend=False)
-        figure.savefig(path, dpi=150)
+        files.save_figure(figure, path)
 
 
 def _panels(rows: int, columns: int) -> tuple[Figure, list[Axes]]:

@@ -1,11 +1,10 @@
 """Studies of training steps of which each is checked by its gradient before it is timed: what they share."""
 
 import functools
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from experiments import tables
+from experiments import files, tables
 from experiments.benchmark import measure, report, study
 from experiments.benchmark.check import Check
 from experiments.benchmark.config import BenchmarkConfig
@@ -72,10 +71,9 @@ def columns(row: dict[str, Any]) -> dict[str, str]:
 def write(name: str, summary: dict[str, Any], conditions: str, config: BenchmarkConfig) -> None:
     """Write the JSON and the Markdown file of a study, and print the table."""
     folder = study.folder(name, config)
-    folder.mkdir(parents=True, exist_ok=True)
     rows = [columns(row) for row in summary["entries"]]
-    (folder / f"{name}.json").write_text(json.dumps(summary, indent=2))
-    (folder / f"{name}.md").write_text(f"{tables.grid_markdown(rows)}\n\n{conditions}\n")
+    files.write_json(folder / f"{name}.json", summary)
+    files.write_text(folder / f"{name}.md", f"{tables.grid_markdown(rows)}\n\n{conditions}\n")
     console = tables.wide_console()
     console.print(tables.grid(rows))
     console.print(conditions)

@@ -1,6 +1,5 @@
 """The benchmarks of several products as a table, on the terminal and in Markdown, and as a figure."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from experiments import files
 from experiments.benchmark import jvp_report, report
 from experiments.benchmark.competitors import FEW_OUTPUTS
 from experiments.plots import STYLE
@@ -62,8 +62,7 @@ def notes(summary: dict[str, Any]) -> list[str]:
 
 def write(name: str, summary: dict[str, Any], folder: Path, console: Console) -> None:
     """Write the JSON, the Markdown and the PNG file of the study, and print the table."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(summary, indent=2))
+    files.write_json(folder / f"{name}.json", summary)
     figure(summary, WHAT[name][1], folder / f"{name}.png")
     jvp_report.tell(name, table(summary), [conditions(name, summary), *notes(summary)], folder, console)
 
@@ -97,4 +96,4 @@ def figure(summary: dict[str, Any], counted: str, path: Path) -> None:
             fontsize=10,
         )
         axes.legend(fontsize=9)
-        drawing.savefig(path, dpi=150)
+        files.save_figure(drawing, path)

@@ -1,6 +1,5 @@
 """The benchmark of single products as a table, on the terminal and in Markdown, and as a figure."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from experiments import tables
+from experiments import files, tables
 from experiments.benchmark import competitors, report
 from experiments.benchmark.competitors import FEW_OUTPUTS, FORWARD, JVPREG
 from experiments.plots import STYLE
@@ -142,15 +141,14 @@ def notes(summary: dict[str, Any]) -> list[str]:
 
 def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
     """Write jvp.json, jvp.md and jvp.png, and print the table."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "jvp.json").write_text(json.dumps({**summary, "geometric_means": means(summary)}, indent=2))
+    files.write_json(folder / "jvp.json", {**summary, "geometric_means": means(summary)})
     figure(summary, folder / "jvp.png")
     tell("jvp", table(summary), [conditions(summary), *notes(summary)], folder, console)
 
 
 def tell(name: str, rows: list[dict[str, str]], paragraphs: list[str], folder: Path, console: Console) -> None:
     """Write a table with what is said below it into a Markdown file, and print both."""
-    (folder / f"{name}.md").write_text("\n\n".join([tables.grid_markdown(rows), *paragraphs]) + "\n")
+    files.write_text(folder / f"{name}.md", "\n\n".join([tables.grid_markdown(rows), *paragraphs]) + "\n")
     console.print(tables.grid(rows))
     for paragraph in paragraphs:
         console.print(paragraph)
@@ -184,4 +182,4 @@ def figure(summary: dict[str, Any], path: Path) -> None:
         axes.set_xlabel("time of the best right alternative over jvpreg's (median and quartiles)")
         axes.set_title(f"{summary['machine']['backend']}, {summary['mode']}", loc="left", fontsize=10)
         drawing.legend(loc="outside right upper", fontsize=9)
-        drawing.savefig(path, dpi=150)
+        files.save_figure(drawing, path)

@@ -1,6 +1,5 @@
 """The benchmark of layers as a table, on the terminal and in Markdown, and as a figure."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from experiments import tables
+from experiments import files, tables
 from experiments.benchmark import report
 from experiments.plots import STYLE
 
@@ -55,9 +54,8 @@ def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
     rows = [columns(row) for row in summary["layers"]]
     failures = [f"{row['name']}, {text}" for row in summary["layers"] for text in failures_of(row)]
     notes = "\n".join([conditions(summary), *(f"\n{text}" for text in failures)])
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "layers.json").write_text(json.dumps(summary, indent=2))
-    (folder / "layers.md").write_text(f"{tables.grid_markdown(rows)}\n\n{notes}\n")
+    files.write_json(folder / "layers.json", summary)
+    files.write_text(folder / "layers.md", f"{tables.grid_markdown(rows)}\n\n{notes}\n")
     figure(summary, folder / "layers.png")
     console.print(tables.grid(rows))
     console.print(notes)
@@ -104,7 +102,7 @@ def figure(summary: dict[str, Any], path: Path) -> None:
         axes.set_xlabel("time of f(x) and J u, times the plain layer (median and quartiles)")
         axes.set_title(f"{summary['machine']['backend']}, {summary['mode']}", loc="left", fontsize=10)
         drawing.legend(loc="outside lower center", ncols=len(LABELS), fontsize=9)
-        drawing.savefig(path, dpi=150)
+        files.save_figure(drawing, path)
 
 
 def _ratio(part: dict[str, Any]) -> str:

@@ -1,12 +1,11 @@
 """The benchmark of memory as a table, on the terminal and in Markdown."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from experiments import tables
+from experiments import files, tables
 from experiments.benchmark import report
 
 
@@ -59,9 +58,8 @@ def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
     """Write memory.json and memory.md, and print the table."""
     rows = [columns(row) for row in summary["entries"]]
     notes = f"{headline(summary['aims'])}\n\n{conditions(summary)}"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "memory.json").write_text(json.dumps(summary, indent=2))
-    (folder / "memory.md").write_text(f"{tables.grid_markdown(rows)}\n\n{notes}\n")
+    files.write_json(folder / "memory.json", summary)
+    files.write_text(folder / "memory.md", f"{tables.grid_markdown(rows)}\n\n{notes}\n")
     console.print(tables.grid(rows))
     console.print(notes)
     console.print(f"Files: {folder}")

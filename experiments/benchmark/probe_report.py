@@ -1,6 +1,5 @@
 """The benchmark of the Jacobian's health as a table, on the terminal and in Markdown, and as a figure."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from experiments import tables
+from experiments import files, tables
 from experiments.benchmark import report
 from experiments.plots import STYLE
 
@@ -68,9 +67,8 @@ def costs(summary: dict[str, Any]) -> str:
 def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
     """Write probe.json, probe.md and probe.png, and print the table."""
     rows = [columns(row) for row in summary["entries"]]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "probe.json").write_text(json.dumps(summary, indent=2))
-    (folder / "probe.md").write_text(f"{tables.grid_markdown(rows)}\n\n{conditions(summary)}\n")
+    files.write_json(folder / "probe.json", summary)
+    files.write_text(folder / "probe.md", f"{tables.grid_markdown(rows)}\n\n{conditions(summary)}\n")
     figure(summary, folder / "probe.png")
     console.print(tables.grid(rows))
     console.print(conditions(summary))
@@ -105,4 +103,4 @@ def figure(summary: dict[str, Any], path: Path) -> None:
         axes.grid(False, axis="y")
         axes.set_xlabel("forward passes of the same batch (median and quartiles, logarithmic)")
         axes.set_title(f"{summary['machine']['backend']}, {summary['mode']}", loc="left", fontsize=10, pad=14)
-        drawing.savefig(path, dpi=150)
+        files.save_figure(drawing, path)

@@ -6,6 +6,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from experiments import files
 from experiments.plots import STYLE
 
 COLORS = {"none": "0.55", "jvpreg": "C0", "autodiff": "C1"}
@@ -84,7 +85,7 @@ def figure(summary: dict[str, Any], path: Path) -> None:
         axes.grid(False, axis="y")
         axes.set_xlabel("time of a training step, times the plain step (median and quartiles)")
         axes.set_title(f"{summary['machine']['backend']}, {summary['mode']}", loc="left", fontsize=10)
-        drawing.savefig(path, dpi=150)
+        files.save_figure(drawing, path)
 
 
 def _color(row: dict[str, Any]) -> str:

@@ -1,6 +1,5 @@
 """The benchmark of growing sizes as a table, on the terminal and in Markdown, and as a figure."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from experiments import tables
+from experiments import files, tables
 from experiments.benchmark import report
 from experiments.plots import STYLE
 
@@ -60,10 +59,10 @@ def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
     """Write scale.json, scale.md and scale.png, and print the tables."""
     rows = [columns(axis, row) for axis, found in summary["axes"].items() for row in found["points"]]
     found = exponents(summary)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "scale.json").write_text(json.dumps(summary, indent=2))
-    (folder / "scale.md").write_text(
-        f"{tables.grid_markdown(rows)}\n\nExponents:\n\n{tables.grid_markdown(found)}\n\n{conditions(summary)}\n"
+    files.write_json(folder / "scale.json", summary)
+    files.write_text(
+        folder / "scale.md",
+        f"{tables.grid_markdown(rows)}\n\nExponents:\n\n{tables.grid_markdown(found)}\n\n{conditions(summary)}\n",
     )
     figure(summary, folder / "scale.png")
     console.print(tables.grid(rows))
@@ -98,7 +97,7 @@ def figure(summary: dict[str, Any], path: Path) -> None:
             axes.set_ylabel("time (base forward pass = 1)")
             axes.legend(fontsize=8)
         drawing.suptitle(f"{summary['machine']['backend']}, {summary['mode']}", fontsize=10)
-        drawing.savefig(path, dpi=150)
+        files.save_figure(drawing, path)
 
 
 def _label(name: str, row: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 from rich.console import Console
 
-from experiments import tables, timing
+from experiments import files, tables, timing
 from experiments.benchmark import entries, measure, memory, report
 from experiments.benchmark.check import Check, Checker
 from experiments.benchmark.config import StepConfig, TimingConfig
@@ -118,10 +118,9 @@ def row(
 
 def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
     """Write step.json, step.md and step.png, and print the table."""
-    folder.mkdir(parents=True, exist_ok=True)
     rows = [report.columns(row) for row in summary["entries"]]
-    (folder / "step.json").write_text(json.dumps(summary, indent=2))
-    (folder / "step.md").write_text(f"{tables.grid_markdown(rows)}\n\n{report.conditions(summary)}\n")
+    files.write_json(folder / "step.json", summary)
+    files.write_text(folder / "step.md", f"{tables.grid_markdown(rows)}\n\n{report.conditions(summary)}\n")
     report.figure(summary, folder / "step.png")
     console.print(tables.grid(rows))
     console.print(report.conditions(summary))

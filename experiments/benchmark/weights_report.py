@@ -1,6 +1,5 @@
 """The benchmark of products along weights as a table, on the terminal and in Markdown, and as a figure."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from experiments import tables
+from experiments import files, tables
 from experiments.benchmark import report
 from experiments.plots import STYLE
 
@@ -47,9 +46,8 @@ def conditions(summary: dict[str, Any]) -> str:
 def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
     """Write weights.json, weights.md and weights.png, and print the table."""
     rows = [columns(row) for row in summary["entries"]]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "weights.json").write_text(json.dumps(summary, indent=2))
-    (folder / "weights.md").write_text(f"{tables.grid_markdown(rows)}\n\n{conditions(summary)}\n")
+    files.write_json(folder / "weights.json", summary)
+    files.write_text(folder / "weights.md", f"{tables.grid_markdown(rows)}\n\n{conditions(summary)}\n")
     figure(summary, folder / "weights.png")
     console.print(tables.grid(rows))
     console.print(conditions(summary))
@@ -85,4 +83,4 @@ def figure(summary: dict[str, Any], path: Path) -> None:
         axes.set_ylabel("forward passes (median and quartiles)")
         axes.set_title(f"{summary['machine']['backend']}, {summary['mode']}", loc="left", fontsize=10)
         drawing.legend(loc="outside right upper", fontsize=9)
-        drawing.savefig(path, dpi=150)
+        files.save_figure(drawing, path)

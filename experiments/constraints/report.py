@@ -1,6 +1,5 @@
 """The study as a table and as one page of pictures."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from experiments import tables
+from experiments import files, tables
 from experiments.constraints.fitting import AUGMENTED, FREE
 from experiments.plots import STYLE
 
@@ -34,11 +33,10 @@ DIGITS |= {"both": "{:.1f}"}
 
 def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
     """Write PROBLEM.json, PROBLEM.md and PROBLEM.png, and print the table."""
-    folder.mkdir(parents=True, exist_ok=True)
     problem = summary["settings"]["problem"]
-    (folder / f"{problem}.json").write_text(json.dumps(summary, indent=1))
+    files.write_json(folder / f"{problem}.json", summary, indent=1)
     rows = [columns(name, figures, summary) for name, figures in summary["runs"].items()]
-    (folder / f"{problem}.md").write_text(f"{tables.grid_markdown(rows)}\n\n{conditions(summary)}\n")
+    files.write_text(folder / f"{problem}.md", f"{tables.grid_markdown(rows)}\n\n{conditions(summary)}\n")
     figure(summary, folder / f"{problem}.png")
     console.print(tables.grid(rows))
     console.print(conditions(summary))
@@ -117,7 +115,7 @@ def figure(summary: dict[str, Any], path: Path) -> None:
     """Draw the study into a PNG file."""
     draw = {"derivative": _by_points, "invariance": _accuracies}.get(summary["settings"]["problem"], _trade)
     with matplotlib.rc_context(STYLE):
-        draw(summary).savefig(path, dpi=150)
+        files.save_figure(draw(summary), path)
 
 
 def _trade(summary: dict[str, Any]) -> Figure:

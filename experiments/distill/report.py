@@ -1,6 +1,5 @@
 """The study as tables, beside the paper's, and as pages of curves."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from experiments import cells, tables
+from experiments import cells, files, tables
 from experiments.plots import STYLE
 
 PAPER = {
@@ -96,8 +95,7 @@ def conditions(summary: dict[str, Any]) -> str:
 
 def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
     """Write distill.json, distill.md, methods.png and, of several students, students.png; and print the tables."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "distill.json").write_text(json.dumps(summary, indent=2))
+    files.write_json(folder / "distill.json", summary)
     found = [
         [columns(row, summary["data"]) for row in summary["rows"]],
         [angle_columns(row) for row in summary["rows"]],
@@ -111,7 +109,7 @@ def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
         title = f"{summary['settings']['methods'][-1]}, {first} examples a class"
         figure(students, title, folder / "students.png")
     text = "\n\n".join([*map(tables.grid_markdown, found), conditions(summary)])
-    (folder / "distill.md").write_text(f"{text}\n")
+    files.write_text(folder / "distill.md", f"{text}\n")
     for rows in found:
         console.print(tables.grid(rows))
     console.print(conditions(summary))
@@ -142,7 +140,7 @@ def figure(results: dict[str, list[dict[str, Any]]], title: str, path: Path) -> 
             axes.set_xlabel("training step")
         page.suptitle(title, fontsize=10)
         page.legend(*accuracies.get_legend_handles_labels(), loc="outside right center")
-        page.savefig(path, dpi=150)
+        files.save_figure(page, path)
 
 
 def curve(axes: Axes, histories: list[dict[str, Any]], key: str, color: str, scale: float = 1, **style: Any) -> None:

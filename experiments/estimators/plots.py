@@ -8,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments import files
 from experiments.plots import STYLE
 
 COLORS = ("black", "C0")
@@ -48,7 +49,7 @@ def figure4(summary: dict[str, Any], path: Path) -> None:
         _trajectories(last, data["frobenius_norm"])
         handles, labels = panels["singular"].get_legend_handles_labels()
         drawing.legend(handles, labels, loc="outside lower left", ncols=2, fontsize=9, handlelength=4)
-        drawing.savefig(path, dpi=150)
+        files.save_figure(drawing, path)
 
 
 def _curve(axes: Axes, curve: dict[str, Any], color: str) -> None:
@@ -119,4 +120,4 @@ def trace(summary: dict[str, Any], path: Path) -> None:
         grid[0, 0].set_ylabel(r"root mean square error of the trace / $\Vert A\Vert_F$")
         grid[1, 0].set_ylabel("reported standard error\n/ actual spread")
         grid[0, 0].legend()
-        drawing.savefig(path, dpi=150)
+        files.save_figure(drawing, path)

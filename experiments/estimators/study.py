@@ -11,7 +11,7 @@ from keras import ops
 from rich.console import Console
 
 import jvpreg
-from experiments import timing
+from experiments import files, timing
 from experiments.errors import ExperimentError
 from experiments.estimators import convergence, networks, plots, report, traces
 from experiments.estimators.config import EstimatorsConfig
@@ -140,10 +140,9 @@ def matrices(jacobian: np.ndarray, config: EstimatorsConfig) -> dict[str, Any]:
 
 def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
     """Write estimators.json, estimators.md, figure4.png and trace.png, and print the tables."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "estimators.json").write_text(json.dumps(summary, indent=1))
+    files.write_json(folder / "estimators.json", summary, indent=1)
     text = report.markdown(summary)
-    (folder / "estimators.md").write_text(text)
+    files.write_text(folder / "estimators.md", text)
     plots.figure4(summary, folder / "figure4.png")
     plots.trace(summary, folder / "trace.png")
     console.print(text, markup=False)

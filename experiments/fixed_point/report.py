@@ -1,6 +1,5 @@
 """The study as tables and as one page of pictures."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from experiments import tables
+from experiments import files, tables
 from experiments.fixed_point.network import LAYER
 from experiments.plots import STYLE
 
@@ -67,11 +66,10 @@ def conditions(summary: dict[str, Any]) -> str:
 
 def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
     """Write fixed_point.json, fixed_point.md and fixed_point.png, and print the tables."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "fixed_point.json").write_text(json.dumps(summary, indent=2))
+    files.write_json(folder / "fixed_point.json", summary)
     runs, memory = [columns(one) for one in summary["runs"]], memory_columns(summary)
     parts = [tables.grid_markdown(runs), tables.grid_markdown(memory), conditions(summary)]
-    (folder / "fixed_point.md").write_text("\n\n".join(parts) + "\n")
+    files.write_text(folder / "fixed_point.md", "\n\n".join(parts) + "\n")
     figure(summary, folder / "fixed_point.png")
     for rows in (runs, memory):
         console.print(tables.grid(rows))
@@ -111,4 +109,4 @@ def figure(summary: dict[str, Any], path: Path) -> None:
         panels[5].set_xlabel("iterations")
         panels[5].set_ylabel("peak memory of a step, MB")
         panels[5].legend()
-        page.savefig(path, dpi=150)
+        files.save_figure(page, path)

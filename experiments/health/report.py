@@ -1,6 +1,5 @@
 """The study as a table and as one page of pictures."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from experiments import tables
+from experiments import files, tables
 from experiments.plots import STYLE
 
 LABELS = {
@@ -47,10 +46,9 @@ def conditions(summary: dict[str, Any]) -> str:
 
 def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
     """Write health.json, health.md and health.png, and print the table."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "health.json").write_text(json.dumps(summary, indent=2))
+    files.write_json(folder / "health.json", summary)
     rows = [columns(row) for row in summary["rows"]]
-    (folder / "health.md").write_text(f"{tables.grid_markdown(rows)}\n\n{conditions(summary)}\n")
+    files.write_text(folder / "health.md", f"{tables.grid_markdown(rows)}\n\n{conditions(summary)}\n")
     figure(summary, folder / "health.png")
     console.print(tables.grid(rows))
     console.print(conditions(summary))
@@ -92,4 +90,4 @@ def figure(summary: dict[str, Any], path: Path) -> None:
         for axes in page.axes[2:]:
             axes.set_xlabel("training step (▾: told from the healthy runs, from here on)")
         page.legend(*page.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-        page.savefig(path, dpi=150)
+        files.save_figure(page, path)

@@ -1,13 +1,12 @@
 """The study as a table, beside the paper's."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 
-from experiments import cells, tables
+from experiments import cells, files, tables
 
 PAPER = {
     "no regularization": {"50": "33.25 ± 0.6", "100": "46.24 ± 0.1", "500": "68.48 ± 0.1"},
@@ -59,11 +58,10 @@ def conditions(summary: dict[str, Any]) -> str:
 
 def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
     """Write regularization.json and regularization.md, and print the tables."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "regularization.json").write_text(json.dumps(summary, indent=2))
+    files.write_json(folder / "regularization.json", summary)
     both = [[columns(row) for row in summary["rows"]] for columns in (accuracies, explanations)]
     text = "\n\n".join([*map(tables.grid_markdown, both), conditions(summary)])
-    (folder / "regularization.md").write_text(f"{text}\n")
+    files.write_text(folder / "regularization.md", f"{text}\n")
     for rows in both:
         console.print(tables.grid(rows))
     console.print(conditions(summary))

@@ -1,6 +1,5 @@
 """The study as a table, as curves and as a page of maps."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 import jvpreg
-from experiments import tables
+from experiments import files, tables
 from experiments.plots import STYLE
 
 
@@ -37,11 +36,10 @@ def write(
     summary: dict[str, Any], images: np.ndarray, maps: Mapping[str, np.ndarray], folder: Path, console: Console
 ) -> None:
     """Write saliency.json, saliency.md, maps.png and curves.png, and print the table."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "saliency.json").write_text(json.dumps(summary, indent=2))
+    files.write_json(folder / "saliency.json", summary)
     rows = [columns(row) for row in summary["rows"]]
-    (folder / "saliency.md").write_text(f"{tables.grid_markdown(rows)}\n\n{conditions(summary)}\n")
-    jvpreg.saliency.figure(images, maps).savefig(folder / "maps.png", dpi=150)
+    files.write_text(folder / "saliency.md", f"{tables.grid_markdown(rows)}\n\n{conditions(summary)}\n")
+    files.save_figure(jvpreg.saliency.figure(images, maps), folder / "maps.png")
     curves(summary, folder / "curves.png")
     console.print(tables.grid(rows))
     console.print(conditions(summary))
@@ -63,4 +61,4 @@ def curves(summary: dict[str, Any], path: Path) -> None:
             axes.set_xlabel(f"most salient pixels {'removed' if kind == 'remove' else 'kept'} (%)")
         page.axes[0].set_ylabel("probability of the label")
         page.legend(*page.axes[0].get_legend_handles_labels(), loc="outside right center")
-        page.savefig(path, dpi=150)
+        files.save_figure(page, path)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import keras
 import numpy as np
 
 import jvpreg
-from experiments import cells, data, models, tables, timing
+from experiments import cells, data, files, models, tables, timing
 from experiments.config import as_plain_dict
 from experiments.sparing.config import SparingConfig
 from experiments.train import optimizer
@@ -66,9 +65,8 @@ def run(config: SparingConfig) -> dict[str, Any]:
         rows.append({"method": method.name, "results": results})
     summary = {"study": "sparing", "settings": as_plain_dict(config), "machine": timing.machine(), "rows": rows}
     found = [columns(row) for row in rows]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sparing.json").write_text(json.dumps(summary, indent=2))
-    (folder / "sparing.md").write_text(f"{tables.grid_markdown(found)}\n\n{conditions(summary)}\n")
+    files.write_json(folder / "sparing.json", summary)
+    files.write_text(folder / "sparing.md", f"{tables.grid_markdown(found)}\n\n{conditions(summary)}\n")
     console.print(tables.grid(found))
     console.print(conditions(summary))
     console.print(f"Files: {folder}")

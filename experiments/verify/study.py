@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from experiments import tables, timing
+from experiments import files, tables, timing
 from experiments.config import as_plain_dict
 from experiments.verify import architectures, process, report
 from experiments.verify.architectures import Architecture
@@ -71,9 +71,8 @@ def kept_rows(folder: Path) -> list[dict[str, Any]]:
 
 def write(summary: dict[str, Any], folder: Path) -> None:
     """Write verify.json and verify.md."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "verify.json").write_text(json.dumps(summary, indent=2))
-    (folder / "verify.md").write_text(report.markdown(summary))
+    files.write_json(folder / "verify.json", summary)
+    files.write_text(folder / "verify.md", report.markdown(summary))
 
 
 def command(config: VerifyConfig) -> str:
