@@ -6,8 +6,10 @@ before anything is computed. They look at Python values, shapes and dtypes; only
 
 import math
 import operator
+import os
 from collections.abc import Collection
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -127,6 +129,15 @@ def names(name: str, value, optional: bool = False, owner: str = "", what: str =
 def paths(name: str, value, optional: bool = False, owner: str = "") -> Any:
     """A list of paths of layers, each once; None passes if they are optional."""
     return names(name, value, optional, owner, "paths of layers")
+
+
+def path(name: str, value, optional: bool = False) -> Any:
+    """A path of the file system; None passes if it is optional."""
+    if optional and value is None:
+        return None
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value) or isinstance(os.fspath(value), bytes):
+        raise invalid(name, f"a path{', or None' if optional else ''}", value)
+    return Path(value)
 
 
 def function(name: str, value, expected: str, optional: bool = False) -> Any:

@@ -265,6 +265,7 @@ def rows() -> dict[str, Row]:
                 "every_batches": 2,
                 "seed": 0,
                 "prefix": "own",
+                "folder": "own",
             },
         ),
         "callbacks.JacobianGuard": Row(

@@ -53,7 +53,8 @@ class JacobianGuard(keras.callbacks.Callback):
     `every_batches=1` of the probe can see where it came from. Of an explosion or a collapse, it is the layer whose own
     gain, by how much it stretches random tangents, has changed most since the healthy measurements.
 
-    List it after its probe. It costs a linearization and four products on the probe's batch for each measurement.
+    List it after its probe. It costs a linearization and four products on the probe's batch for each measurement. Where
+    the probe has a `folder`, the reference goes on in a `fit` that resumes an earlier one.
 
     Args:
         probe: the `JacobianProbe` of the same `fit`.
@@ -115,10 +116,12 @@ class JacobianGuard(keras.callbacks.Callback):
         self._healthy: deque[float] = deque(maxlen=self.window)
         self._gains: deque[np.ndarray] = deque(maxlen=self.window)
         self._state: str | None = None
-        self._epoch = 0
+        self._epoch: int | None = None
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Remembers the epoch."""
+        """Remembers the epoch; before the first of a `fit`, looks back at those that were measured earlier."""
+        if self._epoch is None:
+            self._look_back()
         self._epoch = epoch
 
     def on_train_batch_end(self, batch, logs=None):
@@ -131,20 +134,44 @@ class JacobianGuard(keras.callbacks.Callback):
         if self.probe.epoch == epoch and self._key in (logs or {}):
             self._look(logs[self._key], None)
 
+    def _look_back(self) -> None:
+        """Judges the epochs that an earlier `fit` measured as it did, without a word.
+
+        The gains of the layers are those of now, for the models of then are gone.
+        """
+        for epoch in self.probe.history:
+            self._judge(self.probe.logged(epoch)[self._key])
+        if self._healthy and self._state is None:
+            self._note_gains()
+
     def _look(self, value: float, batch: int | None) -> None:
+        before = self._state
+        reference = self._judge(value)
+        if self._state is None:
+            self._note_gains()
+        elif self._state != before:
+            assert self._epoch is not None
+            usual = np.median(self._gains, axis=0) if self._gains else None
+            layer, reason = self._measured_layers().origin(self._state, usual)
+            self._report(GuardEvent(self._state, self._epoch, batch, value, reference, layer, reason))
+
+    def _note_gains(self) -> None:
+        gains = self._measured_layers().gains
+        if np.isfinite(gains).all():  # The median of others is not a number for `window` measurements.
+            self._gains.append(gains)
+
+    def _measured_layers(self) -> "_State":
         assert self.model is not None  # On JAX, reading `model` brings the variables up to date.
         assert self._layers is not None
+        return self._layers.measure(self.probe.x)
+
+    def _judge(self, value: float) -> float:
+        """Notes in which state a value is, and returns the reference that it was compared with."""
         reference = float(np.median(self._healthy)) if self._healthy else math.nan
-        before, self._state = self._state, self._kind(value, reference)
+        self._state = self._kind(value, reference)
         if self._state is None:
             self._healthy.append(value)
-            gains = self._layers.measure(self.probe.x).gains
-            if np.isfinite(gains).all():  # The median of others is not a number for `window` measurements.
-                self._gains.append(gains)
-        elif self._state != before:
-            usual = np.median(self._gains, axis=0) if self._gains else None
-            layer, reason = self._layers.measure(self.probe.x).origin(self._state, usual)
-            self._report(GuardEvent(self._state, self._epoch, batch, value, reference, layer, reason))
+        return reference
 
     def _kind(self, value: float, reference: float) -> str | None:
         if not math.isfinite(value):

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from jvpreg import checks
+from jvpreg.callbacks.files import write_whole
 from jvpreg.callbacks.probe import JacobianProbe
-from jvpreg.callbacks.reader import ProbeReader
+from jvpreg.callbacks.reader import ProbeReader, picture
 
 
 class JacobianPictures(ProbeReader):
-    """Draws the history of each metric of a `JacobianProbe` in this `fit`, anew after each measurement.
+    """Draws the history of each metric of a `JacobianProbe`, anew after each measurement.
 
     A metric is drawn as curves: the mean over the examples, its standard error as bars, and the middle 80 % of the
     examples as a band. Eigenvalues are drawn in the complex plane, and a `SpectralDensity` as a map of colors over the
@@ -49,20 +50,17 @@ class JacobianPictures(ProbeReader):
         every_epochs: int = 1,
     ):
         super().__init__(probe, every_epochs)
-        for name, path in (("folder", folder), ("log_dir", log_dir)):
-            if path is not None and not isinstance(path, (str, os.PathLike)):
-                raise checks.invalid(name, "a path, or None", path)
+        self.folder = checks.path("folder", folder, optional=True)
+        self.log_dir = checks.path("log_dir", log_dir, optional=True)
         if folder is None and log_dir is None:
             raise ValueError("Invalid value for argument `folder`. Expected a path, or `log_dir`. Received: neither.")
-        self.folder = None if folder is None else Path(folder)
-        self.log_dir = None if log_dir is None else Path(log_dir)
         self._events: _Events | None = None
-        self._drawn: int | None = None
+        self._undrawn = False
 
     def on_train_begin(self, logs=None):
         """Makes the folder, and opens TensorBoard's file."""
         super().on_train_begin(logs)
-        self._drawn = None
+        self._undrawn = False
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
         if self.log_dir is not None:
@@ -70,7 +68,7 @@ class JacobianPictures(ProbeReader):
 
     def on_train_end(self, logs=None):
         """Draws what was measured since the last picture, and closes TensorBoard's file."""
-        if self.epochs and self.epochs[-1] != self._drawn:
+        if self._undrawn:
             self._draw()
         if self._events is not None:
             self._events.close()
@@ -78,17 +76,19 @@ class JacobianPictures(ProbeReader):
 
     def read(self, epoch: int, draw: bool) -> None:
         """Draws everything, if it is time to."""
+        self._undrawn = True
         if draw:
             self._draw()
 
     def _draw(self) -> None:
-        self._drawn = self.epochs[-1]
-        for name in self.history[-1]:
-            png = self.picture(name)
+        self._undrawn = False
+        history = self.probe.history
+        for name in self.probe.values:
+            png = picture(name, history)
             if self.folder is not None:
-                (self.folder / f"{name.replace('/', '-')}.png").write_bytes(png)
+                write_whole(self.folder / f"{name.replace('/', '-')}.png", png)
             if self._events is not None:
-                self._events.add_image(f"{self.probe.prefix}/{name}", png, self._drawn)
+                self._events.add_image(f"{self.probe.prefix}/{name}", png, max(history))
 
 
 class _Events:

@@ -3,8 +3,10 @@
 import functools
 import inspect
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -12,6 +14,7 @@ import numpy as np
 from keras import ops, tree
 
 from jvpreg import checks, estimators
+from jvpreg.callbacks.history import History, Measured, values_of
 from jvpreg.callbacks.measurement import Measurement, as_array, as_arrays
 from jvpreg.estimators import Estimate, SpectralDensity
 from jvpreg.finite import finite_examples, nan_unless
@@ -75,6 +78,9 @@ class JacobianProbe(keras.callbacks.Callback):
         every_batches: measure also after every n-th batch, into the batch's logs. None: not.
         seed: of the directions, for metrics given by name.
         prefix: of the names in `logs`. Two probes in one `fit` need two.
+        folder: where the measurement of each epoch is kept, as `epoch-00003.npz`. A `fit` that goes on with an
+            earlier one, in another process too, then has its `history`: pictures show all epochs, and a
+            `JacobianGuard` goes by the same reference. None: nowhere.
 
     Attributes:
         values: the last measurement, a dict from metric (`after/LAYER/m` and so on included) to an array `(B, …)`, or
@@ -84,6 +90,7 @@ class JacobianProbe(keras.callbacks.Callback):
     Raises:
         ValueError: an argument is out of its range, or `x`, a layer or a metric does not fit the model (before
             training begins).
+        OSError: the folder cannot be made (before training begins) or written to.
 
     Example:
 
@@ -113,6 +120,7 @@ class JacobianProbe(keras.callbacks.Callback):
         every_batches: int | None = None,
         seed: int = 0,
         prefix: str = "jacobian",
+        folder: str | os.PathLike | None = None,
     ):
         super().__init__()
         self.x = as_arrays(x)
@@ -130,17 +138,43 @@ class JacobianProbe(keras.callbacks.Callback):
         self._measurement: Measurement | None = None
         self._blank: dict[str, dict[str, np.ndarray]] = {}
         self._batches = 0
+        self._kept = History(checks.path("folder", folder, optional=True))
+        self._begins = True
 
     @property
     def keys(self) -> list[str]:
         """The names in `logs`; none before `fit` has looked at the model."""
         return list(self._summary(self._blank))
 
+    @property
+    def folder(self) -> Path | None:
+        """Where the measurements of the epochs are kept."""
+        return self._kept.folder
+
+    @property
+    def history(self) -> dict[int, dict[str, Any]]:
+        """What `values` was at the end of each epoch that was measured, by the epoch, counted from 0."""
+        return {epoch: values_of(measured) for epoch, measured in self._kept.items()}
+
+    def logged(self, epoch: int) -> dict[str, float]:
+        """What it put into `logs` at the end of an epoch that was measured."""
+        return self._summary(self._kept[epoch])
+
+    def restore(self, epoch: int) -> None:
+        """Takes up the `history` of the epochs before this one; drops the others, and their files.
+
+        A `fit` does it before its first epoch.
+        """
+        self._kept.restore(epoch)
+        if self._blank:
+            self._kept.keep_like(self._blank)
+
     def set_model(self, model):
         """Checks all arguments against the model, and the order of the callbacks."""
         super().set_model(model)
         base = unwrap(model)
         if self._measurement is None or self._measurement.base is not base:
+            self._kept.clear()
             measurement = Measurement(base, self._measure)
             # What would fail at the end of the first epoch fails here, on one example. On TensorFlow, a model that was
             # given no input shape is built by its first step only.
@@ -149,17 +183,31 @@ class JacobianProbe(keras.callbacks.Callback):
             self._measurement = measurement
         _warn_of_readers_before(self, inspect.currentframe())
 
+    def on_train_begin(self, logs=None):
+        """Makes the folder."""
+        self._begins = True
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+
     def on_epoch_begin(self, epoch, logs=None):
-        """Starts to count batches."""
+        """Takes up the history before the first epoch of a `fit`, and starts to count batches."""
+        if self._begins:  # Only now it is known with which epoch: a callback may have restored a backup.
+            self.restore(epoch)
+            self._begins = False
         self._batches = 0
 
     def on_epoch_end(self, epoch, logs=None):
         """Puts the measurement, or NaN, into `logs`."""
         due = epoch == 0 or (epoch + 1) % self.every_epochs == 0 or not self._blank
         self.epoch = epoch if due else None
-        summary = self.measure() if due else self._summary(self._blank)
+        is_first = not self._blank  # of a model that `fit` has built only now
+        measured = self._measure_now() if due else self._blank
+        if due:
+            if is_first:
+                self._kept.keep_like(measured)
+            self._kept.add(epoch, measured)
         if logs is not None:
-            logs.update(summary)
+            logs.update(self._summary(measured))
 
     def on_train_batch_end(self, batch, logs=None):
         """Puts the measurement into the batch's `logs`, when it is due."""
@@ -178,6 +226,9 @@ class JacobianProbe(keras.callbacks.Callback):
         Returns:
             A dict from the names in `logs` to numbers. `values` holds what they are the means of.
         """
+        return self._summary(self._measure_now())
+
+    def _measure_now(self) -> Measured:
         assert self.model is not None  # On JAX, reading `model` brings the variables up to date.
         assert self._measurement is not None
         try:
@@ -189,11 +240,8 @@ class JacobianProbe(keras.callbacks.Callback):
             found = self._blank
         self._blank = self._blank or _nothing_like(found, _batch_size(self.x))
         found = {name: {key: np.asarray(part) for key, part in parts.items()} for name, parts in found.items()}
-        self.values = {
-            name: SpectralDensity(**parts, num_matvecs=0) if "points" in parts else parts["value"]
-            for name, parts in found.items()
-        }
-        return self._summary(found)
+        self.values = values_of(found)
+        return found
 
     def _measure(self, linearization: Linearization) -> dict[str, dict]:
         """All metrics of the model and of its parts, as a dict of dicts of tensors `(B, …)`."""
@@ -217,7 +265,7 @@ class JacobianProbe(keras.callbacks.Callback):
             raise ValueError(f"`JacobianProbe` cannot measure its `layers` and `blocks`. {error}") from error
         return parts
 
-    def _summary(self, found: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, float]:
+    def _summary(self, found: Measured) -> dict[str, float]:
         summary = {}
         for name, parts in found.items():
             place, slash, metric = name.rpartition("/")

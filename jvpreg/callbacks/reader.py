@@ -1,5 +1,6 @@
 """What callbacks that read a `JacobianProbe` have in common."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -15,39 +16,31 @@ class ProbeReader(keras.callbacks.Callback):
     Args:
         probe: the `JacobianProbe` of the same `fit`, listed before.
         every_epochs: draw after every n-th epoch that was measured, and after the last.
-
-    Attributes:
-        epochs: those that were measured in this `fit`.
-        history: what was, a list of `probe.values`.
     """
 
     def __init__(self, probe: JacobianProbe, every_epochs: int):
         super().__init__()
         self.probe = checked_probe(probe)
         self.every_epochs = checks.count("every_epochs", every_epochs)
-        self.epochs: list[int] = []
-        self.history: list[dict[str, Any]] = []
 
     def on_train_begin(self, logs=None):
-        """Checks that the probe is there, and forgets an earlier `fit`."""
+        """Checks that the probe is there."""
         check_probe(self)
-        self.epochs, self.history = [], []
 
     def on_epoch_end(self, epoch, logs=None):
         """Reads the epoch's measurement, if there is one."""
         if self.probe.epoch == epoch:
-            self.epochs.append(epoch)
-            self.history.append(self.probe.values)
             last = epoch + 1 == (self.params or {}).get("epochs")
-            self.read(epoch, draw=last or len(self.epochs) % self.every_epochs == 0)
+            self.read(epoch, draw=last or len(self.probe.history) % self.every_epochs == 0)
 
     def read(self, epoch: int, draw: bool) -> None:
         """Does something with `self.probe.values`, and draws if it is time to."""
         raise NotImplementedError
 
-    def picture(self, name: str) -> bytes:
-        """The history of a metric as a PNG file."""
-        return history_png(name, self.epochs, [values[name] for values in self.history])
+
+def picture(name: str, history: Mapping[int, Mapping[str, Any]]) -> bytes:
+    """What became of a metric, drawn of `JacobianProbe.history` as a PNG file."""
+    return history_png(name, list(history), [values[name] for values in history.values()])
 
 
 def checked_probe(probe) -> JacobianProbe:

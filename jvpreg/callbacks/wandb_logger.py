@@ -7,7 +7,7 @@ from keras import ops
 
 from jvpreg.callbacks.figures import mean_density
 from jvpreg.callbacks.probe import JacobianProbe
-from jvpreg.callbacks.reader import ProbeReader
+from jvpreg.callbacks.reader import ProbeReader, picture
 from jvpreg.estimators import SpectralDensity
 
 
@@ -100,7 +100,7 @@ class JacobianWandbLogger(ProbeReader):
             if (histogram := self._histogram(value)) is not None:
                 row[f"{key}_histogram"] = histogram
             if draw and (isinstance(value, SpectralDensity) or value.ndim == 2):
-                row[f"{key}_history"] = self._image(self.picture(name))
+                row[f"{key}_history"] = self._image(picture(name, self.probe.history))
         self._wandb.log(row, commit=False)
 
     def _histogram(self, value):

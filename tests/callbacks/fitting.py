@@ -41,3 +41,25 @@ class NeverBegins(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         raise AssertionError("training began")
+
+
+class Scale(keras.callbacks.Callback):
+    """Multiplies the kernel of a layer at the beginning of epochs."""
+
+    def __init__(self, layer, factors):
+        super().__init__()
+        self.layer, self.factors = layer, factors
+
+    def on_epoch_begin(self, epoch, logs=None):
+        layer = getattr(self.model, "base", self.model).get_layer(self.layer)
+        kernel, bias = layer.get_weights()
+        layer.set_weights([kernel * self.factors.get(epoch, 1.0), bias])
+
+
+def still_model():
+    """A model that training leaves as it is, but for what a callback does to it."""
+    model = make_model()
+    for name in ("first", "norm"):
+        model.get_layer(name).trainable = False  # A NaN in the loss would be one in all weights.
+    model.compile(keras.optimizers.SGD(0.0), model.loss)
+    return model

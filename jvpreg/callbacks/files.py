@@ -1,0 +1,26 @@
+"""Files that are whole or not there."""
+
+import contextlib
+import os
+import uuid
+from pathlib import Path
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file beside and renames it, so that a process that is killed leaves the old file or the new one.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written to. The old file is as it was.
+    """
+    # A name of its own: of two processes that write the same file, neither takes the other's half.
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # Otherwise a machine that loses power may keep the name and not the bytes.
+        beside.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise

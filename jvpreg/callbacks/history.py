@@ -1,0 +1,114 @@
+"""What a `JacobianProbe` measured at the ends of epochs: in memory, and, for a run that is resumed, in files."""
+
+import io
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jvpreg.callbacks.files import write_whole
+from jvpreg.estimators import SpectralDensity
+
+FILE = re.compile(r"epoch-(\d+)\.npz")
+
+Measured = Mapping[str, Mapping[str, np.ndarray]]
+"""Of each metric, by its name in `JacobianProbe.values`: its parts, each `(B, …)`."""
+
+
+def values_of(measured: Measured) -> dict[str, Any]:
+    """What `JacobianProbe.values` is of a measurement."""
+    return {
+        name: SpectralDensity(**parts, num_matvecs=0) if "points" in parts else parts["value"]
+        for name, parts in measured.items()
+    }
+
+
+class History(Mapping[int, Measured]):
+    """The measurement of each epoch, counted from 0, in order.
+
+    Args:
+        folder: where a file for each is kept too, `epoch-00003.npz`; None: nowhere.
+    """
+
+    def __init__(self, folder: Path | None):
+        self.folder = folder
+        self._epochs: dict[int, Measured] = {}
+
+    def __getitem__(self, epoch: int) -> Measured:
+        return self._epochs[epoch]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._epochs)
+
+    def __len__(self) -> int:
+        return len(self._epochs)
+
+    def add(self, epoch: int, measured: Measured) -> None:
+        """Keeps the measurement of an epoch, after all others."""
+        self._epochs[epoch] = measured
+        if self.folder is not None:
+            # The part first: NumPy takes no entry that is called `file`, as a metric may be.
+            entries = {f"{part}:{name}": array for name, parts in measured.items() for part, array in parts.items()}
+            content = io.BytesIO()
+            np.savez(content, **entries)  # type: ignore[arg-type]
+            write_whole(self.folder / f"epoch-{epoch:05}.npz", content.getvalue())
+
+    def clear(self) -> None:
+        """Forgets everything; files stay."""
+        self._epochs.clear()
+
+    def restore(self, epoch: int) -> None:
+        """Drops this epoch and those after it, files too, and reads the files of those before that are not known."""
+        files = {} if self.folder is None else self._files()
+        for at, file in files.items():
+            if at >= epoch:
+                file.unlink(missing_ok=True)
+        read = {at: _read(file) for at, file in files.items() if at < epoch and at not in self._epochs}
+        known = {at: measured for at, measured in self._epochs.items() if at < epoch}
+        known |= {at: measured for at, measured in read.items() if measured is not None}
+        self._epochs = {at: known[at] for at in sorted(known)}
+
+    def keep_like(self, other: Measured) -> None:
+        """Drops from memory what another probe measured, other metrics or another number of examples; warns of it."""
+        unlike = [epoch for epoch, measured in self._epochs.items() if _shapes(measured) != _shapes(other)]
+        if unlike:
+            warnings.warn(
+                f"`JacobianProbe` leaves out epochs {[epoch + 1 for epoch in unlike]} of {self.folder}: they were "
+                "measured with other metrics or on another number of examples. Give each probe a folder of its own.",
+                stacklevel=2,
+            )
+        for epoch in unlike:
+            del self._epochs[epoch]
+
+    def _files(self) -> dict[int, Path]:
+        assert self.folder is not None
+        found = [(FILE.fullmatch(path.name), path) for path in self.folder.glob("epoch-*.npz")]
+        return {int(match[1]): path for match, path in sorted(found, key=lambda pair: pair[1].name) if match}
+
+
+def _read(file: Path) -> Measured | None:
+    """What a file holds; None, and a warning, if it is damaged."""
+    measured: dict[str, dict[str, np.ndarray]] = {}
+    try:
+        # From memory: of a torn archive, NumPy would leave the file open.
+        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as entries:
+            for key in entries.files:
+                part, _, name = key.partition(":")
+                measured.setdefault(name, {})[part] = entries[key]
+        values_of(measured)
+    # A torn archive raises whatever its first wrong byte makes of it.
+    except Exception as error:
+        warnings.warn(
+            f"`JacobianProbe` leaves out {file}, which is damaged ({type(error).__name__}: {error}). Pictures and "
+            "reports of the run will lack this epoch.",
+            stacklevel=2,
+        )
+        return None
+    return measured
+
+
+def _shapes(measured: Measured) -> dict:
+    return {name: {part: np.shape(array) for part, array in parts.items()} for name, parts in measured.items()}
