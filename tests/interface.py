@@ -283,7 +283,9 @@ def rows() -> dict[str, Row]:
             callbacks.JacobianPictures, {"probe": probe(), "folder": "own", "log_dir": None, "every_epochs": 1}
         ),
         "callbacks.JacobianWandbLogger": Row(
-            callbacks.JacobianWandbLogger, {"probe": probe(), "every_epochs": 1}, ("every_epochs",)
+            callbacks.JacobianWandbLogger,
+            {"probe": probe(), "every_epochs": 1, "every_batches": 2, "history": "own.csv"},
+            ("every_epochs",),
         ),
         "distillation.ActivationMatching": Row(
             distillation.ActivationMatching, {"weight": 1.0, "temperature": 2.0, "name": "own"}

@@ -15,6 +15,7 @@ from keras import ops, tree
 
 from jvpreg import checks, estimators
 from jvpreg.callbacks.history import History, Measured, values_of
+from jvpreg.callbacks.hooks import batches_taken, is_due, listed_before
 from jvpreg.callbacks.measurement import Measurement, as_array, as_arrays
 from jvpreg.estimators import Estimate, SpectralDensity
 from jvpreg.finite import finite_examples, nan_unless
@@ -124,7 +125,9 @@ class JacobianProbe(keras.callbacks.Callback):
     ):
         super().__init__()
         self.x = as_arrays(x)
-        self.metrics = _functions(metrics, checks.seed("seed", seed))
+        self.size = _batch_size(self.x)
+        self.seed = checks.seed("seed", seed)
+        self.metrics = _functions(metrics, self.seed)
         self.layers = checks.paths("layers", layers)
         self.blocks = checks.paths("blocks", blocks)
         self.every_epochs = checks.count("every_epochs", every_epochs)
@@ -134,7 +137,7 @@ class JacobianProbe(keras.callbacks.Callback):
         self.epoch: int | None = None
         # Keras overlaps batch hooks with the next step for callbacks that say they are safe; one that does nothing is.
         self.async_safe = every_batches is None
-        self._groups: dict[str, Any] = {"": slice(None), **_classes(labels, _batch_size(self.x))}
+        self._groups: dict[str, Any] = {"": slice(None), **_classes(labels, self.size)}
         self._measurement: Measurement | None = None
         self._blank: dict[str, dict[str, np.ndarray]] = {}
         self._batches = 0
@@ -179,9 +182,9 @@ class JacobianProbe(keras.callbacks.Callback):
             # What would fail at the end of the first epoch fails here, on one example. On TensorFlow, a model that was
             # given no input shape is built by its first step only.
             if base.built:
-                self._blank = _nothing_like(measurement.first_example(self.x), _batch_size(self.x))
+                self._blank = _nothing_like(measurement.first_example(self.x), self.size)
             self._measurement = measurement
-        _warn_of_readers_before(self, inspect.currentframe())
+        _warn_of_readers(self, listed_before(self, inspect.currentframe()))
 
     def on_train_begin(self, logs=None):
         """Makes the folder."""
@@ -213,9 +216,8 @@ class JacobianProbe(keras.callbacks.Callback):
         """Puts the measurement into the batch's `logs`, when it is due."""
         if self.every_batches is None:
             return
-        # Under `steps_per_execution` the hook runs after several batches, and seldom right after an n-th one.
-        passed, self._batches = self._batches, batch + 1
-        if self._batches // self.every_batches > passed // self.every_batches:
+        passed, self._batches = self._batches, batches_taken(self, batch)
+        if is_due(passed, self._batches, self.every_batches):
             summary = self.measure()
             if logs is not None:
                 logs.update(summary)
@@ -238,7 +240,7 @@ class JacobianProbe(keras.callbacks.Callback):
             if not self._blank or self._measurement.is_finite(self.x):
                 raise
             found = self._blank
-        self._blank = self._blank or _nothing_like(found, _batch_size(self.x))
+        self._blank = self._blank or _nothing_like(found, self.size)
         found = {name: {key: np.asarray(part) for key, part in parts.items()} for name, parts in found.items()}
         self.values = values_of(found)
         return found
@@ -377,13 +379,8 @@ def _mean_and_sem(numbers: np.ndarray) -> tuple[float, float]:
         return float(numbers.mean()), float(sem)
 
 
-def _warn_of_readers_before(probe: JacobianProbe, frame) -> None:
-    """Warns if a reader stands before the probe in the list of callbacks that is just being given its model."""
-    # Keras hands a callback its model but not its list, so the list is found in the caller.
-    owner = frame.f_back.f_locals.get("self") if frame is not None and frame.f_back is not None else None
-    if not isinstance(owner, keras.callbacks.CallbackList) or probe not in owner.callbacks:
-        return
-    before = owner.callbacks[: owner.callbacks.index(probe)]
+def _warn_of_readers(probe: JacobianProbe, before: Sequence[keras.callbacks.Callback]) -> None:
+    """Warns if one of these callbacks, listed before the probe, reads it."""
     # A guard of another probe is no reader of this one.
     readers = [callback for callback in before if getattr(callback, "probe", probe) is probe]
     names = [type(callback).__name__ for callback in readers if type(callback).__name__ in READERS]

@@ -1,38 +1,61 @@
-"""`JacobianWandbLogger`: a row for every epoch in Weights & Biases, with the distributions and spectra of a probe."""
+"""`JacobianWandbLogger`: epochs and batches in Weights & Biases, with the distributions and spectra of a probe."""
 
+import inspect
 import io
+import os
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from keras import ops
 
+from jvpreg import checks
 from jvpreg.callbacks.figures import mean_density
+from jvpreg.callbacks.hooks import batches_taken, is_due, listed_before
 from jvpreg.callbacks.probe import JacobianProbe
 from jvpreg.callbacks.reader import ProbeReader, picture
+from jvpreg.callbacks.rows import Rows, read_epochs, rows_before
+from jvpreg.callbacks.settings import settings
 from jvpreg.estimators import SpectralDensity
 
 
 class JacobianWandbLogger(ProbeReader):
     """Logs every epoch, and what a `JacobianProbe` measured: a histogram of each metric, and pictures of spectra.
 
-    The row of an epoch has everything in `logs` (the loss, metrics, the means of the probe) under the keys that
-    `WandbMetricsLogger` has, such as `epoch/loss` and `epoch/jacobian/m`, and beside it:
+    The row of an epoch has everything in `logs` (the loss, metrics, the means of the probe) and the learning rate under
+    the keys that W&B's `WandbMetricsLogger` has, such as `epoch/loss` and `epoch/jacobian/m`, and beside it:
 
     - `jacobian/m_histogram`: of a metric's values over the examples (of the magnitudes, if they are complex), or the
       density, of the examples together, if it is one;
     - `jacobian/m_history`: the picture of the epochs so far, as `JacobianPictures` draws it, of a metric that is
       several numbers an example or a density.
 
-    All of these are charted against the epoch. List it after the probe. Nothing else is needed; a `WandbMetricsLogger`
-    that is listed after it writes into the same row. It needs wandb, and for the pictures matplotlib.
+    All of these are charted against the epoch. With `every_batches` there are rows of batches too, under `batch/…`,
+    charted against `batch/batch_step`: how many steps the optimizer had taken. The run's config gets, under
+    `jacobian`, the regularizers with their strengths, the interval and the fraction of a `JacobianModel`, and what the
+    probe measures on how many examples.
+
+    List it after the probe. Nothing else is needed, TensorFlow neither; another `JacobianWandbLogger`, of another
+    probe, or a `WandbMetricsLogger` that is listed after it writes into the same rows. It needs wandb, and for the
+    pictures matplotlib.
+
+    Resumed runs: an offline run has a file for each process. With `history`, the rows of the epochs before are logged
+    again, as they were, into the file of the process that goes on, so that `wandb sync` of the last file uploads the
+    whole run. For histograms and pictures the probe needs a `folder`. Of a run that W&B's server resumed, only what
+    the server lacks is logged again.
 
     Args:
         probe: the `JacobianProbe` of the same `fit`, listed before.
         every_epochs: draw after every n-th epoch that was measured, and after the last. A picture takes a tenth of a
             second or two.
+        every_batches: log a row also after every n-th batch of an epoch. None: not.
+        history: the CSV file with a row for each epoch that goes with the run, as `keras.callbacks.CSVLogger` writes
+            it, or None.
 
     Raises:
         RuntimeError: no W&B run is active when training begins.
-        ValueError: the probe is not there (before training begins).
+        ValueError: an argument is out of its range; or (before training begins) the probe is not there, or a
+            `WandbMetricsLogger` is listed before.
 
     Example:
 
@@ -45,63 +68,155 @@ class JacobianWandbLogger(ProbeReader):
     ...     history = model.fit(np.ones((8, 4)), np.ones((8, 2)), verbose=0, callbacks=[probe, logger])
     """
 
-    def __init__(self, probe: JacobianProbe, every_epochs: int = 1):
+    def __init__(
+        self,
+        probe: JacobianProbe,
+        every_epochs: int = 1,
+        every_batches: int | None = None,
+        history: str | os.PathLike | None = None,
+    ):
         super().__init__(probe, every_epochs)
         import wandb
 
         self._wandb = wandb
-        self._pending: int | None = None
+        self.every_batches = checks.count("every_batches", every_batches, optional=True)
+        self.history = checks.path("history", history, optional=True)
+        # As for the probe: Keras need not wait for a hook that does nothing.
+        self.async_safe = every_batches is None
+        self._rows: Rows | None = None
+        self._begins = True
+        self._steps = self._passed = 0
+
+    def set_model(self, model):
+        """Checks that no logger before it completes its rows."""
+        super().set_model(model)
+        before = listed_before(self, inspect.currentframe())
+        if any(type(callback).__name__ == "WandbMetricsLogger" for callback in before):
+            raise ValueError(
+                "`WandbMetricsLogger` stands before `JacobianWandbLogger` in `callbacks`, so that each epoch would "
+                "have two rows. Swap them, or leave it out: `JacobianWandbLogger` logs the same."
+            )
 
     def on_train_begin(self, logs=None):
-        """Checks that a run is active, and tells it to use epochs."""
+        """Checks that a run is active, tells it what to chart against what, and writes into its config."""
         super().on_train_begin(logs)
-        if self._wandb.run is None:
-            raise RuntimeError("`JacobianWandbLogger` needs an active run: call `wandb.init()` before `fit`.")
-        self._pending = None
-        self._wandb.define_metric("epoch/epoch")
-        self._wandb.define_metric("epoch/*", step_metric="epoch/epoch")
-        self._wandb.define_metric(f"{self.probe.prefix}/*", step_metric="epoch/epoch")
+        self._begins = True
+        self._rows = Rows.of(self._run())
+        self._tell(self._run())
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Completes the row of the last epoch, if nothing else did."""
-        self._complete()
+        """Completes the row of the last epoch; before the first one of a `fit`, logs what the run lacks."""
+        assert self._rows is not None
+        self._rows.complete()
+        self._passed = 0
+        if self._begins:
+            self._begins = False
+            self._steps = self._steps_taken()
+            self._repeat(self._rows, epoch, (self.params or {}).get("epochs"))
+
+    def on_train_batch_begin(self, batch, logs=None):
+        """Completes the row of the last batch."""
+        assert self._rows is not None
+        self._rows.complete()
+        self._rows.log_repeated()  # Only now: each logger had its `on_epoch_begin`.
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Begins the row of the batch, if it is time to: it stays open for a logger that is listed later."""
+        if self.every_batches is None:
+            return
+        assert self._rows is not None
+        passed, self._passed = self._passed, batches_taken(self, batch)
+        self._steps += self._passed - passed
+        if is_due(passed, self._passed, self.every_batches):
+            row = {**(logs or {}), "batch_step": self._steps, **self._learning_rate()}
+            self._rows.add("batch", self._steps, {f"batch/{key}": value for key, value in row.items()})
 
     def on_epoch_end(self, epoch, logs=None):
         """Begins the row of the epoch: it stays open for a logger that is listed later."""
-        run = self._wandb.run
-        assert run is not None
-        optimizer = getattr(self.model, "optimizer", None)
-        row = {f"epoch/{key}": value for key, value in {**(logs or {}), "epoch": epoch}.items()}
-        if optimizer is not None:
-            row["epoch/learning_rate"] = float(ops.convert_to_numpy(optimizer.learning_rate))
-        run.log(row, commit=False)
-        self._pending = run.step
-        super().on_epoch_end(epoch, logs)
+        assert self._rows is not None
+        if not self._run().disabled:
+            numbers = {**(logs or {}), **self._learning_rate()}
+            self._rows.add("epoch", epoch, self._row(epoch, numbers, (self.params or {}).get("epochs")))
 
     def on_train_end(self, logs=None):
-        """Completes the row of the last epoch, if nothing else did."""
-        self._complete()
+        """Completes the row of the last epoch."""
+        assert self._rows is not None
+        self._rows.complete()
 
-    def _complete(self) -> None:
-        run = self._wandb.run
-        # W&B counts the rows that are complete.
-        if run is not None and self._pending is not None and run.step == self._pending:
-            run.log({}, commit=True)
-        self._pending = None
+    def log_history(self, before: int) -> None:
+        """Logs the rows of the epochs before this one again, those that the active W&B run does not hold.
 
-    def read(self, epoch: int, draw: bool) -> None:
-        """Adds histograms, and pictures if it is time to, to the row of the epoch."""
-        assert self._wandb.run is not None
-        if self._wandb.run.disabled:
+        A `fit` does it before its first epoch. It is for a run that has no epoch left to train.
+
+        Args:
+            before: an epoch, counted from 0.
+
+        Raises:
+            RuntimeError: no W&B run is active.
+            ValueError: the logger has no `history`.
+        """
+        if self.history is None:
+            raise checks.invalid("history", "a path, for `log_history`", None)
+        before = checks.count("before", before, least=0)
+        run = self._run()
+        self.probe.restore(before)
+        self._tell(run)
+        rows = Rows.of(run)
+        self._repeat(rows, before, before)
+        rows.log_repeated()
+
+    def _run(self) -> Any:
+        if self._wandb.run is None:
+            raise RuntimeError("`JacobianWandbLogger` needs an active run: call `wandb.init()` before `fit`.")
+        return self._wandb.run
+
+    def _tell(self, run) -> None:
+        for step, names in (
+            ("epoch/epoch", ["epoch", self.probe.prefix]),
+            ("batch/batch_step", ["batch"] * (self.every_batches is not None)),
+        ):
+            for name in names:
+                run.define_metric(step)
+                run.define_metric(f"{name}/*", step_metric=step)
+        run.config.update(settings(self.probe, self.model, run.config), allow_val_change=True)
+
+    def _repeat(self, rows: Rows, before: int, epochs: int | None) -> None:
+        """Logs the epochs before this one again, of `epochs` in all."""
+        if self.history is None or before == 0 or self._run().disabled:
             return
-        row = {}
-        for name, value in self.probe.values.items():
+        for epoch, numbers in sorted(read_epochs(self.history, before).items()):
+            rows.repeat(epoch, self._step_of(epoch, before), self._row(epoch, numbers, epochs))
+
+    def _step_of(self, epoch: int, before: int) -> int:
+        """W&B's step of an epoch's row, in a run to which nothing else is logged."""
+        steps = (self.params or {}).get("steps") or self._steps // before or None
+        at_once = getattr(self.model, "steps_per_execution", 1) or 1
+        return rows_before(epoch, steps, at_once, self.every_batches)
+
+    def _steps_taken(self) -> int:
+        """How many steps the model has been trained for, as its optimizer counts them."""
+        optimizer = getattr(self.model, "optimizer", None)
+        if optimizer is None:
+            return 0
+        at_once = getattr(optimizer, "gradient_accumulation_steps", None) or 1
+        return int(ops.convert_to_numpy(optimizer.iterations)) * at_once
+
+    def _learning_rate(self) -> dict[str, float]:
+        optimizer = getattr(self.model, "optimizer", None)
+        return {} if optimizer is None else {"learning_rate": float(ops.convert_to_numpy(optimizer.learning_rate))}
+
+    def _row(self, epoch: int, numbers: Mapping[str, float], epochs: int | None) -> dict[str, Any]:
+        """The row of an epoch: numbers, and of what the probe measured histograms, and pictures if it is time to."""
+        row: dict[str, Any] = {f"epoch/{key}": value for key, value in {**numbers, "epoch": epoch}.items()}
+        history = {at: values for at, values in self.probe.history.items() if at <= epoch}
+        draw = epoch + 1 == epochs or len(history) % self.every_epochs == 0
+        for name, value in history.get(epoch, {}).items():
             key = f"{self.probe.prefix}/{name}"
             if (histogram := self._histogram(value)) is not None:
                 row[f"{key}_histogram"] = histogram
             if draw and (isinstance(value, SpectralDensity) or value.ndim == 2):
-                row[f"{key}_history"] = self._image(picture(name, self.probe.history))
-        self._wandb.log(row, commit=False)
+                row[f"{key}_history"] = self._image(picture(name, history))
+        return row
 
     def _histogram(self, value):
         if isinstance(value, SpectralDensity):

@@ -1,8 +1,6 @@
-"""What loggers and pictures wrote, read back from their files: TensorBoard's, W&B's, PNG."""
+"""What loggers and pictures wrote, read back from their files: TensorBoard's, PNG."""
 
-import functools
 import io
-import struct
 
 import keras
 import numpy as np
@@ -10,28 +8,16 @@ import pytest
 
 import jvpreg
 from jvpreg import estimators
-from jvpreg.callbacks import JacobianPictures, JacobianProbe, JacobianWandbLogger
+from jvpreg.callbacks import JacobianPictures, JacobianProbe
 from jvpreg.callbacks.figures import history_png, mean_density
 from jvpreg.estimators import SpectralDensity
 from tests.callbacks.fitting import NeverBegins, data, fit, make_model
-from tests.callbacks.offline_run import written
-from tests.experiments import wandb_records
-
-SPECTRUM = {
-    "frobenius_norm": "frobenius_norm",
-    "top_singular_values": functools.partial(estimators.top_singular_values, k=2),
-    "spectral_density": "spectral_density",
-}
+from tests.pictures import size
 
 
 def events(folder):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     return accumulator.EventAccumulator(str(folder), size_guidance={"images": 0, "tensors": 0}).Reload()
-
-
-def size(png):
-    assert png.startswith(b"\x89PNG")
-    return struct.unpack(">II", png[16:24])
 
 
 def test_tensorboard_has_the_scalars(tmp_path):
@@ -105,89 +91,6 @@ def test_the_mean_density_is_a_density():
     assert points[-1] == pytest.approx(density.points.max())
 
 
-@pytest.fixture
-def run(tmp_path):
-    wandb = pytest.importorskip("wandb")
-    settings = wandb.Settings(silent=True, console="off")
-    with wandb.init(mode="offline", dir=tmp_path, settings=settings) as run:
-        yield run
-
-
-def metrics_logger(run):
-    """W&B's own where it runs, and what does the same where there is no TensorFlow."""
-    try:
-        from wandb.integration.keras import WandbMetricsLogger
-    except ImportError:
-        from experiments.tracking import EpochLogger
-
-        return EpochLogger(run)
-    return WandbMetricsLogger()
-
-
-def test_wandb_has_numbers_histograms_and_pictures_in_one_row_an_epoch(run, tmp_path):
-    probe = JacobianProbe(data(10)[0], SPECTRUM, every_epochs=2)
-    history = fit(make_model(), probe, JacobianWandbLogger(probe), metrics_logger(run), epochs=3).history
-    run.finish()
-    written(tmp_path / "wandb")
-    rows = wandb_records.history(tmp_path / "wandb")
-    assert [row["epoch/epoch"] for row in rows] == [0, 1, 2]
-    for i, row in enumerate(rows):
-        # The third epoch is not measured, and the last histogram is not shown again as if it were its own.
-        assert ("jacobian/frobenius_norm_histogram/values" in row) == (i < 2)
-        assert ("jacobian/top_singular_values_history/path" in row) == (i < 2)
-    for key in probe.keys:
-        np.testing.assert_allclose([float(row[f"epoch/{key}"]) for row in rows], history[key], rtol=1e-6)
-    row = rows[1]  # A dict is a key for each of its entries, as the file has it.
-    assert sum(row["jacobian/frobenius_norm_histogram/values"]) == 10
-    smallest = probe.values["frobenius_norm"].min()
-    assert row["jacobian/frobenius_norm_histogram/bins"][0] == pytest.approx(smallest)
-    assert sum(row["jacobian/top_singular_values_histogram/values"]) == 20
-    density, edges = (row[f"jacobian/spectral_density_histogram/{part}"] for part in ("values", "bins"))
-    assert np.sum(np.multiply(density, np.diff(edges))) == pytest.approx(1.0, rel=0.1)
-    assert "jacobian/frobenius_norm_history/path" not in row  # W&B draws that itself.
-    for name in ("top_singular_values", "spectral_density"):
-        key = f"jacobian/{name}_history"
-        (file,) = (tmp_path / "wandb").glob(f"offline-run-*/files/{row[f'{key}/path']}")
-        assert (row[f"{key}/width"], row[f"{key}/height"]) == size(file.read_bytes())
-
-
-@pytest.mark.parametrize("beside", ["alone", "before a metrics logger"])
-def test_wandb_has_a_row_for_every_epoch(run, tmp_path, beside):
-    """Whether the probe measured it or not, with everything in `logs`, and one row only."""
-    probe = JacobianProbe(data(10)[0], ["frobenius_norm"], every_epochs=2)
-    loggers = [JacobianWandbLogger(probe), *([] if beside == "alone" else [metrics_logger(run)])]
-    history = fit(make_model(), probe, *loggers, epochs=3).history
-    run.finish()
-    written(tmp_path / "wandb")
-    rows = wandb_records.history(tmp_path / "wandb")
-    assert [row["epoch/epoch"] for row in rows] == [0, 1, 2]
-    for key, values in history.items():
-        np.testing.assert_allclose([float(row[f"epoch/{key}"]) for row in rows], values, rtol=1e-6)
-    assert {"loss", *probe.keys} <= set(history)
-    assert all(float(row["epoch/learning_rate"]) > 0 for row in rows)
-
-
-def test_wandb_charts_it_against_the_epoch(run, tmp_path):
-    probe = JacobianProbe(data(10)[0], ["frobenius_norm"], prefix="val_jacobian")
-    fit(make_model(), probe, JacobianWandbLogger(probe), metrics_logger(run))
-    run.finish()
-    file = written(tmp_path / "wandb")
-    metrics = [record.metric for record in wandb_records.records(file) if record.HasField("metric")]
-    steps = {metric.glob_name: metric.step_metric for metric in metrics if metric.glob_name}
-    assert steps == {"val_jacobian/*": "epoch/epoch", "epoch/*": "epoch/epoch"}
-
-
-def test_wandb_is_left_alone_where_nothing_is_finite(run, tmp_path):
-    x = data(4)[0] * np.nan
-    probe = JacobianProbe(x, {"norm": "frobenius_norm"})
-    fit(make_model(), probe, JacobianWandbLogger(probe), metrics_logger(run))
-    run.finish()
-    written(tmp_path / "wandb")
-    (row,) = wandb_records.history(tmp_path / "wandb")
-    assert np.isnan(float(row["epoch/jacobian/norm"]))
-    assert not any("histogram" in key for key in row)
-
-
 def test_what_is_missing_is_told_before_training_begins(tmp_path):
     probe = JacobianProbe(data(4)[0], ["frobenius_norm"])
     with pytest.raises(ValueError, match=r"Expected a path, or `log_dir`. Received: neither"):
@@ -196,10 +99,3 @@ def test_what_is_missing_is_told_before_training_begins(tmp_path):
         JacobianPictures(probe, tmp_path, every_epochs=0)
     with pytest.raises(ValueError, match="`JacobianPictures` reads a `JacobianProbe` that is not in `callbacks`"):
         fit(make_model(), JacobianPictures(probe, tmp_path), NeverBegins())
-
-
-def test_wandb_needs_a_run():
-    pytest.importorskip("wandb")
-    probe = JacobianProbe(data(10)[0])
-    with pytest.raises(RuntimeError, match=r"call `wandb.init\(\)` before `fit`"):
-        fit(make_model(), probe, JacobianWandbLogger(probe), NeverBegins())
