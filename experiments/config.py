@@ -3,22 +3,11 @@
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from jsonargparse.typing import (
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    restricted_number_type,
-)
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-if TYPE_CHECKING:
-    PositiveFraction = float
-    Dropout = float
-else:
-    PositiveFraction = restricted_number_type("PositiveFraction", float, [(">", 0), ("<=", 1)])
-    Dropout = restricted_number_type("Dropout", float, [(">=", 0), ("<", 1)])
+from experiments.kinds import Dropout, NonNegativeFloat, PositiveFloat, PositiveFraction
 
 
 @dataclass
@@ -179,8 +168,8 @@ class TrainConfig:
     folder: str | None = None
     """The run folder; by default one under runs/, named after data, model, strength and seed."""
 
-    resume: bool = False
-    """Continue the interrupted run that the folder holds."""
+    resume: bool | Literal["auto"] = False
+    """Continue the interrupted run that the folder holds; auto starts one if it holds none."""
 
 
 @dataclass

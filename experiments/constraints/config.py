@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
+from jsonargparse.typing import PositiveInt
 
 from experiments.config import DataConfig, ModelConfig
+from experiments.kinds import NonNegativeFloat, PositiveFloat
 
 
 @dataclass

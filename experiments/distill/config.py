@@ -3,9 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from experiments.config import ModelConfig, OptimizerConfig
+from experiments.kinds import NonNegativeFloat
 
 Method = Literal[
     "cross-entropy",

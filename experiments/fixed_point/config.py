@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from jsonargparse.typing import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from experiments.config import DataConfig, OptimizerConfig
+from experiments.kinds import NonNegativeFloat, PositiveFloat
 
 
 @dataclass

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from jsonargparse.typing import NonNegativeFloat, PositiveFloat, PositiveInt
+from jsonargparse.typing import PositiveInt
 
 from experiments.config import TrainConfig
+from experiments.kinds import NonNegativeFloat, PositiveFloat
 
 
 @dataclass

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, field
 
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from experiments.config import DataConfig, Dropout, ModelConfig, OptimizerConfig
+from experiments.kinds import PositiveFloat
 
 
 @dataclass

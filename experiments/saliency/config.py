@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from jsonargparse.typing import NonNegativeInt, PositiveInt
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeInt, PositiveInt
 
 
 @dataclass
@@ -18,7 +18,7 @@ class SaliencyConfig:
     examples: PositiveInt = 256
     """Test images for the curves, the first that the model gets right."""
 
-    fractions: list[float] = field(default_factory=lambda: [0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0])
+    fractions: list[ClosedUnitInterval] = field(default_factory=lambda: [0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0])
     """Parts of the pixels that are removed, or kept."""
 
     batch_size: PositiveInt = 32

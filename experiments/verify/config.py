@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+
+from experiments.kinds import PositiveFloat
 
 
 @dataclass
