@@ -1,41 +1,116 @@
-"""The cells of a study: independent trainings, each with a file of its own, so that a study that was cut goes on."""
+"""The cells of a study: independent trainings, worked off by any number of processes that share the study's folder."""
 
-import json
-import os
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from experiments.errors import ExperimentError
+from experiments import files, locks
+from experiments.errors import ExperimentError, say
+
+PAUSE = 1.0
+"""Seconds after which cells that other processes hold are looked at again."""
 
 
-def finished_or_run(path: Path, settings: dict[str, Any], run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a cell's file holds, or what `run` returns, which is then written there in one piece.
+class Work(Protocol):
+    """What can be done by one process at a time, and is then done."""
 
-    Args:
+    def result(self) -> dict[str, Any]:
+        """What came of it, now or before.
+
+        Raises:
+            locks.InUseError: another process is at it.
+        """
+
+
+class Cell(NamedTuple):
+    """A training with a file of its own.
+
+    Attributes:
         path: the cell's file, ending in `.json`.
         settings: all that the result depends on, in plain values.
         run: trains the cell.
-
-    Raises:
-        ExperimentError: the file holds a result of other settings.
     """
-    if path.exists():
-        cell = json.loads(path.read_text())
+
+    path: Path
+    settings: dict[str, Any]
+    run: Callable[[], dict[str, Any]]
+
+    def result(self) -> dict[str, Any]:
+        """What the cell's file holds, or what `run` returns, which is then written there.
+
+        Raises:
+            ExperimentError: the file holds a result of other settings, or another process is at it.
+        """
+        found = self._finished()
+        if found is not None:
+            return found
+        lock = lock_of(self.path)
+        with locks.held(lock, self.path):
+            found = self._finished()  # by the process that held the lock before
+            if found is None:
+                files.discard_unfinished(self.path.parent, self.path.name)
+                if self.path.exists():
+                    say(f"{self.path} is damaged: it is worked out again.")
+                found = self.run()
+                files.write_json(self.path, {"settings": self.settings, "result": found})
+            # While it is held: whoever takes it next finds the result first.
+            for file in (locks.told_in(lock), lock):
+                file.unlink(missing_ok=True)
+        return found
+
+    def _finished(self) -> dict[str, Any] | None:
+        cell = files.read_object(self.path)
+        if cell is None or not cell.keys() >= {"settings", "result"}:
+            return None
         stored = cell["settings"]
-        differing = [key for key in {**stored, **settings} if stored.get(key) != settings.get(key)]
+        differing = [key for key in {**stored, **self.settings} if stored.get(key) != self.settings.get(key)]
         if differing:
-            found = "; ".join(f"{key} was {stored.get(key)!r} and is now {settings.get(key)!r}" for key in differing)
-            raise ExperimentError(f"{path} holds a result of other settings: {found}. Choose another --folder.")
+            found = "; ".join(
+                f"{key} was {stored.get(key)!r} and is now {self.settings.get(key)!r}" for key in differing
+            )
+            raise ExperimentError(f"{self.path} holds a result of other settings: {found}. Choose another --folder.")
         return cell["result"]
-    result = run()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps({"settings": settings, "result": result}, indent=2))
-    os.replace(unfinished, path)
-    return result
+
+
+def lock_of(path: Path) -> Path:
+    """The lock of a cell's file."""
+    return path.with_suffix(".lock")
+
+
+def work_off(works: Sequence[Work], tell: Callable[[int, dict[str, Any]], None]) -> list[dict[str, Any]]:
+    """All results, each worked out by one of the processes that do this at the same time.
+
+    Takes what is free, in order, and comes back for what others hold. What a process holds that dies is free at once.
+
+    Args:
+        works: cells, or what else there is to do.
+        tell: is called with the place of a work and its result, in the order in which they are found.
+
+    Returns:
+        The results, in the order of `works`.
+    """
+    results: dict[int, dict[str, Any]] = {}
+    waiting = False
+    while len(results) < len(works):
+        before = len(results)
+        for place, work in enumerate(works):
+            if place not in results:
+                try:
+                    results[place] = work.result()
+                except locks.InUseError as held:
+                    holder = held.holder
+                    continue
+                tell(place, results[place])
+        if len(results) == before:
+            if not waiting:
+                left = len(works) - before
+                say(f"Waiting for what others are at ({left} left): {holder}.")
+            waiting = True
+            time.sleep(PAUSE)
+    return [results[place] for place in range(len(works))]
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from experiments.benchmark import jvp_process, jvp_report, products_study, study
 from experiments.benchmark.config import JvpConfig
 from experiments.benchmark.products import directions, once
 from experiments.benchmark.products_study import Task
-from experiments.cells import finished_or_run
+from experiments.cells import Cell, work_off
 from experiments.config import as_plain_dict
 from experiments.verify import architectures
 from experiments.verify.architectures import Architecture
@@ -37,12 +37,13 @@ def run(config: JvpConfig) -> dict[str, Any]:
     console = tables.wide_console(200)
     folder = study.folder("jvp", config)
     settings = {key: value for key, value in as_plain_dict(config).items() if key not in NOT_COMPARED}
-    rows = []
-    for architecture in chosen:
-        console.print(f"measuring {architecture.name}")
-        path = folder / "cells" / f"{architecture.name}.json"
-        found = finished_or_run(path, settings, functools.partial(jvp_process.measured, architecture.name, config))
-        rows.append({"name": architecture.name, **found})
+    names = [architecture.name for architecture in chosen]
+    listed = [
+        Cell(folder / "cells" / f"{name}.json", settings, functools.partial(jvp_process.measured, name, config))
+        for name in names
+    ]
+    results = work_off(listed, lambda place, result: console.print(f"measured {names[place]}"))
+    rows = [{"name": name, **found} for name, found in zip(names, results, strict=True)]
     summary = {"study": "benchmark jvp", **study.conditions(config), "rows": rows}
     jvp_report.write(summary, folder, console)
     return summary

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -35,39 +36,37 @@ def run(config: DistillConfig) -> dict[str, Any]:
     console.print(f"the teacher has {100 * accuracy:.2f}% of the test images right")
     subsets = {n: data.balanced_subset(dataset, n * dataset.num_classes) for n in config.examples_per_class}
 
-    def trained(method: str, count: int, seed: int, student: ModelConfig) -> dict[str, Any]:
-        name = f"{method}, {student.name}, {count} a class, seed {seed}"
-        result = cells.finished_or_run(
-            Path(config.folder) / "cells" / f"{name}.json",
+    def one(method: str, count: int, seed: int, student: ModelConfig) -> cells.Cell:
+        return cells.Cell(
+            Path(config.folder) / "cells" / f"{method}, {student.name}, {count} a class, seed {seed}.json",
             settings(config, method, count, seed, student),
             functools.partial(train_cell, config, method, subsets[count], seed, student),
         )
-        console.print(f"{name}: {100 * result['test_accuracy']:.2f}% of the test images, {result['angle']:.1f}°")
-        return result
 
-    rows: list[dict[str, Any]] = [{"method": method, "columns": {}} for method in config.methods]
-    for count in config.examples_per_class:
-        for row in rows:
-            row["columns"][str(count)] = [trained(row["method"], count, seed, config.student) for seed in config.seeds]
-    first = config.examples_per_class[0]
-    students = [
-        {
-            "student": name,
-            "results": [
-                trained(config.methods[-1], first, seed, dataclasses.replace(config.student, name=name))
-                for seed in config.seeds
-            ],
-        }
-        for name in config.student_sizes
-    ]
+    def tell(place: int, result: dict[str, Any]) -> None:
+        accuracy = f"{100 * result['test_accuracy']:.2f}% of the test images"
+        console.print(f"{listed[place].path.stem}: {accuracy}, {result['angle']:.1f}°")
+
+    by_method = list(itertools.product(config.examples_per_class, config.methods, config.seeds))
+    by_student = list(itertools.product(config.student_sizes, config.seeds))
+    last, first = config.methods[-1], config.examples_per_class[0]
+    listed = [one(method, count, seed, config.student) for count, method, seed in by_method]
+    listed += [one(last, first, seed, dataclasses.replace(config.student, name=name)) for name, seed in by_student]
+    results = iter(cells.work_off(listed, tell))
+    columns: dict[str, dict[str, list]] = {method: {} for method in config.methods}
+    for count, method, _ in by_method:
+        columns[method].setdefault(str(count), []).append(next(results))
+    sizes: dict[str, list] = {name: [] for name in config.student_sizes}
+    for name, _ in by_student:
+        sizes[name].append(next(results))
     summary = {
         "study": "distill",
         "settings": as_plain_dict(config),
         "machine": timing.machine(),
         "data": dataset.name,
         "teacher": {"model": teacher.name, "test_accuracy": accuracy},
-        "rows": rows,
-        "students": students,
+        "rows": [{"method": method, "columns": found} for method, found in columns.items()],
+        "students": [{"student": name, "results": found} for name, found in sizes.items()],
     }
     report.write(summary, Path(config.folder), console)
     return summary

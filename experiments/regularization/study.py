@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,19 +58,21 @@ def run(config: RegularizationConfig) -> dict[str, Any]:
     subsets = {n: data.balanced_subset(dataset, n * dataset.num_classes) for n in config.examples_per_class}
     folder = Path(config.folder)
     rows: list[dict[str, Any]] = [{"method": method.name, "columns": {}} for method in methods(config)]
-    for count, subset in subsets.items():
-        for row, method in zip(rows, methods(config), strict=True):
-            results = []
-            for seed in config.seeds:
-                name = f"{method.name}, {count} a class, seed {seed}"
-                result = cells.finished_or_run(
-                    folder / "cells" / f"{name}.json",
-                    settings(config, method, count, seed),
-                    functools.partial(trained, config, method, subset, seed),
-                )
-                console.print(f"{name}: {100 * result['test_accuracy']:.2f}% of the test images")
-                results.append(result)
-            row["columns"][str(count)] = results
+    each = list(itertools.product(subsets, zip(rows, methods(config), strict=True), config.seeds))
+    listed = [
+        cells.Cell(
+            folder / "cells" / f"{method.name}, {count} a class, seed {seed}.json",
+            settings(config, method, count, seed),
+            functools.partial(trained, config, method, subsets[count], seed),
+        )
+        for count, (_, method), seed in each
+    ]
+
+    def tell(place: int, result: dict[str, Any]) -> None:
+        console.print(f"{listed[place].path.stem}: {100 * result['test_accuracy']:.2f}% of the test images")
+
+    for (count, (row, _), _), result in zip(each, cells.work_off(listed, tell), strict=True):
+        row["columns"].setdefault(str(count), []).append(result)
     summary = {
         "study": "regularization",
         "settings": as_plain_dict(config),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,16 +54,23 @@ def run(config: SparingConfig) -> dict[str, Any]:
     console = tables.wide_console()
     dataset = data.load(config.data)
     folder = Path(config.folder)
-    rows: list[dict[str, Any]] = []
-    for method in methods(config):
-        results = []
-        for seed in config.seeds:
-            name = f"{method.name}, seed {seed}"
-            path, train = folder / "cells" / f"{name}.json", functools.partial(trained, config, method, dataset, seed)
-            result = cells.finished_or_run(path, settings(config, method, seed), train)
-            console.print(f"{name}: {100 * result['test_accuracy']:.2f}%, ‖J‖_F {result['frobenius_norm']:.3g}")
-            results.append(result)
-        rows.append({"method": method.name, "results": results})
+    rows: list[dict[str, Any]] = [{"method": method.name, "results": []} for method in methods(config)]
+    each = list(itertools.product(zip(rows, methods(config), strict=True), config.seeds))
+    listed = [
+        cells.Cell(
+            folder / "cells" / f"{method.name}, seed {seed}.json",
+            settings(config, method, seed),
+            functools.partial(trained, config, method, dataset, seed),
+        )
+        for (_, method), seed in each
+    ]
+
+    def tell(place: int, result: dict[str, Any]) -> None:
+        name = listed[place].path.stem
+        console.print(f"{name}: {100 * result['test_accuracy']:.2f}%, ‖J‖_F {result['frobenius_norm']:.3g}")
+
+    for ((row, _), _), result in zip(each, cells.work_off(listed, tell), strict=True):
+        row["results"].append(result)
     summary = {"study": "sparing", "settings": as_plain_dict(config), "machine": timing.machine(), "rows": rows}
     found = [columns(row) for row in rows]
     files.write_json(folder / "sparing.json", summary)
