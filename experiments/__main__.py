@@ -1,8 +1,9 @@
 """The command line: `python -m experiments STUDY --config FILE [--key=value ...]`."""
 
 import os
+import shlex
+import signal
 import sys
-from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,21 +12,34 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from experiments.config import CompareConfig, TrainConfig
 from experiments.constraints import ConstraintsConfig, constraints
 from experiments.distill import DistillConfig, distill
-from experiments.errors import ExperimentError
+from experiments.errors import ExperimentError, say, without_traceback
 from experiments.estimators import EstimatorsConfig, estimators
 from experiments.fixed_point import FixedPointConfig, fixed_point
 from experiments.health import HealthConfig, health
 from experiments.regularization import RegularizationConfig, regularization
 from experiments.saliency import SaliencyConfig, saliency
 from experiments.sparing import SparingConfig, sparing
+from experiments.status import StatusConfig, status
 from experiments.verify import VerifyConfig, verify
 
 
 class Study(NamedTuple):
-    """A subcommand: the dataclass that types its keys, and what is run with an instance of it."""
+    """A subcommand.
+
+    Attributes:
+        config: the dataclass that types its keys.
+        run: is called with an instance of it.
+        goes_on: how it goes on after it was stopped: by the words that are added to the command, "" for none; None if
+            it begins anew.
+    """
 
     config: type
     run: Callable[[Any], object]
+    goes_on: str | None = None
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end, by SIGTERM."""
 
 
 def train(config: TrainConfig) -> object:
@@ -43,17 +57,18 @@ def compare(config: CompareConfig) -> object:
 
 
 STUDIES = {
-    "train": Study(TrainConfig, train),
-    "compare": Study(CompareConfig, compare),
-    "verify": Study(VerifyConfig, verify),
+    "train": Study(TrainConfig, train, "--resume=auto"),
+    "compare": Study(CompareConfig, compare, ""),
+    "status": Study(StatusConfig, status),
+    "verify": Study(VerifyConfig, verify, "--resume=true"),
     "estimators": Study(EstimatorsConfig, estimators),
     "fixed_point": Study(FixedPointConfig, fixed_point),
     "health": Study(HealthConfig, health),
     "constraints": Study(ConstraintsConfig, constraints),
-    "regularization": Study(RegularizationConfig, regularization),
-    "distill": Study(DistillConfig, distill),
+    "regularization": Study(RegularizationConfig, regularization, ""),
+    "distill": Study(DistillConfig, distill, ""),
     "saliency": Study(SaliencyConfig, saliency),
-    "sparing": Study(SparingConfig, sparing),
+    "sparing": Study(SparingConfig, sparing, ""),
 }
 
 
@@ -67,7 +82,7 @@ def benchmark_studies() -> dict[str, Study]:
         "distill": Study(benchmark.DistillConfig, benchmark.distill),
         "weights": Study(benchmark.WeightsConfig, benchmark.weights),
         "probe": Study(benchmark.ProbeConfig, benchmark.probe),
-        "jvp": Study(benchmark.JvpConfig, benchmark.jvp),
+        "jvp": Study(benchmark.JvpConfig, benchmark.jvp, ""),
         "probes": Study(benchmark.ProbesConfig, benchmark.probes),
         "iterate": Study(benchmark.IterateConfig, benchmark.iterate),
         "layers": Study(benchmark.LayersConfig, benchmark.layers),
@@ -83,21 +98,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words after `python -m experiments`; by default those of the process.
 
     Returns:
-        The exit status: 0, or 2 after an error that the user can mend.
+        The exit status: 0; 2 after an error that the user can mend; 130 or 143 if the process was asked to end.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     # TensorFlow's start-up notes would bury the progress bar. It reads this when it is first imported.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    before = signal.signal(signal.SIGTERM, terminate)
+    study = None
     try:
         if words[:1] == ["benchmark"]:
             study, config = parse("python -m experiments benchmark", benchmark_studies(), words[1:])
         else:
             study, config = parse("python -m experiments", STUDIES, words)
         study.run(config)
-    except (ArgumentError, ExperimentError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        say(f"Stopped. {hint(study, words)}")
+        return 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+    except Exception as error:
+        if (message := without_traceback(error)) is None:
+            raise
+        say(f"error: {message}")
         return 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def configuration(words: Sequence[str]) -> str:
+    """The file that `--config` names."""
+    joined = "=".join(words).partition("--config=")[2]
+    return joined.partition("=")[0]
+
+
+def terminate(number: int, frame: object) -> None:
+    """End as by Ctrl-C: what is open is closed."""
+    raise Terminated
+
+
+def hint(study: Study | None, words: Sequence[str]) -> str:
+    """What to do after a study was stopped."""
+    command = shlex.join(["python", "-m", "experiments", *words])
+    if study is None or study.goes_on is None:
+        return f"Start again with `{command}`"
+    more = [] if study.goes_on in ("", *words) else [study.goes_on]
+    return f"Continue with `{' '.join([command, *more])}`"
 
 
 def parse(program: str, studies: Mapping[str, Study], words: Sequence[str]) -> tuple[Study, Any]:
@@ -120,9 +164,12 @@ def parse(program: str, studies: Mapping[str, Study], words: Sequence[str]) -> t
     for name, study in studies.items():
         subparser = ArgumentParser(description=study.config.__doc__, exit_on_error=False)
         subparser.add_argument("--config", action="config", help="A YAML file that holds the keys below.")
-        subparser.add_class_arguments(study.config)
+        subparser.add_class_arguments(study.config, as_positional=True)  # what has no default, as `status FOLDER`
         subcommands.add_subcommand(name, subparser, help=study.config.__doc__)
-    chosen = parser.instantiate(parser.parse_args(list(words)))
+    try:
+        chosen = parser.instantiate(parser.parse_args(list(words)))
+    except UnicodeDecodeError as error:
+        raise ExperimentError(f"{configuration(words)} is not text in UTF-8: {error}.") from error
     keys = vars(chosen[chosen.study])
     del keys["config"]
     study = studies[chosen.study]

@@ -2,12 +2,13 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 from rich.console import Console
 
-from experiments import data, files, plots, tables, timing
+from experiments import data, files, locks, plots, tables, timing
+from experiments.cells import work_off
 from experiments.config import CompareConfig, TrainConfig
 from experiments.run_folder import RunFolder
 from experiments.train import train, training_batches
@@ -27,8 +28,9 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     """
     parent = Path(config.folder or f"runs/compare_{config.train.data.name}_{config.train.model.name}")
     configs = {run_name(strength): run_config(config, strength, parent) for strength in config.strengths}
-    results = {name: finished_or_trained(run) for name, run in configs.items()}
-    folders = {name: RunFolder(Path(run.folder or "")) for name, run in configs.items()}
+    runs = [Run(run) for run in configs.values()]
+    results = dict(zip(configs, work_off(runs, lambda place, result: None), strict=True))
+    folders = {name: run.folder for name, run in zip(configs, runs, strict=True)}
     seconds = step_seconds(config, folders)
     rows = [{"run": name, **result, "seconds_per_step": seconds[name]} for name, result in results.items()]
     summary = {"rows": rows, "batch_size": config.train.batch_size, "machine": timing.machine()}
@@ -48,18 +50,29 @@ def run_config(config: CompareConfig, strength: float, parent: Path) -> TrainCon
         config.train,
         jacobian=dataclasses.replace(config.train.jacobian, strength=strength),
         folder=str(folder),
-        resume=RunFolder(folder).holds_run,
+        resume="auto",
     )
 
 
-def finished_or_trained(config: TrainConfig) -> dict[str, Any]:
-    """The result of a run, trained only where it is not finished."""
-    folder = RunFolder(Path(config.folder or ""))
-    if folder.is_finished:
-        folder.open(config)  # checks that it is the same run
-        return folder.read_result()
-    Console().rule(folder.path.name)
-    return train(config)
+class Run(NamedTuple):
+    """One run of the comparison."""
+
+    config: TrainConfig
+
+    @property
+    def folder(self) -> RunFolder:
+        """Its folder."""
+        return RunFolder(Path(self.config.folder or ""))
+
+    def result(self) -> dict[str, Any]:
+        """The figures of the run, which is trained if it is not finished.
+
+        Raises:
+            ExperimentError: the folder holds a run of another configuration, or another process is at it.
+        """
+        if not self.folder.is_finished and not locks.is_held(self.folder.lock):
+            Console().rule(self.folder.path.name)
+        return train(self.config)
 
 
 def step_seconds(config: CompareConfig, folders: dict[str, RunFolder]) -> dict[str, float]:

@@ -3,17 +3,15 @@
 import dataclasses
 import importlib.util
 import math
-import urllib.error
-import urllib.request
 
 import keras
 import numpy as np
 
+from experiments import network
 from experiments.config import DataConfig
 from experiments.errors import ExperimentError
 
 SPLIT_SEED = 0  # a constant: runs with other seeds share their examples
-CONNECTION_TIMEOUT = 5.0  # seconds
 DECODE_BATCH = 1000  # examples
 
 
@@ -211,13 +209,9 @@ def _tensorflow_dataset(name: str) -> Dataset:
 
 def _require_connection(name: str, address: str, folder: object) -> None:
     # tensorflow-datasets would try for more than three minutes before it says that there is no network.
-    try:
-        urllib.request.urlopen(address, timeout=CONNECTION_TIMEOUT).close()
-    except urllib.error.HTTPError:
-        pass  # an answer, whichever it is, came over a connection
-    except OSError as error:
+    if failure := network.failure(address):
         raise ExperimentError(
-            f"The data set {name!r} is not in {folder}, and {address} cannot be reached ({error}). "
+            f"The data set {name!r} is not in {folder}, and {address} cannot be reached ({failure}). "
             "Connect to the network for the first run, or set TFDS_DATA_DIR to a folder where "
             "tensorflow-datasets has prepared it, or try --data.name=digits, which needs no download."
-        ) from error
+        )

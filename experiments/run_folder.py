@@ -3,23 +3,28 @@
 config.yaml       the configuration
 history.csv       a row an epoch
 curves.png        loss, accuracy and Jacobian over the epochs
-jacobian/         pictures of the Jacobian's spectrum over the epochs
-checkpoints/      best.keras, and backup/, from which an interrupted run continues
+jacobian/         pictures of the Jacobian's spectrum over the epochs, and what was measured, by epoch
+checkpoints/      best.keras, and the last two backups, from which an interrupted run continues
 model.keras       the trained model
 robustness.json   accuracy under noise and attack
 result.json       the figures in one place; written last, so that it marks a finished run
 wandb/            what Weights & Biases writes
+lock              held by the process that works here; lock.json tells which it is, or was
 """
 
+import contextlib
 import csv
-import json
+import io
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from experiments import files, locks
+from experiments.backup import Backups, Progress, as_csv
 from experiments.config import TrainConfig, as_plain_dict
-from experiments.errors import ExperimentError
+from experiments.errors import ExperimentError, say
 
 # A run is the same run wherever its folder lies and however often it was interrupted.
 NOT_COMPARED = ("folder", "resume")
@@ -37,86 +42,106 @@ class RunFolder:
         self.config = path / "config.yaml"
         self.history = path / "history.csv"
         self.curves = path / "curves.png"
+        self.jacobian = path / "jacobian"
         self.best_model = path / "checkpoints" / "best.keras"
-        self.backup = path / "checkpoints" / "backup"
+        self.backups = Backups(path / "checkpoints")
         self.model = path / "model.keras"
         self.robustness = path / "robustness.json"
         self.result = path / "result.json"
         self.wandb_run_id = path / "wandb" / "run_id"
+        self.lock = path / "lock"
 
     @property
     def holds_run(self) -> bool:
         """Whether a run was started here."""
-        return self.config.exists()
+        return self.config.exists() or any(self.best_model.parent.glob("backup-*"))
 
     @property
     def is_finished(self) -> bool:
         """Whether a run was brought to its end here."""
-        return self.result.exists()
+        return self.read_result() is not None
 
-    def open(self, config: TrainConfig) -> None:
-        """Prepare the folder for a new run, or for going on with the one it holds.
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """Keep other processes out of the folder.
+
+        Raises:
+            locks.InUseError: another process works here.
+            ExperimentError: the folder is a file.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise ExperimentError(f"{self.path} is a file. Choose another folder with --folder=PATH.")
+        return locks.held(self.lock, self.path)
+
+    def check(self, config: TrainConfig) -> Progress:
+        """See whether a run may start here, or go on. Nothing is changed.
+
+        Returns:
+            How far the run has come.
 
         Raises:
             ExperimentError: where the folder holds a run and is to start one, holds none and is to resume
                 one, or holds a run of another configuration.
         """
-        if config.resume:
-            self._check_same_run(config)
-            self._drop_unfinished_epochs()
-        elif self.holds_run:
+        if self.holds_run and not config.resume:
             raise ExperimentError(
                 f"{self.path} already holds a run. Continue it with --resume=true, or choose another folder "
                 "with --folder=PATH."
             )
-        else:
-            self.best_model.parent.mkdir(parents=True, exist_ok=True)
-            self.wandb_run_id.parent.mkdir(exist_ok=True)
-            self.config.write_text(yaml.safe_dump(as_plain_dict(config), sort_keys=False))
-
-    def finished_epochs(self) -> int:
-        """How many epochs the backup holds, which is where a resumed run goes on."""
-        metadata = self.backup / "training_metadata.json"  # written by keras.callbacks.BackupAndRestore
-        return int(json.loads(metadata.read_text())["epoch"]) if metadata.exists() else 0
-
-    def read_history(self) -> dict[str, list[float]]:
-        """The columns of the history, with one value an epoch; empty before the first epoch's end."""
-        rows = self._history_rows()
-        return {key: [float(row[key]) for row in rows] for key in rows[0]} if rows else {}
-
-    def read_result(self) -> dict[str, Any]:
-        """The figures of a finished run."""
-        return json.loads(self.result.read_text())
-
-    def _check_same_run(self, config: TrainConfig) -> None:
-        if not self.holds_run:
+        if config.resume is True and not self.holds_run:
             raise ExperimentError(f"{self.path} holds no run to resume. Start one without --resume.")
-        stored, wanted = yaml.safe_load(self.config.read_text()), as_plain_dict(config)
-        if differing := _differences(stored, wanted):
+        wanted = as_plain_dict(config)
+        progress = self.backups.progress(say) or Progress(self._stored_config(wanted) or wanted)
+        if differing := _differences(progress.config, wanted):
             raise ExperimentError(
                 f"{self.path} holds a run of another configuration: {'; '.join(differing)}. "
                 f"Resume it with its own, --config {self.config}, or choose another --folder."
             )
+        return progress
 
-    def _drop_unfinished_epochs(self) -> None:
-        # A run that dies between its log and its backup repeats an epoch that the log already has.
-        rows = self._history_rows()
-        kept = [row for row in rows if int(row["epoch"]) < self.finished_epochs()]
-        if kept == rows:
-            return
-        if not kept:
-            self.history.unlink()
-            return
-        with self.history.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(kept[0]))
-            writer.writeheader()
-            writer.writerows(kept)
+    def open(self, progress: Progress) -> None:
+        """Prepare the folder for a run that has come so far; damaged files are mended. Only for whoever holds it."""
+        files.discard_unfinished(self.path)
+        for unfinished in self.jacobian.glob(".*"):  # a measurement or a picture
+            files.discard(unfinished)
+        self._mend(self.config, yaml.safe_dump(progress.config, sort_keys=False))
+        self._mend(self.history, as_csv(progress.rows) if progress.rows else None)
 
-    def _history_rows(self) -> list[dict[str, str]]:
+    def read_history(self) -> dict[str, list[float]]:
+        """The columns of the history, with one value an epoch; empty before the first epoch's end."""
         if not self.history.exists():
-            return []
-        with self.history.open(newline="") as file:
-            return [row for row in csv.DictReader(file) if None not in row.values()]  # a torn last line
+            return {}
+        rows = list(csv.DictReader(io.StringIO(self.history.read_text())))
+        return {key: [float(row[key]) for row in rows] for key in rows[0]} if rows else {}
+
+    def read_result(self) -> dict[str, Any] | None:
+        """The figures of a finished run; None if it is not finished, or they or the model are damaged."""
+        found = files.read_object(self.result)
+        return found if found and "robustness" in found and is_archive(self.model) else None
+
+    def _stored_config(self, wanted: dict[str, Any]) -> dict[str, Any] | None:
+        # Of a run without a backup: no epoch is lost if it begins anew.
+        try:
+            stored = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except (FileNotFoundError, UnicodeDecodeError, yaml.YAMLError):
+            return None
+        return stored if isinstance(stored, dict) and stored.keys() == wanted.keys() else None
+
+    def _mend(self, path: Path, text: str | None) -> None:
+        """Write a file again that does not hold what it should; None: it should not be there."""
+        found = path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
+        if found == text:
+            return
+        if found is not None:
+            say(f"{path} does not fit the last backup: it is written again from that.")
+        if text is None:
+            files.remove(path)
+        else:
+            files.write_text(path, text)
+
+
+def is_archive(path: Path) -> bool:
+    """Whether a file of Keras' is whole, as far as its end tells."""
+    return path.is_file() and zipfile.is_zipfile(path)
 
 
 def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:

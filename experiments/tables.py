@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-LEFT = ("", "along", "derivative", "layer", "map", "method", "model", "run", "step")
+LEFT = ("", "along", "derivative", "host", "layer", "map", "method", "model", "run", "since", "state", "step")
 """Headings of the columns that hold words."""
 
 WRONG = {"incomplete", "wrong"}

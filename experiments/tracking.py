@@ -1,42 +1,64 @@
-"""Weights & Biases: online where there is a login, offline where there is none, off where that is wanted."""
+"""Weights & Biases: online where there is a login and a network, otherwise offline, off where that is wanted."""
 
 import os
+import re
+import secrets
 from typing import Any, Literal
 
-import keras
 import wandb
 
-from experiments.config import TrainConfig, as_plain_dict
+from experiments import files, network
+from experiments.config import TrainConfig, WandbConfig, as_plain_dict
+from experiments.errors import ExperimentError, say
 from experiments.run_folder import RunFolder
 
+RUN_ID = re.compile(r"[a-z0-9]{8}")
 
-def start(config: TrainConfig, folder: RunFolder) -> Any:
+
+Mode = Literal["online", "offline", "disabled"] | None
+"""Of W&B; None: W&B reads it from the environment."""
+
+
+def start(config: TrainConfig, folder: RunFolder, mode: Mode) -> Any:
     """Begin the W&B run of a training run, or go on with it.
 
     Args:
         config: becomes the W&B configuration.
         folder: W&B's files go into its `wandb/`; the run's identity is kept there for a resumed run.
+        mode: what `mode` chose.
 
     Returns:
         The W&B run. Its mode is on it; a disabled one swallows what is logged.
+
+    Raises:
+        ExperimentError: W&B is to be online, and cannot be.
     """
-    known = folder.wandb_run_id.read_text() if folder.wandb_run_id.exists() else None
-    run = wandb.init(
-        project=config.wandb.project,
-        name=folder.path.name,
-        dir=folder.path,
-        config=as_plain_dict(config),
-        id=known,
-        resume="allow" if known else None,
-        mode=_mode(config),
-        settings=wandb.Settings(silent=True, console="off"),
-    )
-    if known and run.offline:
-        # No server tells how far the run has come, and W&B would count its rows from 0 again.
-        run.log({}, step=folder.finished_epochs(), commit=False)
-    if not run.disabled:
-        folder.wandb_run_id.write_text(run.id)
-    return run
+    try:
+        return wandb.init(
+            project=config.wandb.project,
+            name=folder.path.name,
+            dir=folder.path,
+            config=as_plain_dict(config),
+            id=run_id(folder),
+            resume="allow",
+            mode=mode,
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+    except wandb.Error as error:
+        raise ExperimentError(f"Weights & Biases: {error} Or keep the run here with --wandb.mode=offline.") from error
+
+
+def run_id(folder: RunFolder) -> str:
+    """The identity of the W&B run, kept before the run begins, so that no process begins another one."""
+    path = folder.wandb_run_id
+    known = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
+    if RUN_ID.fullmatch(known):
+        return known
+    # W&B's own folders end in it.
+    earlier = sorted(path.parent.glob("*run-*-*"))
+    chosen = earlier[-1].name.rpartition("-")[2] if earlier else secrets.token_hex(4)
+    files.write_text(path, chosen)
+    return chosen
 
 
 def whereabouts(run: Any) -> str:
@@ -44,36 +66,33 @@ def whereabouts(run: Any) -> str:
     if run.disabled:
         return "off"
     if run.offline:
-        files = os.path.dirname(run.dir)
-        return f"offline, in {files}; upload with `wandb sync {files}`"
+        written = os.path.dirname(run.dir)
+        return f"offline, in {written}; upload with `wandb sync {written}`"
     return f"{run.url}, with files in {os.path.dirname(run.dir)}"
 
 
-class EpochLogger(keras.callbacks.Callback):
-    """Log what `WandbMetricsLogger` logs, under the same `epoch/` keys, on every Keras backend.
+def mode(config: WandbConfig) -> Mode:
+    """Whether a run is online, by what is asked for, the login and the network.
 
-    W&B's own callback needs TensorFlow whatever the backend, and fails on JAX with a learning-rate schedule.
-
-    Args:
-        run: the W&B run.
+    Raises:
+        ExperimentError: W&B is to be online, and cannot be reached.
     """
-
-    def __init__(self, run: Any):
-        super().__init__()
-        self.run = run
-        run.define_metric("epoch/epoch")
-        run.define_metric("epoch/*", step_metric="epoch/epoch")
-
-    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Log one epoch."""
-        learning_rate = keras.ops.convert_to_numpy(self.model.optimizer.learning_rate)
-        values = {**(logs or {}), "epoch": epoch, "learning_rate": float(learning_rate)}
-        self.run.log({f"epoch/{key}": value for key, value in values.items()})
-
-
-def _mode(config: TrainConfig) -> Literal["online", "offline", "disabled"] | None:
-    if config.wandb.mode != "auto":
-        return config.wandb.mode
-    if "WANDB_MODE" in os.environ:
+    from_environment = os.environ.get("WANDB_MODE", "auto")
+    if config.mode in ("offline", "disabled"):
+        return config.mode
+    if config.mode == "auto" and from_environment not in ("auto", "online"):
         return None  # W&B reads it itself
+    # Before W&B tries: without a network, its login takes 18 s, and a run 93 s, and the process does not end.
+    address = wandb.setup().settings.base_url
+    failure = network.failure(address)
+    if "online" in (config.mode, from_environment):
+        if failure:
+            raise ExperimentError(
+                f"W&B is asked to be online, but {address} cannot be reached ({failure}). Connect to the network, or "
+                "choose --wandb.mode=offline and upload the run later with `wandb sync`."
+            )
+        return "online"
+    if failure:
+        say(f"Weights & Biases: {address} cannot be reached ({failure}); the run is kept offline.")
+        return "offline"
     return "online" if wandb.login(prompt=False) else "offline"

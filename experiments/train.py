@@ -1,7 +1,6 @@
 """The `train` study: one model through plain `fit`, its Jacobian watched, its robustness reported."""
 
 import functools
-import json
 import math
 import sys
 from dataclasses import asdict
@@ -9,14 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 import yaml
 from rich.console import Console
 
 import jvpreg
-from experiments import data, models, plots, robustness, tracking
+from experiments import data, files, models, plots, robustness, tracking
+from experiments.backup import Progress
 from experiments.config import DataConfig, JacobianConfig, OptimizerConfig, TrainConfig
-from experiments.errors import ExperimentError
-from experiments.run_folder import RunFolder
+from experiments.epoch_end import EpochEnd, save_model
+from experiments.errors import ExperimentError, say
+from experiments.run_folder import RunFolder, is_archive
+
+MONITOR = "val_accuracy"
+"""What the best model is the best by."""
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -29,24 +34,47 @@ def train(config: TrainConfig) -> dict[str, Any]:
         What `result.json` holds: the figures after the last epoch.
 
     Raises:
-        ExperimentError: where the data cannot be had or the folder does not fit; see `RunFolder.open`.
+        ExperimentError: where the data or W&B cannot be had, or the folder does not fit or is in use; see
+            `RunFolder.open`.
     """
+    folder = RunFolder(Path(config.folder or default_folder(config)))
+    with folder.held():
+        progress = folder.check(config)
+        return folder.read_result() or train_on(config, folder, progress)
+
+
+def train_on(config: TrainConfig, folder: RunFolder, progress: Progress) -> dict[str, Any]:
+    """Train what is left of a run and report on it, in a folder that is held."""
     keras.utils.set_random_seed(config.seed)
     keras.config.set_dtype_policy(config.precision)
-    dataset = data.load(config.data)  # before the folder is made: it may fail
-    folder = RunFolder(Path(config.folder or default_folder(config)))
-    folder.open(config)
+    # Both may fail, and must leave no run behind that would have to be resumed.
+    dataset, mode = data.load(config.data), tracking.mode(config.wandb)
+    folder.open(progress)
     batches = training_batches(config, dataset)
     model = compiled_model(config, dataset, steps=config.epochs * len(batches))
-    run = tracking.start(config, folder)
+    restore(model, folder, progress)
+    run = tracking.start(config, folder, mode)
     try:
-        fit(model, batches, dataset, config, folder, run)
+        fit(model, batches, dataset, config, folder, progress)
         result = report(model, dataset, config, folder)
         run.summary.update(result)
     finally:
         run.finish()
+    files.write_json(folder.result, result)
     announce(folder, run)
     return result
+
+
+def restore(model: jvpreg.JacobianModel, folder: RunFolder, progress: Progress) -> None:
+    """Bring the model to where the run has come, and see whether the best model is there."""
+    folder.backups.restore(model)
+    if progress.best is None or is_archive(folder.best_model):
+        return
+    if progress.rows[-1][MONITOR] == progress.best:
+        save_model(model, folder.best_model)
+    else:
+        say(f"{folder.best_model} is damaged or not there. Of the epochs that are left, the best is kept.")
+        progress.best = None
 
 
 def trained_model(folder: str) -> keras.Model:
@@ -55,17 +83,24 @@ def trained_model(folder: str) -> keras.Model:
     Raises:
         ExperimentError: the folder holds no finished run.
     """
-    files = RunFolder(Path(folder))
-    if not files.model.exists():
-        raise ExperimentError(f"there is no trained model in {folder}. Expected the folder of a finished `train` run.")
-    model = keras.models.load_model(files.model, compile=False)
+    path = RunFolder(Path(folder)).model
+    if not is_archive(path):
+        found = "no whole model" if path.exists() else "no trained model"
+        raise ExperimentError(f"there is {found} in {folder}. Expected the folder of a finished `train` run.")
+    model = keras.models.load_model(path, compile=False)
     return getattr(model, "base", model)
 
 
 def trained_dataset(folder: str) -> data.Dataset:
     """The data set of a run, as it was trained on."""
-    settings = yaml.safe_load(RunFolder(Path(folder)).config.read_text())
-    return data.load(DataConfig(**settings["data"]))
+    path = RunFolder(Path(folder)).config
+    try:
+        config = DataConfig(**yaml.safe_load(path.read_text(encoding="utf-8"))["data"])
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise ExperimentError(
+            f"{path} does not tell what the model was trained on. `train` with --resume=true mends it."
+        ) from error
+    return data.load(config)
 
 
 def default_folder(config: TrainConfig) -> str:
@@ -127,40 +162,51 @@ def fit(
     dataset: data.Dataset,
     config: TrainConfig,
     folder: RunFolder,
-    run: Any,
+    progress: Progress,
 ) -> None:
-    """Train for the epochs that are left, logging to the folder and to the W&B run."""
+    """Train for the epochs that are left, logging to the folder and to the active W&B run."""
+    if progress.stopped or progress.epochs == config.epochs:
+        probe, *_, logger = jacobian_callbacks(dataset, config, folder)
+        for callback in (probe, logger):
+            callback.set_model(model)
+        logger.log_history(progress.epochs)
+        return
     model.fit(
         batches,
         shuffle=False,  # the batches are shuffled, in an order that a resumed run finds again
         validation_data=(dataset.test.images(), dataset.test.labels),
         validation_batch_size=config.batch_size,
+        initial_epoch=progress.epochs,
         epochs=config.epochs,
-        callbacks=callbacks(batches, dataset, config, folder, run),
+        callbacks=callbacks(batches, dataset, config, folder, progress),
         verbose=1 if sys.stdout.isatty() else 2,  # a progress bar in a file is only noise
     )
 
 
 def callbacks(
-    batches: data.Batches, dataset: data.Dataset, config: TrainConfig, folder: RunFolder, run: Any
+    batches: data.Batches,
+    dataset: data.Dataset,
+    config: TrainConfig,
+    folder: RunFolder,
+    progress: Progress,
 ) -> list[keras.callbacks.Callback]:
     """The callbacks, in an order that matters: a logger sees what those before it put into the logs."""
-    history = folder.read_history()
     return [
         batches.order_epochs(),
+        seed_epochs(config.seed),
         *jacobian_callbacks(dataset, config, folder),
-        keras.callbacks.CSVLogger(folder.history, append=True),
-        tracking.EpochLogger(run),
-        keras.callbacks.ModelCheckpoint(
-            folder.best_model,
-            monitor="val_accuracy",
-            mode="max",
-            save_best_only=True,
-            initial_value_threshold=max(history.get("val_accuracy", []), default=None),
-        ),
         # Last: an epoch counts as done once everything else about it is on disk.
-        keras.callbacks.BackupAndRestore(folder.backup, double_checkpoint=True, delete_checkpoint=False),
+        EpochEnd(folder.backups, progress, folder.history, folder.best_model, MONITOR),
     ]
+
+
+def seed_epochs(seed: int) -> keras.callbacks.Callback:
+    """Seed each epoch anew: what draws from a library's own generator, as dropout on Torch does, is in no backup."""
+
+    def start(epoch: int, logs: dict | None) -> None:
+        keras.utils.set_random_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
+
+    return keras.callbacks.LambdaCallback(on_epoch_begin=start)
 
 
 def jacobian_callbacks(dataset: data.Dataset, config: TrainConfig, folder: RunFolder) -> list[keras.callbacks.Callback]:
@@ -175,6 +221,7 @@ def jacobian_callbacks(dataset: data.Dataset, config: TrainConfig, folder: RunFo
             ),
         },
         every_epochs=config.probe.every_epochs,
+        folder=folder.jacobian,
     )
     guard = config.guard
     guards = []
@@ -187,21 +234,21 @@ def jacobian_callbacks(dataset: data.Dataset, config: TrainConfig, folder: RunFo
     return [
         probe,
         *guards,
-        jvpreg.callbacks.JacobianPictures(probe, folder.path / "jacobian", every_epochs=config.probe.pictures_every),
-        jvpreg.callbacks.JacobianWandbLogger(probe, every_epochs=config.probe.pictures_every),
+        jvpreg.callbacks.JacobianPictures(probe, folder.jacobian, every_epochs=config.probe.pictures_every),
+        jvpreg.callbacks.JacobianWandbLogger(probe, every_epochs=config.probe.pictures_every, history=folder.history),
     ]
 
 
 def report(
     model: jvpreg.JacobianModel, dataset: data.Dataset, config: TrainConfig, folder: RunFolder
 ) -> dict[str, Any]:
-    """Save the model, draw the curves, measure the robustness; write it all, and the result last."""
-    model.save(folder.model)
+    """Save the model, draw the curves, measure the robustness, and put the figures together."""
+    save_model(model, folder.model)
     history = folder.read_history()
     plots.training_curves(history, folder.curves)
     robust = robustness.evaluate(model.base, dataset.test, config.robustness, config.seed)
-    folder.robustness.write_text(json.dumps(asdict(robust), indent=2))
-    result = {
+    files.write_json(folder.robustness, asdict(robust))
+    return {
         "strength": config.jacobian.strength,
         "epochs": config.epochs,
         "test_accuracy": history["val_accuracy"][-1],
@@ -209,8 +256,6 @@ def report(
         **{key: last_measurement(history, key) for key in history if key.startswith("jacobian/")},
         "robustness": asdict(robust),
     }
-    folder.result.write_text(json.dumps(result, indent=2))
-    return result
 
 
 def last_measurement(history: dict[str, list[float]], key: str) -> float:

@@ -9,6 +9,7 @@ import keras
 
 from experiments import files, tables, timing
 from experiments.config import as_plain_dict
+from experiments.errors import say
 from experiments.verify import architectures, process, report
 from experiments.verify.architectures import Architecture
 from experiments.verify.config import VerifyConfig
@@ -66,7 +67,10 @@ def chosen_architectures(config: VerifyConfig) -> list[Architecture]:
 def kept_rows(folder: Path) -> list[dict[str, Any]]:
     """The rows of an interrupted run that are ok."""
     file = folder / "verify.json"
-    return [row for row in json.loads(file.read_text())["rows"] if row["status"] == "ok"] if file.exists() else []
+    kept = (files.read_object(file) or {}).get("rows")
+    if kept is None and file.exists():
+        say(f"{file} is damaged: all architectures are measured again.")
+    return [row for row in kept or [] if row["status"] == "ok"]
 
 
 def write(summary: dict[str, Any], folder: Path) -> None:

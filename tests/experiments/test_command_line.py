@@ -1,5 +1,7 @@
 """Keys are typed, and a mistake in one is told by its name, in one line."""
 
+import errno
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +24,12 @@ CONFIGS = Path(__file__).parents[2] / "configs"
         (["train", "--data.nmae=digits"], "data.nmae"),
         (["train", "--data.name=mnist"], "data.name"),
         (["train", "--jacobian.strength=-1"], "jacobian.strength"),
+        (["train", "--jacobian.strength=inf"], "jacobian.strength"),
+        (["train", "--jacobian.strength=nan"], "jacobian.strength"),
         (["train", "--jacobian.fraction=0"], "jacobian.fraction"),
+        (["distill", "--weights.attention=inf"], "weights.attention"),
+        (["status"], "folder"),
+        (["status", "nowhere"], "nowhere"),
         (["train", "--robustness.noise=[a]"], "robustness.noise"),
         (["compare", "--train.model.width=wide"], "train.model.width"),
         (["compare", "--strengths=[0,-1]"], "strengths"),
@@ -38,15 +45,85 @@ def test_a_wrong_word_is_one_line_that_names_it(words, key, capsys):
 
 
 @pytest.mark.parametrize(
-    ("text", "key"), [("epohcs: 3", "epohcs"), ("data: {nmae: digits}", "nmae"), ("seed: x", "seed")]
+    ("text", "key"),
+    [
+        ("epohcs: 3", "epohcs"),
+        ("data: {nmae: digits}", "nmae"),
+        ("seed: x", "seed"),
+        ("jacobian: {strength: .inf}", "jacobian.strength"),
+        ("guard: {explosion: .nan}", "guard.explosion"),
+        ('folder: "R\xe4nder"', "wrong.yaml is not text in UTF-8"),
+    ],
 )
 def test_a_wrong_key_in_a_file_is_named(text, key, tmp_path, capsys):
     file = tmp_path / "wrong.yaml"
-    file.write_text(text)
+    file.write_text(text, encoding="latin-1")
     assert main(["train", f"--config={file}"]) == 2
     message = capsys.readouterr().err
     assert key in message
     assert message.count("\n") == 1
+
+
+def fails_with(monkeypatch, error):
+    def run(config):
+        raise error
+
+    monkeypatch.setitem(STUDIES, "train", STUDIES["train"]._replace(run=run))
+    monkeypatch.setitem(STUDIES, "estimators", STUDIES["estimators"]._replace(run=run))
+
+
+def chained(first, then):
+    try:
+        raise then from first
+    except type(then) as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "runs/x/model.keras"), ["disk is full", "--resume=true"]),
+        (OSError("Unable to synchronously write data (errno = 28, 'No space left on device')"), ["disk is full"]),
+        (RuntimeError("No space left on device; while writing"), ["disk is full"]),
+        (chained(OSError(errno.EDQUOT, "Disk quota exceeded"), ValueError("a file of 3 bytes")), ["disk is full"]),
+        (OSError(errno.EROFS, "Read-only file system", "runs/x"), ["runs/x: Read-only file system", "--folder=PATH"]),
+        (PermissionError(errno.EACCES, "Permission denied", "runs/x"), ["runs/x: Permission denied", "--folder=PATH"]),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "runs/x"), ["runs/x: Not a directory"]),
+        (FloatingPointError("`jacobian_norm` is not finite at step 3"), ["step 3"]),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(error, words, monkeypatch, capsys):
+    fails_with(monkeypatch, error)
+    assert main(["train"]) == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in words)
+    assert message.count("\n") == 1
+
+
+def test_an_error_of_the_code_has_its_traceback(monkeypatch):
+    fails_with(monkeypatch, KeyError("a bug"))
+    with pytest.raises(KeyError):
+        main(["train"])
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["train", "--seed=3"], "Continue with `python -m experiments train --seed=3 --resume=auto`"),
+        (["train", "--folder=a b"], "Continue with `python -m experiments train '--folder=a b' --resume=auto`"),
+        (["train", "--resume=auto"], "Continue with `python -m experiments train --resume=auto`"),
+        (["estimators"], "Start again with `python -m experiments estimators`"),
+    ],
+)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_study_that_is_asked_to_end_says_how_to_go_on(number, status, words, hint, monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    run = lambda config: signal.raise_signal(number)  # noqa: E731
+    for study in ("train", "estimators"):
+        monkeypatch.setitem(STUDIES, study, STUDIES[study]._replace(run=run))
+    assert main(words) == status
+    assert capsys.readouterr().err == f"Stopped. {hint}\n"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_command_line_overrides_the_file():
