@@ -4,6 +4,7 @@ Each returns the value as the caller is to keep it (a plain number where NumPy's
 before anything is computed. They look at Python values, shapes and dtypes; only `classes` reads a tensor's numbers.
 """
 
+import importlib.util
 import math
 import operator
 import os
@@ -138,6 +139,21 @@ def path(name: str, value, optional: bool = False) -> Any:
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value) or isinstance(os.fspath(value), bytes):
         raise invalid(name, f"a path{', or None' if optional else ''}", value)
     return Path(value)
+
+
+def packages(owner: str, extra: str, *needed: str) -> None:
+    """Raises unless optional packages are installed.
+
+    Args:
+        owner: what needs them.
+        extra: of this package, which installs them.
+        needed: their names, as they are imported.
+
+    Raises:
+        ImportError: one is not, and what to do.
+    """
+    if missing := [package for package in needed if importlib.util.find_spec(package) is None]:
+        raise ImportError(f"`{owner}` needs {' and '.join(missing)}. Install with `pip install jvpreg[{extra}]`.")
 
 
 def function(name: str, value, expected: str, optional: bool = False) -> Any:

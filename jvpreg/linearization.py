@@ -515,7 +515,9 @@ class Linearization:
 
         Raises:
             ValueError: there is no such example.
+            ImportError: SciPy is not installed.
         """
+        checks.packages("linear_operator", "scipy", "scipy")
         batch = int(ops.shape(self.inputs[0])[0])
         if not checks.is_integer(example) or not -batch <= example < batch:
             raise checks.invalid("example", f"an index of a batch of {batch}", example)

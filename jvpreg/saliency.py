@@ -253,8 +253,12 @@ def figure(images, maps: Mapping[str, Any], titles: Sequence[str] | None = None)
     Returns:
         A `matplotlib.figure.Figure`.
 
+    Raises:
+        ImportError: matplotlib is not installed.
+
     Reference: Srinivas & Fleuret (2018), table 5.
     """
+    checks.packages("saliency.figure", "pictures", "matplotlib")
     from matplotlib.figure import Figure
 
     images = ops.convert_to_numpy(images)

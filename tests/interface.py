@@ -282,6 +282,7 @@ def rows() -> dict[str, Row]:
         "callbacks.JacobianPictures": Row(
             callbacks.JacobianPictures, {"probe": probe(), "folder": "own", "log_dir": None, "every_epochs": 1}
         ),
+        "callbacks.JacobianProgbarLogger": Row(callbacks.JacobianProgbarLogger, {"probe": probe()}),
         "callbacks.JacobianWandbLogger": Row(
             callbacks.JacobianWandbLogger,
             {"probe": probe(), "every_epochs": 1, "every_batches": 2, "history": "own.csv"},

@@ -4,6 +4,7 @@ from jvpreg.callbacks.fixed_point import FixedPointMonitor
 from jvpreg.callbacks.guard import GuardEvent, JacobianGuard
 from jvpreg.callbacks.pictures import JacobianPictures
 from jvpreg.callbacks.probe import JacobianProbe
+from jvpreg.callbacks.progress import JacobianProgbarLogger
 from jvpreg.callbacks.wandb_logger import JacobianWandbLogger
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "JacobianGuard",
     "JacobianPictures",
     "JacobianProbe",
+    "JacobianProgbarLogger",
     "JacobianWandbLogger",
 ]

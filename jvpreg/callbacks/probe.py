@@ -32,6 +32,7 @@ READERS = {
     "CSVLogger",
     "JacobianGuard",
     "JacobianPictures",
+    "JacobianProgbarLogger",
     "JacobianWandbLogger",
     "RemoteMonitor",
     "SwanLabLogger",

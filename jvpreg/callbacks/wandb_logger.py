@@ -56,6 +56,7 @@ class JacobianWandbLogger(ProbeReader):
         RuntimeError: no W&B run is active when training begins.
         ValueError: an argument is out of its range; or (before training begins) the probe is not there, or a
             `WandbMetricsLogger` is listed before.
+        ImportError: wandb or matplotlib is not installed.
 
     Example:
 
@@ -76,6 +77,7 @@ class JacobianWandbLogger(ProbeReader):
         history: str | os.PathLike | None = None,
     ):
         super().__init__(probe, every_epochs)
+        checks.packages("JacobianWandbLogger", "wandb", "wandb", "matplotlib")
         import wandb
 
         self._wandb = wandb

@@ -1,0 +1,142 @@
+"""`JacobianProgbarLogger`: Keras' progress bar, and what a probe measured in a line beneath it."""
+
+import math
+import re
+import sys
+from collections.abc import Mapping
+
+import keras
+
+from jvpreg.callbacks.probe import JacobianProbe
+from jvpreg.callbacks.reader import check_probe, checked_probe
+
+WIDTH = 100  # columns
+INDENT = 4
+
+# A metric without a symbol has its name in the logs.
+SYMBOLS = {
+    "condition_number": "σ₁/σₘᵢₙ",
+    "frobenius_norm": "‖J‖",
+    "inverse_frobenius_norm": "‖J⁻¹‖",
+    "log_determinant": "log det(I + JJᵀ)",
+    "spectral_norm": "σ₁",
+    "stable_rank": "‖J‖²/σ₁²",
+    "trace": "tr J",
+}
+SINGULAR_VALUE = re.compile(r"(?:top_)?singular_values_(\d+)")
+SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
+
+
+class JacobianProgbarLogger(keras.callbacks.ProgbarLogger):
+    """Keras' progress bar without what a `JacobianProbe` measured, which has a short line beneath each epoch.
+
+    There is a line for the model and one for each layer, block and class: means with their standard errors, and how
+    much did not converge, where something did not. Histories and loggers have everything all the same. Keras adds a bar
+    of its own only if none is listed.
+
+    Args:
+        probe: the `JacobianProbe` of the same `fit`, listed before.
+
+    Raises:
+        ValueError: the probe is none, or is not there (before training begins).
+
+    Example:
+
+    >>> import keras, numpy as np, jvpreg
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, kernel_initializer="ones")])
+    >>> model.compile(keras.optimizers.SGD(0.0), loss="mse")
+    >>> probe = jvpreg.callbacks.JacobianProbe(np.ones((8, 4)), ["frobenius_norm", "spectral_norm"])
+    >>> bar = jvpreg.callbacks.JacobianProgbarLogger(probe)
+    >>> history = model.fit(np.ones((8, 4)), np.ones((8, 2)), verbose=2, callbacks=[probe, bar])  # doctest: +ELLIPSIS
+    1/1 - ... - loss: 9.0000
+        ‖J‖ 2.83  σ₁ 2.83
+    """
+
+    def __init__(self, probe: JacobianProbe):
+        super().__init__()
+        self.probe = checked_probe(probe)
+        # Keras runs its own bar beside the next step too.
+        self.async_safe = True
+
+    def on_train_begin(self, logs=None):
+        """Checks that the probe is there."""
+        super().on_train_begin(logs)
+        check_probe(self)
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Moves the bar."""
+        super().on_train_batch_end(batch, self._others(logs))
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Ends the bar, and prints the lines."""
+        super().on_epoch_end(epoch, self._others(logs))
+        if self.verbose and self.probe.epoch == epoch:
+            for line in lines(self.probe.logged(epoch), self.probe.prefix):
+                _print(line)
+
+    def _others(self, logs: Mapping | None) -> dict:
+        return {key: value for key, value in (logs or {}).items() if not key.startswith(f"{self.probe.prefix}/")}
+
+
+def lines(logged: Mapping[str, float], prefix: str) -> list[str]:
+    """What a probe put into `logs`, in lines of at most `WIDTH` columns: one or more for each place.
+
+    Args:
+        logged: a dict from names to numbers, as `JacobianProbe.logged` has it.
+        prefix: of the names.
+    """
+    places: dict[str, list[str]] = {}
+    for key, value in logged.items():
+        if f"{key}_sem" not in logged:  # A standard error, or the part that converged.
+            continue
+        place, _, name = key.removeprefix(f"{prefix}/").rpartition("/")
+        entry = f"{_symbol(name)} {_number(value, logged[f'{key}_sem'])}"
+        places.setdefault(place, []).append(entry + _unconverged(key, logged))
+    return [line for place, entries in places.items() for line in _wrapped(place, entries)]
+
+
+def _wrapped(place: str, entries: list[str]) -> list[str]:
+    """The entries of a place, as many in a line as there is room for."""
+    found = [" " * INDENT + (f"{place}: " if place else "") + entries[0]]
+    for entry in entries[1:]:
+        if len(found[-1]) + 2 + len(entry) <= WIDTH:
+            found[-1] += f"  {entry}"
+        else:
+            found.append(" " * 2 * INDENT + entry)
+    return found
+
+
+def _symbol(name: str) -> str:
+    if match := SINGULAR_VALUE.fullmatch(name):
+        return "σ" + match[1].translate(SUBSCRIPTS)
+    return SYMBOLS.get(name, name)
+
+
+def _number(value: float, sem: float) -> str:
+    """A value and its standard error, to two digits of the error; without one, to three digits."""
+    if not math.isfinite(value) or not math.isfinite(sem) or sem <= 1e-6 * abs(value):
+        return f"{value:.3g}"
+    decimals = 1 - math.floor(math.log10(sem))
+    if abs(value) >= 1e6 or decimals > 6:
+        return f"{value:.3g}±{sem:.1g}"
+    return f"{value:.{max(decimals, 0)}f}±{sem:.{max(decimals, 0)}f}"
+
+
+def _unconverged(key: str, logged: Mapping[str, float]) -> str:
+    """How much did not converge, behind the last of the values that it is about."""
+    ends = "_converged"
+    for about in (name for name in logged if name.endswith(ends) and f"{name}_sem" not in logged):
+        stem = about.removesuffix(ends)
+        # Of several values, or of the parts of a complex one, there is one number for all.
+        values = [name for name in logged if re.fullmatch(re.escape(stem) + r"(_\d+)?(_abs|_real|_imag)?", name)]
+        if values and values[-1] == key and logged[about] < 1:
+            return f" ({100 * (1 - logged[about]):.2g} % unconverged)"
+    return ""
+
+
+def _print(line: str) -> None:
+    """Prints where Keras' bar is printed; where that has no Greek letters, with question marks."""
+    if not keras.config.is_interactive_logging_enabled():
+        return
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    print(line.encode(encoding, "replace").decode(encoding), flush=True)
