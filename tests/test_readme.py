@@ -1,5 +1,6 @@
 """The README's code runs, one block after the other, on models and data small enough for a test."""
 
+import csv
 import re
 from pathlib import Path
 
@@ -7,10 +8,13 @@ import keras
 import numpy as np
 import pytest
 import scipy.sparse.linalg
+import wandb
 from compare import normal, randomize
 from keras import layers
 
 import jvpreg
+from tests.callbacks.offline_run import written
+from tests.experiments import wandb_records
 
 README = Path(__file__).parents[1] / "README.md"
 BLOCKS = re.compile(r"^```python\n(.*?)^```\n", re.DOTALL | re.MULTILINE).findall(README.read_text(encoding="utf-8"))
@@ -43,13 +47,46 @@ class OneBatch(keras.utils.PyDataset):
 @pytest.fixture
 def run(tmp_path):
     """Of Weights & Biases."""
-    run = pytest.importorskip("wandb").init(mode="offline", dir=tmp_path)
+    settings = wandb.Settings(silent=True, console="off")
+    run = wandb.init(mode="offline", dir=tmp_path, settings=settings)
     yield run
     run.finish()
 
 
+def test_the_first_block_is_told_whole(tmp_path, monkeypatch, run, capfd):
+    """On every backend, without TensorFlow too: what it leaves in W&B, on disk and on the screen."""
+    monkeypatch.chdir(tmp_path)
+    images, labels = normal(4, 8, 8, 3).astype("float32"), np.arange(4)
+    known = {"my_keras_model": images_to_logits(3), "x_probe": images}
+    known |= {name: OneBatch(images, labels) for name in ("train", "test")}
+    (code,) = [block for block in BLOCKS if "JacobianWandbLogger" in block]
+    exec(compile(code.replace("epochs=10,", "epochs=2,"), README.name, "exec"), known)
+    run.finish()
+    records = wandb_records.records(written(tmp_path / "wandb"))
+    rows = wandb_records.history(tmp_path / "wandb")
+    logged = known["model"].history.history
+    assert [row["epoch/epoch"] for row in rows] == [row["_step"] for row in rows] == [0, 1]
+    places = ("jacobian/", "jacobian/after/conv3/")
+    norms = {f"{place}{norm}" for place in places for norm in ("frobenius_norm", "spectral_norm")}
+    assert {"loss", "accuracy", "val_loss", "val_accuracy", "jacobian_norm"} < set(logged)
+    assert norms | {f"{norm}_sem" for norm in norms} < set(logged)
+    for key, values in logged.items():
+        assert [float(row[f"epoch/{key}"]) for row in rows] == pytest.approx(values), key
+    assert all(sum(row[f"{norm}_histogram/values"]) == len(images) for row in rows for norm in norms)
+    charts = {record.metric.glob_name: record.metric.step_metric for record in records if record.HasField("metric")}
+    assert charts["epoch/*"] == charts["jacobian/*"] == "epoch/epoch"
+    pictures = {file.name for file in Path("runs/pictures").iterdir()}
+    assert pictures == {f"{norm.removeprefix('jacobian/').replace('/', '-')}.png" for norm in norms}
+    with open("runs/log.csv") as file:
+        table = list(csv.DictReader(file))
+    for key, values in logged.items():
+        assert [float(row[key]) for row in table] == values, key
+    assert isinstance(keras.models.load_model("model.keras"), jvpreg.JacobianModel)
+    told = [line for line in capfd.readouterr().out.splitlines() if line.startswith("    ")]
+    assert [line.split("‖J‖")[0].strip() for line in told] == 2 * ["", "after/conv3:"]
+
+
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="a SavedModel is among what it writes")
-@pytest.mark.usefixtures("run")
 def test_the_code_of_the_page(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     images, labels = normal(4, 8, 8, 3).astype("float32"), np.arange(4)
@@ -75,8 +112,9 @@ def test_the_code_of_the_page(tmp_path, monkeypatch):
     # What a block needs that is not what the others do, by its place.
     others = {4: {"teacher": images_to_logits(5), "student": images_to_logits(7), "y": labels}, 5: rows, 6: vectors}
     for i, code in enumerate(BLOCKS):
-        code = code.replace("epochs=10,", "epochs=1,")
+        if "JacobianWandbLogger" in code:
+            continue  # the first block, which has a test of its own
         exec(compile(code, f"{README.name}, block {i}", "exec"), {**known, **others.get(i, {})})
     assert len(BLOCKS) == README.read_text(encoding="utf-8").count("```python") > 8
-    for name in ("model.keras", "student.keras", "tangent.keras", "tangent", "maps.png", "runs/pictures"):
+    for name in ("student.keras", "tangent.keras", "tangent", "maps.png"):
         assert Path(name).exists(), name

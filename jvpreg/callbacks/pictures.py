@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ class JacobianPictures(ProbeReader):
         probe: the `JacobianProbe` of the same `fit`, listed before.
         folder: where PNG files go: `top_singular_values.png`, `after-LAYER-frobenius_norm.png`, one for each key of
             `probe.values`. None: nowhere.
-        log_dir: of TensorBoard. Each epoch's pictures go into its run `jacobian`, named `jacobian/m` with the probe's
-            prefix. None: nowhere.
+        log_dir: of TensorBoard. Into its run `jacobian` go each epoch's pictures, named `jacobian/m` with the probe's
+            prefix, and everything in `logs`, under the names that it has there: Keras' `TensorBoard` callback needs
+            TensorFlow, and if it is listed too, it has runs of its own. None: nowhere.
         every_epochs: draw after every n-th epoch that was measured, and after the last.
 
     Raises:
         ValueError: neither place is given, or the probe is not there (before training begins).
+        ImportError: matplotlib, or for `log_dir` tensorboard, is not installed.
 
     Example:
 
@@ -52,19 +55,34 @@ class JacobianPictures(ProbeReader):
         super().__init__(probe, every_epochs)
         self.folder = checks.path("folder", folder, optional=True)
         self.log_dir = checks.path("log_dir", log_dir, optional=True)
+        checks.packages("JacobianPictures", "pictures", "matplotlib", *["tensorboard"] * (log_dir is not None))
         if folder is None and log_dir is None:
             raise ValueError("Invalid value for argument `folder`. Expected a path, or `log_dir`. Received: neither.")
         self._events: _Events | None = None
         self._undrawn = False
+        self._begins = True
 
     def on_train_begin(self, logs=None):
         """Makes the folder, and opens TensorBoard's file."""
         super().on_train_begin(logs)
         self._undrawn = False
+        self._begins = True
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
         if self.log_dir is not None:
             self._events = _Events(self.log_dir / "jacobian")
+
+    def on_epoch_begin(self, epoch, logs=None):
+        """Says with which epoch a `fit` begins: TensorBoard drops what an earlier one wrote of it, and beyond."""
+        if self._events is not None and self._begins:
+            self._events.begin(epoch)
+        self._begins = False
+
+    def on_epoch_end(self, epoch, logs=None):
+        """Writes the numbers, and reads the epoch's measurement, if there is one."""
+        if self._events is not None:
+            self._events.add_scalars(logs or {}, epoch)
+        super().on_epoch_end(epoch, logs)
 
     def on_train_end(self, logs=None):
         """Draws what was measured since the last picture, and closes TensorBoard's file."""
@@ -99,15 +117,29 @@ class _Events:
 
         self._writer: Any = EventFileWriter(str(folder))
 
+    def begin(self, step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+
+        self._write(step, session_log=SessionLog(status=SessionLog.START))
+
+    def add_scalars(self, scalars: Mapping[str, float], step: int) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=tag, simple_value=float(value)) for tag, value in scalars.items()]
+        self._write(step, summary=Summary(value=values))
+
     def add_image(self, tag: str, png: bytes, step: int) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         # Of a PNG file, bytes 16 to 24 are width and height.
         width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
         image = Summary.Image(encoded_image_string=png, width=width, height=height, colorspace=3)
-        summary = Summary(value=[Summary.Value(tag=tag, image=image)])
-        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+        self._write(step, summary=Summary(value=[Summary.Value(tag=tag, image=image)]))
+
+    def _write(self, step: int, **content) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self._writer.add_event(Event(wall_time=time.time(), step=step, **content))
         self._writer.flush()
 
     def close(self) -> None:

@@ -31,6 +31,29 @@ def test_tensorboard_has_the_scalars(tmp_path):
         assert found == [(i, pytest.approx(value, rel=1e-5)) for i, value in enumerate(history[key])]
 
 
+def test_tensorboard_has_every_scalar_without_tensorflow_too(tmp_path):
+    pytest.importorskip("matplotlib")
+    model = make_model(wrapped=True)
+    rate = keras.callbacks.LearningRateScheduler(lambda epoch: 0.1 / (epoch + 1))
+    x, y = data()
+
+    def part(first, epochs):
+        probe = JacobianProbe(data(4)[0], ["frobenius_norm"], every_epochs=2)
+        pictures = JacobianPictures(probe, log_dir=tmp_path)
+        logs = fit(model, rate, probe, pictures, initial_epoch=first, epochs=epochs, validation_data=(x, y)).history
+        assert {"loss", "val_loss", "jacobian_norm", "learning_rate", *probe.keys} <= set(logs)
+        return logs
+
+    killed, resumed = part(0, 2), part(1, 3)
+    read = events(tmp_path / "jacobian")
+    assert set(read.Tags()["scalars"]) == set(killed)
+    for key, values in resumed.items():
+        found = read.Scalars(key)
+        # The epoch that was trained again is there once.
+        assert [event.step for event in found] == [0, 1, 2]
+        assert [event.value for event in found] == pytest.approx([killed[key][0], *values], nan_ok=True)
+
+
 def test_pictures_as_files_and_in_tensorboard(tmp_path):
     pytest.importorskip("matplotlib")
     probe = JacobianProbe(data(10)[0], ["frobenius_norm", "spectral_density"], blocks=["first"], every_epochs=2)
