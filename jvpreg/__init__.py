@@ -18,6 +18,7 @@ from jvpreg.freeze import jacobian, jvp, linearize, vjp, weight_jvp
 from jvpreg.full_jacobian import FullJacobian, full_jacobian
 from jvpreg.linearization import Linearization
 from jvpreg.model import JacobianModel
+from jvpreg.paths import layer_paths
 from jvpreg.registry import Pushforward, affine, elementwise, gate, linear, register_rule, scale
 from jvpreg.tangent_model import TangentModel
 
@@ -41,6 +42,7 @@ __all__ = [
     "gate",
     "jacobian",
     "jvp",
+    "layer_paths",
     "layers",
     "linear",
     "linearize",

@@ -47,7 +47,8 @@ class Node:
     """One operation, frozen at `x`.
 
     Attributes:
-        name: path of the layer within the model; a layer's second use is `name:1`, its activation `name/activation`.
+        name: path of the layer within the model, as `layer_paths` has it; a layer's second use is `name:1`, its
+            activation `name/activation`.
         operation: the layer, operation or function.
         inputs: its inputs, in the dtype in which it sees them.
         outputs: its outputs.
@@ -55,6 +56,7 @@ class Node:
         layer: the operation itself, or the layer within whose call it was found when that was opened up; None for a
             function or operation of the model's own graph.
         examples: as its pushforward's, of one that has been dropped since its outputs have no tangents.
+        path: the name, by attributes where the user has named a layer in a subclassed model.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Node:
     pushforward: Pushforward | None
     layer: Any = None
     examples: Callable | None = None
+    path: str = ""
 
     @property
     def output_names(self) -> list[str]:

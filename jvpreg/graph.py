@@ -29,6 +29,7 @@ from jvpreg.companions import Companions
 from jvpreg.eager import leaves_of, map_leaves
 from jvpreg.frozen import FrozenGraph, Node, Value
 from jvpreg.inputs import flatten_inputs, graph_of, has_tangents
+from jvpreg.paths import is_graph, is_within, join, stable_name, walk
 from jvpreg.registry import Context, Declined, find_rule, identity, missing_rule_error, unwrap
 
 
@@ -50,6 +51,19 @@ class LeftToAutodiff:
         return f"{self.kind}: {self.reason}"
 
 
+@dataclass(frozen=True)
+class Scope:
+    """What is being run, for the names of what runs in it.
+
+    Attributes:
+        name: as its nodes have it: `encoder:1` at the second use.
+        path: as `layer_paths` has it: `encoder`.
+    """
+
+    name: str = ""
+    path: str = ""
+
+
 @dataclass
 class Tracer:
     """Runs a model once, rule by rule, and records its nodes in the order in which they ran.
@@ -60,15 +74,21 @@ class Tracer:
         variables: variables that operations took as an input, each with its value.
         fallbacks: the nodes that were left to autodiff, by name.
         companions: tangents that go through the model while it runs, if there are any.
+        root: the model that runs, whose name is part of no path.
     """
 
     context: Context
     companions: Companions | None = None
+    root: Any = None
     nodes: list[Node] = field(default_factory=list)
     variables: list[tuple[Any, Value]] = field(default_factory=list)
     fallbacks: dict[str, LeftToAutodiff] = field(default_factory=dict)
     num_slots: int = 0
     _uses: dict[str, int] = field(default_factory=dict)
+    # The names of layers by their `id`, and how attributes reach those that have a name of the user's.
+    _names: dict[int, str] = field(default_factory=dict)
+    _attributes: dict[str, str] = field(default_factory=dict)
+    _walked: set[int] = field(default_factory=set)
     # The layer that is being opened up, and the dtype to which it casts its weights.
     _weight_dtype: str | None = None
     _opened: Any = None
@@ -86,12 +106,25 @@ class Tracer:
         """A new value under a mask, which is a tensor or None."""
         return self.value(primal).with_mask(None if mask is None else self.value(mask))
 
-    def run(self, operation, *args, scope: str = "", kind: str | None = None, **kwargs):
+    def run(self, operation, *args, scope: Scope = Scope(), kind: str | None = None, **kwargs):
         """Runs one operation on `Value`s: by its rule, or opened up into smaller ones, or else by autodiff."""
         operation = unwrap(operation)
-        if is_model(operation):
-            return self._run_model(operation, args[0] if args else kwargs["inputs"], scope, kwargs.get("mask"))
-        return self._run_named(operation, args, kwargs, self._unique(scope + (kind or _name(operation))))
+        if is_graph(operation):
+            inner = scope if operation is self.root else self._scope(operation, scope, kind)
+            return self._run_model(operation, args[0] if args else kwargs["inputs"], inner, kwargs.get("mask"))
+        return self._run_named(operation, args, kwargs, self._unique(self._scope(operation, scope, kind).name))
+
+    def _scope(self, operation, scope: Scope, kind: str | None) -> Scope:
+        """What an operation is called that runs in a scope."""
+        path = self._names.get(id(operation))
+        if path is None:
+            own = kind or _name(operation)
+            path = join(scope.path, "/", own)
+            if isinstance(operation, keras.Layer):
+                self._names[id(operation)] = path
+        # Where a layer runs for the second time, so do those in it. One that is shared belongs where it was found.
+        within = bool(scope.path) and is_within(path, scope.path)
+        return Scope(scope.name + path[len(scope.path) :] if within else path, path)
 
     def _run_named(self, operation, args, kwargs, name: str):
         if getattr(operation, "quantization_mode", None) is not None:
@@ -118,7 +151,7 @@ class Tracer:
                 return self._run_by_autodiff(operation, args, kwargs, name, error)
             return self._run_opened(graph, weights, operation, args, kwargs, name)
 
-    def _run_model(self, model, inputs, scope: str, mask=None):
+    def _run_model(self, model, inputs, scope: Scope, mask=None):
         if mask is not None:
             pairs = zip(tree.flatten(inputs), tree.flatten(mask), strict=True)
             given = [
@@ -128,22 +161,20 @@ class Tracer:
         if isinstance(model, keras.Sequential):
             value = inputs
             for layer in model.layers:
-                value = self.run(layer, value, scope=f"{scope}{_name(layer)}/" if is_model(unwrap(layer)) else scope)
+                value = self.run(layer, value, scope=scope)
             return value
         outputs = self._walk(model, flatten_inputs(model, inputs, "inputs"), scope)
         # A model with one output returns it bare, as Keras does.
         return outputs[0] if isinstance(outputs, (list, tuple)) and len(outputs) == 1 else outputs
 
-    def _walk(self, graph, values: list, scope: str, opened: bool = False):
+    def _walk(self, graph, values: list, scope: Scope, opened: bool = False):
         def bind(operation):
-            nested = is_model(unwrap(operation))
-            inner = f"{scope}{_name(operation)}/" if nested else scope
             # Opened up anew each time, an operation is numbered anew by Keras: it goes by its kind.
-            kind = _kind(operation) if opened and not isinstance(operation, keras.Layer) else None
+            kind = (stable_name if isinstance(operation, keras.Layer) else _kind)(operation) if opened else None
 
             def run(*args, **kwargs):
                 with self._training(kwargs.get("training") if opened else None):
-                    return self.run(operation, *args, scope=inner, kind=kind, **kwargs)
+                    return self.run(operation, *args, scope=scope, kind=kind, **kwargs)
 
             return run
 
@@ -266,20 +297,39 @@ class Tracer:
         outer = self._weight_dtype, self._opened
         self._weight_dtype, self._opened = dtype, layer
         try:
-            inputs = [*(self._cast(value, dtype, name) for value in values), *map(self._weight, weights)]
-            outputs, left = self._walk(graph, inputs, f"{name}/", opened=True)
+            scope = self._scope_within(layer, name)
+            inputs = [*(self._cast(value, dtype, scope) for value in values), *map(self._weight, weights)]
+            outputs, left = self._walk(graph, inputs, scope, opened=True)
         finally:
             self._weight_dtype, self._opened = outer
         outputs = tree.map_structure(lambda y, mask: y.with_mask(y.mask if mask is y else mask), outputs, left)
         _record_activity_loss(layer, outputs)
         return outputs
 
-    def _cast(self, value: Value, dtype, name: str) -> Value:
+    def _scope_within(self, layer, name: str) -> Scope:
+        """The scope of a layer that is opened up. The layers in it get their names once."""
+        scope = Scope() if layer is self.root else Scope(name, self._names.get(id(layer), name))
+        if isinstance(layer, keras.Layer) and id(layer) not in self._walked:
+            for known, attributes, inner in walk(layer, scope.path, self._attribute_path(scope.path)):
+                if find_rule(inner) is None:
+                    self._walked.add(id(inner))
+                if self._names.setdefault(id(inner), known) == known != attributes:
+                    self._attributes[known] = attributes
+        return scope
+
+    def _attribute_path(self, name: str) -> str:
+        """How attributes reach what has a name."""
+        named = [known for known in self._attributes if name.startswith(known) and name[len(known) :][:1] in "./:"]
+        longest = max(named, key=len, default="")
+        return self._attributes.get(longest, "") + name[len(longest) :]
+
+    def _cast(self, value: Value, dtype, scope: Scope) -> Value:
         """The value in the dtype in which a layer sees its input (mixed precision)."""
         primal = _autocast(value, dtype)
         if primal is value.primal or primal.dtype == value.primal.dtype:
             return value
-        cast = self._record(self._unique(f"{name}/cast"), ops.cast, [replace(value, primal=primal)], primal, identity())
+        name = self._unique(join(scope.name, "/", "cast"))
+        cast = self._record(name, ops.cast, [replace(value, primal=primal)], primal, identity())
         return cast.with_mask(value.mask)
 
     def _run_by_autodiff(self, operation, args, kwargs, name: str, error: Exception):
@@ -376,7 +426,9 @@ class Tracer:
         if pushforward is not None and not any(value.has_tangents for value in leaves_of(outputs)):
             pushforward = None
         layer = operation if isinstance(operation, keras.Layer) else self._opened
-        node = Node(name, operation, tuple(inputs), tuple(leaves_of(outputs)), pushforward, layer, examples)
+        path = self._attribute_path(name)
+        ends = tuple(inputs), tuple(leaves_of(outputs))
+        node = Node(name, operation, *ends, pushforward, layer, examples, path)
         self.nodes.append(node)
         if self.companions is not None:
             self.companions.push(node)
@@ -501,12 +553,6 @@ def _attributes(layer) -> dict[str, Any]:
     return vars(layer) if isinstance(layer, keras.Layer) else {}
 
 
-def is_model(operation) -> bool:
-    """Whether an operation is a graph of others: a Sequential or functional model with Keras' own `call`."""
-    graph = isinstance(operation, (keras.Sequential, keras.Function))
-    return graph and type(operation).call.__module__.split(".")[0] == "keras"
-
-
 def freeze(operation, *inputs, context: Context) -> tuple:
     """An operation's outputs, and the operation frozen at `inputs` as one pushforward."""
     return Tracer(context)._run_inner((), operation, *inputs)
@@ -520,12 +566,13 @@ def trace(
     Returns:
         The tracer with its nodes, the values of the inputs, and the output values in the model's own structure.
     """
-    tracer = Tracer(replace(context, batch=ops.shape(inputs[0])[0] if len(inputs[0].shape) else None), companions)
+    batch = ops.shape(inputs[0])[0] if len(inputs[0].shape) else None
+    tracer = Tracer(replace(context, batch=batch), companions, model)
     given = [get_keras_mask(leaf) for leaf in flatten_inputs(model, x, "x")]
     values = [tracer.masked(tensor, mask) for tensor, mask in zip(inputs, given, strict=True)]
     if companions is not None:
         companions.enter(values)
-    if is_model(model):
+    if is_graph(model):
         arguments = values if len(values) > 1 else values[0]
     else:
         graph = graph_of(model)
@@ -535,7 +582,7 @@ def trace(
     # Private: within Keras' own call context a model's losses of the last call are cleared, and of this one kept.
     model._get_call_context()
     try:
-        outputs = tracer.run(model, arguments)
+        outputs = tracer.run(model, arguments, kind=None if find_rule(model) else stable_name(model))
     finally:
         model._maybe_reset_call_context()
     for value in tree.flatten(outputs):

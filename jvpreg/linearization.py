@@ -12,6 +12,7 @@ from jvpreg import checks, matrices
 from jvpreg.examples import FIRST, MIXED, Place
 from jvpreg.frozen import FrozenGraph, Node, Value, tangent_shape
 from jvpreg.inputs import check_moving
+from jvpreg.paths import nodes_at
 from jvpreg.tangents import (
     at_least_float32,
     check_count,
@@ -387,15 +388,10 @@ class Linearization:
         return self._part(nodes, next(iter(entering.values())), [output], output.primal)
 
     def _indices_of(self, layer: str, argument: str = "layer") -> list[int]:
-        """Those of the nodes of a layer (its activation is one of them), or of the layers of a block."""
+        """Those of the nodes of a layer, or of the layers of a block."""
         checks.text(argument, layer)
-        found = [i for i, n in enumerate(self.nodes) if n.name == layer or n.name.startswith(f"{layer}/")]
-        if not found:
-            raise ValueError(
-                f"Invalid value for argument `{argument}`. Expected the path of a layer, one of "
-                f"{[node.name for node in self.nodes]}, or the beginning of several up to a slash. Received: {layer!r}"
-            )
-        return found
+        what = "the path of a layer, or the beginning of several up to a slash or dot"
+        return nodes_at(layer, self.nodes, argument, what)
 
     def _single_output(self, layer: str, index: int) -> Value:
         outputs = self.nodes[index].outputs

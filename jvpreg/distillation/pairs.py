@@ -10,6 +10,7 @@ from jvpreg import checks
 from jvpreg.frozen import Node
 from jvpreg.full_jacobian import NORMALIZATIONS
 from jvpreg.linearization import Linearization
+from jvpreg.paths import nodes_at
 
 Kind = Literal["outputs", "maps", "biases"]
 
@@ -72,12 +73,8 @@ class LayerPairs:
         return found
 
     def _site(self, linearization: Linearization, path: str, role: str) -> Site:
-        nodes = [n for n in linearization.nodes if n.name == path or n.name.startswith(f"{path}/")]
-        if not nodes:
-            raise ValueError(
-                f"Invalid value for argument `layers` of {self.owner}. Expected paths of layers of the {role}: "
-                f"{[node.name for node in linearization.nodes]}. Received: {path!r}"
-            )
+        found = nodes_at(path, linearization.nodes, "layers", f"paths of layers of the {role}", self.owner)
+        nodes = [linearization.nodes[i] for i in found]
         if self.kind == "biases":
             biased = [node for node in nodes if not _is_linear(node)]
             if not biased:

@@ -13,8 +13,9 @@ from keras import ops
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 from jvpreg import checks, implicit
-from jvpreg.graph import freeze, is_model
+from jvpreg.graph import freeze
 from jvpreg.implicit import ImplicitPushforward
+from jvpreg.paths import is_graph
 from jvpreg.registry import Context, register_rule
 from jvpreg.solvers import NONLINEAR, SOLVERS, Solution, find_fixed_point
 
@@ -279,7 +280,7 @@ class FixedPoint(keras.layers.Layer):
         """The shape of z, without the batch."""
         shape = self.state_shape
         if shape is None:
-            shape = tuple((self.cell.inputs[1].shape if is_model(self.cell) else input_shape)[1:])
+            shape = tuple((self.cell.inputs[1].shape if is_graph(self.cell) else input_shape)[1:])
         if None in shape:
             raise ValueError(
                 f"The shape of z of `{self.name}` is not known. Expected all its sizes but the batch's: pass "
@@ -330,13 +331,13 @@ def _takes_two(cell) -> bool:
     """Whether the cell's `call` takes x and z as two arguments, and not as a list."""
     parameters = cell._call_signature.parameters.values()
     own = [p for p in parameters if p.name not in ("training", "mask") and p.default is p.empty and p.kind <= 1]
-    return not is_model(cell) and len(own) == 2
+    return not is_graph(cell) and len(own) == 2
 
 
 def _check_cell(cell) -> None:
     if not isinstance(cell, keras.Layer):
         raise checks.invalid("cell", "a Keras model or layer of x and z", cell)
-    count = len(cell.inputs) if is_model(cell) else 2
+    count = len(cell.inputs) if is_graph(cell) else 2
     if count != 2:
         raise ValueError(
             f"Invalid value for argument `cell`. Expected a model of two inputs, x and z. Received: `{cell.name}`, "
