@@ -38,7 +38,7 @@ def training_curves(history: History, path: Path) -> None:
     """
     with matplotlib.rc_context(STYLE):
         figure, (loss, accuracy, norm) = _panels(rows=1, columns=3)
-        penalized = "training, with penalty" if "jacobian_norm" in history else "training"
+        penalized = "training, with penalty" if "frobenius_norm_squared" in history else "training"
         for key, label in (("loss", penalized), ("val_loss", "test")):
             _curve(loss, history[key], label)
         for key, label in (("accuracy", "training"), ("val_accuracy", "test")):

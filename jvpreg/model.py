@@ -64,7 +64,7 @@ class JacobianModel(SteppedModel):
     ...     jacobian_regularizers=[jvpreg.regularizers.JacobianNorm(0.01)])
     >>> history = model.fit(np.ones((32, 8)), np.zeros(32), verbose=0)
     >>> sorted(history.history)
-    ['jacobian_norm', 'loss']
+    ['frobenius_norm_squared', 'loss']
     """
 
     def __init__(self, base: keras.Model, seed: int | None = None, **kwargs):

@@ -536,7 +536,7 @@ def test_evaluation_can_leave_the_penalty_out(linearizations):
     assert set(logs) == {"loss"}
     assert not linearizations
     history = model.fit(x, y, validation_data=(x, y), verbose=0).history
-    assert set(history) == {"loss", "jacobian_norm", "val_loss"}
+    assert set(history) == {"loss", "frobenius_norm_squared", "val_loss"}
     assert len(linearizations) == 1
 
 
@@ -564,9 +564,9 @@ def test_validation_does_not_change_what_is_trained():
         weights.append(base.get_weights())
     for without, with_ in zip(*weights, strict=True):
         np.testing.assert_array_equal(without, with_)
-    assert set(histories[1]) - set(histories[0]) == {"val_loss", "val_jacobian_norm"}
-    assert np.all(np.array(histories[1]["val_jacobian_norm"]) > 0)
-    assert histories[0]["jacobian_norm"] == histories[1]["jacobian_norm"]
+    assert set(histories[1]) - set(histories[0]) == {"val_loss", "val_frobenius_norm_squared"}
+    assert np.all(np.array(histories[1]["val_frobenius_norm_squared"]) > 0)
+    assert histories[0]["frobenius_norm_squared"] == histories[1]["frobenius_norm_squared"]
 
 
 def test_the_same_seed_draws_the_same_directions():
@@ -575,7 +575,7 @@ def test_the_same_seed_draws_the_same_directions():
     def train(seed):
         model = jvpreg.JacobianModel(smooth_base(), seed=seed)
         model.compile("sgd", crossentropy(), jacobian_regularizers=[JacobianNorm(0.1)])
-        return model.fit(x, y, batch_size=8, verbose=0, shuffle=False).history["jacobian_norm"][0]
+        return model.fit(x, y, batch_size=8, verbose=0, shuffle=False).history["frobenius_norm_squared"][0]
 
     assert train(1) == train(1) != train(2)
 

@@ -68,7 +68,7 @@ def test_the_first_block_is_told_whole(tmp_path, monkeypatch, run, capfd):
     assert [row["epoch/epoch"] for row in rows] == [row["_step"] for row in rows] == [0, 1]
     places = ("jacobian/", "jacobian/after/conv3/")
     norms = {f"{place}{norm}" for place in places for norm in ("frobenius_norm", "spectral_norm")}
-    assert {"loss", "accuracy", "val_loss", "val_accuracy", "jacobian_norm"} < set(logged)
+    assert {"loss", "accuracy", "val_loss", "val_accuracy", "frobenius_norm_squared"} < set(logged)
     assert norms | {f"{norm}_sem" for norm in norms} < set(logged)
     for key, values in logged.items():
         assert [float(row[f"epoch/{key}"]) for row in rows] == pytest.approx(values), key

@@ -51,7 +51,7 @@ def test_one_iteration_a_step_arrives_at_the_largest_singular_value(arguments):
     model = jvpreg.JacobianModel(base())
     x = one_of_each_class(model)
     compiled(model, SpectralNorm(0.1), **arguments)
-    history = model.fit(x, np.arange(3), epochs=40, batch_size=3, verbose=0).history["spectral_norm"]
+    history = model.fit(x, np.arange(3), epochs=40, batch_size=3, verbose=0).history["spectral_norm_squared"]
     expected = squared_norms(model.base, x).mean()
     assert np.nanmax(history) <= expected * (1 + 1e-9)
     assert history[0] < 0.99 * expected
@@ -65,7 +65,7 @@ def test_more_iterations_a_step_arrive_in_fewer():
         compiled(model, SpectralNorm(0.1, num_iterations=n)).evaluate(x, y, verbose=0, return_dict=True)
         for n in (1, 2, 20)
     ]
-    estimates = [result["spectral_norm"] for result in results]
+    estimates = [result["spectral_norm_squared"] for result in results]
     assert estimates[0] < estimates[1] < estimates[2]
     np.testing.assert_allclose(estimates[2], squared_norms(model.base, x).mean(), rtol=1e-9)
 
@@ -97,14 +97,16 @@ def test_the_gradient_is_that_of_the_squared_norm():
 def test_what_is_carried_outlives_epochs_evaluation_and_a_file(tmp_path):
     x, y = data()
     model = compiled(jvpreg.JacobianModel(base()), SpectralNorm(0.1))
-    fresh = model.evaluate(x, y, verbose=0, return_dict=True)["spectral_norm"]
-    assert model.evaluate(x, y, verbose=0, return_dict=True)["spectral_norm"] == fresh
+    fresh = model.evaluate(x, y, verbose=0, return_dict=True)["spectral_norm_squared"]
+    assert model.evaluate(x, y, verbose=0, return_dict=True)["spectral_norm_squared"] == fresh
     model.fit(x, y, epochs=30, verbose=0)
-    after = model.evaluate(x, y, verbose=0, return_dict=True)["spectral_norm"]
+    after = model.evaluate(x, y, verbose=0, return_dict=True)["spectral_norm_squared"]
     assert after > 1.001 * fresh
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    np.testing.assert_allclose(loaded.evaluate(x, y, verbose=0, return_dict=True)["spectral_norm"], after, rtol=1e-12)
+    np.testing.assert_allclose(
+        loaded.evaluate(x, y, verbose=0, return_dict=True)["spectral_norm_squared"], after, rtol=1e-12
+    )
     model.save_weights(tmp_path / "model.weights.h5")
     plain = jvpreg.JacobianModel(base())
     plain.load_weights(tmp_path / "model.weights.h5")
@@ -136,7 +138,7 @@ def test_models_of_every_kind(build):
         y, loss = [y, y % 2], ["sparse_categorical_crossentropy"] * 2
     model = jvpreg.JacobianModel(model)
     model.compile(loss=loss, jacobian_regularizers=[SpectralNorm(0.1)], jacobian_fraction=0.5)
-    history = model.fit(x, y, epochs=2, batch_size=4, verbose=0).history["spectral_norm"]
+    history = model.fit(x, y, epochs=2, batch_size=4, verbose=0).history["spectral_norm_squared"]
     assert np.all(np.isfinite(history))
     assert history[-1] > 0
 

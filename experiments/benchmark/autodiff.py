@@ -29,7 +29,7 @@ class AutodiffModel(keras.Model):
     def __init__(self, base: keras.Model, product: Product, draw: Draw, strength: float):
         super().__init__()
         self.base, self.product, self.draw, self.strength = base, product, draw, strength
-        self.tracker = keras.metrics.Mean(name="jacobian_norm")
+        self.tracker = keras.metrics.Mean(name="frobenius_norm_squared")
         self.penalty = None
         self.built = True
 

@@ -140,7 +140,7 @@ def _regularizers(entry: Entry, strength: float, known: bool) -> list[jvpreg.reg
     if not entry.constraints:
         assert entry.side is not None
         norm = KnownJacobianNorm if known else jvpreg.regularizers.JacobianNorm
-        return [norm(strength, num_probes=entry.num_probes, side=entry.side, name="jacobian_norm")]
+        return [norm(strength, num_probes=entry.num_probes, side=entry.side, name="frobenius_norm_squared")]
     fields: list[Any] = [tangents.Rotation(), tangents.Scaling(), tangents.Brightness()]
     if known:
         fields = [KnownDirection(probe) for probe in range(entry.num_probes)]

@@ -31,7 +31,7 @@ def explanations(row: dict[str, Any]) -> dict[str, str]:
     """How well one method's models know what they were trained on, and how large their bias-Jacobians are."""
     train, norms = (
         {count: float(np.mean([one[key] for one in results])) for count, results in row["columns"].items()}
-        for key in ("train_accuracy", "bias_jacobian_norm")
+        for key in ("train_accuracy", "bias_jacobian_norm_squared")
     )
     return {
         "method": row["method"],

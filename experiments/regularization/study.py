@@ -123,7 +123,9 @@ def trained(config: RegularizationConfig, method: Method, dataset: data.Dataset,
         "test_cross_entropy": tested["cross_entropy"],
         "train_accuracy": history["accuracy"][-1],
         "train_cross_entropy": history["cross_entropy"][-1],
-        "bias_jacobian_norm": bias_jacobian_norm(base, layer.name, dataset.test.take(slice(config.probed))),
+        "bias_jacobian_norm_squared": bias_jacobian_norm_squared(
+            base, layer.name, dataset.test.take(slice(config.probed))
+        ),
     }
 
 
@@ -133,7 +135,7 @@ def last_biased_layer(model: keras.Model) -> keras.Layer:
     return [layer for layer in model.layers if isinstance(layer, kinds)][-1]
 
 
-def bias_jacobian_norm(model: keras.Model, layer: str, split: data.Split, batch_size: int = 128) -> float:
+def bias_jacobian_norm_squared(model: keras.Model, layer: str, split: data.Split, batch_size: int = 128) -> float:
     """The mean of `‖f^b‖²` of a layer, for the labels' logits, in inference mode."""
     total = 0.0
     for start in range(0, len(split), batch_size):

@@ -16,7 +16,8 @@ class ActivationMatching(MatchingLoss):
     Args:
         weight: the loss gains `weight × mean` of it.
         temperature: T; None for the squared distance of the logits themselves.
-        name: of its metric.
+        name: of its metric; it logs `activation_matching`, the mean over the
+            examples of the squared distance or divergence.
 
     Raises:
         ValueError: an argument is out of its range.

@@ -23,7 +23,7 @@ class AttentionMatching(MatchingLoss):
             whose sizes differ, each is averaged to the smaller size.
         normalized: A is the sum of squares instead, divided by its norm over all positions, so that only where
             counts, and not how much.
-        name: of its metric.
+        name: of its metric; it logs `attention_matching`, the mean over the examples of the squared distance.
 
     Raises:
         ValueError: an argument is out of its range; in `JacobianDistiller`, a layer is not found, or has no positions.

@@ -159,7 +159,7 @@ class KerasLoss(MatchingLoss):
 
     Args:
         loss: the loss.
-        name: of its metric.
+        name: of its metric, the mean over the examples of the loss; by default that of its class in snake case.
     """
 
     def __init__(self, loss: keras.distillation.DistillationLoss, name: str | None = None):

@@ -27,7 +27,7 @@ class JacobianMatching(MatchingLoss):
         num_probes: in place of a target, P: all outputs, by P random directions u an example, the same for both
             networks. `‖(J_f − J_g) u‖²` has the mean `‖J_f − J_g‖_F²`, and its weight gradient takes first-order
             autodiff through a forward computation only. The angle is then that of the products, an estimate.
-        name: of its metric.
+        name: of its metric; it logs `jacobian_matching`, the mean over the examples of the squared distance.
 
     Raises:
         ValueError: an argument is out of its range; in `fit`, there are no labels.
@@ -96,7 +96,7 @@ class BiasJacobianMatching(MatchingLoss):
             layer with a bias, or normalization, of each spatial size that both have, and the choice is printed. Of maps
             whose sizes differ, each is summed to the smaller size.
         target: `"label"` or `"predicted"`: see `JacobianMatching`. Losses of one target share their backward passes.
-        name: of its metric.
+        name: of its metric; it logs `bias_jacobian_matching`, the mean over the examples of the squared distance.
 
     Raises:
         ValueError: an argument is out of its range; in `JacobianDistiller`, a layer is not found, or has no bias.

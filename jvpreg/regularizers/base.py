@@ -58,6 +58,8 @@ class JacobianRegularizer:
     Attributes:
         at: where it looks: `"data"`, or a function `(inputs, seed) -> points (N, …)`. Regularizers with equal
             functions share the points and the one run of the model at them.
+        default_name: of its metric, which is the mean of its penalty over the examples, without its strength; the
+            class's name in snake case if it is empty.
         label_keys: keys of a dict of labels that are its own, which neither the loss nor a metric gets to see.
         measures: what it reports beside its penalty, by name, and how steps are put together: `"mean"`, `"max"` or
             `"last"`.
@@ -80,6 +82,7 @@ class JacobianRegularizer:
     'brightness_invariance'
     """
 
+    default_name = ""
     at: str | Callable = "data"
     label_keys: tuple[str, ...] = ()
     measures: Mapping[str, str] = {}
@@ -89,7 +92,7 @@ class JacobianRegularizer:
     def __init__(self, strength: float, name: str | None = None):
         self.strength = checks.number("strength", strength, least=0, owner=type(self).__name__)
         snake_case = re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
-        self.name = checks.text("name", name, optional=True) or snake_case
+        self.name = checks.text("name", name, optional=True) or self.default_name or snake_case
 
     def check(self, inputs, outputs) -> None:
         """Raises a ValueError where it does not fit a model of such inputs and outputs, `(B, …)`, at `compile`."""

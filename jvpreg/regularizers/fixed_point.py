@@ -20,7 +20,7 @@ class FixedPointJacobianNorm(JacobianRegularizer):
         strength: the loss gains `strength × mean ‖∂_z f‖_F²`.
         layer: the path of the layer, as a linearization's nodes have it; by default the only one of the model.
         num_probes: random directions an example.
-        name: of its metric.
+        name: of its metric; it logs `fixed_point_frobenius_norm_squared`, the mean over the examples of `‖∂_z f‖_F²`.
 
     Raises:
         ValueError: an argument is out of its range; in `fit`, there is no such layer.
@@ -31,8 +31,10 @@ class FixedPointJacobianNorm(JacobianRegularizer):
 
     >>> import jvpreg
     >>> jvpreg.regularizers.FixedPointJacobianNorm(0.1).name
-    'fixed_point_jacobian_norm'
+    'fixed_point_frobenius_norm_squared'
     """
+
+    default_name = "fixed_point_frobenius_norm_squared"
 
     def __init__(self, strength: float, layer: str | None = None, num_probes: int = 1, name: str | None = None):
         super().__init__(strength, name)

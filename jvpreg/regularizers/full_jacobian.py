@@ -28,7 +28,7 @@ class BiasJacobianNorm(JacobianRegularizer):
             over all outputs, estimated without bias by pushing directions `c ⊙ ξ`, ξ standard normal, through the
             layers above.
         num_probes: for `"all"`, how many directions an example.
-        name: of its metric.
+        name: of its metric; it logs `bias_jacobian_norm_squared`, the mean over the examples of `‖f^b‖²`.
 
     Raises:
         ValueError: an argument is out of its range; in `fit`, a layer is not found or there are no labels.
@@ -41,6 +41,8 @@ class BiasJacobianNorm(JacobianRegularizer):
     >>> jvpreg.regularizers.BiasJacobianNorm(100.0, layers=["conv9"]).target
     'label'
     """
+
+    default_name = "bias_jacobian_norm_squared"
 
     def __init__(
         self,
@@ -97,7 +99,7 @@ class FullJacobianNorm(JacobianRegularizer):
         bias_weight: of the bias-Jacobians'.
         layers: whose bias-Jacobians: see `BiasJacobianNorm`.
         target: `"label"` or `"predicted"`: see `BiasJacobianNorm`.
-        name: of its metric.
+        name: of its metric; it logs `full_jacobian_norm_squared`, the mean over the examples of the weighted sum.
 
     Raises:
         ValueError: an argument is out of its range; in `fit`, a layer is not found or there are no labels.
@@ -110,6 +112,8 @@ class FullJacobianNorm(JacobianRegularizer):
     >>> jvpreg.regularizers.FullJacobianNorm(0.1, bias_weight=10.0).input_weight
     1.0
     """
+
+    default_name = "full_jacobian_norm_squared"
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ class JacobianNorm(JacobianRegularizer):
         num_probes: P, the number of probes an example and step.
         probes: `"gaussian"`, `"rademacher"`, `"sphere"` or `"orthogonal"`: see `jvpreg.probes.draw`.
         side: `"input"` pushes directions of the input forward; `"output"` pulls cotangents of the output back.
-        name: of its metric.
+        name: of its metric; it logs `frobenius_norm_squared`, the mean over the examples of `‖J‖_F²`.
 
     The variance of one gaussian probe is `2‖JᵀJ‖_F²`, on the sphere of radius √D it is
     `2D/(D+2)·(‖JᵀJ‖_F² − ‖J‖_F⁴/D)`; on the output side the same with K for D, so for few outputs
@@ -40,6 +40,8 @@ class JacobianNorm(JacobianRegularizer):
     >>> jvpreg.regularizers.JacobianNorm(0.01, num_probes=1).get_config()["side"]
     'input'
     """
+
+    default_name = "frobenius_norm_squared"
 
     def __init__(
         self,

@@ -25,7 +25,7 @@ class SpectralNorm(JacobianRegularizer):
     Args:
         strength: the loss gains `strength × mean σ₁²`.
         num_iterations: of each step; one is enough where the vectors move slowly.
-        name: of its metric, which is the estimate of `mean σ₁²`.
+        name: of its metric; it logs `spectral_norm_squared`, the mean over the examples of the estimate of `σ₁²`.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -40,8 +40,10 @@ class SpectralNorm(JacobianRegularizer):
     >>> model.compile(loss="mse", jacobian_regularizers=[jvpreg.regularizers.SpectralNorm(0.01)])
     >>> history = model.fit(np.ones((32, 8)), np.zeros((32, 3)), verbose=0)
     >>> sorted(history.history)
-    ['loss', 'spectral_norm']
+    ['loss', 'spectral_norm_squared']
     """
+
+    default_name = "spectral_norm_squared"
 
     def __init__(self, strength: float, num_iterations: int = 1, name: str | None = None):
         super().__init__(strength, name)

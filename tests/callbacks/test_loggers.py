@@ -41,7 +41,7 @@ def test_tensorboard_has_every_scalar_without_tensorflow_too(tmp_path):
         probe = JacobianProbe(data(4)[0], ["frobenius_norm"], every_epochs=2)
         pictures = JacobianPictures(probe, log_dir=tmp_path)
         logs = fit(model, rate, probe, pictures, initial_epoch=first, epochs=epochs, validation_data=(x, y)).history
-        assert {"loss", "val_loss", "jacobian_norm", "learning_rate", *probe.keys} <= set(logs)
+        assert {"loss", "val_loss", "frobenius_norm_squared", "learning_rate", *probe.keys} <= set(logs)
         return logs
 
     killed, resumed = part(0, 2), part(1, 3)

@@ -72,7 +72,7 @@ def test_a_row_an_epoch_with_numbers_histograms_and_pictures(tmp_path):
         history = fit(make_model(wrapped=True), probe, JacobianWandbLogger(probe), epochs=3).history
     rows = rows_of(tmp_path)
     assert [row["epoch/epoch"] for row in rows] == [0, 1, 2] == [row["_step"] for row in rows]
-    assert {"loss", "jacobian_norm", *probe.keys} <= set(history)
+    assert {"loss", "frobenius_norm_squared", *probe.keys} <= set(history)
     for key, values in history.items():
         np.testing.assert_allclose([float(row[f"epoch/{key}"]) for row in rows], values, rtol=1e-6)
     assert [row["epoch/learning_rate"] for row in rows] == pytest.approx([1e-3] * 3)
@@ -96,7 +96,7 @@ def test_a_row_an_epoch_with_numbers_histograms_and_pictures(tmp_path):
     assert charts == {"val_jacobian/*": "epoch/epoch", "epoch/*": "epoch/epoch"}
     assert config_of(tmp_path) == {
         "own": 1,
-        "regularizers": [{"name": "jacobian_norm", "class": "JacobianNorm", "strength": 0.05}],
+        "regularizers": [{"name": "frobenius_norm_squared", "class": "JacobianNorm", "strength": 0.05}],
         "interval": 1,
         "fraction": 1.0,
         "probes": {"val_jacobian": {"examples": 10, "metrics": list(SPECTRUM), "seed": 4, "every_epochs": 2}},

@@ -89,7 +89,7 @@ def chained(first, then):
         (OSError(errno.EROFS, "Read-only file system", "runs/x"), ["runs/x: Read-only file system", "--folder=PATH"]),
         (PermissionError(errno.EACCES, "Permission denied", "runs/x"), ["runs/x: Permission denied", "--folder=PATH"]),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "runs/x"), ["runs/x: Not a directory"]),
-        (FloatingPointError("`jacobian_norm` is not finite at step 3"), ["step 3"]),
+        (FloatingPointError("`frobenius_norm_squared` is not finite at step 3"), ["step 3"]),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(error, words, monkeypatch, capsys):

@@ -30,7 +30,9 @@ def test_a_small_run_and_its_continuation(tmp_path, capsys):
     assert names == ["no regularization", "bias-Jacobian 100"]
     for row in summary["rows"]:
         assert len(row["columns"]["50"]) == 2
-        assert all(0 <= one["test_accuracy"] <= 1 and one["bias_jacobian_norm"] > 0 for one in row["columns"]["50"])
+        assert all(
+            0 <= one["test_accuracy"] <= 1 and one["bias_jacobian_norm_squared"] > 0 for one in row["columns"]["50"]
+        )
     first = capsys.readouterr().out
     assert "33.25 ± 0.6" in first
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
@@ -52,7 +54,7 @@ def test_the_layer_is_the_last_with_a_bias(normalized, name):
     layer = study.last_biased_layer(model)
     assert layer.name == name
     split = dataset.test.take(slice(10))
-    value = study.bias_jacobian_norm(model, name, split, batch_size=4)
+    value = study.bias_jacobian_norm_squared(model, name, split, batch_size=4)
     whole = jvpreg.full_jacobian(model, split.images(), target=split.labels)
     contributions = keras.ops.convert_to_numpy(whole.bias_jacobians[name])
     np.testing.assert_allclose(value, np.mean(np.sum(contributions**2, axis=(1, 2, 3))), rtol=1e-5)
@@ -65,4 +67,4 @@ def test_the_penalty_leaves_less_of_the_bias_jacobian():
     dataset = data.balanced_subset(data.load(config.data), 200)
     chosen = study.methods(config)
     plain, penalized = (study.trained(config, method, dataset, seed=0) for method in (chosen[0], chosen[-1]))
-    assert penalized["bias_jacobian_norm"] < 0.3 * plain["bias_jacobian_norm"]
+    assert penalized["bias_jacobian_norm_squared"] < 0.3 * plain["bias_jacobian_norm_squared"]
