@@ -13,7 +13,8 @@ from experiments import files
 KEPT = 2
 """So many backups are kept: if the newest is damaged, the one before it is there."""
 
-WEIGHTS, PROGRESS = "state.weights.h5", "progress.json"
+# An archive, which Python writes: HDF5 itself crashes the process when the disk is full.
+STATE, PROGRESS = "state.keras", "progress.json"
 PREFIX = "backup-"
 
 
@@ -58,8 +59,8 @@ class Backups:
         files.remove(path)  # of an epoch that is trained a second time, because this one is damaged
         with files.beside(path) as unfinished:
             unfinished.mkdir()
-            model.save_weights(unfinished / WEIGHTS)
-            told = {"progress": dataclasses.asdict(progress), "digest": digest(unfinished / WEIGHTS)}
+            model.save(unfinished / STATE)
+            told = {"progress": dataclasses.asdict(progress), "digest": digest(unfinished / STATE)}
             files.write_json(unfinished / PROGRESS, told)
         for old in self._newest_first()[KEPT:]:
             files.remove(old)
@@ -79,7 +80,7 @@ class Backups:
         if found:
             # Built as `fit` would do it: the optimizer's variables are part of the state.
             model.optimizer.build(model.trainable_variables)
-            model.load_weights(found[0] / WEIGHTS)
+            model.load_weights(found[0] / STATE)
 
     def epochs(self) -> int:
         """How many epochs are backed up, by the name of the newest backup."""
@@ -89,7 +90,7 @@ class Backups:
         for path in self._newest_first():
             told = files.read_object(path / PROGRESS)
             try:
-                if told is not None and digest(path / WEIGHTS) == told["digest"]:
+                if told is not None and digest(path / STATE) == told["digest"]:
                     return path, Progress(**told["progress"])
             except (FileNotFoundError, KeyError, TypeError):
                 pass

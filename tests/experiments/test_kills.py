@@ -102,12 +102,11 @@ class Trials:
         folder = self.folder / str(self.number) / "run"
         folder.parent.mkdir()
         deaths = []
-        for _ in range(generator.choice((1, 1, 2))):
-            kill = (
-                {"operation": generator.randint(1, ended.operations)}
-                if generator.random() < 0.6
-                else {"seconds": generator.uniform(0.0, ended.seconds)}
-            )
+        for again in range(generator.choice((1, 1, 2))):
+            if (self.number + again) % 2:
+                kill = {"operation": generator.randint(1, ended.operations)}
+            else:
+                kill = {"seconds": generator.uniform(0.0, ended.seconds)}
             deaths.append((kill, self.run(name, folder, **kill)))
         last = self.run(name, folder)
         printed = Path(f"{folder}.txt").read_text()
@@ -141,5 +140,6 @@ def test_kills(trials, request):
     print(f"\n{keras.backend.backend()}")
     for name, row in table.items():
         print(f"{name:25}", *(f"{key} {value:3}" for key, value in row.items()))
+    # A resumed run has fewer operations, and another one may be the faster.
     assert sum(row["kills"] for row in table.values()) >= count / 2
     assert not wrong, "\n\n".join(wrong)

@@ -1,11 +1,13 @@
 """A run from its configuration to its report, and what a damaged folder of one is mended to."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
 import re
 import socket
+import zipfile
 
 import keras
 import pytest
@@ -23,6 +25,7 @@ from experiments.config import (
     RobustnessConfig,
     TrainConfig,
     WandbConfig,
+    as_plain_dict,
 )
 from experiments.data import load
 from experiments.epoch_end import EpochEnd
@@ -171,10 +174,10 @@ def test_a_run_goes_on_from_its_newest_backup(tmp_path):
 
 
 TORN = {
-    "half the weights": lambda path: cut(path / "state.weights.h5"),
+    "half the weights": lambda path: cut(path / "state.keras"),
     "half the progress": lambda path: cut(path / "progress.json"),
-    "a flipped bit": lambda path: flip(path / "state.weights.h5"),
-    "no weights": lambda path: (path / "state.weights.h5").unlink(),
+    "a flipped bit": lambda path: flip(path / "state.keras"),
+    "no weights": lambda path: (path / "state.keras").unlink(),
     "another file": lambda path: (path / "progress.json").write_text("{}"),
 }
 
@@ -252,6 +255,24 @@ def test_a_teacher_whose_folder_is_damaged_is_told(tmp_path):
     folder.config.write_text(folder.config.read_text()[:10])
     with pytest.raises(ExperimentError, match="does not tell what the model was trained on"):
         trained_dataset(str(folder.path))
+
+
+def test_a_full_disk_leaves_the_last_backup_and_is_told(tmp_path, monkeypatch, capsys):
+    folder, config = backed_up(tmp_path)
+    write = zipfile.ZipFile.writestr
+
+    def full(self, *args, **kwargs):
+        if "backup-00003" in str(self.filename):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, *args, **kwargs)
+
+    monkeypatch.setattr(zipfile.ZipFile, "writestr", full)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(as_plain_dict(config)))
+    assert main(["train", f"--config={file}"]) == 2
+    assert capsys.readouterr().err.endswith("`train` with --resume=true.\n")
+    assert sorted(path.name for path in folder.backups.folder.glob("*backup*")) == ["backup-00001", "backup-00002"]
+    assert restored(folder, config)[0].epochs == 2
 
 
 def test_only_the_last_two_backups_are_kept(tmp_path):
