@@ -97,10 +97,11 @@ def discard(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def discard_unfinished(folder: Path, name: str = "*") -> None:
+def discard_unfinished(folder: Path, name: str | None = None) -> None:
     """Remove what killed processes left unfinished: of one name, or of all in a folder and below.
 
     Only for whoever holds the lock of what was being written there.
     """
-    for path in list(folder.rglob(f"{UNFINISHED}*-{name}")):
-        discard(path)
+    for path in list(folder.rglob(f"{UNFINISHED}*")):
+        if name is None or path.name.endswith(f"-{name}"):
+            discard(path)

@@ -63,6 +63,7 @@ def held(lock: Path, what: Path) -> Iterator[None]:
     lock.parent.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(lock, timeout=PATIENCE):
+            files.discard_unfinished(lock.parent, told_in(lock).name)  # of a process that was killed right here
             now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
             files.write_json(told_in(lock), Holder(socket.gethostname(), os.getpid(), now)._asdict())
             yield

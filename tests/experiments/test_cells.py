@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import cells, locks
+from experiments import cells, files, locks
 from experiments.errors import ExperimentError
 from experiments.status import StatusConfig, status
 
@@ -128,6 +128,14 @@ def test_what_a_killed_process_held_is_free(tmp_path):
     assert died <= 1  # none, if another one was first
     assert [out for out, returned in ended if returned == 0] == [f"{NAMES}\n"] * (3 - died)
     assert runs == Counter([*NAMES, *["0"] * died])
+
+
+def test_what_a_killed_process_left_unfinished_is_removed(tmp_path):
+    path = tmp_path / "one [0.5].json"
+    for file in (path, locks.told_in(cells.lock_of(path))):
+        files.unfinished_name(file).write_text("half")
+    cell(path).result()
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_what_cells_are_at_is_told(tmp_path, capsys):
