@@ -242,7 +242,10 @@ class JacobianProbe(keras.callbacks.Callback):
                 raise
             found = self._blank
         self._blank = self._blank or _nothing_like(found, self.size)
-        found = {name: {key: np.asarray(part) for key, part in parts.items()} for name, parts in found.items()}
+        # In the order in which they were asked for: what JAX compiles returns a dict sorted.
+        places = ["", *(f"after/{path}/" for path in self.layers), *(f"block/{path}/" for path in self.blocks)]
+        names = [place + metric for place in places for metric in self.metrics]
+        found = {name: {key: np.asarray(part) for key, part in found[name].items()} for name in names}
         self.values = values_of(found)
         return found
 
