@@ -19,6 +19,10 @@ class Block(layers.Layer):
     def build(self, shape):
         self.conv.build(shape)
 
+    def compute_output_shape(self, shape):
+        # In `fit` on JAX, Keras cannot find it by itself: the weights are not in their variables then.
+        return shape
+
     def call(self, x):
         return x + self.conv(x)
 
