@@ -13,6 +13,7 @@ from jvpreg import checks
 from jvpreg.finite import finite_examples, nan_unless
 from jvpreg.freeze import linearize
 from jvpreg.frozen import Node
+from jvpreg.inputs import has_tangents
 from jvpreg.linearization import Linearization
 from jvpreg.tangents import check_count, flatten_like
 
@@ -122,7 +123,11 @@ def full_jacobian(model, x, target=None, **kwargs) -> FullJacobian:
         },
         sources={name: _source(nodes[name]) for name in intercepts},
         target_output=known(
-            sum(_sum_of_each(ops.cast(v, dtype) * ops.cast(y, dtype)) for v, y in pairs if v is not None)
+            sum(
+                _sum_of_each(ops.cast(v, dtype) * ops.cast(y, dtype))
+                for v, y in pairs
+                if v is not None and has_tangents(y)  # As in `Jᵀ v`, whole numbers count for nothing.
+            )
         ),
     )
 

@@ -85,9 +85,9 @@ def standardize_inputs(model, x) -> list:
     return inputs
 
 
-def as_floats(inputs: list) -> list:
-    """The inputs, whole numbers as floats: so tangents and probes can be like them, though they count for nothing."""
-    return [x if has_tangents(x) else ops.cast(x, keras.config.floatx()) for x in inputs]
+def as_floats(tensors: list) -> list:
+    """Inputs or outputs, whole numbers as floats: tangents and probes can be like them, and count for nothing."""
+    return [x if has_tangents(x) else ops.cast(x, keras.config.floatx()) for x in tensors]
 
 
 def has_tangents(tensor) -> bool:

@@ -11,7 +11,7 @@ from keras import ops, tree
 from jvpreg import checks, matrices
 from jvpreg.examples import FIRST, MIXED, Place
 from jvpreg.frozen import FrozenGraph, Node, Value, tangent_shape
-from jvpreg.inputs import check_moving
+from jvpreg.inputs import as_floats, check_moving, has_tangents
 from jvpreg.paths import nodes_at
 from jvpreg.tangents import (
     at_least_float32,
@@ -198,7 +198,7 @@ class Linearization:
         >>> tuple(at_input.shape), tuple(at_nodes["first"].shape)
         ((5, 3), (5, 4))
         """
-        outputs = tree.flatten(self.outputs)
+        outputs = as_floats(tree.flatten(self.outputs))
         flat = flatten_like(v, self.outputs, "v")
         check_count(flat, outputs, "v", "the outputs")
         cotangents, probed = standardize_tangents(flat, outputs, each_name("v", "the outputs", len(outputs)))
@@ -498,7 +498,8 @@ class Linearization:
         """
         slope = self.jacobian(chunk_size)
         at_x = self._push([ops.expand_dims(x, 0) for x in self.inputs])
-        intercepts = [y - ju[0] for y, ju in zip(tree.flatten(self.outputs), at_x, strict=True)]
+        pairs = zip(tree.flatten(self.outputs), at_x, strict=True)
+        intercepts = [y - ju[0] if has_tangents(y) else y for y, ju in pairs]
         return slope, tree.pack_sequence_as(self.outputs, intercepts)
 
     def linear_operator(self, example: int = 0):
@@ -523,9 +524,8 @@ class Linearization:
     def _pull(self, cotangents: Sequence) -> list:
         """The transpose of the tangent pass: cotangents `(P, B, …)` of every output, to those of the inputs."""
         count = next(ops.shape(c)[0] for c in cotangents if c is not None)
-        filled = [
-            zeros(count, y) if c is None else c for c, y in zip(cotangents, tree.flatten(self.outputs), strict=True)
-        ]
+        pairs = zip(cotangents, as_floats(tree.flatten(self.outputs)), strict=True)
+        filled = [zeros(count, y) if c is None else ops.cast(c, y.dtype) for c, y in pairs]
         push = functools.partial(self._push, scaled_kernels=False)
         return transpose(push, [zeros(count, x) for x in self.inputs], filled)
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import keras
 import numpy as np
 from keras import ops, tree
 
@@ -26,9 +25,9 @@ def materialize(inputs: list, outputs: list, push: Callable, pull: Callable, chu
     by_rows = sizes[1] <= sizes[0]
     space, product = (outputs, pull) if by_rows else (inputs, push)
     batch = ops.shape(inputs[0])[0]
-    chunks = []
+    chunks, dtype = [], probes.widest_dtype(space)
     for start in range(0, min(sizes), chunk_size):
-        rows = ops.one_hot(ops.arange(start, min(start + chunk_size, min(sizes))), min(sizes), dtype=space[0].dtype)
+        rows = ops.one_hot(ops.arange(start, min(start + chunk_size, min(sizes))), min(sizes), dtype=dtype)
         directions = ops.broadcast_to(ops.expand_dims(rows, 1), (rows.shape[0], batch, rows.shape[1]))
         images = product(tree.flatten(probes.split(directions, space)))
         chunks.append(ops.concatenate([ops.reshape(t, (*ops.shape(t)[:2], -1)) for t in images], axis=-1))
@@ -52,12 +51,15 @@ def linear_operator(inputs: list, outputs: list, push: Callable, pull: Callable)
     """The map of a batch of one as a `scipy.sparse.linalg.LinearOperator`. Arguments as for `materialize`."""
     from scipy.sparse.linalg import LinearOperator
 
+    dtype = probes.widest_dtype([*inputs, *outputs])
+
     def multiply(vectors, space, product):
         """`vectors` (n,) or (n, P), as NumPy has them, by way of P probes."""
         columns = np.reshape(vectors, (len(vectors), -1))
-        rows = ops.convert_to_tensor(np.ascontiguousarray(columns.T)[:, None], dtype=space[0].dtype)
+        rows = ops.convert_to_tensor(np.ascontiguousarray(columns.T)[:, None], dtype=dtype)
         images = product(tree.flatten(probes.split(rows, space)))
-        parts = [np.reshape(ops.convert_to_numpy(ops.stop_gradient(t)), (columns.shape[1], -1)) for t in images]
+        images = [ops.cast(ops.stop_gradient(t), dtype) for t in images]
+        parts = [np.reshape(ops.convert_to_numpy(t), (columns.shape[1], -1)) for t in images]
         return np.concatenate(parts, axis=1).T.reshape(-1, *np.shape(vectors)[1:])
 
     def forward(vectors):
@@ -72,5 +74,5 @@ def linear_operator(inputs: list, outputs: list, push: Callable, pull: Callable)
         rmatvec=backward,
         matmat=forward,
         rmatmat=backward,
-        dtype=keras.backend.standardize_dtype(inputs[0].dtype),
+        dtype=dtype,
     )

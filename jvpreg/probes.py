@@ -7,6 +7,8 @@ import keras
 from keras import ops, tree
 
 from jvpreg import checks, replicas, seeds
+from jvpreg.eager import cast
+from jvpreg.inputs import has_tangents
 
 
 def draw(kind: str, like, num_probes: int, seed):
@@ -38,7 +40,7 @@ def draw(kind: str, like, num_probes: int, seed):
     num_probes = checks.count("num_probes", num_probes)
     checks.seed("seed", seed, generator=True)
     tensors = _spaces(like)
-    size, dtype = dimension(tensors), keras.backend.result_type(tensors[0].dtype, "float32")
+    size, dtype = dimension(tensors), widest_dtype(tensors)
     if kind == "orthogonal" and num_probes > size:
         raise ValueError(
             f"Invalid value for argument `num_probes`. Expected at most {size}, the dimension of the space, "
@@ -48,7 +50,7 @@ def draw(kind: str, like, num_probes: int, seed):
     examples = ops.shape(tensors[0])[0]
     batch, start = replicas.part_of_batch(examples)
     vectors = replicas.own_part(KINDS[kind]((num_probes, batch, size), dtype, seed), examples, start, axis=1)
-    return split(vectors, like)
+    return split(vectors, tree.pack_sequence_as(like, tensors))
 
 
 def basis(like):
@@ -67,11 +69,11 @@ def basis(like):
     (3, 4, 3)
     """
     tensors = _spaces(like)
-    size, dtype = dimension(tensors), keras.backend.result_type(tensors[0].dtype, "float32")
+    size, dtype = dimension(tensors), widest_dtype(tensors)
     vectors = ops.eye(size, dtype=dtype)
     shape = (size, ops.shape(tensors[0])[0], size)
     vectors = ops.broadcast_to(ops.expand_dims(vectors, 1), shape)
-    return split(vectors, like)
+    return split(vectors, tree.pack_sequence_as(like, tensors))
 
 
 def _spaces(like) -> list:
@@ -92,12 +94,21 @@ def dimension(like) -> int:
     return sum(sizes)  # type: ignore[arg-type]
 
 
+def widest_dtype(tensors: list) -> str:
+    """The dtype of one vector of all their entries, which rounds those of none of them: float32 at least."""
+    dtypes = [keras.backend.standardize_dtype(x.dtype) for x in tensors if has_tangents(x)]
+    complex_dtypes = [dtype for dtype in dtypes if "complex" in dtype]
+    # With 32 bits, Keras makes one of 64 of a complex number of 128.
+    return max(complex_dtypes, key=len) if complex_dtypes else keras.backend.result_type("float32", *dtypes)
+
+
 def split(vectors, like):
-    """Vectors `(P, B, D)` as directions like `like`, with a leading probe axis: `(P, B, …)`."""
+    """Vectors `(P, B, D)` as directions like `like`, with a leading probe axis: `(P, B, …)`, in float32 at least."""
     parts, start = [], 0
     for tensor in tree.flatten(like):
         size = dimension(tensor)
         part = vectors[:, :, start : start + size] if size < vectors.shape[-1] else vectors
+        part = cast(part, widest_dtype([tensor]))
         parts.append(ops.reshape(part, (vectors.shape[0], *ops.shape(tensor))))
         start += size
     return tree.pack_sequence_as(like, parts)

@@ -5,7 +5,7 @@ from keras import tree
 
 from jvpreg import checks
 from jvpreg.freeze import jvp
-from jvpreg.inputs import flatten_inputs
+from jvpreg.inputs import flatten_inputs, has_tangents
 from jvpreg.registry import unwrap
 
 
@@ -124,5 +124,5 @@ def _alike(shape: tuple, other: tuple) -> bool:
 
 
 def _tangent_spec(output):
-    half = output.dtype in ("float16", "bfloat16")
-    return keras.KerasTensor(output.shape, "float32" if half else output.dtype)
+    dtype = output.dtype if has_tangents(output) else keras.config.floatx()
+    return keras.KerasTensor(output.shape, "float32" if dtype in ("float16", "bfloat16") else dtype)

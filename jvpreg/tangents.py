@@ -7,6 +7,7 @@ import keras
 from keras import ops, tree
 
 from jvpreg import checks
+from jvpreg.inputs import has_tangents
 
 
 def standardize_tangents(flat: list, like: list, names: list[tuple[str, str]]) -> tuple[list, bool]:
@@ -129,8 +130,8 @@ def weight_tangents(pairs: Sequence[tuple[Any, Any]], known: Sequence) -> list[t
 
 
 def zeros(num_probes, like):
-    """Zero tangents `(P, B, …)` of `like` (B, …)."""
-    return ops.zeros((num_probes, *ops.shape(like)), dtype=like.dtype)
+    """Zero tangents `(P, B, …)` of `like` (B, …), in floats where it has none of its own."""
+    return ops.zeros((num_probes, *ops.shape(like)), dtype=like.dtype if has_tangents(like) else None)
 
 
 def pack_products(products: list, structure, probed: bool):

@@ -6,7 +6,7 @@ import pytest
 import scipy.sparse.linalg
 from cases import ARCHITECTURES, vgg
 from compare import assert_close, normal, numpy, randomize
-from keras import layers
+from keras import layers, ops
 
 import jvpreg
 
@@ -252,3 +252,53 @@ def test_the_architectures_have_jacobians():
             assert_close(received, total.reshape(received.shape))
         checked += 1
     assert checked > 10
+
+
+def whole_and_real():
+    x = keras.Input((4,))
+    return keras.Model(x, [ops.argmax(x, axis=1), layers.Dense(3, activation="tanh")(x)])
+
+
+def half_and_single():
+    x = keras.Input((4,), dtype="float32")
+    half, single = layers.Dense(2, dtype="mixed_float16"), layers.Dense(3, activation="tanh", dtype="float32")
+    return keras.Model(x, [half(x), single(x)])
+
+
+SEVERAL_DTYPES = {"whole numbers first": (whole_and_real, 1e-12), "16 bits first": (half_and_single, 1e-6)}
+
+
+@pytest.mark.parametrize("kind", SEVERAL_DTYPES)
+def test_matrices_round_no_output_to_the_dtype_of_another(kind):
+    """Against the second layer, worked out: no digit of its part may be lost to the first output."""
+    make, tolerance = SEVERAL_DTYPES[kind]
+    model = randomize(make())
+    x = normal(3, 4).astype(model.inputs[0].dtype)
+    weight, bias = model.layers[-1].get_weights()
+    y = np.tanh(x @ weight + bias)
+    expected = (1 - y**2)[:, :, None] * weight.T
+    lin = jvpreg.linearize(model, x)
+    first, second = (row[0] for row in lin.jacobian())
+    assert_close(second, expected, tolerance)
+    width = int(np.prod(lin.outputs[0].shape[1:]))
+    if kind == "whole numbers first":
+        assert first.shape == (3, 4)
+        assert np.abs(numpy(first)).max() == 0
+    else:
+        assert_close(first, np.broadcast_to(numpy(model.layers[1].kernel).T, (3, 2, 4)), 1e-3)
+    (_, (slope,)), (_, intercept) = lin.affine_map()
+    assert_close(slope, expected, tolerance)
+    assert_close(intercept, y - np.einsum("bkd,bd->bk", expected, x), 10 * tolerance)
+    v, u = normal(3, 3, seed=1), normal(3, 4, seed=2)
+    operator = lin.linear_operator(1)
+    assert_close(operator.matvec(u[1])[width:], expected[1] @ u[1], tolerance)
+    assert_close(operator.rmatvec(np.concatenate([np.zeros(width), v[1]])), v[1] @ expected[1], tolerance)
+    assert_close(lin.vjp([None, v]), np.einsum("bk,bkd->bd", v, expected), tolerance)
+    assert_close(lin.vjp([np.zeros(lin.outputs[0].shape), v]), np.einsum("bk,bkd->bd", v, expected), tolerance)
+    blocks = np.concatenate([numpy(first).reshape(3, width, 4), expected], axis=1)
+    exact = np.linalg.norm(blocks, axis=(1, 2))
+    assert_close(jvpreg.estimators.frobenius_norm(lin, num_probes=5).value, exact, tolerance)
+    full = jvpreg.full_jacobian(lin, None, [np.ones(lin.outputs[0].shape), v])
+    assert np.abs(numpy(full.completeness_error())).max() < max(tolerance, 1e-3 * (width > 1))
+    drawn = jvpreg.probes.draw("gaussian", lin.outputs, 2, seed=0)
+    assert all(np.abs(numpy(part) - np.round(numpy(part))).max() > 0 for part in drawn)

@@ -170,10 +170,9 @@ def as_operator(source: Linearization | Operator) -> Operator:
     def backward(vectors):
         return ops.where(finite, flatten(source.vjp(probes.split(vectors, outputs))), 0.0)
 
-    first = source.inputs[0]
-    dtype = keras.backend.result_type(first.dtype, "float32")
+    dtype = probes.widest_dtype([*source.inputs, *tree.flatten(outputs)])
     shape = (probes.dimension(outputs), probes.dimension(inputs))
-    return Operator(forward, backward, shape, ops.shape(first)[0], dtype)
+    return Operator(forward, backward, shape, ops.shape(source.inputs[0])[0], dtype)
 
 
 def spaces(linearization: Linearization) -> tuple:
