@@ -14,10 +14,18 @@ from jvpreg import checks
 from jvpreg.companions import Companions
 from jvpreg.frozen import FrozenGraph, Node
 from jvpreg.graph import LeftToAutodiff, trace
-from jvpreg.inputs import as_floats, check_moving, flatten_inputs, standardize_inputs
+from jvpreg.inputs import as_floats, check_moving, standardize_inputs
 from jvpreg.linearization import Linearization
 from jvpreg.registry import Context, unwrap
-from jvpreg.tangents import check_count, each_name, pack_products, standardize_tangents, weight_pairs, weight_tangents
+from jvpreg.tangents import (
+    check_count,
+    each_name,
+    flatten_tangents,
+    pack_products,
+    standardize_tangents,
+    weight_pairs,
+    weight_tangents,
+)
 
 BatchStatistics = Literal["moving", "frozen", "coupled"]
 Fallback = Literal["warn", "allow", "error"]
@@ -77,7 +85,7 @@ def linearize(
     model = _checked_model(model)
     inputs = standardize_inputs(model, x)
     graph, outputs, fallbacks = _freeze(model, x, inputs, _linearize_options(training, batch_statistics, fallback, xla))
-    flatten = functools.partial(flatten_inputs, model)
+    flatten = functools.partial(flatten_tangents, model, tree.map_structure(lambda leaf: None, x))
     return Linearization(graph, as_floats(inputs), outputs, flatten=flatten, fallbacks=fallbacks)
 
 
@@ -95,7 +103,7 @@ def jvp(model, x, u, **kwargs):
     """
     model = _checked_model(model)
     inputs = standardize_inputs(model, x)
-    flat = flatten_inputs(model, u, "u")
+    flat = flatten_tangents(model, x, u)
     check_count(flat, inputs, "u", "x")
     check_moving(flat, inputs, "u")
     tangents, probed = standardize_tangents(flat, as_floats(inputs), each_name("u", "x", len(inputs)))

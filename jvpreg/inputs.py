@@ -100,6 +100,14 @@ def is_complex(tensor) -> bool:
     return "complex" in keras.backend.standardize_dtype(tensor.dtype)
 
 
+def widest_dtype(tensors: list) -> str:
+    """The dtype of one vector of all their entries, which rounds those of none of them: float32 at least."""
+    dtypes = [keras.backend.standardize_dtype(x.dtype) for x in tensors if has_tangents(x)]
+    complex_dtypes = [dtype for dtype in dtypes if "complex" in dtype]
+    # With 32 bits, Keras makes one of 64 of a complex number of 128.
+    return max(complex_dtypes, key=len) if complex_dtypes else keras.backend.result_type("float32", *dtypes)
+
+
 def check_moving(tangents: list, inputs: list, argument: str) -> None:
     """Raises where tangents, None for zero, are those of whole numbers alone.
 

@@ -6,6 +6,7 @@ import numpy as np
 from keras import ops, tree
 
 from jvpreg import probes
+from jvpreg.inputs import widest_dtype
 
 
 def materialize(inputs: list, outputs: list, push: Callable, pull: Callable, chunk_size: int):
@@ -25,7 +26,7 @@ def materialize(inputs: list, outputs: list, push: Callable, pull: Callable, chu
     by_rows = sizes[1] <= sizes[0]
     space, product = (outputs, pull) if by_rows else (inputs, push)
     batch = ops.shape(inputs[0])[0]
-    chunks, dtype = [], probes.widest_dtype(space)
+    chunks, dtype = [], widest_dtype(space)
     for start in range(0, min(sizes), chunk_size):
         rows = ops.one_hot(ops.arange(start, min(start + chunk_size, min(sizes))), min(sizes), dtype=dtype)
         directions = ops.broadcast_to(ops.expand_dims(rows, 1), (rows.shape[0], batch, rows.shape[1]))
@@ -51,7 +52,7 @@ def linear_operator(inputs: list, outputs: list, push: Callable, pull: Callable)
     """The map of a batch of one as a `scipy.sparse.linalg.LinearOperator`. Arguments as for `materialize`."""
     from scipy.sparse.linalg import LinearOperator
 
-    dtype = probes.widest_dtype([*inputs, *outputs])
+    dtype = widest_dtype([*inputs, *outputs])
 
     def multiply(vectors, space, product):
         """`vectors` (n,) or (n, P), as NumPy has them, by way of P probes."""

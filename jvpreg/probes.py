@@ -8,7 +8,7 @@ from keras import ops, tree
 
 from jvpreg import checks, replicas, seeds
 from jvpreg.eager import cast
-from jvpreg.inputs import has_tangents
+from jvpreg.inputs import widest_dtype
 
 
 def draw(kind: str, like, num_probes: int, seed):
@@ -92,14 +92,6 @@ def dimension(like) -> int:
             f"Received: {[tuple(x.shape) for x in tree.flatten(like)]}"
         )
     return sum(sizes)  # type: ignore[arg-type]
-
-
-def widest_dtype(tensors: list) -> str:
-    """The dtype of one vector of all their entries, which rounds those of none of them: float32 at least."""
-    dtypes = [keras.backend.standardize_dtype(x.dtype) for x in tensors if has_tangents(x)]
-    complex_dtypes = [dtype for dtype in dtypes if "complex" in dtype]
-    # With 32 bits, Keras makes one of 64 of a complex number of 128.
-    return max(complex_dtypes, key=len) if complex_dtypes else keras.backend.result_type("float32", *dtypes)
 
 
 def split(vectors, like):

@@ -7,6 +7,7 @@ from jvpreg import checks
 from jvpreg.freeze import jvp
 from jvpreg.inputs import flatten_inputs, has_tangents
 from jvpreg.registry import unwrap
+from jvpreg.tangents import flatten_tangents
 
 
 @keras.saving.register_keras_serializable(package="jvpreg")
@@ -98,7 +99,7 @@ class TangentModel(keras.Model):
                 f"`{self.base.name}`. Received: {received}."
             )
         x, u = inputs
-        pairs = zip(flatten_inputs(self.base, x, "x"), flatten_inputs(self.base, u, "u"), strict=True)
+        pairs = zip(flatten_inputs(self.base, x, "x"), flatten_tangents(self.base, x, u), strict=True)
         for primal, tangent in pairs:
             if not _alike(tuple(primal.shape), tuple(tangent.shape)):
                 raise ValueError(

@@ -7,7 +7,7 @@ import keras
 from keras import ops, tree
 
 from jvpreg import checks
-from jvpreg.inputs import has_tangents
+from jvpreg.inputs import flatten_inputs, graph_of, has_tangents
 
 
 def standardize_tangents(flat: list, like: list, names: list[tuple[str, str]]) -> tuple[list, bool]:
@@ -54,33 +54,41 @@ def check_count(flat: list, like: list, name: str, like_name: str) -> None:
         raise ValueError(f"Invalid value for argument `{name}`. Expected at least one tensor. Received: None.")
 
 
-def flatten_like(given, like, name: str) -> list:
-    """The leaves of a structure like that of the outputs, `like`, in their order; None in place of a part is zero.
+def flatten_tangents(model, x, u, name: str = "u") -> list:
+    """The leaves of tangents `u` like the model's input `x`, in the order of its inputs; None is zero.
+
+    Raises:
+        ValueError: their number or a name does not fit.
+    """
+    return flatten_like(u, x, name, "x") if graph_of(model) is None else flatten_inputs(model, u, name)
+
+
+def flatten_like(given, like, name: str, like_name: str = "the outputs") -> list:
+    """The leaves of a structure like that of `like`, in their order; None in place of a part is zero.
 
     Raises:
         ValueError: it has other keys, or another number of parts.
     """
-    arranged = _arranged(given, like, name)
+    arranged = _arranged(given, like, name, like_name)
     # In place of one tensor, a list of numbers is one too.
     return tree.flatten(arranged) if isinstance(like, (dict, list, tuple)) else [arranged]
 
 
-def _arranged(given, like, name: str):
+def _arranged(given, like, name: str, like_name: str):
     if given is None:
         return tree.map_structure(lambda _: None, like)
     if isinstance(like, dict):
         if not isinstance(given, dict) or set(given) != set(like):
             received = f"keys {list(given)}" if isinstance(given, dict) else f"{name}={checks.described(given)}"
             raise ValueError(
-                f"Invalid value for argument `{name}`. Expected a dict with the keys {list(like)}, as the outputs are. "
+                f"Invalid value for argument `{name}`. Expected a dict with the keys {list(like)}, like {like_name}. "
                 f"Received: {received}."
             )
-        # In the order of the outputs, whose leaves these are paired with.
-        return type(like)((key, _arranged(given[key], part, name)) for key, part in like.items())
+        # In the order of `like`, whose leaves these are paired with.
+        return type(like)((key, _arranged(given[key], part, name, like_name)) for key, part in like.items())
     if isinstance(given, dict):
-        expected = (
-            f"{len(like)} tensor(s), one for each of the outputs" if isinstance(like, (list, tuple)) else "a tensor"
-        )
+        several = isinstance(like, (list, tuple))
+        expected = f"{len(like)} tensor(s), one for each of {like_name}" if several else "a tensor"
         raise checks.invalid(name, expected, given)
     if isinstance(like, (list, tuple)):
         if len(like) == 1 and not isinstance(given, (list, tuple)):
@@ -88,10 +96,10 @@ def _arranged(given, like, name: str):
         if not isinstance(given, (list, tuple)) or len(given) != len(like):
             number = len(given) if isinstance(given, (list, tuple)) else 1
             raise ValueError(
-                f"Invalid value for argument `{name}`. Expected {len(like)} tensor(s), one for each of the outputs. "
+                f"Invalid value for argument `{name}`. Expected {len(like)} tensor(s), one for each of {like_name}. "
                 f"Received: {number}."
             )
-        return [_arranged(part, each, name) for part, each in zip(given, like, strict=True)]
+        return [_arranged(part, each, name, like_name) for part, each in zip(given, like, strict=True)]
     return given[0] if isinstance(given, (list, tuple)) and len(given) == 1 and hasattr(given[0], "shape") else given
 
 

@@ -71,6 +71,36 @@ def test_cotangents_of_other_outputs():
         jvpreg.vjp(network(), X, {"last": np.ones((4, 2))})
 
 
+class OfTwo(layers.Layer):
+    """Without a graph, whose inputs would have names."""
+
+    def __init__(self):
+        super().__init__()
+        self.built = True
+
+    def call(self, x):
+        return x["b"] * x["a"] if isinstance(x, dict) else x[1] * x[0]
+
+
+def test_tangents_of_inputs_that_there_are_not():
+    a, b = X, X + 1.0
+    u, layer = {"b": np.ones_like(X), "a": None}, OfTwo()
+    lin = jvpreg.linearize(layer, {"b": b, "a": a})
+    for product in (
+        lin.jvp(u),
+        jvpreg.jvp(layer, {"b": b, "a": a}, u)[1],
+        jvpreg.linearize(layer, [a, b]).jvp([None, u["b"]]),
+    ):
+        np.testing.assert_allclose(numpy(product), a, rtol=1e-6)
+    for wrong in ({"a": a, "zzz": b}, {"a": a}, {"a": a, "b": b, "zzz": b}, [a, b], a):
+        message = r"`u`. Expected a dict with the keys \['b', 'a'\], like x"
+        for call in (lin.jvp, lin.gains, lambda u: jvpreg.jvp(layer, {"b": b, "a": a}, u)):
+            with pytest.raises(ValueError, match=message):
+                call(wrong)
+    with pytest.raises(ValueError, match=r"`u`. Expected 2 tensor\(s\), one for each of x. Received: 1"):
+        jvpreg.linearize(layer, [a, b]).jvp([a])
+
+
 @pytest.mark.parametrize("value", [None, "x", b"x", np.array(["a"]), np.array([None]), np.ones((4, 3)) * 1j, object()])
 def test_what_is_no_array_of_numbers(value):
     with pytest.raises(ValueError, match="`x`"):

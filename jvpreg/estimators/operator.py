@@ -11,6 +11,7 @@ from keras import ops, tree
 
 from jvpreg import checks, probes
 from jvpreg.finite import finite_examples, nan_unless
+from jvpreg.inputs import widest_dtype
 from jvpreg.linearization import Linearization
 
 P = ParamSpec("P")
@@ -170,7 +171,7 @@ def as_operator(source: Linearization | Operator) -> Operator:
     def backward(vectors):
         return ops.where(finite, flatten(source.vjp(probes.split(vectors, outputs))), 0.0)
 
-    dtype = probes.widest_dtype([*source.inputs, *tree.flatten(outputs)])
+    dtype = widest_dtype([*source.inputs, *tree.flatten(outputs)])
     shape = (probes.dimension(outputs), probes.dimension(inputs))
     return Operator(forward, backward, shape, ops.shape(source.inputs[0])[0], dtype)
 
