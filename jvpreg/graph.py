@@ -142,7 +142,7 @@ class Tracer:
             try:
                 return self._run_rule(rule, operation, args, kwargs, name)
             except Declined as declined:
-                if declined.to_autodiff:
+                if declined.to_autodiff or _is_bare(operation):
                     return self._run_by_autodiff(operation, args, kwargs, name, declined)
         with _forgotten(operation):
             try:
@@ -239,7 +239,7 @@ class Tracer:
 
     def _open(self, layer, args, kwargs):
         """A layer's `call`, or a function, as a graph of smaller operations: by a call with symbols for its tensors."""
-        if isinstance(layer, keras.Operation) and not isinstance(layer, keras.Layer):
+        if _is_bare(layer):
             raise NotImplementedError("the operation has no rule")
         dtype = _input_dtype(layer)
 
@@ -346,7 +346,7 @@ class Tracer:
         primal, pushforward = fall_back(operation, args, kwargs, [value.primal for value in values])
         if pushforward is not None:
             if self.context.fallback == "error":
-                raise missing_rule_error(operation, name) from error
+                raise missing_rule_error(operation, name, _reason(error)) from error
             expected = isinstance(error, Declined) and error.to_autodiff
             self.fallbacks[name] = LeftToAutodiff(type(operation).__name__, _reason(error), expected)
         return self._record(name, operation, values, primal, pushforward)
@@ -463,7 +463,12 @@ def _check_operations(graph: keras.Function) -> None:
             raise NotImplementedError(f"its `call` has control flow (`keras.ops.{_kind(operation)}`)")
         if isinstance(operation, numpy_ops.GetItem) and any(map(_has_symbol, tree.flatten(_arguments(operation)))):
             raise NotImplementedError("its `call` slices by a tensor")
-        if not isinstance(operation, keras.Layer) and find_rule(operation) is None:
+        if not _is_bare(operation):
+            continue
+        if any(isinstance(leaf, keras.KerasTensor) for leaf in tree.flatten(list(vars(operation).values()))):
+            # Of the trace: it is no input of the operation, which would compute with the symbol itself.
+            raise NotImplementedError(f"its `call` gives `{_kind(operation)}` a tensor in place of a constant")
+        if find_rule(operation) is None:
             args, kwargs = _arguments(operation)
             # Not by what the operation knows of its own shapes: by its `call`, as it will run.
             keras.Operation.compute_output_spec(operation, *args, **kwargs)
@@ -551,6 +556,11 @@ def _symbols_for_weights(layer, owned: dict[str, Any], dtype):
 
 def _attributes(layer) -> dict[str, Any]:
     return vars(layer) if isinstance(layer, keras.Layer) else {}
+
+
+def _is_bare(operation) -> bool:
+    """Whether it is an operation of `keras.ops`, with nothing in it to open up."""
+    return isinstance(operation, keras.Operation) and not isinstance(operation, keras.Layer)
 
 
 def freeze(operation, *inputs, context: Context) -> tuple:

@@ -352,12 +352,12 @@ def registered_operations() -> list:
     return list(_RULES)
 
 
-def missing_rule_error(operation, path: str) -> NotImplementedError:
-    """The error for an operation that the engine cannot linearize."""
+def missing_rule_error(operation, path: str, reason: str) -> NotImplementedError:
+    """The error for an operation that the engine cannot linearize, for a `reason`."""
     return NotImplementedError(
         f"`{path}` ({_name_of(type(operation) if isinstance(operation, keras.Operation) else operation)}) has no "
-        "pushforward rule, so the model cannot be linearized. Register one with `jvpreg.register_rule` (and test it "
-        "with `jvpreg.testing.check_rule`), or replace the operation by a layer that has one."
+        f"pushforward rule ({reason}), so the model cannot be linearized. Register one with `jvpreg.register_rule` "
+        "(and test it with `jvpreg.testing.check_rule`), or replace the operation by a layer that has one."
     )
 
 
