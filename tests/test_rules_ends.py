@@ -87,7 +87,8 @@ FINITE = {
     "squareplus without b": (lambda t: ops.squareplus(t, 0), [0, 1, -1], [0, 1, 0]),
     "maximum over padding": (lambda t: total(ops.max)(padded(t)), [1, 2], [[0, 1]]),
 }
-if keras.backend.backend() != "torch":  # whose own kernel has NaN there
+if keras.backend.backend() != "torch":  # whose own gelu has NaN there, and whose step no derivative
+    FINITE["heaviside"] = (lambda t: ops.heaviside(ops.stop_gradient(t), t + 0.5), [0, 2, -1], [1, 0, 0])
     FINITE["gelu"] = (lambda t: ops.gelu(t, approximate=True), [1e200, -1e200, 0], [1, 0, 0.5])
 # Where backends share the slope out otherwise.
 TIES = {"maximum of equals", "abs"}

@@ -88,9 +88,27 @@ def cast(operation, x, context):
 
 @register_rule(numpy_ops.Pad)
 def pad(operation, x, context, constant_values=None):
+    if ops.is_tensor(constant_values):
+        return _pad_with_a_tensor(operation, x, constant_values)
     push = each_probe(operation.call)
     finite = constant_values is None or _is_finite_number(constant_values)
     return operation.call(x, constant_values), Pushforward(push, examples=along(operation, x.shape), finite=finite)
+
+
+def _pad_with_a_tensor(operation, x, value):
+    """A constant that may have a tangent itself. Not by the operation, which on Torch takes a number."""
+    if len(value.shape):
+        raise Declined("several constants")
+    outside = ops.cast(operation.call(ops.zeros_like(x), 1), "bool")
+
+    def push(x_tangent, value_tangent, outside):
+        images = [] if x_tangent is None else [each_probe(operation.call)(x_tangent)]
+        if value_tangent is not None:
+            images.append(ops.where(outside, align(convert(value_tangent, x.dtype), len(x.shape) + 1), 0.0))
+        return functools.reduce(ops.add, images)
+
+    y = ops.where(outside, convert(value, x.dtype), operation.call(x))
+    return y, Pushforward(push, outside, takes_none=True, examples=along(operation, x))
 
 
 @register_rule(numpy_ops.GetItem)
@@ -128,14 +146,14 @@ def unstack(operation, x, context):
 
 @register_rule(numpy_ops.Take, numpy_ops.TakeAlongAxis)
 def take(operation, x, indices, context):
-    def push(tangent, _, x, indices):
+    def push(tangent, _, indices):
         return each_probe(lambda row: operation.call(row, indices[0]))(tangent)
 
     after = looked_up(operation, x, len(indices.shape) if ops.is_tensor(indices) else np.ndim(indices))
     if not ops.is_tensor(indices):
         fixed = each_probe(lambda row: operation.call(row, indices))
         return operation.call(x, indices), Pushforward(fixed, examples=after)
-    return operation.call(x, indices), Pushforward(push, x, indices, takes_none=True, examples=after)
+    return operation.call(x, indices), Pushforward(push, indices, takes_none=True, examples=after)
 
 
 # ---------------------------------------------------------------- several inputs
@@ -275,6 +293,14 @@ def arctan2(operation, a, b, context):
     inverse = 1 / ops.where(squared > 0, squared, 1.0)
     parts = [lambda t, by_a, by_b: t * by_a, lambda t, by_a, by_b: t * by_b]
     return y, _partials((a, b), parts, y, b * inverse, -a * inverse)
+
+
+@register_rule(numpy_ops.Heaviside)
+def heaviside(operation, a, b, context):
+    """A step, whose value at 0 is b; Torch knows no derivative of it."""
+    y = operation.call(a, b)
+    at_step = ops.broadcast_to(ops.equal(a, 0), ops.shape(y))
+    return y, _partials((a, b), [lambda t, at: ops.zeros_like(t), lambda t, at: ops.where(at, t, 0.0)], y, at_step)
 
 
 @register_rule(numpy_ops.Where)
