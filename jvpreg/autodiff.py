@@ -1,5 +1,6 @@
 """The backend's autodiff, for an operation that has no rule and cannot be opened up."""
 
+import contextlib
 from collections.abc import Sequence
 
 import keras
@@ -80,7 +81,9 @@ def fall_back(operation, args, kwargs, primals: Sequence):
 
 def _jvp(function, primals: Sequence, tangents: Sequence) -> tuple:
     if keras.backend.backend() != "tensorflow":
-        return tuple(ops.jvp(function, tuple(primals), tuple(tangents))[1])
+        # Torch has no forward mode for some operations, and neither has what defines its own gradient, on JAX as well.
+        with contextlib.suppress(NotImplementedError, RuntimeError, TypeError):
+            return tuple(ops.jvp(function, tuple(primals), tuple(tangents))[1])
     # By reverse mode twice: TensorFlow's forward mode fails on loops in a graph, and on what it maps over rows.
     seeds = [ops.zeros_like(y) for y in function(*primals)]
 

@@ -45,7 +45,8 @@ def _torch(function, inputs, cotangents):
     # A penalty in training differentiates what comes out once more; probes and evaluation run under `no_grad`.
     differentiated = torch.is_grad_enabled()
     with torch.enable_grad():
-        inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+        # Where they follow from weights, as the point of `autodiff` does, a gradient goes on through what comes out.
+        inputs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in inputs]
         outputs = function(inputs)
         # An output that no input reaches has no graph, and a zero transpose.
         reached = [(y, v) for y, v in zip(outputs, cotangents, strict=True) if y.requires_grad]

@@ -7,6 +7,7 @@ from compare import assert_close, normal, numpy
 from keras import layers, ops
 
 import jvpreg
+from jvpreg.transpose import transpose
 
 pytestmark = pytest.mark.filterwarnings("ignore:Some nodes of")
 
@@ -164,6 +165,126 @@ WITHOUT_TANGENT = {
 @pytest.mark.parametrize("kind", WITHOUT_TANGENT)
 def test_what_is_no_real_number_has_no_tangent(kind):
     check_call(WITHOUT_TANGENT[kind], normal(2, 3), weight=False)
+
+
+# An argument that an operation keeps as an attribute, and not as an input. What Keras itself takes there differs.
+TENSORS_AS_CONSTANTS = {
+    "clip": lambda x, w: ops.clip(x, ops.mean(x, axis=1, keepdims=True), 1.0),
+    "clip by a weight": lambda x, w: ops.clip(ops.matmul(x, w), w[0, 0], w[0, 0] + 1.0),
+    "roll": lambda x, w: ops.roll(x, ops.cast(ops.argmax(x[0]), "int32"), axis=1) ** 2,
+    "squareplus": lambda x, w: ops.squareplus(ops.matmul(x, w), w[0, 0] ** 2),
+    "threshold of relu": lambda x, w: keras.activations.relu(ops.matmul(x, w), threshold=w[0, 0] ** 2),
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kind", TENSORS_AS_CONSTANTS)
+def test_a_tensor_in_place_of_a_constant_is_left_to_autodiff(kind):
+    lin = check_call(TENSORS_AS_CONSTANTS[kind], normal(2, 3), weight=kind in ("clip by a weight", "squareplus"))
+    operation = "re_lu" if "relu" in kind else kind.split()[0]
+    told = f"Call: its `call` gives `{operation}` a tensor in place of a constant"
+    assert list(lin.fallbacks.values()) == [told]
+
+
+PADDED = {
+    "a mean": lambda x, w: ops.pad(x * x, [[0, 0], [1, 2]], constant_values=ops.mean(x)),
+    "an infinite one": lambda x, w: ops.max(ops.pad(x, [[0, 0], [1, 2]], constant_values=ops.min(x) - INF), axis=1),
+    "a fixed one": lambda x, w: ops.pad(x, [[0, 0], [1, 0]], constant_values=ops.convert_to_tensor(2.0, x.dtype)) ** 2,
+    "of a weight": lambda x, w: ops.pad(ops.matmul(x, w), [[0, 0], [1, 2]], constant_values=ops.sum(w * w)),
+}
+INF = float("inf")
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kind", PADDED)
+def test_padding_by_a_tensor(kind):
+    if kind == "of a weight" and keras.backend.backend() == "torch":
+        pytest.skip("Keras itself takes none there")
+    lin = check_call(PADDED[kind], normal(2, 3), weight=kind == "of a weight")
+    assert not lin.fallbacks
+
+
+# What has a rule for some of its arguments: why it has none for these.
+DECLINED = {
+    "norm": (lambda x: ops.norm(x, ord=1, axis=-1), "a norm that is not the root of the sum of squares"),
+    "normalize": (lambda x: ops.normalize(x, order=3, axis=-1), "a norm of another order than 2"),
+    "absolute": (lambda x: ops.abs(ops.cast(x, "complex64")), "it is of complex numbers"),
+}
+
+
+@pytest.mark.parametrize("kind", DECLINED)
+def test_the_reason_of_a_rule_that_declines_is_told(kind):
+    if kind == "norm" and keras.backend.backend() == "jax":
+        pytest.skip("Keras' operation takes no axis in a graph on JAX")
+    function, reason = DECLINED[kind]
+    x = normal(2, 3).astype("float32")
+    layer = Call(lambda x, w: function(x), name="layer")
+    layer(x)
+    lin = jvpreg.linearize(layer, x)
+    assert lin.fallbacks == {f"layer/{kind}": f"{kind.capitalize()}: {reason}"}
+    with pytest.raises(NotImplementedError, match=rf"`layer/{kind}` \({kind.capitalize()}\) has .* rule \({reason}\)"):
+        jvpreg.linearize(layer, x, fallback="error")
+
+
+@ops.custom_gradient
+def squared(x):
+    def grad(*arguments, upstream=None):
+        return 2 * x * (arguments[-1] if upstream is None else upstream)
+
+    return x * x, grad
+
+
+def moved(images):
+    transform = np.array([[1.0, 0.1, 0.2, 0.1, 0.9, 0.2, 0.0, 0.0]] * 2, "float32")
+    return ops.image.affine_transform(images, ops.convert_to_tensor(transform))
+
+
+# On Torch, the first is opened up as any other function.
+WITHOUT_FORWARD_MODE = {
+    "a gradient of one's own": (squared, (2, 3)),
+    "an affine transform": (moved, (2, 4, 4, 1)),
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_FORWARD_MODE)
+def test_where_a_backend_has_no_forward_mode(kind):
+    """Both products, against differences."""
+    function, shape = WITHOUT_FORWARD_MODE[kind]
+    x, u = normal(*shape).astype("float32"), normal(*shape, seed=1).astype("float32")
+    layer = Call(lambda x, w: function(x))
+    layer(x)
+    lin = jvpreg.linearize(layer, x, fallback="allow")
+    assert lin.fallbacks or (function is squared and keras.backend.backend() == "torch")
+    slope = (numpy(layer(x + 1e-2 * u)) - numpy(layer(x - 1e-2 * u))) / 2e-2
+    assert_close(lin.jvp(u), slope, 1e-3)
+    v = normal(*slope.shape, seed=2)
+    if function is moved and keras.backend.backend() == "tensorflow":
+        pytest.skip("its gradient of an affine transform is no transpose, but what the inverse one makes")
+    np.testing.assert_allclose(np.sum(numpy(lin.vjp(v)) * u), np.sum(slope * v), rtol=1e-3)
+
+
+def test_a_penalty_without_forward_mode():
+    """‖d (s x)² / dx · u‖² is 4 s⁴ x² u², whose slope along s is 16 s³ x² u²: the square has a gradient of its own."""
+    model = keras.Sequential([keras.Input((3,)), Scaled(), Call(lambda x, w: squared(x))])
+    x, u = normal(2, 3).astype("float32"), normal(2, 3, seed=1).astype("float32")
+    model(x)
+    (scale, *_) = model.trainable_variables
+    scale.assign(1.5)
+
+    def penalty(inputs):
+        with keras.StatelessScope(state_mapping=[(scale, inputs[0])]):
+            return [ops.sum(ops.square(jvpreg.linearize(model, x, fallback="allow").jvp(u)))]
+
+    (slope,) = transpose(penalty, [ops.convert_to_tensor(scale) + 0], [ops.ones(())])
+    np.testing.assert_allclose(numpy(slope), 16 * 1.5**3 * np.sum((x * u) ** 2), rtol=1e-5)
+
+
+class Scaled(layers.Layer):
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(), initializer="ones")
+
+    def call(self, x):
+        return self.scale * x
 
 
 # What Keras fills in, or does, in the function and not in the operation that a trace leaves.
