@@ -166,3 +166,25 @@ def test_a_penalty_trains_at_these_points():
     kernel = numpy(model.base.get_layer("dense").kernel)
     assert np.all(np.isfinite(kernel))
     assert np.all(kernel != 1)
+
+
+# Name: the function, the numbers, their dtype, and the slopes there: their squares are too large or too small for it.
+OUT_OF_SQUARES = {
+    "norm, large": (total(ops.norm), [300, 300, 300, 300], "float16", [0.5, 0.5, 0.5, 0.5]),
+    "std, small": (total(ops.std), [1e-4, 3e-4], "float16", [-0.5, 0.5]),
+    "std, large": (total(ops.std), [1e4, 3e4], "float16", [-0.5, 0.5]),
+    "norm, huge": (total(ops.norm), [3e30, 4e30], "float32", [0.6, 0.8]),
+    "norm, tiny": (total(ops.norm), [3e-30, 4e-30], "float32", [0.6, 0.8]),
+    "arctan2, large": (lambda t: ops.arctan2(t[:, :1], t[:, 1:]), [300, 300], "float16", [1 / 600, -1 / 600]),
+    "arctan2, tiny": (lambda t: ops.arctan2(t[:, :1], t[:, 1:]), [1e-25, 1e-25], "float32", [5e24, -5e24]),
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_SQUARES)
+def test_a_slope_needs_no_square_of_its_point(name):
+    function, row, dtype, expected = OUT_OF_SQUARES[name]
+    symbol = keras.Input((len(row),), dtype=dtype)
+    model = keras.Model(symbol, layers.Lambda(function, dtype=dtype)(symbol))
+    lin = jvpreg.linearize(model, np.array([row], dtype), fallback="error")
+    slopes = numpy(lin.jvp(np.eye(len(row), dtype=dtype)[:, None]))[:, 0, 0]
+    np.testing.assert_allclose(slopes, expected, rtol=2e-3 if dtype == "float16" else 1e-5)

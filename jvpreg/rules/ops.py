@@ -289,10 +289,14 @@ def logaddexp(operation, a, b, context):
 def arctan2(operation, a, b, context):
     """The angle of (b, a), which has no direction at the origin: its slope there is 0."""
     y = operation.call(a, b)
-    squared = a * a + b * b
+    # In units of the larger of the two, whose square may be no number any more.
+    largest = ops.stop_gradient(ops.maximum(ops.abs(a), ops.abs(b)))
+    unit = ops.where(largest > 0, largest, 1.0)
+    x, z = b / unit, a / unit
+    squared = x * x + z * z
     inverse = 1 / ops.where(squared > 0, squared, 1.0)
     parts = [lambda t, by_a, by_b: t * by_a, lambda t, by_a, by_b: t * by_b]
-    return y, _partials((a, b), parts, y, b * inverse, -a * inverse)
+    return y, _partials((a, b), parts, y, x * inverse / unit, -z * inverse / unit)
 
 
 @register_rule(numpy_ops.Heaviside)

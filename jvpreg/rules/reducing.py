@@ -46,7 +46,7 @@ def variance(operation, x, context):
     factor = 2.0
     if isinstance(operation, numpy_ops.Std):
         # The slope at equal numbers is 0. Not by y, whose own slope there is infinite.
-        centered, factor = _unit(centered, ops.mean(ops.square(centered), axis=axes, keepdims=True)), 1.0
+        centered, factor = _unit(centered, axes, ops.mean), 1.0
 
     def push(tangent, centered):
         return factor * ops.mean(centered * tangent, axis=axes, keepdims=operation.keepdims)
@@ -54,19 +54,28 @@ def variance(operation, x, context):
     return y, Pushforward(push, centered, examples=along(operation, x.shape))
 
 
-def _unit(x, squared):
-    """x divided by the root of what is `squared`; 0 where that is 0, and with it x."""
-    return x * ops.rsqrt(ops.where(squared > 0, squared, 1.0))
+def _unit(x, axes, reduce):
+    """x divided by the root of the sum or mean of its squares; 0 where that is 0, and with it x.
+
+    In units of its largest entry, and in 32 bits at least: in 16, a square of 300 is infinite, and one of 1e-4 zero.
+    """
+    wide = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
+    largest = ops.stop_gradient(ops.max(ops.abs(wide), axis=axes, keepdims=True))
+    scaled = wide / ops.where(largest > 0, largest, 1.0)
+    squared = reduce(ops.square(scaled), axis=axes, keepdims=True)
+    return ops.cast(scaled * ops.rsqrt(ops.where(squared > 0, squared, 1.0)), x.dtype)
 
 
 @register_rule(linalg.Norm)
 def norm(operation, x, context):
     """The root of the sum of squares, with a slope of 0 at 0."""
+    if is_complex(x):
+        raise Declined("a norm of complex numbers")
     of_vector = operation.axis is not None and len(operation.axis) == 1
     if not (operation.ord in (None, "fro") or (operation.ord == 2 and of_vector)):
         raise Declined("a norm that is not the root of the sum of squares")
     axes = _reduced_axes(operation, x)
-    unit = _unit(x, ops.sum(ops.square(x), axis=axes, keepdims=True))
+    unit = _unit(x, axes, ops.sum)
 
     def push(tangent, unit):
         return ops.sum(unit * tangent, axis=axes, keepdims=operation.keepdims)
