@@ -261,7 +261,6 @@ def _operations():
         "divide": (lambda x, y: ops.divide(x, _positive(y)), (4, 3), (4, 3)),
         "true-divide": (lambda x, y: ops.true_divide(x, _positive(y)), (4, 3), (4, 3)),
         "arctan2": (ops.arctan2, (4, 3), (4, 1)),
-        "heaviside": (lambda x, y: y * ops.heaviside(x, y), (4, 3), (4, 3)),
         "maximum": (ops.maximum, (4, 3), (4, 3)),
         "minimum": (ops.minimum, (4, 3), (4, 3)),
         "power-of-both": (lambda x, y: ops.power(_positive(x), y), (4, 3), (4, 3)),

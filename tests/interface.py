@@ -133,6 +133,7 @@ def rows() -> dict[str, Row]:
     map_of = {"model": of_images(), "x": IMAGES, "target": 1}
     stacked = np.concatenate([IMAGES, IMAGES, 0 * IMAGES])
     found = {
+        "layer_paths": Row(jvpreg.layer_paths, {"model": model}),
         "linearize": Row(jvpreg.linearize, {"model": model, "x": X, **options}),
         "jvp": Row(jvpreg.jvp, {"model": model, "x": X, "u": U, **options}),
         "vjp": Row(jvpreg.vjp, {"model": model, "x": X, "v": V, **options}),

@@ -24,7 +24,7 @@ TESTED_APART = {
     layers.ReversibleEmbedding,
     layers.Resizing,
 }
-OPERATIONS_TESTED_APART = {"Gelu", "HardSigmoid", "DotProductAttention", "Resize"}
+OPERATIONS_TESTED_APART = {"Gelu", "HardSigmoid", "Heaviside", "DotProductAttention", "Resize"}
 
 
 def test_every_rule_has_a_row():

@@ -203,7 +203,7 @@ def no_axis(linearization):
             "cannot measure `norm`. .* Expected at least 2: one probe has no standard error",
         ),
         ({"metrics": ["trace"]}, "cannot measure `trace`. .* square Jacobian only.* 3 outputs and 6 inputs"),
-        ({"layers": ["second"]}, "its `layers` and `blocks`. .* one of \\['first', 'first/activation'"),
+        ({"layers": ["second"]}, "its `layers` and `blocks`. .* \\['first', 'first/activation'"),
         ({"layers": ["first"], "metrics": ["trace"], "blocks": []}, "cannot measure `trace`"),
         ({"metrics": {"sum": no_axis}}, "cannot measure `sum`. Expected a number, or several, for each of 1 "),
     ],
