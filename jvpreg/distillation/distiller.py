@@ -154,7 +154,9 @@ class JacobianDistiller(JacobianModel):
                     f"`with_teacher` returns them. Received: none for `{loss.name}`."
                 )
             batch = ops.shape(student[0])[0]
-            means.append(weighted_mean(loss.distance(teacher, student), weights))
+            mean = weighted_mean(loss.distance(teacher, student), weights)
+            # What is only reported gets no gradient, not even one of zeros: 0 times an infinite slope is not a number.
+            means.append(mean if loss.weight else ops.stop_gradient(mean))
             measured = loss.measure(teacher, tree.map_structure(ops.stop_gradient, student))
             means += [ops.mean(measured[name]) for name in loss.measures]
             weighings += [loss.weight, *[0.0] * len(loss.measures)]

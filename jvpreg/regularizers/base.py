@@ -364,6 +364,9 @@ def outcomes(
                 f"shape. Expected (B,), one number an example. Received: {tuple(penalty.shape)}"
             )
         penalty = ops.cast(penalty, keras.backend.result_type(penalty.dtype, "float32"))
+        if regularizer.strength == 0 and not regularizer.scheduled:
+            # It is only reported. A gradient of zeros would still be one: 0 times an infinite slope is not a number.
+            penalty = ops.stop_gradient(penalty)
         sums = None if request.carried is None else regularizer.sums(seen, request.carried)
         sums = None if sums is None else ops.where(usable, sums, math.nan)
         result.append(Outcome(penalty, sums, regularizer.measure(seen)))
