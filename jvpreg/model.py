@@ -272,6 +272,7 @@ class JacobianModel(SteppedModel):
             inputs, outputs, labels, weights = tree.map_structure(
                 lambda t: ops.take(t, indices, axis=0), (inputs, outputs, labels, weights), none_is_leaf=False
             )
+        plain_labels = compiled_labels(labels, own_labels, alone=True)
         # The directions are drawn outside the conditional below: a seed must not advance inside a branch.
         seed = self._training_seed if training else self._evaluation_seed
         carried = [None if t.carried is None else ops.convert_to_tensor(t.carried) for t in self._trackers]
@@ -279,9 +280,10 @@ class JacobianModel(SteppedModel):
         for at, members in by_points(self.jacobian_regularizers):
             # Elsewhere than on the data the model is run as it will be used: no statistics to update, no dropout.
             seen = linearization if at == "data" else linearize(self.base, draw_points(at, inputs, seed))
-            x, y, own = (inputs, outputs, labels) if at == "data" else (_single(seen.inputs), seen.outputs, None)
+            x, y = (inputs, outputs) if at == "data" else (_single(seen.inputs), seen.outputs)
             regularizers = [self.jacobian_regularizers[i] for i in members]
-            asked = requests(regularizers, seen, x, y, own, seed, [carried[i] for i in members])
+            shown = [(labels if r.label_keys else plain_labels) if at == "data" else None for r in regularizers]
+            asked = requests(regularizers, seen, x, y, shown, seed, [carried[i] for i in members])
             views.append((at, members, seen, asked))
 
         def compute():
@@ -293,7 +295,7 @@ class JacobianModel(SteppedModel):
                 chosen = seen.take(indices) if on_data and indices is not None else seen
                 given = [weights[i] if on_data else None for i in members]
                 count = ops.cast(ops.shape(tree.flatten(chosen.outputs)[0])[0], dtype)
-                came = outcomes(chosen, asked, labels if on_data else None, given)
+                came = outcomes(chosen, asked, given)
                 for i, outcome, weight in zip(members, came, given, strict=True):
                     found[i], means[i] = outcome, ops.cast(weighted_mean(outcome.penalty, weight), dtype)
                     counts[i] = count

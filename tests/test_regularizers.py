@@ -24,8 +24,8 @@ def penalty_of(regularizers, batch=4, labels=None, seed=0):
     """The penalties `(R, B)` at random inputs."""
     x = np.random.default_rng(1).normal(size=(batch, 5)).astype("float32")
     lin = jvpreg.linearize(linear_model(), x)
-    asked = requests(regularizers, lin, lin.inputs[0], lin.outputs, labels, seed)
-    return np.stack([ops.convert_to_numpy(outcome.penalty) for outcome in outcomes(lin, asked, labels)])
+    asked = requests(regularizers, lin, lin.inputs[0], lin.outputs, [labels] * len(regularizers), seed)
+    return np.stack([ops.convert_to_numpy(outcome.penalty) for outcome in outcomes(lin, asked)])
 
 
 @pytest.mark.parametrize("side", ["input", "output"])

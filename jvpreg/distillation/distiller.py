@@ -19,7 +19,7 @@ from jvpreg.model import JacobianModel
 from jvpreg.registry import register_wrapper, unwrap
 from jvpreg.regularizers.full_jacobian import target_cotangent
 from jvpreg.trackers import PenaltyTracker
-from jvpreg.weighting import example_weights, own_keys, weighted_mean
+from jvpreg.weighting import compiled_labels, example_weights, own_keys, weighted_mean
 
 INPUTS, PRODUCTS = "inputs", "teacher_products"
 
@@ -123,16 +123,17 @@ class JacobianDistiller(JacobianModel):
         del self._given.x, self._given.products
         seed = self._training_seed if training else self._evaluation_seed
         directions = {loss.name: loss.draw(x, seed) if loss.draws else None for loss in self.matching_losses}
+        plain = compiled_labels(labels, own_keys(self.jacobian_regularizers), alone=True)
         if products is None:
-            products = self._teacher_products(x, labels, directions)
+            products = self._teacher_products(x, plain, directions)
         products = tree.map_structure(ops.stop_gradient, products)
         cotangents = {
             target: products["predicted"]
             if target == "predicted"
-            else target_cotangent(loss, linearization.outputs, labels)
+            else target_cotangent(loss, linearization.outputs, plain)
             for target, loss in self._targets().items()
         }
-        seen = self._see(linearization, labels, cotangents, directions, side=1)
+        seen = self._see(linearization, plain, cotangents, directions, side=1)
         total = self._compare(products, seen, sample_weight, training)
         if self.jacobian_regularizers:
             return total + super()._penalty(linearization, labels, sample_weight, training)
@@ -230,6 +231,9 @@ class JacobianDistiller(JacobianModel):
                 f"random directions: {random}. Pass the plain data to `fit`."
             )
         checks.count("batch_size", batch_size)
+        own = own_keys(self.jacobian_regularizers)
+        if isinstance(y, dict) and not own.isdisjoint(y):
+            y = compiled_labels(y, own, alone=True)
         if y is not None and "label" in self._targets():
             self._check_labels(y)
         given = {INPUTS: x} if y is None else {INPUTS: x, "labels": y}

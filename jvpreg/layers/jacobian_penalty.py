@@ -105,8 +105,9 @@ class JacobianPenalty(keras.layers.Layer):
         seen = linearization.inputs[0] if len(linearization.inputs) == 1 else linearization.inputs
         carried = [None if variable is None else ops.convert_to_tensor(variable) for variable in self._carried]
         outputs = linearization.outputs
-        asked = requests(self.regularizers, linearization, seen, outputs, None, self._seed_generator, carried)
-        found = outcomes(linearization, asked, None)
+        nothing = [None] * len(carried)
+        asked = requests(self.regularizers, linearization, seen, outputs, nothing, self._seed_generator, carried)
+        found = outcomes(linearization, asked)
         dtype = keras.backend.result_type(*(outcome.penalty.dtype for outcome in found))
         means = ops.stack([ops.cast(ops.mean(outcome.penalty), dtype) for outcome in found])
         counts = ops.full_like(means, ops.cast(ops.shape(tree.flatten(outputs)[0])[0], means.dtype))

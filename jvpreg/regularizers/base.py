@@ -27,7 +27,8 @@ class Seen:
         cotangents: the cotangents v, `(Q, B, …)`, or None.
         inputs: the model's inputs, `(B, …)`, a list if there are several.
         outputs: the model's outputs, `(B, …)`.
-        labels: the labels given to `fit`, or None.
+        labels: the labels given to `fit`, or None. Those that are a regularizer's own are seen by those alone that have
+            labels of their own: they get the dict as it was given, the others what the loss gets.
         found: what `look` returned.
         carried: what the regularizer carries from step to step, or None.
         weights: the weight of each example in the loss, `(B,)`, or None: all are 1.
@@ -230,6 +231,7 @@ class Request:
     """What one regularizer asks to see: its directions and cotangents, each `(P, B, …)` or None.
 
     Attributes:
+        labels: those that it gets to see.
         carried: what it carries from step to step, from which its directions may be found later.
         drawn: what it drew for products of its own.
     """
@@ -237,6 +239,7 @@ class Request:
     regularizer: JacobianRegularizer
     directions: Any
     cotangents: Any
+    labels: Any = None
     carried: Any = None
     drawn: Any = None
 
@@ -246,7 +249,7 @@ def requests(
     linearization: Linearization,
     inputs,
     outputs,
-    labels,
+    labels: Sequence,
     seed,
     carried: Sequence | None = None,
 ) -> list[Request]:
@@ -257,7 +260,7 @@ def requests(
         linearization: of the whole batch.
         inputs: of the examples that the penalties are for, as the model takes them.
         outputs: theirs.
-        labels: theirs.
+        labels: those that each regularizer gets to see.
         seed: a `keras.random.SeedGenerator`.
         carried: what each regularizer carries, or None.
 
@@ -265,12 +268,13 @@ def requests(
         ValueError: a regularizer asks for nothing, or for a product with tensors of the wrong shape.
     """
     drawn = []
-    for regularizer, state in zip(regularizers, carried or [None] * len(regularizers), strict=True):
+    states = carried or [None] * len(regularizers)
+    for regularizer, own_labels, state in zip(regularizers, labels, states, strict=True):
         if state is not None:
             # A copy: Torch takes gradients after the variable was assigned to.
             state = ops.copy(state)
         if state is not None and _searches(regularizer):
-            drawn.append(Request(regularizer, None, None, state))
+            drawn.append(Request(regularizer, None, None, own_labels, state))
             continue
         if state is None and regularizer.carried_shape(outputs) is not None:
             raise ValueError(
@@ -278,8 +282,8 @@ def requests(
                 "shape was not known when the model was compiled. Give the model a `keras.Input`, or call the "
                 "`JacobianModel` on a batch before `compile`."
             )
-        directions = regularizer.directions(inputs, labels, seed)
-        cotangents = regularizer.cotangents(outputs, labels, seed)
+        directions = regularizer.directions(inputs, own_labels, seed)
+        cotangents = regularizer.cotangents(outputs, own_labels, seed)
         looks = type(regularizer).look is not JacobianRegularizer.look
         if directions is None and cotangents is None and not looks:
             raise ValueError(
@@ -289,7 +293,7 @@ def requests(
         for method, probes, like in (("directions", directions, inputs), ("cotangents", cotangents, outputs)):
             _check_probes(regularizer, method, probes, like)
         own = regularizer.draw(linearization, inputs, seed) if looks else None
-        drawn.append(Request(regularizer, directions, cotangents, state, own))
+        drawn.append(Request(regularizer, directions, cotangents, own_labels, state, own))
     return drawn
 
 
@@ -331,9 +335,7 @@ class Outcome:
     measured: dict
 
 
-def outcomes(
-    linearization: Linearization, asked: Sequence[Request], labels, weights: Sequence | None = None
-) -> list[Outcome]:
+def outcomes(linearization: Linearization, asked: Sequence[Request], weights: Sequence | None = None) -> list[Outcome]:
     """What comes of every request; `weights` are those of the examples, `(B,)` or None, for each.
 
     At most one pass in each direction, beside what a regularizer searches with.
@@ -353,7 +355,7 @@ def outcomes(
     # A nonlinearity may hide what is not a number from the Jacobian, by a slope of 0.
     usable = ops.all(finite_examples(linearization)) if carries else True
     for request, directions, jvp, vjp, weight in zip(asked, wanted, pushed, pulled, weights, strict=True):
-        regularizer = request.regularizer
+        regularizer, labels = request.regularizer, request.labels
         found = regularizer.look(linearization, request.drawn, labels)
         seen = Seen(jvp, vjp, directions, request.cotangents, inputs, outputs, labels, found, request.carried, weight)
         penalty = regularizer.penalty(seen)

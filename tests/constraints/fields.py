@@ -25,8 +25,8 @@ def outcome(constraint, model, x, labels=None, carried=None):
     lin = jvpreg.linearize(model, x)
     constraint.check(lin.inputs[0], lin.outputs)
     seed = keras.random.SeedGenerator(0)
-    (asked,) = [requests([constraint], lin, lin.inputs[0], lin.outputs, labels, seed, [carried])]
-    return outcomes(lin, asked, labels)[0]
+    (asked,) = [requests([constraint], lin, lin.inputs[0], lin.outputs, [labels], seed, [carried])]
+    return outcomes(lin, asked)[0]
 
 
 def violations(constraint, model, x, labels=None):
