@@ -51,6 +51,11 @@ class Linearization:
         self._whole: Callable[[Sequence[str] | None], dict[str, Any]] | None = None
 
     @property
+    def given_inputs(self) -> list:
+        """The inputs of the whole batch as layers take them, a flat list: those of `inputs`, whole numbers as such."""
+        return [value.primal for value in self._graph.inputs]
+
+    @property
     def nodes(self) -> list[Node]:
         """The frozen nodes, in the order in which they ran."""
         return self._graph.nodes

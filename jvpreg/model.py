@@ -266,11 +266,13 @@ class JacobianModel(SteppedModel):
         batch = ops.shape(tree.flatten(linearization.outputs)[0])[0]
         indices = self._draw_examples(batch) if training and self.jacobian_fraction < 1 else None
         inputs, outputs = _single(linearization.inputs), linearization.outputs
+        elsewhere = any(r.at != "data" for r in self.jacobian_regularizers)
+        given = _single(linearization.given_inputs) if elsewhere else None
         own_labels = own_keys(self.jacobian_regularizers)
         weights = [example_weights(sample_weight, own_labels, r.label_keys) for r in self.jacobian_regularizers]
         if indices is not None:
-            inputs, outputs, labels, weights = tree.map_structure(
-                lambda t: ops.take(t, indices, axis=0), (inputs, outputs, labels, weights), none_is_leaf=False
+            inputs, given, outputs, labels, weights = tree.map_structure(
+                lambda t: ops.take(t, indices, axis=0), (inputs, given, outputs, labels, weights), none_is_leaf=False
             )
         plain_labels = compiled_labels(labels, own_labels, alone=True)
         # The directions are drawn outside the conditional below: a seed must not advance inside a branch.
@@ -279,7 +281,7 @@ class JacobianModel(SteppedModel):
         views = []
         for at, members in by_points(self.jacobian_regularizers):
             # Elsewhere than on the data the model is run as it will be used: no statistics to update, no dropout.
-            seen = linearization if at == "data" else linearize(self.base, draw_points(at, inputs, seed))
+            seen = linearization if at == "data" else linearize(self.base, draw_points(at, given, seed))
             x, y = (inputs, outputs) if at == "data" else (_single(seen.inputs), seen.outputs)
             regularizers = [self.jacobian_regularizers[i] for i in members]
             shown = [(labels if r.label_keys else plain_labels) if at == "data" else None for r in regularizers]
@@ -293,10 +295,10 @@ class JacobianModel(SteppedModel):
             for at, members, seen, asked in views:
                 on_data = at == "data"
                 chosen = seen.take(indices) if on_data and indices is not None else seen
-                given = [weights[i] if on_data else None for i in members]
+                weighings = [weights[i] if on_data else None for i in members]
                 count = ops.cast(ops.shape(tree.flatten(chosen.outputs)[0])[0], dtype)
-                came = outcomes(chosen, asked, given)
-                for i, outcome, weight in zip(members, came, given, strict=True):
+                came = outcomes(chosen, asked, weighings)
+                for i, outcome, weight in zip(members, came, weighings, strict=True):
                     found[i], means[i] = outcome, ops.cast(weighted_mean(outcome.penalty, weight), dtype)
                     counts[i] = count
             measured = [

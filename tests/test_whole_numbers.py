@@ -107,3 +107,45 @@ def test_what_an_embedding_returns_has_one():
     (table,) = model.trainable_variables
     moved = lin.jvp(weights=[(table, np.ones((50, 4)))])
     assert_close(moved, np.ones((1, 24)), 1e-6)
+
+
+class Hears(jvpreg.regularizers.JacobianRegularizer):
+    """Keeps the inputs at which it looks."""
+
+    def __init__(self, at):
+        super().__init__(1.0)
+        self.at, self.heard = at, []
+
+    def directions(self, inputs, labels, seed):
+        return [ops.expand_dims(ops.ones_like(x), 0) for x in inputs]
+
+    def penalty(self, seen):
+        self.heard = [numpy(x) for x in seen.inputs]
+        return seen.jvp[0][:, 0] ** 2
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_points_between_have_the_codes_of_an_example(fraction):
+    x = {"tokens": np.array([[4999, 1], [2051, 2], [7, 30], [0, 400]], "int32"), "numbers": normal(4, 3)}
+    model, hears = jvpreg.JacobianModel(tokens_and_numbers(), seed=0), Hears(jvpreg.constraints.between)
+    arguments = {"jacobian_fraction": fraction, "run_eagerly": True}
+    model.compile(keras.optimizers.SGD(0.0), "mse", jacobian_regularizers=[hears], **arguments)
+    model.train_on_batch(x, np.zeros((4, 2)))
+    names = [tensor.name for tensor in model.base.inputs]
+    heard = dict(zip(names, hears.heard, strict=True))
+    assert len(heard["tokens"]) == 4 * fraction
+    places = [x["tokens"].tolist().index(codes) for codes in heard["tokens"].tolist()]
+    moved = heard["numbers"] - x["numbers"][places]
+    # By a part of the way to another example of the batch.
+    ways = [np.roll(places, 1), np.roll(places, -1)]
+    parts = [moved / (x["numbers"][way] - x["numbers"][places]) for way in ways]
+    assert min(np.max(np.ptp(part, axis=1)) for part in parts) < 1e-3
+    assert np.all(np.any(moved != 0, axis=1))
+
+
+def test_points_that_would_be_cut_to_whole_numbers_are_refused():
+    model = jvpreg.JacobianModel(tokens_and_numbers())
+    model.compile("sgd", "mse", jacobian_regularizers=[Hears(lambda inputs, seed: [0.5 * x for x in inputs])])
+    x = {"tokens": np.array([[4999, 1]], "int32"), "numbers": normal(1, 3)}
+    with pytest.raises(ValueError, match=r"argument `at`. Expected whole numbers \(int32\).*Received: float"):
+        model.train_on_batch(x, np.zeros((1, 2)))

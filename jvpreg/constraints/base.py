@@ -26,9 +26,10 @@ class Constraint(JacobianRegularizer):
 
     Args:
         enforcement: a `Penalty`, an `AugmentedLagrangian`, or a number, the weight of a penalty.
-        at: where it must hold: `"data"`, `"between"` (points between examples of the batch), or a sampler
-            `(inputs, seed) -> points (N, …)` such as `Box`. Away from the data the model is run once more, in
-            inference mode, for all constraints of the same `at`; points have no labels and no sample weights.
+        at: where it must hold: `"data"`, `"between"` (points between examples of the batch, each with the whole numbers
+            of one of them), or a sampler `(inputs, seed) -> points (N, …)` such as `Box`. Away from the data the model
+            is run once more, in inference mode, for all constraints of the same `at`; points have no labels and no
+            sample weights.
         tolerance: the violation above which a point counts as violated.
         name: of its metrics.
 

@@ -5,6 +5,7 @@ import numpy as np
 from keras import ops, tree
 
 from jvpreg import checks, replicas
+from jvpreg.inputs import has_tangents
 from jvpreg.seeds import independent
 
 
@@ -12,12 +13,17 @@ from jvpreg.seeds import independent
 def between(inputs, seed):
     """Points between data: each example moved towards the next one of its batch, by a part that is drawn at random.
 
+    Whole numbers beside floats, such as codes of categories, between which there is nothing, stay those of the example.
+
     Args:
         inputs: `(B, …)`, or a structure of them.
         seed: a `keras.random.SeedGenerator`.
 
     Returns:
         Points like `inputs`.
+
+    Raises:
+        ValueError: no input holds floats.
 
     Example:
 
@@ -27,10 +33,10 @@ def between(inputs, seed):
     (True, True)
     """
     leaves = [checks.tensor("inputs", x) for x in tree.flatten(inputs)]
-    if not all(keras.backend.is_float_dtype(keras.backend.standardize_dtype(x.dtype)) for x in leaves):
-        raise checks.invalid("inputs", "floats, between which there are others", inputs)
     if not leaves or any(len(x.shape) == 0 for x in leaves):
         raise checks.invalid("inputs", "tensors (B, …)", inputs)
+    if not any(map(has_tangents, leaves)):
+        raise checks.invalid("inputs", "floats, between which there are others", inputs)
     seed = checks.seed("seed", seed, generator=True)
     size = ops.shape(leaves[0])[0]
     batch, start = replicas.part_of_batch(size)
@@ -39,6 +45,8 @@ def between(inputs, seed):
 
     def moved(x):
         x = ops.convert_to_tensor(x)
+        if not has_tangents(x):
+            return x
         t = ops.cast(ops.reshape(part, (-1, *[1] * (len(x.shape) - 1))), x.dtype)
         return x + t * (replicas.rolled(x) - x)
 

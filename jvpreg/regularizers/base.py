@@ -58,7 +58,8 @@ class JacobianRegularizer:
 
     Attributes:
         at: where it looks: `"data"`, or a function `(inputs, seed) -> points (N, …)`. Regularizers with equal
-            functions share the points and the one run of the model at them.
+            functions share the points and the one run of the model at them. The inputs are as the model's layers take
+            them: whole numbers, such as codes of categories, as such, and bytes as floats.
         default_name: of its metric, which is the mean of its penalty over the examples, without its strength; the
             class's name in snake case if it is empty.
         label_keys: keys of a dict of labels that are its own, which neither the loss nor a metric gets to see.
@@ -401,7 +402,7 @@ def draw_points(at: Callable, inputs, seed):
     """Points `(N, …)` like `inputs`.
 
     Raises:
-        ValueError: they are not like them.
+        ValueError: they are not like them, or would be cut to whole numbers.
     """
     points = at(inputs, seed)
     received, expected = ([tuple(t.shape) for t in tree.flatten(structure)] for structure in (points, inputs))
@@ -410,6 +411,13 @@ def draw_points(at: Callable, inputs, seed):
             f"Invalid value for argument `at`. Expected points like the inputs, {', '.join(map(_readable, expected))}. "
             f"Received: {', '.join(map(str, received))} from {at!r}"
         )
+    for x, drawn in zip(tree.flatten(inputs), tree.flatten(points), strict=True):
+        dtypes = [keras.backend.standardize_dtype(tensor.dtype) for tensor in (x, drawn)]
+        if [keras.backend.is_float_dtype(dtype) for dtype in dtypes] == [False, True]:
+            raise ValueError(
+                f"Invalid value for argument `at`. Expected whole numbers ({dtypes[0]}), as the model takes them, for "
+                f"an input of them. Received: {dtypes[1]} from {at!r}"
+            )
     return points
 
 
