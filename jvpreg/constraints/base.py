@@ -53,6 +53,11 @@ class Constraint(JacobianRegularizer):
         self.measures = {**MEASURES, MULTIPLIER: "last"} if self._has_multipliers else MEASURES
 
     @property
+    def _place(self) -> str | Callable:
+        """Where it must hold; the data are the ends of what is between them."""
+        return "data" if self.at is between else self.at
+
+    @property
     def _has_multipliers(self) -> bool:
         return isinstance(self.enforcement, AugmentedLagrangian)
 
@@ -74,8 +79,8 @@ class Constraint(JacobianRegularizer):
         return False
 
     def contradicts(self, other):
-        """In which feature the slopes that the two allow do not meet, or only in zero."""
-        if not isinstance(other, Constraint):
+        """In which feature the slopes that the two allow at one place do not meet, or only in one number."""
+        if not isinstance(other, Constraint) or self._place != other._place:
             return None
         mine, theirs = self.intervals(), other.intervals()
         for feature in sorted(set(mine) & set(theirs)):

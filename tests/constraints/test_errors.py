@@ -35,6 +35,8 @@ def compiled(*regularizers, inputs=3, outputs=1):
         (Monotone([0, 2]), Monotone([1, 2], increasing=False, name="down"), "slope by feature 2 nothing but 0"),
         (Monotone([1]), Bounded(-2.0, -1.0, [1]), "no slope by feature 1"),
         (Bounded(0.0, 1.0, [0]), Bounded(2.0, 3.0, [0], name="other"), "no slope by feature 0"),
+        (Monotone([0]), Monotone([0], increasing=False, at="between", name="down"), "by feature 0 nothing but 0"),
+        (Monotone([0], at=Box(0, 1, 8)), Bounded(-2.0, -1.0, [0], at=Box(0, 1, 8)), "no slope by feature 0"),
     ],
 )
 def test_contradictions_name_both_and_the_feature(one, other, message):
@@ -55,6 +57,11 @@ def test_what_can_hold_together_may_be_listed_together():
         Lipschitz(1.0),
         jvpreg.regularizers.JacobianNorm(0.1),
     )
+
+
+@pytest.mark.parametrize("other", [Box(-1.0, 0.0, 8), Box(0.0, 1.0, 9), "data", "between"])
+def test_other_slopes_may_hold_at_other_places(other):
+    compiled(Monotone([0], at=Box(0.0, 1.0, 8)), Monotone([0], increasing=False, at=other, name="down"))
 
 
 @pytest.mark.parametrize(
