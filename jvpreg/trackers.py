@@ -113,6 +113,8 @@ class StopAtNonFinitePenalty(keras.callbacks.Callback):
                 step = int(ops.convert_to_numpy(tracker.failed_at))
                 raise FloatingPointError(
                     f"The penalty `{tracker.name}` was not finite at training step {step} (epoch {epoch + 1}). "
-                    "Lower its strength or the learning rate, or clip gradients (`clipnorm` of the optimizer); the "
-                    "weights have since been updated with it, so start from an earlier checkpoint."
+                    "Look for inputs and labels of that step that are not finite, or no class (-1, which a loss with "
+                    "`ignore_class` leaves out, has no output); otherwise lower its strength or the learning rate, or "
+                    "clip gradients (`clipnorm` of the optimizer). The weights have since been updated with it, so "
+                    "start from an earlier checkpoint."
                 )

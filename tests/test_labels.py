@@ -75,3 +75,24 @@ def test_what_has_labels_of_its_own_sees_the_whole_dict(loss):
     model.compile("sgd", loss, jacobian_regularizers=[own, other])
     model.evaluate(X, OWN if loss is None else {"value": SLOPES, "slope": SLOPES}, verbose=0)
     assert [isinstance(labels, dict) for labels in seen] == [True, False]
+
+
+def single(seed=0):
+    keras.utils.set_random_seed(seed)
+    return keras.Sequential([keras.Input((3,)), layers.Dense(4, "tanh", bias_initializer="normal"), layers.Dense(1)])
+
+
+@pytest.mark.parametrize("labels", [CLASSES, CLASSES[:, None], 0.5 + CLASSES], ids=["row", "column", "numbers"])
+def test_one_output_is_the_one_whatever_the_label_is(labels):
+    full = [jvpreg.full_jacobian(single(seed), X, target=0) for seed in (0, 1)]
+    jacobians = [ops.convert_to_numpy(f.input_jacobian) for f in full]
+    biases = sum(np.sum(ops.convert_to_numpy(b) ** 2) for b in full[1].bias_jacobians.values()) / len(X)
+    inputs = np.sum(jacobians[1] ** 2) / len(X)
+    distiller = jvpreg.JacobianDistiller(single(0), single(1), [JacobianMatching(0.1)])
+    distiller.compile(keras.optimizers.SGD(0.0), "mse", jacobian_regularizers=[make(0.1) for make in REGULARIZERS])
+    for x in (X, distiller.with_teacher(X, labels)):
+        found = step(distiller, x, labels)
+        expected = np.sum((jacobians[0] - jacobians[1]) ** 2) / len(X)
+        np.testing.assert_allclose(found["jacobian_matching"], expected, rtol=1e-4)
+        np.testing.assert_allclose(found["bias_jacobian_norm_squared"], biases, rtol=1e-4)
+        np.testing.assert_allclose(found["full_jacobian_norm_squared"], inputs + biases, rtol=1e-4)

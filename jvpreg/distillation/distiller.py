@@ -241,11 +241,11 @@ class JacobianDistiller(JacobianModel):
         return {INPUTS: x, PRODUCTS: products}
 
     def _check_labels(self, y) -> None:
-        """Raises where labels are class indices of outputs `(B, K)`, and there is no such class."""
+        """Raises where labels are class indices of outputs `(B, K)`, K > 1, and there is no such class."""
         labels, shapes = tree.flatten(y), [output.shape for output in getattr(self.student, "outputs", None) or ()]
-        if len(labels) == 1 and len(shapes) == 1 and len(shapes[0]) == 2:
+        if len(labels) == 1 and len(shapes) == 1 and len(shapes[0]) == 2 and shapes[0][1] != 1:
             shape = np.shape(labels[0])
-            if len(shape) == 1 or (len(shape) == 2 and shape[1] == 1 != shapes[0][1]):
+            if len(shape) == 1 or (len(shape) == 2 and shape[1] == 1):
                 checks.classes("y", labels[0], shapes[0][1])
 
     def _find_sites(self) -> dict[str, list[tuple[Site, Site]]]:

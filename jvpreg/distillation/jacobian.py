@@ -23,7 +23,7 @@ class JacobianMatching(MatchingLoss):
     Args:
         weight: the loss gains `weight × mean` of it.
         target: which output. `"label"`: that of the label, the default; labels are those of `fit`, class indices or
-            one-hot. `"predicted"`: the largest of the teacher.
+            one-hot, and of one output `(B, 1)` any or none: it is that one. `"predicted"`: the largest of the teacher.
         num_probes: in place of a target, P: all outputs, by P random directions u an example, the same for both
             networks. `‖(J_f − J_g) u‖²` has the mean `‖J_f − J_g‖_F²`, and its weight gradient takes first-order
             autodiff through a forward computation only. The angle is then that of the products, an estimate.

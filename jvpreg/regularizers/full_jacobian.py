@@ -24,9 +24,9 @@ class BiasJacobianNorm(JacobianRegularizer):
         strength: the loss gains `strength × mean ‖f^b‖²`.
         layers: paths of layers or of blocks of them, as `Linearization.block` takes them; all by default.
         target: which output. `"label"`: that of the label, exactly, by one backward pass down to the first of the
-            layers; labels are those of `fit`, class indices or one-hot. `"predicted"`: the largest. `"all"`: the sum
-            over all outputs, estimated without bias by pushing directions `c ⊙ ξ`, ξ standard normal, through the
-            layers above.
+            layers; labels are those of `fit`, class indices or one-hot, and of one output `(B, 1)` any or none: it is
+            that one. `"predicted"`: the largest. `"all"`: the sum over all outputs, estimated without bias by pushing
+            directions `c ⊙ ξ`, ξ standard normal, through the layers above.
         num_probes: for `"all"`, how many directions an example.
         name: of its metric; it logs `bias_jacobian_norm_squared`, the mean over the examples of `‖f^b‖²`.
 
@@ -157,7 +157,7 @@ def bias_jacobians(linearization: Linearization, cotangent, names: Sequence[str]
 
 
 def target_cotangent(regularizer, outputs, labels):
-    """The cotangent of a regularizer's target.
+    """The cotangent of a regularizer's target. Of outputs `(B, 1)` it is the one output, whatever the label is.
 
     Raises:
         ValueError: it is the label's output, and there are no labels, or they do not fit.
@@ -165,6 +165,9 @@ def target_cotangent(regularizer, outputs, labels):
     if regularizer.target == "predicted":
         return as_cotangent(outputs, None)
     leaves = tree.flatten(outputs)
+    if len(leaves) == 1 and tuple(leaves[0].shape[1:]) == (1,):
+        # The label is that of two classes, or a number: neither says which output.
+        return ops.ones_like(leaves[0])
     if len(leaves) != 1 or len(leaves[0].shape) != 2 or labels is None or len(tree.flatten(labels)) != 1:
         raise ValueError(
             f'`{regularizer.name}` ({type(regularizer).__name__}) with target="label" needs one output (B, K) and '
