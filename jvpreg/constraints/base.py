@@ -8,7 +8,7 @@ from keras import ops
 from jvpreg import checks
 from jvpreg.configs import revive
 from jvpreg.constraints.enforcement import AugmentedLagrangian, Penalty, as_enforcement
-from jvpreg.constraints.points import as_points, between
+from jvpreg.constraints.points import Box, as_points, between
 from jvpreg.estimators.operator import flatten
 from jvpreg.regularizers.base import JacobianRegularizer
 
@@ -60,6 +60,11 @@ class Constraint(JacobianRegularizer):
     @property
     def _has_multipliers(self) -> bool:
         return isinstance(self.enforcement, AugmentedLagrangian)
+
+    def check(self, inputs, outputs):
+        """Whether a box of points fits the inputs."""
+        if isinstance(self.at, Box):
+            self.at.check(inputs)
 
     def violation(self, seen):
         """How far each component is violated, `(B, C)`: zero where it holds, and positive where it does not."""
@@ -138,8 +143,11 @@ class Constraint(JacobianRegularizer):
         return {**measured, MULTIPLIER: ops.max(seen.carried[0])} if self._has_multipliers else measured
 
     def _components_of(self, seen):
-        violation = self.violation(seen)
-        return ops.cast(violation, keras.backend.result_type(violation.dtype, "float32"))
+        # The price, the sums and the measures are of the same one, which is computed once.
+        if self not in seen.computed:
+            violation = self.violation(seen)
+            seen.computed[self] = ops.cast(violation, keras.backend.result_type(violation.dtype, "float32"))
+        return seen.computed[self]
 
     def get_config(self):
         """The arguments of `__init__`."""

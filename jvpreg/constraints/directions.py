@@ -13,22 +13,25 @@ class Directions:
     """Directions of the inputs, as a constraint is given them.
 
     Args:
-        given: a list of indices of features, for inputs `(B, D)`; an array `(P, …)`, the same directions for each
-            example; or a function of the inputs that returns `(P, B, …)` or one direction `(B, …)`, or a list of such
-            functions.
+        given: indices of features, for inputs `(B, D)`, as a list, a range or an array of integers; an array of floats
+            `(P, …)`, the same directions for each example; or a function of the inputs that returns `(P, B, …)` or one
+            direction `(B, …)`, or a list of such functions.
         argument: its name in errors.
+        features_only: whether nothing but features will do.
 
     Attributes:
-        given: as it was given.
+        given: as it was given; indices as a list.
         features: the indices, or None.
 
     Raises:
         ValueError: it is none of these.
     """
 
-    def __init__(self, given, argument: str):
+    def __init__(self, given, argument: str, features_only: bool = False):
         if ops.is_tensor(given):
             given = ops.convert_to_numpy(ops.stop_gradient(checks.tensor(argument, given)))
+        if isinstance(given, range) or (isinstance(given, np.ndarray) and given.ndim == 1 and given.dtype.kind in "iu"):
+            given = [int(i) for i in given]
         self.given = given
         self.argument = argument
         self.features: list[int] | None = None
@@ -43,9 +46,9 @@ class Directions:
             self.features = [int(i) for i in several]
         elif isinstance(given, np.ndarray) and given.dtype.kind == "f" and given.size and np.all(np.isfinite(given)):
             self.array = given
-        if self.functions is None and self.array is None and not self.features:
-            expected = "a list of indices of features, an array of finite floats (P, …), or functions of the inputs"
-            raise checks.invalid(argument, expected, given)
+        if not self.features and (features_only or (self.functions is None and self.array is None)):
+            others = "" if features_only else ", an array of finite floats (P, …), or functions of the inputs"
+            raise checks.invalid(argument, f"a list of indices of features, from 0 on{others}", given)
         if self.features and len(set(self.features)) < len(self.features):
             raise checks.invalid(argument, "each feature once", self.features)
 

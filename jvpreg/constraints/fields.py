@@ -15,6 +15,7 @@ class _Field(Constraint):
 
     def check(self, inputs, outputs):
         """Whether there are as many outputs as inputs, two or more."""
+        super().check(inputs, outputs)
         sizes = probes.dimension(inputs), probes.dimension(outputs)
         if sizes[0] != sizes[1] or sizes[0] < 2:
             raise ValueError(

@@ -82,14 +82,27 @@ class Box:
 
     def __call__(self, inputs, seed):
         """Points `(N, …)` like `inputs` (B, …)."""
+        self.check(inputs)
         inputs = ops.convert_to_tensor(inputs)
         low, high = (ops.convert_to_tensor(bound, dtype=inputs.dtype) for bound in (self.low, self.high))
-        for name, bound in (("low", low), ("high", high)):
-            if tuple(bound.shape) not in ((), tuple(inputs.shape[1:])):
-                expected = f"a number, or an array like one example, {tuple(inputs.shape[1:])}"
-                raise checks.invalid(name, expected, np.asarray(getattr(self, name)))
         part = keras.random.uniform((self.num_points, *inputs.shape[1:]), dtype=inputs.dtype, seed=independent(seed))
         return low + replicas.own_points(part) * (high - low)
+
+    def check(self, inputs) -> None:
+        """Raises a ValueError where it is no box of inputs `(B, …)`."""
+        leaves = tree.flatten(inputs)
+        if len(leaves) != 1:
+            raise ValueError(
+                "Invalid value for argument `at`. Expected a function `(inputs, seed) -> points` with points for each "
+                f"of the {len(leaves)} inputs of the model. Received: {self!r}, a box of one input"
+            )
+        shape = tuple(leaves[0].shape[1:])
+        for name in ("low", "high"):
+            sizes = np.shape(getattr(self, name))
+            pairs = zip(sizes, shape, strict=False)
+            if sizes and (len(sizes) != len(shape) or any(size is not None and own != size for own, size in pairs)):
+                expected = f"a number, or an array like one example, {shape}"
+                raise checks.invalid(name, expected, np.asarray(getattr(self, name)))
 
     def get_config(self) -> dict:
         """The arguments of `__init__`."""

@@ -16,12 +16,13 @@ from jvpreg.estimators.operator import flatten
 class _Directed(Constraint):
     """A constraint on `J u` in given directions, with a multiplier for each direction and output."""
 
-    def __init__(self, directions, argument: str, arguments: dict):
+    def __init__(self, directions, argument: str, arguments: dict, features_only: bool = False):
         super().__init__(**arguments)
-        self._directions = Directions(directions, argument)
+        self._directions = Directions(directions, argument, features_only)
 
     def check(self, inputs, outputs):
         """Whether the directions fit the inputs."""
+        super().check(inputs, outputs)
         self._directions.check(inputs)
 
     def directions(self, inputs, labels, seed):
@@ -44,7 +45,7 @@ class Monotone(_Directed):
     """`J e_i ≥ 0` for each feature i, and each output; or `≤ 0`.
 
     Args:
-        features: indices of features, for inputs `(B, D)`.
+        features: indices of features, for inputs `(B, D)`: a list, a range or an array of integers.
         increasing: whether the outputs rise with the features, or fall.
         **arguments: of every `Constraint`: `enforcement`, `at`, `tolerance`, `name`.
 
@@ -70,10 +71,8 @@ class Monotone(_Directed):
     """
 
     def __init__(self, features: Sequence[int], increasing: bool = True, **arguments):
-        super().__init__(features, "features", arguments)
-        if not self._directions.features:
-            raise checks.invalid("features", "a list of indices", features)
-        self.features = self._directions.features
+        super().__init__(features, "features", arguments, features_only=True)
+        self.features = list(self._directions.features or [])
         self.increasing = checks.boolean("increasing", increasing)
 
     def violation(self, seen):

@@ -30,13 +30,14 @@ class JacobianPenalty(keras.layers.Layer):
 
     Args:
         block: a functional or Sequential model, or a layer that has a rule.
-        regularizers: from `jvpreg.regularizers`, or your own; constraints too, on the data and without a schedule.
+        regularizers: from `jvpreg.regularizers`, or your own; constraints too, on the data, without a schedule
+            and without labels of their own.
         seed: of the random directions.
         **kwargs: of `keras.Layer`: `name`.
 
     Raises:
-        ValueError: a regularizer asks for what only a `JacobianModel` has: other points, or the number of the step; in
-            a call, the block takes integers alone.
+        ValueError: a regularizer asks for what only a `JacobianModel` has: other points, the number of the step, or
+            labels; in a call, the block takes integers alone.
 
     Example:
 
@@ -61,11 +62,13 @@ class JacobianPenalty(keras.layers.Layer):
         self.block = block
         self.regularizers = check_regularizers(regularizers, "regularizers")
         for regularizer in self.regularizers:
-            if regularizer.at != "data" or regularizer.scheduled:
+            if regularizer.at != "data" or regularizer.scheduled or regularizer.label_keys:
+                labels = f" and the labels {list(regularizer.label_keys)}" if regularizer.label_keys else ""
                 raise ValueError(
-                    "Invalid value for argument `regularizers`. Expected regularizers on the data, without a schedule, "
-                    f"which is what a layer sees. Received: `{regularizer.name}`, with at={regularizer.at!r}"
-                    f"{' and a schedule' if regularizer.scheduled else ''}. List it in `compile` of a JacobianModel."
+                    "Invalid value for argument `regularizers`. Expected regularizers on the data, without a schedule "
+                    f"or labels of their own, which is what a layer sees. Received: `{regularizer.name}`, with "
+                    f"at={regularizer.at!r}{' and a schedule' if regularizer.scheduled else ''}{labels}. List it in "
+                    "`compile` of a JacobianModel."
                 )
         self.seed = checks.seed("seed", seed, optional=True)
         self._seed_generator = seeds.generator(self.seed)

@@ -4,7 +4,7 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import keras
@@ -32,6 +32,7 @@ class Seen:
         found: what `look` returned.
         carried: what the regularizer carries from step to step, or None.
         weights: the weight of each example in the loss, `(B,)`, or None: all are 1.
+        computed: what its methods put here for each other.
     """
 
     jvp: Any
@@ -44,6 +45,7 @@ class Seen:
     found: Any = None
     carried: Any = None
     weights: Any = None
+    computed: dict = field(default_factory=dict, repr=False, compare=False)
 
 
 class JacobianRegularizer:

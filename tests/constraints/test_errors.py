@@ -73,6 +73,8 @@ def test_other_slopes_may_hold_at_other_places(other):
         (Symmetric(), (3, 2), "`symmetric` (Symmetric) is a constraint on a field. Expected as many outputs"),
         (DivergenceFree(), (3, 1), "Received: 3 inputs and 1 outputs"),
         (DivergenceFree(), (1, 1), "2 or more"),
+        (DivergenceFree(at=Box([0.0], 1.0, 8)), (2, 2), "`low`. Expected a number, or an array like one example, (2,)"),
+        (Monotone([0], at=Box(0.0, [1.0] * 2, 8)), (3, 1), "`high`. Expected a number, or an array like one example"),
     ],
 )
 @pytest.mark.parametrize("shape_known", [True, False])
@@ -98,6 +100,10 @@ def test_what_does_not_fit_the_model(constraint, sizes, message, shape_known):
         (lambda: Monotone([-1]), "`features`"),
         (lambda: Monotone(lambda x: x), "`features`. Expected a list of indices"),
         (lambda: Monotone([0.5]), "`features`"),
+        (lambda: Monotone(0), "`features`. Expected a list of indices of features, from 0 on. Received: features=0"),
+        (lambda: Monotone(range(-1, 1)), "`features`. Expected a list of indices of features, from 0 on. Received"),
+        (lambda: Monotone(np.array([], int)), "`features`"),
+        (lambda: Bounded(0.0, 1.0, 0), "features, from 0 on, an array of finite floats (P, …), or functions"),
         (lambda: Monotone([0], at="here"), '`at`. Expected "data", "between", or a function'),
         (lambda: Monotone([0], enforcement="strong"), "`enforcement`. Expected a `Penalty`"),
         (lambda: Monotone([0], enforcement=-1.0), "weight of a penalty, a finite number, 0 or more"),
@@ -158,6 +164,42 @@ def test_labels_without_the_targets(labels):
     model = compiled(KnownDerivative("slope", [0]))
     with pytest.raises(ValueError, match=r"argument `y`. Expected a dict with the labels of the loss and \['slope'\]"):
         model.fit(np.ones((4, 3)), labels, verbose=0)
+
+
+@pytest.mark.parametrize("features", [range(2), np.array([0, 1]), np.array([0, 1], "uint8"), (0, np.int64(1))])
+def test_indices_of_every_form(features):
+    for constraint in (Monotone(features), Bounded(0.0, 1.0, features)):
+        assert set(constraint.intervals()) == {0, 1}
+        config = keras.saving.serialize_keras_object(constraint)
+        assert keras.saving.deserialize_keras_object(config).intervals() == constraint.intervals()
+
+
+def test_a_box_is_of_one_input():
+    inputs = [keras.Input((2,)), keras.Input((3,))]
+    model = jvpreg.JacobianModel(keras.Model(inputs, layers.Dense(1)(layers.Concatenate()(inputs))))
+    with pytest.raises(ValueError, match=r"`at`.*each of the 2 inputs.*Received: Box\(low=0.0.*a box of one input"):
+        model.compile("sgd", "mse", jacobian_regularizers=[Lipschitz(1.0, at=Box(0.0, 1.0, 8))])
+
+
+def test_a_violation_is_computed_once():
+    class Counts(Monotone):
+        count = 0
+
+        def violation(self, seen):
+            self.count += 1
+            return super().violation(seen)
+
+    counts = Counts([0], enforcement=AugmentedLagrangian(1.0))
+    model = compiled(counts)
+    model.run_eagerly = True
+    model.train_on_batch(np.ones((4, 3)), np.ones((4, 1)))
+    assert counts.count == 1
+
+
+def test_a_layer_has_no_labels():
+    block = keras.Sequential([keras.Input((3,)), layers.Dense(1)])
+    with pytest.raises(ValueError, match=r"or labels of their own.*the labels \['slope'\]. List it in `compile`"):
+        jvpreg.layers.JacobianPenalty(block, [KnownDerivative("slope", [0])])
 
 
 @pytest.mark.parametrize(
