@@ -165,6 +165,13 @@ class TrainConfig:
     precision: Literal["float32", "mixed_float16", "mixed_bfloat16"] = "float32"
     """The Keras dtype policy."""
 
+    devices: PositiveInt = 1
+    """Share each batch among so many GPUs, or parts of the CPU where there is none, on TensorFlow and JAX."""
+
+    layout: dict[str, list[str | None]] | None = None
+    """Split these variables over the devices instead, on JAX: from regular expressions of their paths to an entry an
+    axis, "model" where it is split and null where not."""
+
     folder: str | None = None
     """The run folder; by default one under runs/, named after data, model, strength and seed."""
 

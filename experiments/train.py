@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 
 import jvpreg
-from experiments import data, files, models, plots, robustness, tracking
+from experiments import data, devices, files, models, plots, robustness, tracking
 from experiments.backup import Progress
 from experiments.config import DataConfig, JacobianConfig, OptimizerConfig, TrainConfig
 from experiments.epoch_end import EpochEnd, save_model
@@ -37,6 +37,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
         ExperimentError: where the data or W&B cannot be had, or the folder does not fit or is in use; see
             `RunFolder.open`.
     """
+    devices.check(config)
     folder = RunFolder(Path(config.folder or default_folder(config)))
     with folder.held():
         progress = folder.check(config)
@@ -45,18 +46,25 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 def train_on(config: TrainConfig, folder: RunFolder, progress: Progress) -> dict[str, Any]:
     """Train what is left of a run and report on it, in a folder that is held."""
-    keras.utils.set_random_seed(config.seed)
-    keras.config.set_dtype_policy(config.precision)
-    # Both may fail, and must leave no run behind that would have to be resumed.
-    dataset, mode = data.load(config.data), tracking.mode(config.wandb)
-    folder.open(progress)
-    batches = training_batches(config, dataset)
-    model = compiled_model(config, dataset, steps=config.epochs * len(batches))
-    restore(model, folder, progress)
-    run = tracking.start(config, folder, mode)
+    with devices.used(config):
+        keras.utils.set_random_seed(config.seed)
+        keras.config.set_dtype_policy(config.precision)
+        # All of these may fail, and must leave no run behind that would have to be resumed.
+        dataset, mode = data.load(config.data), tracking.mode(config.wandb)
+        devices.check_dataset(config, dataset)
+        folder.open(progress)
+        batches = training_batches(config, dataset)
+        model = compiled_model(config, dataset, steps=config.epochs * len(batches))
+        restore(model, folder, progress)
+        run = tracking.start(config, folder, mode)
+        try:
+            fit(model, batches, dataset, config, folder, progress)
+            save_model(model, folder.model)
+        except BaseException:
+            run.finish()
+            raise
     try:
-        fit(model, batches, dataset, config, folder, progress)
-        result = report(model, dataset, config, folder)
+        result = report(dataset, config, folder)
         run.summary.update(result)
     finally:
         run.finish()
@@ -239,14 +247,11 @@ def jacobian_callbacks(dataset: data.Dataset, config: TrainConfig, folder: RunFo
     ]
 
 
-def report(
-    model: jvpreg.JacobianModel, dataset: data.Dataset, config: TrainConfig, folder: RunFolder
-) -> dict[str, Any]:
-    """Save the model, draw the curves, measure the robustness, and put the figures together."""
-    save_model(model, folder.model)
+def report(dataset: data.Dataset, config: TrainConfig, folder: RunFolder) -> dict[str, Any]:
+    """Draw the curves, measure the robustness of the model that was saved, and put the figures together."""
     history = folder.read_history()
     plots.training_curves(history, folder.curves)
-    robust = robustness.evaluate(model.base, dataset.test, config.robustness, config.seed)
+    robust = robustness.evaluate(trained_model(str(folder.path)), dataset.test, config.robustness, config.seed)
     files.write_json(folder.robustness, asdict(robust))
     return {
         "strength": config.jacobian.strength,
