@@ -10,6 +10,8 @@ from jvpreg.constraints import KnownDerivative
 from jvpreg.distillation import JacobianMatching
 from jvpreg.regularizers import BiasJacobianNorm, FullJacobianNorm
 
+# A graph takes longer to trace than these steps take; on JAX, eager steps do.
+EAGER = {"run_eagerly": keras.backend.backend() != "jax"}
 X = np.random.default_rng(0).normal(size=(4, 3)).astype("float32")
 CLASSES = np.array([0, 1, 1, 0])
 SLOPES = np.ones((4, 2), "float32")
@@ -24,7 +26,7 @@ def network(seed=0):
 
 def compiled(model, regularizers, **arguments):
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.SGD(0.0), loss, jacobian_regularizers=regularizers, **arguments)
+    model.compile(keras.optimizers.SGD(0.0), loss, jacobian_regularizers=regularizers, **EAGER, **arguments)
     return model
 
 
@@ -72,7 +74,7 @@ def test_what_has_labels_of_its_own_sees_the_whole_dict(loss):
     model = jvpreg.JacobianModel(network())
     own, other = Keeps(1.0, "own"), Keeps(1.0, "other")
     own.label_keys = ("slope",)
-    model.compile("sgd", loss, jacobian_regularizers=[own, other])
+    model.compile("sgd", loss, jacobian_regularizers=[own, other], **EAGER)
     model.evaluate(X, OWN if loss is None else {"value": SLOPES, "slope": SLOPES}, verbose=0)
     assert [isinstance(labels, dict) for labels in seen] == [True, False]
 
@@ -89,7 +91,8 @@ def test_one_output_is_the_one_whatever_the_label_is(labels):
     biases = sum(np.sum(ops.convert_to_numpy(b) ** 2) for b in full[1].bias_jacobians.values()) / len(X)
     inputs = np.sum(jacobians[1] ** 2) / len(X)
     distiller = jvpreg.JacobianDistiller(single(0), single(1), [JacobianMatching(0.1)])
-    distiller.compile(keras.optimizers.SGD(0.0), "mse", jacobian_regularizers=[make(0.1) for make in REGULARIZERS])
+    regularizers = [make(0.1) for make in REGULARIZERS]
+    distiller.compile(keras.optimizers.SGD(0.0), "mse", jacobian_regularizers=regularizers, **EAGER)
     for x in (X, distiller.with_teacher(X, labels)):
         found = step(distiller, x, labels)
         expected = np.sum((jacobians[0] - jacobians[1]) ** 2) / len(X)

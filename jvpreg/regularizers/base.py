@@ -55,7 +55,8 @@ class JacobianRegularizer:
     if `__init__` takes more arguments. The directions of all regularizers of a model go through one tangent pass.
 
     Args:
-        strength: the penalty's weight in the loss, not negative: the loss gains `strength × mean(penalty)`.
+        strength: the penalty's weight in the loss, not negative: the loss gains `strength × mean(penalty)`. With 0 the
+            penalty is reported, and not trained on, unless it is `scheduled`.
         name: of its metric; by default the class's name in snake case.
 
     Attributes:
