@@ -17,6 +17,7 @@ from jvpreg.regularizers.base import (
     JacobianRegularizer,
     by_points,
     carried_initializer,
+    carried_name,
     carry_on,
     check_dependence,
     check_inputs,
@@ -392,7 +393,7 @@ class JacobianModel(SteppedModel):
             store[f"seed_{i}"] = ops.convert_to_numpy(state)
         for tracker in self._trackers:
             if tracker.carried is not None:
-                store[f"carried_{tracker.name}"] = ops.convert_to_numpy(tracker.carried)
+                store[carried_name(tracker.name)] = ops.convert_to_numpy(tracker.carried)
 
     def load_own_variables(self, store):
         """Loads what `save_own_variables` stored."""
@@ -402,7 +403,7 @@ class JacobianModel(SteppedModel):
         # Of a model that was compiled otherwise, they are left.
         carried = {key: store.pop(key) for key in list(store) if key.startswith("carried_")}
         for tracker in self._trackers:
-            value = carried.get(f"carried_{tracker.name}")
+            value = carried.get(carried_name(tracker.name))
             if tracker.carried is None or value is None or value.shape != tracker.carried.shape:
                 continue
             if np.all(np.isfinite(value)):

@@ -6,6 +6,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from jvpreg.regularizers.base import carried_name
+
 
 class MeasureTracker(keras.metrics.Metric):
     """A number a step, put together over the steps in which it was computed.
@@ -62,10 +64,14 @@ class PenaltyTracker(keras.metrics.Mean):
         """Makes the variable `carried`."""
         # Not by `add_variable`, whose variables are another one on each replica until they are read for the logs. What
         # replicas assign is the same.
-        with keras.name_scope(self.name.replace("/", ">")):
-            self.carried = keras.Variable(
-                start, shape, trainable=False, autocast=False, aggregation="only_first_replica", name="carried"
-            )
+        self.carried = keras.Variable(
+            start,
+            shape,
+            trainable=False,
+            autocast=False,
+            aggregation="only_first_replica",
+            name=carried_name(self.name),
+        )
 
     def reset_state(self):
         """As Keras', but for what is carried."""

@@ -86,3 +86,27 @@ def test_steps_without_penalties_leave_it_as_it_was(steps_per_execution):
     # Two of four steps were taken, by which they grow once.
     np.testing.assert_array_equal(carried(model)[2], np.zeros(6))
     assert carried(model)[0].max() > 0
+
+
+def test_a_name_with_a_slash_is_saved_as_any_other(tmp_path):
+    """A slash is a folder in a file of weights."""
+    regularizers = [
+        Monotone([0, 1], enforcement=AugmentedLagrangian(5.0, update_every=1), name="shape/rising"),
+        SpectralNorm(0.1, name="shape/steep"),
+    ]
+    model = jvpreg.JacobianModel(keras.Sequential([keras.Input((3,)), layers.Dense(3, "tanh")]), seed=1)
+    model.compile("sgd", "mse", jacobian_regularizers=regularizers)
+    model.train_on_batch(X, X)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    for tracker, other in zip(model._trackers, loaded._trackers, strict=True):
+        kept = ops.convert_to_numpy(tracker.carried)
+        assert np.abs(kept).max() > 0
+        np.testing.assert_array_equal(ops.convert_to_numpy(other.carried), kept)
+
+
+def test_a_name_with_a_slash_in_a_layer():
+    block = keras.Sequential([keras.Input((3,)), layers.Dense(3)])
+    layer = jvpreg.layers.JacobianPenalty(block, [SpectralNorm(0.1, name="shape/steep")])
+    layer(X, training=True)
+    assert float(ops.stop_gradient(layer.losses[0])) > 0

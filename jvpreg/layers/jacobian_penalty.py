@@ -11,6 +11,7 @@ from jvpreg.registry import register_wrapper
 from jvpreg.regularizers.base import (
     JacobianRegularizer,
     carried_initializer,
+    carried_name,
     carry_on,
     check_dependence,
     check_inputs,
@@ -94,7 +95,7 @@ class JacobianPenalty(keras.layers.Layer):
                     trainable=False,
                     aggregation="only_first_replica",
                     autocast=False,
-                    name=f"{regularizer.name}_carried",
+                    name=carried_name(regularizer.name),
                 )
             )
 

@@ -223,6 +223,11 @@ def _refuse_constant(regularizers: Sequence[JacobianRegularizer], reason: str) -
             )
 
 
+def carried_name(name: str) -> str:
+    """The name of the variable that a regularizer carries, by its own name: of no slash, which would be a folder."""
+    return f"carried_{name.replace('/', '>')}"
+
+
 def carried_initializer(regularizer: JacobianRegularizer, seed: int) -> keras.initializers.Initializer:
     """Of the variable that it carries."""
     if regularizer.carried_start == "zeros":
