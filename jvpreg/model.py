@@ -90,17 +90,17 @@ class JacobianModel(SteppedModel):
         """Builds a base that was given no input shape, for batches of any size."""
         if not self.base.built:
             self.base(tree.map_shape_structure(lambda shape: keras.KerasTensor((None, *shape[1:])), input_shape))
-        self._build_carried()
+        self._build_carried(self.jacobian_regularizers, self._trackers)
 
-    def _build_carried(self) -> None:
-        """Variables for what the regularizers carry from step to step, if the outputs' shape is known by now."""
+    def _build_carried(self, regularizers: Sequence[JacobianRegularizer], trackers: Sequence[PenaltyTracker]) -> None:
+        """Variables for what regularizers carry from step to step, if the outputs' shape is known by now."""
         inputs = self._symbolic_inputs()
         if inputs is None:
             return
-        check_inputs(self.jacobian_regularizers, self.base)
+        check_inputs(regularizers, self.base)
         known = getattr(self.base, "outputs", None)
         outputs = _single(list(known)) if known else self.base.compute_output_spec(inputs)
-        for i, (regularizer, tracker) in enumerate(zip(self.jacobian_regularizers, self._trackers, strict=True)):
+        for i, (regularizer, tracker) in enumerate(zip(regularizers, trackers, strict=True)):
             regularizer.check(inputs, outputs)
             shape = regularizer.carried_shape(outputs)
             if shape is not None and tracker.carried is None:
@@ -165,6 +165,8 @@ class JacobianModel(SteppedModel):
         `sample_weight` and `class_weight` weigh an example's penalty as they weigh its loss. Of several outputs with
         a weight each, an example has the mean, and so it has of weights `(B, T)` of steps in time; a regularizer with
         labels of its own has their weight, where they are given one.
+
+        What regularizers carry from step to step, multipliers and singular vectors, starts anew.
         """
         regularizers = check_regularizers(jacobian_regularizers, "jacobian_regularizers")
         interval = checks.count("jacobian_interval", jacobian_interval)
@@ -172,22 +174,23 @@ class JacobianModel(SteppedModel):
         evaluate = checks.boolean("jacobian_evaluate", jacobian_evaluate)
         check_names(regularizers, getattr(self.base, "output_names", ()), *args, **kwargs)
         _check_penalties_within(self.base, regularizers)
-        # Set only now: a call that is refused leaves the model as it was.
+        trackers = [PenaltyTracker(regularizer.name) for regularizer in regularizers]
+        self._build_carried(regularizers, trackers)
+        super().compile(*args, **kwargs)
+        # Set only now: a call that is refused, by Keras too, leaves the penalties as they were.
         self.jacobian_regularizers = regularizers
         self.jacobian_interval = interval
         self.jacobian_fraction = fraction
         self.jacobian_evaluate = evaluate
         # Cleared first: Keras would go on reporting what an earlier `compile` tracked.
         self._trackers.clear()
-        self._trackers.extend(PenaltyTracker(regularizer.name) for regularizer in regularizers)
+        self._trackers.extend(trackers)
         self._measures.clear()
         self._measures.extend(
             MeasureTracker(f"{regularizer.name}/{measure}", kind)
             for regularizer in regularizers
             for measure, kind in regularizer.measures.items()
         )
-        self._build_carried()
-        super().compile(*args, **kwargs)
 
     def fit(self, x=None, y=None, batch_size=None, epochs=1, verbose="auto", callbacks=None, **kwargs):
         """As `keras.Model.fit`.

@@ -6,7 +6,8 @@ import pytest
 from keras import layers, ops
 
 import jvpreg
-from jvpreg.regularizers import BiasJacobianNorm, FullJacobianNorm, JacobianNorm, JacobianRegularizer
+from jvpreg.constraints import Monotone
+from jvpreg.regularizers import BiasJacobianNorm, FullJacobianNorm, JacobianNorm, JacobianRegularizer, SpectralNorm
 
 X, Y = np.ones((8, 6), "float32"), np.zeros((8, 3), "float32")
 
@@ -108,3 +109,28 @@ def test_integers_beside_floats_and_after_an_embedding():
     logs = model.evaluate([np.ones((4, 2), int), np.ones((4, 3))], np.zeros((4, 2)), verbose=0, return_dict=True)
     kernel = ops.convert_to_numpy(linear.kernel)
     np.testing.assert_allclose(logs["frobenius_norm_squared"], np.sum(kernel[4:] ** 2), rtol=1e-5)
+
+
+# ---------------------------------------------------------------- compiling again
+
+
+@pytest.mark.parametrize("by", ["Keras", "a regularizer", "its name"])
+def test_a_compile_that_is_refused_leaves_the_penalties_as_they_were(by):
+    model = jvpreg.JacobianModel(dense(), seed=0)
+    model.compile("sgd", "mse", jacobian_regularizers=[SpectralNorm(0.1)], jacobian_interval=2)
+    model.fit(X, Y, verbose=0)
+    kept, carried = model.jacobian_regularizers, model._trackers[0].carried
+    refused = {
+        "Keras": ("nope", []),
+        "a regularizer": ("sgd", [JacobianNorm(0.2), Monotone([7])]),
+        "its name": ("sgd", [JacobianNorm(0.2, name="loss")]),
+    }
+    optimizer, regularizers = refused[by]
+    with pytest.raises(ValueError, match=r"nope|argument `features`|argument `name`"):
+        model.compile(optimizer, "mse", jacobian_regularizers=regularizers)
+    assert model.jacobian_regularizers == kept
+    assert model.jacobian_interval == 2
+    assert model._trackers[0].carried is carried
+    history = model.fit(X, Y, batch_size=4, verbose=0).history
+    assert set(history) == {"loss", "spectral_norm_squared"}
+    assert np.isfinite(history["spectral_norm_squared"]).all()
