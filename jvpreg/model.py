@@ -241,8 +241,10 @@ class JacobianModel(SteppedModel):
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """The loss as compiled, plus `strength × mean(penalty)` of each regularizer."""
         linearization, self._running.linearization = self._running.linearization, None
-        if self.loss is None and not self.losses and linearization is not None:
-            loss = ops.zeros(())  # Penalties alone: Keras would have nothing to compute.
+        if self.loss is None and not self.losses and self._has_penalties:
+            # Penalties alone: Keras would have nothing to compute. Not every step need have them.
+            always = linearization is not None and self.jacobian_interval == 1
+            loss = ops.zeros(()) if always else _differentiable_zero(y_pred)
         else:
             labels, weights = self._compiled(y, sample_weight)
             loss = super().compute_loss(x, labels, y_pred, weights, training=training)
@@ -431,6 +433,11 @@ def _check_penalties_within(base, regularizers) -> None:
             "model would leave out. Expected either `jacobian_regularizers` or JacobianPenalty layers. Received both: "
             "compile with `jacobian_regularizers=[]`, or take the blocks out of their JacobianPenalty."
         )
+
+
+def _differentiable_zero(outputs):
+    """The sum of no example: it has a gradient, without which Torch takes no step, and reads no number."""
+    return sum(ops.sum(ops.cast(y[:0], keras.config.floatx())) for y in tree.flatten(outputs))
 
 
 def _single(inputs: list):

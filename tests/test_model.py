@@ -700,3 +700,19 @@ def test_an_epoch_that_went_wrong_is_not_saved(tmp_path):
     with pytest.raises(FloatingPointError):
         compiled(smooth_base(), [Exploding(0.1)]).fit(x, y, verbose=0, callbacks=[checkpoint])
     assert not list(tmp_path.iterdir())
+
+
+def test_penalties_alone_where_not_every_step_has_them():
+    x = np.random.default_rng(0).normal(size=(8, 4)).astype("float32")
+    model = jvpreg.JacobianModel(keras.Sequential([keras.Input((4,)), layers.Dense(3, use_bias=False)]), seed=0)
+    model.compile(
+        keras.optimizers.SGD(0.1),
+        jacobian_regularizers=[JacobianNorm(0.1, num_probes=3, probes="orthogonal", side="output")],
+        jacobian_interval=2,
+        jacobian_evaluate=False,
+    )
+    before = model.get_weights()[-1]
+    model.fit(x, batch_size=4, verbose=0)
+    # One step of two, whose penalty counts twice: the gradient of 2 · 0.1 ‖W‖² is 0.4 W.
+    np.testing.assert_allclose(model.get_weights()[-1], 0.96 * before, rtol=1e-5)
+    assert model.evaluate(x, verbose=0) == 0

@@ -300,3 +300,11 @@ def test_a_distance_that_is_not_finite_is_named():
     x[0] = np.inf
     with pytest.raises(FloatingPointError, match=r"`activation_matching` was not finite at training step 1"):
         distiller.fit(x, y, verbose=0)
+
+
+def test_without_a_loss_an_evaluation_can_leave_the_distances_out():
+    x, _ = batch()
+    distiller = jvpreg.JacobianDistiller(teacher(), student(), [ActivationMatching(1.0)])
+    distiller.compile(keras.optimizers.SGD(0.0), jacobian_evaluate=False)
+    assert distiller.fit(x, verbose=0).history["loss"][0] > 1e-3
+    assert distiller.evaluate(x, verbose=0, return_dict=True) == {"loss": 0}
