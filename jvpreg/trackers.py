@@ -33,7 +33,9 @@ class MeasureTracker(keras.metrics.Metric):
         if self.kind == "mean":
             new = before + weight * value
         else:
-            new = ops.where(active > 0, ops.maximum(before, value) if self.kind == "max" else value, before)
+            # Not every backend's maximum tells of what is not a number.
+            largest = ops.where(ops.isnan(before + value), math.nan, ops.maximum(before, value))
+            new = ops.where(active > 0, largest if self.kind == "max" else value, before)
         self.value.assign(new)
         self.count.assign(self.count + weight)
 

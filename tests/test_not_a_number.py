@@ -178,3 +178,36 @@ def test_every_estimator_is_marked():
     assert len(ESTIMATORS) > 10
     assert all(hasattr(estimator, "__wrapped__") for estimator in ESTIMATORS.values())
     assert all("linearization" in inspect.signature(estimator).parameters for estimator in ESTIMATORS.values())
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_penalties_and_violations(number):
+    """A ReLU's slope of 0 would hide the example."""
+    x = spoilt(number)
+    regularizers = [
+        jvpreg.regularizers.JacobianNorm(0.1),
+        jvpreg.regularizers.SpectralNorm(0.1),
+        jvpreg.regularizers.BiasJacobianNorm(0.1, target="all"),
+        constraints.Monotone([0], tolerance=1e3),
+        constraints.Lipschitz(1e3, at="between"),
+    ]
+    model = jvpreg.JacobianModel(network(), seed=0)
+    model.compile("sgd", "mse", jacobian_regularizers=regularizers)
+    logs = model.evaluate(x, X, verbose=0, return_dict=True)
+    for name in [r.name for r in regularizers]:
+        assert np.isnan(logs[name]), name
+    for measure in ("violation_mean", "violation_max"):
+        assert np.isnan(logs[f"monotone/{measure}"]), measure
+    # Of the others it is known that they hold.
+    np.testing.assert_allclose(logs["monotone/violated"], 1 / 3, rtol=1e-6)
+    assert model.evaluate(X, X, verbose=0, return_dict=True)["monotone/violated"] == 0
+    with pytest.raises(FloatingPointError, match="`frobenius_norm_squared` was not finite at training step 1"):
+        model.fit(x, X, verbose=0)
+
+
+def test_distances_of_a_student():
+    distiller = jvpreg.JacobianDistiller(network(), network(), [jvpreg.distillation.JacobianMatching(1.0, "predicted")])
+    distiller.compile("sgd", "mse")
+    logs = distiller.evaluate(spoilt(np.nan), X, verbose=0, return_dict=True)
+    assert np.isnan(logs["jacobian_matching"])
+    assert np.isnan(logs["jacobian_matching_angle"])

@@ -10,6 +10,7 @@ from jvpreg.configs import revive
 from jvpreg.constraints.enforcement import AugmentedLagrangian, Penalty, as_enforcement
 from jvpreg.constraints.points import Box, as_points, between
 from jvpreg.estimators.operator import flatten
+from jvpreg.finite import nan_unless
 from jvpreg.regularizers.base import JacobianRegularizer
 
 MEASURES = {"violation_mean": "mean", "violation_max": "max", "violated": "mean"}
@@ -134,11 +135,15 @@ class Constraint(JacobianRegularizer):
     def measure(self, seen):
         """The violation's mean, its maximum, the fraction of points, and the largest multiplier."""
         worst = ops.stop_gradient(ops.max(self._components_of(seen), axis=-1))
+        worst = worst if seen.finite is None else nan_unless(seen.finite, worst)
+        mean = ops.mean(worst)
         measured = {
-            "violation_mean": ops.mean(worst),
-            "violation_max": ops.max(worst),
-            # Of what is not a number nothing is known, least of all that it holds.
-            "violated": ops.mean(ops.cast(ops.logical_not(worst <= self.tolerance), worst.dtype)),
+            "violation_mean": mean,
+            # Not every backend's maximum tells of what is not a number.
+            "violation_max": ops.where(ops.isnan(mean), mean, ops.max(worst)),
+            # Of what is not a number nothing is known, least of all that it holds. Not `logical_not`, of which
+            # TensorFlow's graphs make a `>`.
+            "violated": ops.mean(ops.where(worst <= self.tolerance, 0.0, ops.ones_like(worst))),
         }
         return {**measured, MULTIPLIER: ops.max(seen.carried[0])} if self._has_multipliers else measured
 

@@ -12,6 +12,7 @@ from jvpreg import checks, replicas
 from jvpreg.distillation.base import KerasLoss, MatchingLoss, View
 from jvpreg.distillation.checks import check_models, checked_losses, metric_names, zeros_like_inputs
 from jvpreg.distillation.pairs import Site
+from jvpreg.finite import finite_examples, nan_unless
 from jvpreg.freeze import linearize
 from jvpreg.full_jacobian import as_cotangent
 from jvpreg.linearization import Linearization
@@ -134,15 +135,15 @@ class JacobianDistiller(JacobianModel):
             for target, loss in self._targets().items()
         }
         seen = self._see(linearization, plain, cotangents, directions, side=1)
-        total = self._compare(products, seen, sample_weight, training)
+        total = self._compare(products, seen, finite_examples(linearization), sample_weight, training)
         if self.jacobian_regularizers:
             return total + super()._penalty(linearization, labels, sample_weight, training)
         if training:
             self._step.assign(self._step + 1)
         return total
 
-    def _compare(self, products: dict, seen: dict, sample_weight, training: bool):
-        """The weighted sum of the mean distances; the trackers are updated."""
+    def _compare(self, products: dict, seen: dict, finite, sample_weight, training: bool):
+        """The weighted sum of the mean distances, NaN for examples that are not finite; the trackers are updated."""
         weights = example_weights(sample_weight, own_keys(self.jacobian_regularizers))
         number = self._step + 1 if training else None
         means: list = []
@@ -155,11 +156,11 @@ class JacobianDistiller(JacobianModel):
                     f"`with_teacher` returns them. Received: none for `{loss.name}`."
                 )
             batch = ops.shape(student[0])[0]
-            mean = weighted_mean(loss.distance(teacher, student), weights)
+            mean = weighted_mean(nan_unless(finite, loss.distance(teacher, student)), weights)
             # What is only reported gets no gradient, not even one of zeros: 0 times an infinite slope is not a number.
             means.append(mean if loss.weight else ops.stop_gradient(mean))
             measured = loss.measure(teacher, tree.map_structure(ops.stop_gradient, student))
-            means += [ops.mean(measured[name]) for name in loss.measures]
+            means += [ops.mean(nan_unless(finite, measured[name])) for name in loss.measures]
             weighings += [loss.weight, *[0.0] * len(loss.measures)]
         dtype = keras.backend.result_type("float32", *(mean.dtype for mean in means))
         found = ops.stack([ops.cast(mean, dtype) for mean in means])

@@ -11,7 +11,7 @@ import keras
 from keras import ops, tree
 
 from jvpreg import checks
-from jvpreg.finite import finite_examples
+from jvpreg.finite import finite_examples, nan_unless
 from jvpreg.inputs import graph_of
 from jvpreg.linearization import Linearization
 
@@ -32,6 +32,8 @@ class Seen:
         found: what `look` returned.
         carried: what the regularizer carries from step to step, or None.
         weights: the weight of each example in the loss, `(B,)`, or None: all are 1.
+        finite: whether the inputs and outputs of each example are finite, `(B,)`, or None: all are. What is measured
+            where they are not is not known, though the Jacobian may be finite: a slope of 0 hides what is no number.
         computed: what its methods put here for each other.
     """
 
@@ -45,6 +47,7 @@ class Seen:
     found: Any = None
     carried: Any = None
     weights: Any = None
+    finite: Any = None
     computed: dict = field(default_factory=dict, repr=False, compare=False)
 
 
@@ -334,7 +337,7 @@ class Outcome:
     """What came of one request.
 
     Attributes:
-        penalty: of each example, `(B,)` in float32.
+        penalty: of each example, `(B,)` in float32; NaN where its inputs or outputs are not finite.
         sums: of the examples, for what the regularizer carries on; None if that is nothing.
         measured: what it reports beside its penalty.
     """
@@ -360,13 +363,13 @@ def outcomes(linearization: Linearization, asked: Sequence[Request], weights: Se
     pulled = _share(linearization.vjp, [request.cotangents for request in asked])
     result = []
     weights = weights or [None] * len(asked)
-    carries = any(request.carried is not None for request in asked)
     # A nonlinearity may hide what is not a number from the Jacobian, by a slope of 0.
-    usable = ops.all(finite_examples(linearization)) if carries else True
+    finite = finite_examples(linearization)
     for request, directions, jvp, vjp, weight in zip(asked, wanted, pushed, pulled, weights, strict=True):
         regularizer, labels = request.regularizer, request.labels
         found = regularizer.look(linearization, request.drawn, labels)
-        seen = Seen(jvp, vjp, directions, request.cotangents, inputs, outputs, labels, found, request.carried, weight)
+        shown = (jvp, vjp, directions, request.cotangents, inputs, outputs, labels, found)
+        seen = Seen(*shown, carried=request.carried, weights=weight, finite=finite)
         penalty = regularizer.penalty(seen)
         batch = tree.flatten(outputs)[0].shape[0]
         if len(penalty.shape) != 1 or (None not in (batch, penalty.shape[0]) and penalty.shape[0] != batch):
@@ -374,12 +377,12 @@ def outcomes(linearization: Linearization, asked: Sequence[Request], weights: Se
                 f"`{regularizer.name}` ({type(regularizer).__name__}) returned a penalty of the wrong "
                 f"shape. Expected (B,), one number an example. Received: {tuple(penalty.shape)}"
             )
-        penalty = ops.cast(penalty, keras.backend.result_type(penalty.dtype, "float32"))
+        penalty = nan_unless(finite, ops.cast(penalty, keras.backend.result_type(penalty.dtype, "float32")))
         if regularizer.strength == 0 and not regularizer.scheduled:
             # It is only reported. A gradient of zeros would still be one: 0 times an infinite slope is not a number.
             penalty = ops.stop_gradient(penalty)
         sums = None if request.carried is None else regularizer.sums(seen, request.carried)
-        sums = None if sums is None else ops.where(usable, sums, math.nan)
+        sums = None if sums is None else ops.where(ops.all(finite), sums, math.nan)
         result.append(Outcome(penalty, sums, regularizer.measure(seen)))
     return result
 
