@@ -11,7 +11,7 @@ from jvpreg import checks, replicas, seeds
 from jvpreg.freeze import linearize
 from jvpreg.layers.jacobian_penalty import JacobianPenalty
 from jvpreg.linearization import Linearization
-from jvpreg.names import check_names
+from jvpreg.names import check_names, reported_names
 from jvpreg.registry import register_wrapper
 from jvpreg.regularizers.base import (
     JacobianRegularizer,
@@ -134,6 +134,10 @@ class JacobianModel(SteppedModel):
         """Those of every penalty."""
         return self._trackers
 
+    def _reported_names(self, regularizers: Sequence[JacobianRegularizer]) -> list[str]:
+        """The names in the logs of what it reports beside Keras."""
+        return reported_names(regularizers)
+
     def compute_output_shape(self, input_shape):
         """The base model's."""
         return self.base.compute_output_shape(input_shape)
@@ -172,7 +176,7 @@ class JacobianModel(SteppedModel):
         interval = checks.count("jacobian_interval", jacobian_interval)
         fraction = checks.number("jacobian_fraction", jacobian_fraction, above=0, most=1)
         evaluate = checks.boolean("jacobian_evaluate", jacobian_evaluate)
-        check_names(regularizers, getattr(self.base, "output_names", ()), *args, **kwargs)
+        check_names(self._reported_names(regularizers), getattr(self.base, "output_names", ()), *args, **kwargs)
         _check_penalties_within(self.base, regularizers)
         trackers = [PenaltyTracker(regularizer.name) for regularizer in regularizers]
         self._build_carried(regularizers, trackers)

@@ -7,16 +7,20 @@ from keras import tree
 from jvpreg.regularizers.base import JacobianRegularizer
 
 
-def check_names(regularizers: Sequence[JacobianRegularizer], output_names: Iterable[str], *args, **compiled) -> None:
-    """Raises a ValueError where what a regularizer reports has the name of something else in the logs.
+def reported_names(regularizers: Sequence[JacobianRegularizer]) -> list[str]:
+    """Of each regularizer its own, and those of what else it measures."""
+    return [name for r in regularizers for name in (r.name, *(f"{r.name}/{measure}" for measure in r.measures))]
+
+
+def check_names(names: Sequence[str], output_names: Iterable[str], *args, **compiled) -> None:
+    """Raises a ValueError where what a model reports beside Keras has the name of something else in the logs.
 
     Args:
-        regularizers: of `compile`.
+        names: of all that it reports of regularizers and matching losses.
         output_names: those of the model's outputs, where it has several.
         *args: of `keras.Model.compile`.
         **compiled: of `keras.Model.compile`.
     """
-    names = [name for r in regularizers for name in (r.name, *(f"{r.name}/{measure}" for measure in r.measures))]
     if len(set(names)) < len(names):
         raise ValueError(
             "Invalid value for argument `jacobian_regularizers`. Expected names that differ, since each names a metric "
@@ -32,7 +36,8 @@ def check_names(regularizers: Sequence[JacobianRegularizer], output_names: Itera
         if name in theirs or name.startswith("val_"):
             other = "what Keras reports of a validation" if name.startswith("val_") else f"the loss or metric `{name}`"
             raise ValueError(
-                'Invalid value for argument `name` of a Jacobian regularizer. Expected a name other than "loss", than '
+                "Invalid value for argument `name` of a Jacobian regularizer or a matching loss. "
+                'Expected a name other than "loss", than '
                 f'those of the metrics, and not one that begins with "val_". Received: name={name!r}, which would '
                 f"replace {other} in the logs"
             )

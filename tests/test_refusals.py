@@ -35,7 +35,7 @@ def two_outputs():
 )
 def test_a_name_that_the_logs_have_already_is_refused(base, name, arguments):
     model = jvpreg.JacobianModel(base())
-    with pytest.raises(ValueError, match=f"argument `name` of a Jacobian regularizer.*name='{name}'"):
+    with pytest.raises(ValueError, match=f"argument `name` of a Jacobian regularizer or .*name='{name}'"):
         model.compile("sgd", "mse", jacobian_regularizers=[JacobianNorm(0.1, name=name)], **arguments)
 
 

@@ -95,6 +95,9 @@ class JacobianDistiller(JacobianModel):
     def _all_trackers(self):
         return [*self._trackers, *self._matching_trackers]
 
+    def _reported_names(self, regularizers):
+        return [*super()._reported_names(regularizers), *metric_names(self.matching_losses)]
+
     def _is_plain_step(self) -> bool:
         return False
 
@@ -102,14 +105,8 @@ class JacobianDistiller(JacobianModel):
         """As `JacobianModel.compile`. `jacobian_evaluate` is for the distances too; interval and fraction are not.
 
         Raises:
-            ValueError: a regularizer has the name of a matching loss.
+            ValueError: a matching loss has the name of a regularizer, of a metric, or of what else Keras reports.
         """
-        taken = metric_names(self.matching_losses)
-        if both := [r.name for r in jacobian_regularizers or () if getattr(r, "name", None) in taken]:
-            raise ValueError(
-                "Invalid value for argument `jacobian_regularizers`. Expected names that differ from those of the "
-                f"matching losses, since each names a metric (pass `name=`). Received: {both}"
-            )
         super().compile(*args, jacobian_regularizers=jacobian_regularizers, **kwargs)
 
     def call(self, inputs, training=None):

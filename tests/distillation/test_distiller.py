@@ -273,7 +273,7 @@ def test_with_jacobian_regularizers():
     history = distiller.fit(x, y, epochs=4, verbose=0).history
     assert np.isfinite(history["activation_matching"]).all()
     np.testing.assert_array_equal(np.isnan(history["full_jacobian_norm_squared"]), [False, True, False, True])
-    with pytest.raises(ValueError, match=r"names that differ from those of the matching losses.* \['softened'\]"):
+    with pytest.raises(ValueError, match=r"argument `jacobian_regularizers`. Expected names that differ.* 'softened'"):
         distill(all_losses(), jacobian_regularizers=[jvpreg.regularizers.JacobianNorm(0.1, name="softened")])
 
 
@@ -308,3 +308,14 @@ def test_without_a_loss_an_evaluation_can_leave_the_distances_out():
     distiller.compile(keras.optimizers.SGD(0.0), jacobian_evaluate=False)
     assert distiller.fit(x, verbose=0).history["loss"][0] > 1e-3
     assert distiller.evaluate(x, verbose=0, return_dict=True) == {"loss": 0}
+
+
+@pytest.mark.parametrize("name", ["mae", "val_loss"])
+def test_a_loss_with_a_name_that_the_logs_have_already(name):
+    with pytest.raises(ValueError, match=f"or a matching loss.*name='{name}'"):
+        distill([ActivationMatching(1.0, name=name)], metrics=["mae"])
+
+
+def test_regularizers_that_are_no_list():
+    with pytest.raises(ValueError, match=r"argument `jacobian_regularizers`. Expected a list"):
+        distill(all_losses()[:1], jacobian_regularizers=jvpreg.regularizers.JacobianNorm(0.1))
