@@ -407,8 +407,11 @@ class JacobianModel(SteppedModel):
     def load_own_variables(self, store):
         """Loads what `save_own_variables` stored."""
         store = {key: store[key] for key in store.keys()}  # noqa: SIM118 -- an h5 store has no __iter__
+        # A base with more or less dropout has other seeds: those that are there are assigned.
+        seeds_stored = {key: store.pop(key) for key in list(store) if key.startswith("seed_")}
         for i, state in enumerate(self._seed_states()):
-            state.assign(store.pop(f"seed_{i}"))
+            if f"seed_{i}" in seeds_stored:
+                state.assign(seeds_stored[f"seed_{i}"])
         # Of a model that was compiled otherwise, they are left.
         carried = {key: store.pop(key) for key in list(store) if key.startswith("carried_")}
         for tracker in self._trackers:

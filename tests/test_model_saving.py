@@ -139,3 +139,34 @@ def test_a_regularizer_that_is_not_registered_is_named(tmp_path):
         keras.models.load_model(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras", custom_objects={"Unregistered": Unregistered})
     assert type(loaded.jacobian_regularizers[0]) is Unregistered
+
+
+def test_a_layer_draws_on_after_loading(tmp_path):
+    block = keras.Sequential([keras.Input((6,)), layers.Dense(3, activation="tanh")])
+    model = keras.Sequential([keras.Input((6,)), jvpreg.layers.JacobianPenalty(block, [JacobianNorm(0.1)], seed=3)])
+    x, _ = data()
+
+    def penalty(one):
+        one(x, training=True)
+        return float(ops.stop_gradient(one.losses[0]))
+
+    first = penalty(model)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    expected = penalty(model)
+    assert abs(expected - first) > 1e-3 * first
+    np.testing.assert_allclose(penalty(loaded), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dropout", [("saved",), ("loaded",)])
+def test_weights_of_a_base_with_other_dropout(dropout, tmp_path):
+    def make(with_dropout):
+        noise = [layers.Dropout(0.3, seed=1)] if with_dropout else []
+        return jvpreg.JacobianModel(keras.Sequential([keras.Input((6,)), layers.Dense(4), *noise, layers.Dense(3)]))
+
+    saved, loaded = make("saved" in dropout), make("loaded" in dropout)
+    saved.save_weights(tmp_path / "model.weights.h5")
+    loaded.load_weights(tmp_path / "model.weights.h5")
+    assert_same_weights(saved, loaded)
+    for one, other in zip(saved._seed_states()[:2], loaded._seed_states()[:2], strict=True):
+        np.testing.assert_array_equal(ops.convert_to_numpy(one), ops.convert_to_numpy(other))

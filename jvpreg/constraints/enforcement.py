@@ -76,7 +76,8 @@ class AugmentedLagrangian:
 
     Args:
         rho: how fast multipliers grow, positive.
-        update_every: they grow every so many steps, by the mean over these.
+        update_every: they grow every so many steps, by the mean over these. Only steps with penalties count: with a
+            `jacobian_interval` of 4, `update_every=5` is every 20 training steps.
 
     Raises:
         ValueError: an argument is out of its range.

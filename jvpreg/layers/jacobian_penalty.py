@@ -129,6 +129,19 @@ class JacobianPenalty(keras.layers.Layer):
             self.add_loss(request.regularizer.strength * combined.for_loss[i])
         return outputs
 
+    def save_own_variables(self, store):
+        """As Keras', with the state of the seed: a loaded layer draws what this one would have drawn."""
+        super().save_own_variables(store)
+        store["seed"] = ops.convert_to_numpy(self._seed_generator.state)
+
+    def load_own_variables(self, store):
+        """Loads what `save_own_variables` stored."""
+        store = {key: store[key] for key in store.keys()}  # noqa: SIM118 -- an h5 store has no __iter__
+        state = store.pop("seed", None)
+        if state is not None:
+            self._seed_generator.state.assign(state)
+        super().load_own_variables(store)
+
     def compute_output_shape(self, input_shape):
         """The block's."""
         return self.block.compute_output_shape(input_shape)
