@@ -111,7 +111,7 @@ def text(name: str, value, optional: bool = False, owner: str = "") -> Any:
     if optional and value is None:
         return None
     if not isinstance(value, str) or not value:
-        raise invalid(name, f"a string{', or None' if optional else ''}", value, owner)
+        raise invalid(name, f"a string that is not empty{', or None' if optional else ''}", value, owner)
     return value
 
 

@@ -247,7 +247,8 @@ class JacobianModel(SteppedModel):
         linearization, self._running.linearization = self._running.linearization, None
         if self.loss is None and not self.losses and self._has_penalties:
             # Penalties alone: Keras would have nothing to compute. Not every step need have them.
-            always = linearization is not None and self.jacobian_interval == 1
+            trained_on = any(one.scheduled or one.strength for one in self.jacobian_regularizers)
+            always = linearization is not None and self.jacobian_interval == 1 and trained_on
             loss = ops.zeros(()) if always else _differentiable_zero(y_pred)
         else:
             labels, weights = self._compiled(y, sample_weight)

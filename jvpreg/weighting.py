@@ -53,8 +53,9 @@ def example_weights(sample_weight, own: Collection[str] = (), keys: Iterable[str
         own: the keys of labels that are a regularizer's own.
         keys: those of the regularizer whose penalty is weighed: their weights are its weights.
 
-    Without weights of its own, a regularizer has the mean of the other labels' weights, where no weight is 1. Weights
-    of parts of an example, of steps in time for instance, are averaged first, as the loss averages over the parts.
+    Without weights of its own, a regularizer has the mean of the other labels' weights; a missing weight counts as 1.
+    Weights of parts of an example, of steps in time for instance, are averaged first, as the loss averages over the
+    parts.
     """
     leaves = [sample_weight[key] for key in keys if isinstance(sample_weight, dict) and key in sample_weight]
     if all(leaf is None for leaf in leaves):

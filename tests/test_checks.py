@@ -47,7 +47,7 @@ def test_what_is_kept_is_plain(check, value, kept):
         (lambda v: checks.number("n", v, above=1, finite=False), (1, math.nan), "a number above 1"),
         (lambda v: checks.boolean("n", v), (1, 0, "no", None, np.zeros(1)), "True or False"),
         (lambda v: checks.choice("n", v, ("a", 1, None)), ("b", True, 1.0, ["a"], np.array(["a"])), '"a", 1 or None'),
-        (lambda v: checks.text("n", v), ("", 3, None, b"x"), "a string"),
+        (lambda v: checks.text("n", v), ("", 3, None, b"x"), "a string that is not empty"),
         (lambda v: checks.paths("n", v), ("a", [1], [""], None, {"a"}), "a list of paths of layers"),
         (lambda v: checks.paths("n", v), (["a", "a"],), "each of them once"),
         (lambda v: checks.function("n", v, "a function of x"), (None, "f"), "a function of x"),

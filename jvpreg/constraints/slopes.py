@@ -117,10 +117,10 @@ class Bounded(_Directed):
         super().__init__(directions, "directions", arguments)
         self.low = -math.inf if low is None else checks.number("low", low, below=math.inf, finite=False)
         self.high = math.inf if high is None else checks.number("high", high, above=-math.inf, finite=False)
-        if self.low > self.high or (self.low, self.high) == (-math.inf, math.inf):
-            raise checks.invalid(
-                "low", f"a bound or None, not above `high`, which is {high!r}, and one of the two", low
-            )
+        if (self.low, self.high) == (-math.inf, math.inf):
+            raise checks.invalid("low", f"a bound where `high` is none, which is {high!r}", low)
+        if self.low > self.high:
+            raise checks.invalid("low", f"a bound that is not above `high`, which is {high!r}", low)
 
     def violation(self, seen):
         """What is missing to `low`, or is above `high`."""
@@ -210,9 +210,10 @@ class KnownDerivative(_Directed):
         if not isinstance(targets, str) and not callable(targets):
             raise checks.invalid("targets", "a key of the labels, or a function of the inputs", targets)
         if isinstance(targets, str) and self.at != "data":
+            at = super().get_config()["at"]  # as its user wrote it
             raise ValueError(
                 "Invalid value for argument `targets`. Expected a function of the inputs, since points other than the "
-                f"data have no labels. Received: targets={targets!r}, at={self.at!r}"
+                f"data have no labels. Received: targets={targets!r}, at={at!r}"
             )
         self.targets = targets
         self.label_keys = (targets,) if isinstance(targets, str) else ()

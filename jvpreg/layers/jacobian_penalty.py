@@ -64,11 +64,12 @@ class JacobianPenalty(keras.layers.Layer):
         self.regularizers = check_regularizers(regularizers, "regularizers")
         for regularizer in self.regularizers:
             if regularizer.at != "data" or regularizer.scheduled or regularizer.label_keys:
+                at = regularizer.get_config().get("at", regularizer.at)  # as its user wrote it
                 labels = f" and the labels {list(regularizer.label_keys)}" if regularizer.label_keys else ""
                 raise ValueError(
                     "Invalid value for argument `regularizers`. Expected regularizers on the data, without a schedule "
                     f"or labels of their own, which is what a layer sees. Received: `{regularizer.name}`, with "
-                    f"at={regularizer.at!r}{' and a schedule' if regularizer.scheduled else ''}{labels}. List it in "
+                    f"at={at!r}{' and a schedule' if regularizer.scheduled else ''}{labels}. List it in "
                     "`compile` of a JacobianModel."
                 )
         self.seed = checks.seed("seed", seed, optional=True)

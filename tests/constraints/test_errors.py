@@ -111,14 +111,18 @@ def test_what_does_not_fit_the_model(constraint, sizes, message, shape_known):
         (lambda: Penalty(1.0, schedule=3), "`schedule`. Expected a function"),
         (lambda: AugmentedLagrangian(0.0), "`rho`. Expected a finite number above 0"),
         (lambda: AugmentedLagrangian(1.0, update_every=0), "`update_every`"),
-        (lambda: Bounded(1.0, 0.0, [0]), "`low`. Expected a bound or None, not above `high`"),
-        (lambda: Bounded(None, None, [0]), "`low`"),
+        (lambda: Bounded(1.0, 0.0, [0]), "`low`. Expected a bound that is not above `high`, which is 0.0"),
+        (lambda: Bounded(None, None, [0]), "`low`. Expected a bound where `high` is none, which is None"),
         (lambda: Lipschitz(0.0), "`bound`"),
         (lambda: Lipschitz(1.0, norm=3), "`norm`"),
         (lambda: Lipschitz(1.0, side="both"), "`side`"),
         (lambda: Symmetric(num_pairs=0), "`num_pairs`"),
         (lambda: KnownDerivative(3, [0]), "`targets`. Expected a key of the labels"),
-        (lambda: KnownDerivative("slope", [0], at="between"), "points other than the data have no labels"),
+        (
+            lambda: KnownDerivative("slope", [0], at="between"),
+            "no labels. Received: targets='slope', at='between'",
+        ),
+        (lambda: Monotone([0], name=""), "`name`. Expected a string that is not empty, or None"),
         (lambda: Linear("g", [0]), "`function`"),
         (lambda: Box(1.0, 0.0, 3), "`low`"),
         (lambda: Box(0.0, 1.0, 0), "`num_points`"),
@@ -208,5 +212,5 @@ def test_a_layer_has_no_labels():
 )
 def test_a_layer_has_neither_points_nor_steps(arguments):
     block = keras.Sequential([keras.Input((3,)), layers.Dense(1)])
-    with pytest.raises(ValueError, match="Expected regularizers on the data, without a schedule"):
+    with pytest.raises(ValueError, match=r"Expected regularizers on the data, without .* at='(data|between)'"):
         jvpreg.layers.JacobianPenalty(block, [Monotone([0], **arguments)])
