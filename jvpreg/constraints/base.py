@@ -1,5 +1,6 @@
 """The base class of constraints: a regularizer whose price is that of a violation."""
 
+import math
 from collections.abc import Callable, Mapping
 
 import keras
@@ -136,11 +137,11 @@ class Constraint(JacobianRegularizer):
         """The violation's mean, its maximum, the fraction of points, and the largest multiplier."""
         worst = ops.stop_gradient(ops.max(self._components_of(seen), axis=-1))
         worst = worst if seen.finite is None else nan_unless(seen.finite, worst)
-        mean = ops.mean(worst)
+        unknown = ops.any(ops.isnan(worst))  # of no examples, which a replica may have, false
         measured = {
-            "violation_mean": mean,
+            "violation_mean": ops.mean(worst),
             # Not every backend's maximum tells of what is not a number.
-            "violation_max": ops.where(ops.isnan(mean), mean, ops.max(worst)),
+            "violation_max": ops.where(unknown, math.nan, ops.max(worst)),
             # Of what is not a number nothing is known, least of all that it holds. Not `logical_not`, of which
             # TensorFlow's graphs make a `>`.
             "violated": ops.mean(ops.where(worst <= self.tolerance, 0.0, ops.ones_like(worst))),

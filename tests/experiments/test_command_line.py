@@ -116,8 +116,11 @@ def test_an_error_of_the_code_has_its_traceback(monkeypatch):
     ],
 )
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_study_that_is_asked_to_end_says_how_to_go_on(number, status, words, hint, monkeypatch, capsys):
+def test_a_study_that_is_asked_to_end_says_how_to_go_on(number, status, words, hint, request, monkeypatch, capsys):
     before = signal.getsignal(signal.SIGTERM)
+    # A job in the background of a shell has it ignored.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, interrupt))
     run = lambda config: signal.raise_signal(number)  # noqa: E731
     for study in ("train", "estimators"):
         monkeypatch.setitem(STUDIES, study, STUDIES[study]._replace(run=run))

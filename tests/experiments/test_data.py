@@ -12,6 +12,7 @@ import pytest
 from experiments import data
 from experiments.config import DataConfig
 from experiments.errors import ExperimentError
+from experiments.run_folder import RunFolder
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -129,4 +130,4 @@ def test_without_data_and_network_the_error_comes_in_seconds_and_says_what_to_do
     assert "TFDS_DATA_DIR" in message
     assert "--data.name=digits" in message
     assert time.monotonic() - start < 30
-    assert not (tmp_path / "run").exists()
+    assert not RunFolder(tmp_path / "run").holds_run
