@@ -199,12 +199,15 @@ def callbacks(
     progress: Progress,
 ) -> list[keras.callbacks.Callback]:
     """The callbacks, in an order that matters: a logger sees what those before it put into the logs."""
+    probe, *readers = jacobian_callbacks(dataset, config, folder)
     return [
         batches.order_epochs(),
         seed_epochs(config.seed),
-        *jacobian_callbacks(dataset, config, folder),
-        # Last: an epoch counts as done once everything else about it is on disk.
+        probe,
+        *readers,
+        # After them: an epoch counts as done once everything else about it is on disk.
         EpochEnd(folder.backups, progress, folder.history, folder.best_model, MONITOR),
+        jvpreg.callbacks.JacobianProgbarLogger(probe),
     ]
 
 

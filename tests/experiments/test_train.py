@@ -109,12 +109,15 @@ def test_the_offline_wandb_run_has_every_epoch_and_the_jacobian(finished):
     assert "jacobian/top_singular_values_history/path" in rows[-1]
 
 
-def test_strength_zero_trains_the_plain_model(tmp_path):
+def test_strength_zero_trains_the_plain_model(tmp_path, capsys):
     config = small(tmp_path / "plain", jacobian=JacobianConfig(strength=0.0), epochs=1)
     train(config)
     history = RunFolder(tmp_path / "plain").read_history()
     assert not any("frobenius_norm_squared" in key for key in history)
     assert history.keys() >= JACOBIAN_KEYS  # a plain model's Jacobian is watched all the same
+    shown = capsys.readouterr().out
+    assert "    ‖J‖ " in shown
+    assert "jacobian/" not in shown.replace("/jacobian/", "")  # but in one short line
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(finished, capsys):
