@@ -248,13 +248,14 @@ class Tracer:
 
         # With symbols for its own weights too, what is made of them is part of the graph.
         owned = {key: value for key, value in _attributes(layer).items() if isinstance(value, keras.Variable)}
-        with _seeds_put_back(layer):
+        with _seeds_put_back(layer) as put_back:
             try:
-                with _seeds_put_back(layer), _symbols_for_weights(layer, owned, dtype) as weights:
+                with _symbols_for_weights(layer, owned, dtype) as weights:
                     symbols, inputs = masks.symbols(args, kwargs, symbol)
                     graph = keras.Function([*inputs, *weights], self._call(layer, symbols, dtype))
             except Exception:
                 # A call that reads `weight.value`, or assigns to it.
+                put_back()
                 owned = {}
                 symbols, inputs = masks.symbols(args, kwargs, symbol)
                 graph = keras.Function(inputs, self._call(layer, symbols, dtype))
@@ -529,15 +530,23 @@ def _forgotten(operation):
 
 @contextlib.contextmanager
 def _seeds_put_back(layer):
-    """A context in which a layer draws random numbers; if it fails, it has drawn none."""
-    drawn = layer.variables if isinstance(layer, keras.Layer) else []
-    seeds = [variable for variable in drawn if not any(variable is weight for weight in layer.weights)]
+    """A context in which a layer may draw random numbers, of which it has drawn none if it fails.
+
+    It gives a function that takes back what was drawn so far, for another try.
+    """
+    weights = {id(variable) for variable in layer.weights} if isinstance(layer, keras.Layer) else set()
+    known = layer.variables if isinstance(layer, keras.Layer) else []
+    seeds = [variable for variable in known if id(variable) not in weights]
     before = [ops.convert_to_tensor(variable) + 0 for variable in seeds]
-    try:
-        yield
-    except Exception:
+
+    def put_back():
         for variable, value in zip(seeds, before, strict=True):
             variable.assign(value)
+
+    try:
+        yield put_back
+    except Exception:
+        put_back()
         raise
 
 
