@@ -1,4 +1,7 @@
-"""Files that are whole or not there: each is written beside its place and renamed, whatever stops the process."""
+"""Files that are whole or not there: each is written beside its place and renamed, whatever stops the process.
+
+Without Keras, and so not by the files of jvpreg's callbacks: `status` and errors in a key are told in a moment.
+"""
 
 import contextlib
 import json

@@ -210,8 +210,13 @@ class FrozenGraph:
     @property
     def moving(self) -> list[Node]:
         """The nodes that cannot be cut by examples, though these are apart: what is frozen has them elsewhere."""
-        reached = [node for node in self.nodes if any(value.slot in self._reached for value in node.outputs)]
-        return [node for node in reached if not node.can_be_cut(self.locations, self._reached)]
+        pairs = [pair for pair in zip(self.nodes, self._cuttable, strict=True) if not pair[1]]
+        return [node for node, _ in pairs if any(value.slot in self._reached for value in node.outputs)]
+
+    @functools.cached_property
+    def _cuttable(self) -> list[bool]:
+        """Whether each node can be cut by examples."""
+        return [node.can_be_cut(self.locations, self._reached) for node in self.nodes]
 
     @functools.cached_property
     def _reached(self) -> set[int]:
@@ -245,9 +250,8 @@ class FrozenGraph:
 
     def take(self, indices) -> "FrozenGraph":
         """The graph for the examples at `indices` only."""
-        cut = [node.can_be_cut(self.locations, self._reached) for node in self.nodes]
-        pairs = zip(self.nodes, cut, strict=True)
-        nodes = [node.take(indices, self.locations) if can_be else node for node, can_be in pairs]
+        pairs = zip(self.nodes, self._cuttable, strict=True)
+        nodes = [node.take(indices, self.locations) if cuttable else node for node, cuttable in pairs]
         return FrozenGraph(nodes, self.inputs, self.outputs, self.variables)
 
     def push(

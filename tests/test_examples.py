@@ -189,6 +189,9 @@ WHOLE = {
     "larger": lambda: Function(lambda x: ops.maximum(x, ops.mean(ops.stop_gradient(x), axis=0))),
     "chosen": lambda: Function(lambda x: ops.where(ops.any(x > 0.8, axis=0), x, ops.square(x))),
     "gram": lambda: Function(frozen_gram),
+    "padded": lambda: Function(
+        lambda x: ops.pad(x, [(0, 0), (0, 0), (1, 2)], constant_values=ops.max(ops.stop_gradient(x)))
+    ),
 }
 # Where it cannot be told, as it could be were it made before the layer, nothing is cut.
 UNTOLD = {

@@ -99,16 +99,19 @@ def _pad_with_a_tensor(operation, x, value):
     """A constant that may have a tangent itself. Not by the operation, which on Torch takes a number."""
     if len(value.shape):
         raise Declined("several constants")
-    outside = ops.cast(operation.call(ops.zeros_like(x), 1), "bool")
 
-    def push(x_tangent, value_tangent, outside):
+    def outside(x):
+        return ops.cast(operation.call(ops.zeros_like(x), 1), "bool")
+
+    def push(x_tangent, value_tangent, x):
         images = [] if x_tangent is None else [each_probe(operation.call)(x_tangent)]
         if value_tangent is not None:
-            images.append(ops.where(outside, align(convert(value_tangent, x.dtype), len(x.shape) + 1), 0.0))
+            spread = align(convert(value_tangent, x.dtype), len(x.shape))
+            images.append(ops.where(outside(x[0]), spread, 0.0))
         return functools.reduce(ops.add, images)
 
-    y = ops.where(outside, convert(value, x.dtype), operation.call(x))
-    return y, Pushforward(push, outside, takes_none=True, examples=along(operation, x))
+    y = ops.where(outside(x), convert(value, x.dtype), operation.call(x))
+    return y, Pushforward(push, x, takes_none=True, examples=along(operation, x.shape))
 
 
 @register_rule(numpy_ops.GetItem)
