@@ -85,14 +85,15 @@ def lines(logged: Mapping[str, float], prefix: str) -> list[str]:
         logged: a dict from names to numbers, as `JacobianProbe.logged` has it.
         prefix: of the names.
     """
-    places: dict[str, list[str]] = {}
+    places: dict[str, dict[str, str]] = {}
     for key, value in logged.items():
         if f"{key}_sem" not in logged:  # A standard error, or the part that converged.
             continue
         place, _, name = key.removeprefix(f"{prefix}/").rpartition("/")
         entry = f"{_symbol(name)} {_number(value, logged[f'{key}_sem'])}"
-        places.setdefault(place, []).append(entry + _unconverged(key, logged))
-    return [line for place, entries in places.items() for line in _wrapped(place, entries)]
+        # The spectral norm is the first of the largest singular values, and there once.
+        places.setdefault(place, {}).setdefault(_symbol(name), entry + _unconverged(key, logged))
+    return [line for place, entries in places.items() for line in _wrapped(place, list(entries.values()))]
 
 
 def _wrapped(place: str, entries: list[str]) -> list[str]:

@@ -57,6 +57,14 @@ def logged(**numbers):
             {"singular_values_12": 2.0, "singular_values_12_sem": 0.1, "singular_values_converged": 0.98},
             "σ₁₂ 2.00±0.10 (2 % unconverged)",
         ),
+        (
+            {
+                f"{name}{end}": value
+                for name in ("spectral_norm", "top_singular_values_1", "top_singular_values_2")
+                for end, value in (("", 2.0), ("_sem", 0.1))
+            },
+            "σ₁ 2.00±0.10  σ₂ 2.00±0.10",
+        ),
         # A metric that has such a name itself.
         ({"m_converged": 0.5, "m_converged_sem": 0.1}, "m_converged 0.50±0.10"),
         (
