@@ -67,11 +67,7 @@ def frobenius_norm(
         operator = operator.transpose
     size = operator.shape[1]
     if num_probes >= size:
-        products = operator.matvec(operator.basis())
-        unit = magnitude(products)
-        value = unit * ops.sqrt(ops.sum(squared_norm(products / ops.expand_dims(unit, -1)), axis=0))
-        zero = ops.zeros_like(value)
-        return Estimate(value, zero, zero, ops.isfinite(value), size)
+        return _exact_norm(operator)
     if num_probes < 2:
         raise checks.invalid("num_probes", "at least 2: one probe has no standard error", num_probes)
     products = operator.matvec(operator.draw(probes, num_probes, seed))
@@ -82,6 +78,15 @@ def frobenius_norm(
     sem = unit * sem / ops.where(value > 0, 2 * value, 1.0)
     value = unit * value
     return Estimate(value, sem, ops.zeros_like(value), ops.isfinite(value), num_probes)
+
+
+def _exact_norm(operator: Operator) -> Estimate:
+    """By the whole matrix, column by column."""
+    products = operator.matvec(operator.basis())
+    unit = magnitude(products)
+    value = unit * ops.sqrt(ops.sum(squared_norm(products / ops.expand_dims(unit, -1)), axis=0))
+    zero = ops.zeros_like(value)
+    return Estimate(value, zero, zero, ops.isfinite(value), operator.shape[1])
 
 
 def mean_and_sem(samples):

@@ -165,12 +165,7 @@ def log_determinant(
     check_square(operator, 'log_determinant(of="J")')
     size = operator.shape[0]
     if size <= num_probes * num_steps:
-        matrix = ops.transpose(operator.matvec(operator.basis()), (1, 2, 0))
-        # Not `ops.slogdet`, which TensorFlow does not have under XLA.
-        triangle = ops.qr(ops.eye(size, dtype=operator.dtype) + matrix)[1]
-        value = ops.sum(ops.log(ops.abs(ops.diagonal(triangle, axis1=1, axis2=2))), axis=-1)
-        zero = ops.zeros_like(value)
-        return Estimate(value, zero, zero, ops.isfinite(value), size)
+        return _exact_log_determinant(operator)
     unit = operator.magnitude(seed)
     over = operator.over(unit)
     measure = _quadrature(over.matvec, operator, unit, num_probes, num_steps, seed)
@@ -182,6 +177,17 @@ def log_determinant(
     residual = found.residual + asymmetry * ops.abs(found.value)
     converged = residual <= tol * ops.abs(found.value)
     return found._replace(residual=residual, converged=converged, num_matvecs=found.num_matvecs + 2)
+
+
+def _exact_log_determinant(operator: Operator) -> Estimate:
+    """Of a square Jacobian that is small enough to be materialized."""
+    size = operator.shape[0]
+    matrix = ops.transpose(operator.matvec(operator.basis()), (1, 2, 0))
+    # Not `ops.slogdet`, which TensorFlow does not have under XLA.
+    triangle = ops.qr(ops.eye(size, dtype=operator.dtype) + matrix)[1]
+    value = ops.sum(ops.log(ops.abs(ops.diagonal(triangle, axis1=1, axis2=2))), axis=-1)
+    zero = ops.zeros_like(value)
+    return Estimate(value, zero, zero, ops.isfinite(value), size)
 
 
 @by_example

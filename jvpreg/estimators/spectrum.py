@@ -248,6 +248,11 @@ def top_eigenvalues(
         converged = ritz.gram_residual <= tol * ops.square(ritz.values[:, :1])
         return Estimate(value, ops.zeros_like(value), unit**2 * ritz.gram_residual, converged, num_matvecs)
     _check_iteration(k, tol, num_iterations, max_restarts, seed, operator.shape[0])
+    return _eigenvalues(operator, k, tol, num_iterations, max_restarts, seed)
+
+
+def _eigenvalues(operator: Operator, k: int, tol: float, num_iterations: int, max_restarts: int, seed) -> Estimate:
+    """Of a square Jacobian: of the whole matrix if it is small, otherwise by Arnoldi's method with restarts."""
     size, batch = operator.shape[0], operator.batch_size
     # Two more than asked for, so that a pair starts again as the plane that it is, and has a neighbour to be told from.
     width = k + 2
