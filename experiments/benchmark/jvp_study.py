@@ -1,16 +1,19 @@
 """The `benchmark jvp` study: what one Jacobian-vector product costs on whole architectures, beside its alternatives."""
 
+import dataclasses
 import functools
+import json
 from collections.abc import Iterator
 from typing import Any
 
 from experiments import tables
-from experiments.benchmark import jvp_process, jvp_report, products_study, study
+from experiments.benchmark import jvp_report, products_study, study
 from experiments.benchmark.config import JvpConfig
 from experiments.benchmark.products import directions, once
 from experiments.benchmark.products_study import Task
 from experiments.cells import Cell, work_off
 from experiments.config import as_plain_dict
+from experiments.processes import row
 from experiments.verify import architectures
 from experiments.verify.architectures import Architecture
 from experiments.verify.measure import middle_kernel
@@ -39,8 +42,7 @@ def run(config: JvpConfig) -> dict[str, Any]:
     settings = {key: value for key, value in as_plain_dict(config).items() if key not in NOT_COMPARED}
     names = [architecture.name for architecture in chosen]
     listed = [
-        Cell(folder / "cells" / f"{name}.json", settings, functools.partial(jvp_process.measured, name, config))
-        for name in names
+        Cell(folder / "cells" / f"{name}.json", settings, functools.partial(measured, name, config)) for name in names
     ]
     results = work_off(listed, lambda place, result: console.print(f"measured {names[place]}"))
     rows = [{"name": name, **found} for name, found in zip(names, results, strict=True)]
@@ -54,6 +56,17 @@ def chosen_architectures(config: JvpConfig) -> list[Architecture]:
     if config.only is not None:
         return architectures.named("only", config.only)
     return [architecture for architecture in architectures.ARCHITECTURES if architecture.paper]
+
+
+def measured(name: str, config: JvpConfig) -> dict[str, Any]:
+    """What could be measured of an architecture within the time limit; `failure` says why the rest was not.
+
+    Args:
+        name: of the architecture.
+        config: of the study.
+    """
+    settings = json.dumps(dataclasses.asdict(config))
+    return row("experiments.benchmark.jvp_process", [name, settings], config.time_limit, {})
 
 
 def parts(architecture: Architecture, config: JvpConfig) -> Iterator[dict[str, Any]]:

@@ -170,13 +170,16 @@ def log_determinant(
     over = operator.over(unit)
     measure = _quadrature(over.matvec, operator, unit, num_probes, num_steps, seed)
     found = measure.estimate(lambda values: ops.log(ops.abs(1 + measure.unit * values)), tol)
-    vector = operator.draw("sphere", 1, seed)
-    image = over.matvec(vector)
-    length = ops.norm(image[0], axis=-1)
-    asymmetry = ops.norm((image - over.rmatvec(vector))[0], axis=-1) / ops.where(length > 0, length, 1.0)
-    residual = found.residual + asymmetry * ops.abs(found.value)
+    residual = found.residual + _asymmetry(over, operator.draw("sphere", 1, seed)) * ops.abs(found.value)
     converged = residual <= tol * ops.abs(found.value)
     return found._replace(residual=residual, converged=converged, num_matvecs=found.num_matvecs + 2)
+
+
+def _asymmetry(operator: Operator, vector):
+    """`‖J v − Jᵀ v‖ / ‖J v‖` of a vector `(1, B, n)`, as `(B,)`."""
+    image = operator.matvec(vector)
+    length = ops.norm(image[0], axis=-1)
+    return ops.norm((image - operator.rmatvec(vector))[0], axis=-1) / ops.where(length > 0, length, 1.0)
 
 
 def _exact_log_determinant(operator: Operator) -> Estimate:

@@ -200,7 +200,7 @@ def test_a_study_writes_each_architecture_and_goes_on(registered, measured, tmp_
         asked.append(name)
         return {"failure": "stopped after 1 s"} if name == "smooth" else measured
 
-    monkeypatch.setattr(jvp_process, "measured", in_process)
+    monkeypatch.setattr(jvp_study, "measured", in_process)
     config = benchmark.JvpConfig(folder=str(tmp_path), **CONFIG)
     summary = benchmark.jvp(config)
     assert asked == ["small", "smooth"]
