@@ -1,4 +1,4 @@
-"""Draws docs/terminal.png and docs/wandb.png: `KERAS_BACKEND=torch python docs/tracking_pictures.py`.
+"""Draws docs/data/terminal.png and docs/data/wandb.png: `KERAS_BACKEND=torch python docs/tracking_pictures.py`.
 
 It trains a small network on scikit-learn's digits in a terminal of 100 columns, with W&B offline, and draws the last
 epochs in that terminal, and charts of the rows in the file that W&B wrote.
@@ -146,5 +146,5 @@ if __name__ == "__main__":
         train()
     else:
         with tempfile.TemporaryDirectory() as folder:
-            draw_terminal(in_a_terminal(folder), DOCS / "terminal.png")
-            draw_charts(Path(folder) / "wandb", DOCS / "wandb.png")
+            draw_terminal(in_a_terminal(folder), DOCS / "data" / "terminal.png")
+            draw_charts(Path(folder) / "wandb", DOCS / "data" / "wandb.png")
