@@ -280,6 +280,8 @@ class _Case:
         points = [*self.inputs, *(self.values[i] for i in trainable)]
         gradient = compiled(lambda points: transpose(penalty, points, [ops.ones((), "float64")]))(points)
         gradient = [_numpy(part) for part in gradient]
+        # On JAX, what is not compiled as a whole is compiled operation by operation, which takes longer.
+        evaluate = compiled(penalty) if keras.backend.backend() == "jax" else penalty
         random = np.random.default_rng(1)
         # Each input and each weight by itself, so that an error in one is not lost among the others.
         for moved in range(len(points)):
@@ -287,7 +289,7 @@ class _Case:
 
             def along(distance, moved=moved, direction=direction):
                 shifted = [x + distance * direction if i == moved else x for i, x in enumerate(points)]
-                return float(_numpy(penalty(shifted)[0]))
+                return float(_numpy(evaluate(shifted)[0]))
 
             slope = (along(PENALTY_STEP) - along(-PENALTY_STEP)) / (2 * PENALTY_STEP)
             is_input = moved < len(self.inputs)

@@ -13,6 +13,7 @@ import pytest
 from keras import activations, layers, ops
 
 import jvpreg
+from jvpreg.registry import _RULES
 
 
 @dataclass(frozen=True)
@@ -565,6 +566,27 @@ MEANINGLESS = {
     layers.JaxLayer: "another framework's code: left to autodiff",
     layers.TorchModuleWrapper: "another framework's code: left to autodiff",
 }
+
+
+WINDOWS = ("jvpreg.rules.convolution", "jvpreg.rules.pooling")
+
+
+@functools.cache
+def first_rows():
+    """The first row of each rule, since others run the same code; on TensorFlow, every row that XLA may treat apart.
+
+    These are windows, where it has kernels of its own, and layers without a rule, which are opened up.
+    """
+    chosen = {}
+    for case in LAYERS:
+        rule = _RULES.get(case.operation)
+        key = rule and rule.function
+        if keras.backend.backend() == "tensorflow" and (rule is None or key.__module__ in WINDOWS):
+            key = case.id
+        if case.compiled:
+            chosen.setdefault(key, case)
+    assert len(chosen) > 80
+    return list(chosen.values())
 
 
 # Whole models. They are made in float64, since `check_rule` takes a model as it is.
