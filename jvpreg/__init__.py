@@ -19,7 +19,7 @@ from jvpreg.full_jacobian import FullJacobian, full_jacobian
 from jvpreg.linearization import Linearization
 from jvpreg.model import JacobianModel
 from jvpreg.paths import layer_paths
-from jvpreg.registry import Pushforward, affine, elementwise, gate, linear, register_rule, scale
+from jvpreg.rules.registry import register_rule
 from jvpreg.tangent_model import TangentModel
 
 __version__ = "0.1.0"
@@ -29,29 +29,23 @@ __all__ = [
     "JacobianDistiller",
     "JacobianModel",
     "Linearization",
-    "Pushforward",
     "TangentModel",
-    "affine",
     "callbacks",
     "clone",
     "constraints",
     "distillation",
-    "elementwise",
     "estimators",
     "full_jacobian",
-    "gate",
     "jacobian",
     "jvp",
     "layer_paths",
     "layers",
-    "linear",
     "linearize",
     "probes",
     "register_rule",
     "regularizers",
     "rules",
     "saliency",
-    "scale",
     "testing",
     "vjp",
     "weight_jvp",

@@ -8,8 +8,9 @@ from keras import ops, tree
 
 from jvpreg.eager import map_leaves
 from jvpreg.examples import of_class
+from jvpreg.folding import each_probe
 from jvpreg.inputs import has_tangents
-from jvpreg.registry import Pushforward, each_probe
+from jvpreg.rules.contract import Pushforward
 from jvpreg.transpose import transpose
 
 

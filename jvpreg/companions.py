@@ -12,7 +12,7 @@ from keras import ops
 from jvpreg.eager import cast
 from jvpreg.folding import fold, unfold
 from jvpreg.frozen import FrozenGraph, Node, Value, push_node
-from jvpreg.registry import Context
+from jvpreg.rules.contract import Context
 from jvpreg.tangents import zeros
 
 MANY_WEIGHTS = 2**13

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import keras
-from keras import ops
+from keras import ops, tree
 
 from jvpreg.eager import shape_of
 
@@ -48,3 +48,21 @@ def align(tangent, rank: int):
         return tangent
     shape = shape_of(tangent)
     return ops.reshape(tangent, (shape[0], *[1] * missing, *shape[1:]))
+
+
+def each_probe(function: Callable) -> Callable:
+    """A linear `function` of tensors of any axes to one or to a tuple of them, as a map of `(P, …)` to `(P, …)`.
+
+    For operations whose first axis need not be the batch, so that probes cannot be folded into it.
+    """
+
+    def push(*tangents):
+        num_probes = tangents[0].shape[0]
+        if num_probes is None:
+            return ops.map(lambda rows: function(*rows), tangents)
+        if num_probes == 1:
+            return tree.map_structure(lambda image: ops.expand_dims(image, 0), function(*(t[0] for t in tangents)))
+        images = [function(*rows) for rows in zip(*map(ops.unstack, tangents), strict=True)]
+        return tree.map_structure(lambda *rows: ops.stack(rows), *images)
+
+    return push

@@ -16,7 +16,8 @@ from jvpreg.frozen import FrozenGraph, Node
 from jvpreg.graph import LeftToAutodiff, trace
 from jvpreg.inputs import as_floats, check_moving, standardize_inputs
 from jvpreg.linearization import Linearization
-from jvpreg.registry import Context, unwrap
+from jvpreg.rules.contract import Context
+from jvpreg.rules.registry import unwrap
 from jvpreg.tangents import (
     check_count,
     each_name,

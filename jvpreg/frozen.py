@@ -13,7 +13,7 @@ from jvpreg.eager import cast, shape_of
 from jvpreg.examples import FIRST, GONE, MIXED, Place, broadcast, cuts, kept, makes_rows, of_class
 from jvpreg.folding import align
 from jvpreg.inputs import has_tangents
-from jvpreg.registry import Pushforward
+from jvpreg.rules.contract import Pushforward
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,9 @@ from jvpreg.eager import leaves_of, map_leaves
 from jvpreg.frozen import FrozenGraph, Node, Value
 from jvpreg.inputs import flatten_inputs, graph_of, has_tangents
 from jvpreg.paths import is_graph, is_within, join, stable_name, walk
-from jvpreg.registry import Context, Declined, find_rule, identity, missing_rule_error, unwrap
+from jvpreg.rules.contract import Context, Declined
+from jvpreg.rules.families import identity
+from jvpreg.rules.registry import find_rule, missing_rule_error, unwrap
 
 
 @dataclass(frozen=True)

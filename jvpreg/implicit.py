@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from jvpreg import replicas
-from jvpreg.registry import Pushforward
+from jvpreg.rules.contract import Pushforward
 from jvpreg.transpose import transpose
 
 

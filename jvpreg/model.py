@@ -12,7 +12,6 @@ from jvpreg.freeze import linearize
 from jvpreg.layers.jacobian_penalty import JacobianPenalty
 from jvpreg.linearization import Linearization
 from jvpreg.names import check_names, reported_names
-from jvpreg.registry import register_wrapper
 from jvpreg.regularizers.base import (
     JacobianRegularizer,
     by_points,
@@ -26,6 +25,7 @@ from jvpreg.regularizers.base import (
     outcomes,
     requests,
 )
+from jvpreg.rules.registry import register_wrapper
 from jvpreg.steps import SteppedModel
 from jvpreg.trackers import MeasureTracker, PenaltyTracker, StopAtNonFinitePenalty
 from jvpreg.weighting import (

@@ -15,7 +15,7 @@ import keras
 from keras.src.utils.naming import to_snake_case
 
 from jvpreg.frozen import Node
-from jvpreg.registry import find_rule, unwrap
+from jvpreg.rules.registry import find_rule, unwrap
 
 MOST_LISTED = 12  # paths in an error
 

@@ -6,7 +6,7 @@ from keras import tree
 from jvpreg import checks
 from jvpreg.freeze import jvp
 from jvpreg.inputs import flatten_inputs, has_tangents
-from jvpreg.registry import unwrap
+from jvpreg.rules.registry import unwrap
 from jvpreg.tangents import flatten_tangents
 
 

@@ -13,7 +13,7 @@ import pytest
 from keras import activations, layers, ops
 
 import jvpreg
-from jvpreg.registry import _RULES
+from jvpreg.rules.registry import _RULES
 
 
 @dataclass(frozen=True)

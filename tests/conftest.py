@@ -58,7 +58,7 @@ def float64():
 @pytest.fixture(autouse=True)
 def own_rules(monkeypatch):
     """A rule that a test registers is gone after it."""
-    monkeypatch.setattr(jvpreg.registry, "_RULES", dict(jvpreg.registry._RULES))
+    monkeypatch.setattr(jvpreg.rules.registry, "_RULES", dict(jvpreg.rules.registry._RULES))
 
 
 def pytest_addoption(parser):

@@ -110,12 +110,12 @@ def compiled(**arguments):
 
 def register(operations, activation):
     operations = operations if isinstance(operations, tuple) else (operations,)
-    known = dict(jvpreg.registry._RULES)
+    known = dict(jvpreg.rules.registry._RULES)
     try:
         jvpreg.register_rule(*operations, activation=activation)(lambda layer, x, context: None)
     finally:
-        jvpreg.registry._RULES.clear()
-        jvpreg.registry._RULES.update(known)
+        jvpreg.rules.registry._RULES.clear()
+        jvpreg.rules.registry._RULES.update(known)
 
 
 class Own(layers.Layer):
@@ -351,7 +351,7 @@ def rows() -> dict[str, Row]:
 
 # Not called by users: what a function returns or hands on, a base that a row covers, or what only rules call.
 NOT_CALLED = {
-    *("FullJacobian", "Linearization", "Pushforward", "affine", "elementwise", "gate", "linear", "scale"),
+    *("FullJacobian", "Linearization"),
     *("callbacks.GuardEvent", "constraints.ExactReport", "constraints.Report", "distillation.JacobianDistiller"),
     *("distillation.View", "estimators.Estimate", "estimators.SpectralDensity", "regularizers.Seen"),
     *("saliency.figure", "testing.float64", "testing.compiled", "probes.dimension", "probes.split"),

@@ -7,8 +7,9 @@ from compare import assert_close, normal, randomize
 from keras import layers, ops
 
 import jvpreg
-from jvpreg import companions, registry
+from jvpreg import companions
 from jvpreg.companions import apply_at_once
+from jvpreg.rules import registry
 
 numpy = ops.convert_to_numpy
 
@@ -172,7 +173,7 @@ def test_a_rule_may_run_another_one(float64):
     @jvpreg.register_rule(Twice)
     def twice(layer, x, context):
         y, dense = registry.find_rule(layers.Dense(1)).function(layer, x, context=context)
-        return 2 * y, jvpreg.linear(lambda t: 2 * dense.function(t[None], x[None])[0])
+        return 2 * y, jvpreg.rules.linear(lambda t: 2 * dense.function(t[None], x[None])[0])
 
     model = randomize(keras.Sequential([keras.Input((3,)), Twice(40)]))
     x, u = normal(1, 3), normal(1, 3, seed=1)
@@ -188,7 +189,7 @@ def test_a_rule_may_run_another_one_on_what_is_not_its_input(float64):
     @jvpreg.register_rule(OfTwice)
     def of_twice(layer, x, context):
         y, inner = rule(layer, 2 * x, context=context)
-        return y, registry.Pushforward(lambda t, *frozen: inner.function(2 * t, *frozen), *inner.residuals)
+        return y, jvpreg.rules.Pushforward(lambda t, *frozen: inner.function(2 * t, *frozen), *inner.residuals)
 
     model = randomize(keras.Sequential([keras.Input((4, 3)), OfTwice(5)]))
     x, u = normal(2, 4, 3), normal(2, 4, 3, seed=1)

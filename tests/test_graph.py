@@ -358,7 +358,7 @@ def test_mixed_precision_does_not_round_tokens(policy):
 def test_a_subclassed_model_may_have_a_rule():
     @jvpreg.register_rule(Subclassed)
     def subclassed(model, x, context):
-        return 2.0 * x, jvpreg.linear(lambda tangent: 2.0 * tangent)
+        return 2.0 * x, jvpreg.rules.linear(lambda tangent: 2.0 * tangent)
 
     model = Subclassed()
     x = normal(2, 3).astype("float32")

@@ -8,7 +8,6 @@ from compare import assert_close, norm, normal, randomize
 from keras import layers, ops
 
 import jvpreg
-from jvpreg import registry
 
 numpy = ops.convert_to_numpy
 BACKEND = keras.backend.backend()
@@ -117,7 +116,7 @@ def counts():
             counts["pushforward"] += 1
             return tangent * slope
 
-        return y, jvpreg.Pushforward(push, 1 - y**2)
+        return y, jvpreg.rules.Pushforward(push, 1 - y**2)
 
     return counts
 
@@ -675,7 +674,7 @@ def test_a_rule_that_returns_the_wrong_shape(push, received):
 
     @jvpreg.register_rule(Wrong)
     def wrong(layer, x, context):
-        return x, registry.Pushforward(push)
+        return x, jvpreg.rules.Pushforward(push)
 
     lin = jvpreg.linearize(keras.Sequential([keras.Input((3,)), Wrong(name="wrong")]), normal(4, 3))
     message = rf"rule of `wrong` \(Wrong\).*wrong shape. Expected \(1, 4, 3\), probes first.* Received: {received}"

@@ -84,7 +84,7 @@ def test_layers_before_the_first_moved_one_cost_nothing():
             runs.append(layer.name)
             return tangent
 
-        return x, jvpreg.Pushforward(push)
+        return x, jvpreg.rules.Pushforward(push)
 
     model = keras.Sequential(
         [keras.Input((3,)), Counting(name="before"), layers.Dense(3), Counting(name="after"), layers.Dense(2)]

@@ -399,7 +399,7 @@ def test_a_layer_of_ones_own_is_opened_up_with_its_mask(float64):
 def test_a_rule_that_does_not_take_the_mask():
     @jvpreg.register_rule(Sharpened)
     def rule(layer, x, context):
-        return x, jvpreg.linear(lambda tangent: tangent)
+        return x, jvpreg.rules.linear(lambda tangent: tangent)
 
     model = masked_model(Sharpened(name="sharpened"))
     with pytest.raises(NotImplementedError, match=r"`sharpened` is called with a mask, which its rule does not take"):

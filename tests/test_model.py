@@ -49,13 +49,13 @@ def counting(layer, x, context):
         layer.tangent_runs += 1
         return tangent
 
-    return x, jvpreg.linear(push)
+    return x, jvpreg.rules.linear(push)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _unregister_counting():
     yield
-    jvpreg.registry._RULES.pop(Counting)
+    jvpreg.rules.registry._RULES.pop(Counting)
 
 
 @pytest.fixture

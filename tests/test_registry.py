@@ -7,7 +7,7 @@ from compare import assert_close, normal
 from keras import activations, layers, ops
 
 import jvpreg
-from jvpreg import registry
+from jvpreg.rules import registry
 
 numpy = ops.convert_to_numpy
 
@@ -23,7 +23,7 @@ class HalveMore(Halve):
 
 
 def halve(layer, x, context):
-    return x / 2, jvpreg.linear(lambda tangent: tangent / 2)
+    return x / 2, jvpreg.rules.linear(lambda tangent: tangent / 2)
 
 
 def test_a_registered_rule_is_used_for_its_exact_class_only():
@@ -55,7 +55,7 @@ def test_the_rule_of_an_activation_of_ones_own(float64):
     def cube(x):
         return x**3
 
-    @registry.elementwise(cube)
+    @registry.register_elementwise(cube)
     def slope(x, y):
         return 3 * x**2
 
@@ -73,7 +73,7 @@ def test_a_kernel_of_ones_own_for_one_tangent(float64):
         seen.append(tuple(tangent.shape))
         return tangent * y * (1 - y)
 
-    @registry.elementwise(logistic, kernel=lambda: kernel)
+    @registry.register_elementwise(logistic, kernel=lambda: kernel)
     def slope(x, y):
         return y * (1 - y)
 
@@ -110,7 +110,7 @@ def test_linear_sees_all_probes_as_one_batch():
         return 2.0 * tangent
 
     tangent = normal(2, 3, 4)
-    assert_close(jvpreg.linear(double)(ops.convert_to_tensor(tangent)), 2 * tangent)
+    assert_close(jvpreg.rules.linear(double)(ops.convert_to_tensor(tangent)), 2 * tangent)
     assert seen == [(6, 4)]
 
 
@@ -118,16 +118,16 @@ def test_gate_drops_what_is_not_finite():
     """A select, not a product: 0 × inf would be NaN."""
     mask = ops.convert_to_tensor([[True, False]])
     tangent = ops.convert_to_tensor([[[2.0, np.inf]]])
-    np.testing.assert_array_equal(numpy(jvpreg.gate(mask)(tangent)), [[[2.0, 0.0]]])
+    np.testing.assert_array_equal(numpy(jvpreg.rules.gate(mask)(tangent)), [[[2.0, 0.0]]])
 
 
 def test_residuals_broadcast_over_probes_and_are_taken():
     slope = normal(4, 3)
     tangents = normal(2, 4, 3, seed=1)
-    pushforward = jvpreg.scale(ops.convert_to_tensor(slope))
+    pushforward = jvpreg.rules.scale(ops.convert_to_tensor(slope))
     assert_close(pushforward(ops.convert_to_tensor(tangents)), tangents * slope)
     part = pushforward.map_residuals(lambda residual, axis: ops.take(residual, [2, 0], axis=axis))
     assert_close(part(ops.convert_to_tensor(tangents[:, [2, 0]])), (tangents * slope)[:, [2, 0]])
     assert not part.couples_examples
-    coupled = jvpreg.Pushforward(lambda tangent: tangent, couples_examples=True)
+    coupled = jvpreg.rules.Pushforward(lambda tangent: tangent, couples_examples=True)
     assert coupled.map_residuals(lambda residual, axis: residual).couples_examples

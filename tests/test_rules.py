@@ -11,7 +11,7 @@ from compare import normal, numpy
 from keras import activations, layers, ops
 
 import jvpreg
-from jvpreg.registry import _RULES, registered_operations
+from jvpreg.rules.registry import _RULES, registered_operations
 
 # Activations with a test of their own below.
 TESTED_APART = {
@@ -41,7 +41,7 @@ def test_every_rule_has_a_row():
 
 def test_every_keras_activation_has_a_rule():
     named = {keras.activations.get(function.__name__) for function in activations_of_keras()}
-    missing = [function.__name__ for function in named if jvpreg.registry.find_rule(function) is None]
+    missing = [function.__name__ for function in named if jvpreg.rules.registry.find_rule(function) is None]
     assert len(named) > 25
     assert not missing
 
@@ -97,7 +97,7 @@ def test_threshold_activation():
 
     @jvpreg.register_rule(Threshold)
     def rule(layer, x, context):
-        return jvpreg.registry.find_rule(activations.threshold).function(
+        return jvpreg.rules.registry.find_rule(activations.threshold).function(
             activations.threshold, x, 0.3, -1.0, context=context
         )
 
@@ -247,7 +247,7 @@ def test_activations_whose_constants_a_backend_rounds(function, arguments, exact
 
     @jvpreg.register_rule(Layer)
     def rule(layer, x, context):
-        return jvpreg.registry.find_rule(function).function(function, x, context=context, **arguments)
+        return jvpreg.rules.registry.find_rule(function).function(function, x, context=context, **arguments)
 
     jvpreg.testing.check_rule(Layer(), (20,), reference=exact)
 

@@ -6,8 +6,8 @@ from compare import assert_close, normal, randomize
 from keras import layers
 
 import jvpreg
-from jvpreg.registry import Context
 from jvpreg.rules import cells, recurrent
+from jvpreg.rules.contract import Context
 
 JAX = keras.backend.backend() == "jax"
 

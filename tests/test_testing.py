@@ -40,7 +40,7 @@ def check(primal=None, slope=None, push=None, residual=True, **arguments):
         w = ops.cast(layer.w, x.dtype)
         y = ops.tanh(x * w)
         s = slope(x, w, y)
-        pushforward = jvpreg.Pushforward(push, s) if residual else jvpreg.Pushforward(lambda t: push(t, s))
+        pushforward = jvpreg.rules.Pushforward(push, s) if residual else jvpreg.rules.Pushforward(lambda t: push(t, s))
         return primal(y), pushforward
 
     jvpreg.testing.check_rule(Curve(name="curve"), (4,), **arguments)
@@ -205,7 +205,7 @@ def test_several_inputs_are_checked_each():
     def rule(right_factor):
         def product(layer, inputs, context):
             left, right = inputs
-            return left * right, jvpreg.Pushforward(
+            return left * right, jvpreg.rules.Pushforward(
                 lambda t, s, left, right: t * right_factor(right) + left * s, left, right
             )
 
@@ -213,7 +213,7 @@ def test_several_inputs_are_checked_each():
 
     jvpreg.register_rule(Product)(rule(lambda right: right))
     jvpreg.testing.check_rule(Product(), [(4,), (4,)])
-    del jvpreg.registry._RULES[Product]
+    del jvpreg.rules.registry._RULES[Product]
     jvpreg.register_rule(Product)(rule(ops.stop_gradient))
     with pytest.raises(AssertionError, match="gradient by input 1"):
         jvpreg.testing.check_rule(Product(), [(4,), (4,)])
@@ -229,7 +229,7 @@ def test_a_reference_of_ones_own():
     @jvpreg.register_rule(Gated)
     def gated(layer, x, context):
         gate = ops.sigmoid(x)
-        return x * gate, jvpreg.scale(gate)
+        return x * gate, jvpreg.rules.scale(gate)
 
     gate = 1 / (1 + np.exp(-np.random.default_rng(0).normal(size=(3, 4))))
     jvpreg.testing.check_rule(Gated(), (4,), reference=lambda x: x * ops.convert_to_tensor(gate))
@@ -242,7 +242,7 @@ def test_nothing_is_left_behind():
     assert state == ("float32", "float32")
     check()
     with fails("the primal"):
-        del jvpreg.registry._RULES[Curve]
+        del jvpreg.rules.registry._RULES[Curve]
         check(primal=lambda y: y + 1)
     assert (keras.config.floatx(), keras.config.dtype_policy().name) == state
 

@@ -15,7 +15,7 @@ from jvpreg.callbacks.probe import JacobianProbe
 from jvpreg.callbacks.reader import check_probe, checked_probe
 from jvpreg.inputs import has_tangents
 from jvpreg.linearization import Linearization
-from jvpreg.registry import unwrap
+from jvpreg.rules.registry import unwrap
 
 NUM_PROBES = 4
 FINITE = {"weights": "its weights are not finite", "output": "its output is not finite"}

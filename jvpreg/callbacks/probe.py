@@ -20,7 +20,7 @@ from jvpreg.callbacks.measurement import Measurement, as_array, as_arrays
 from jvpreg.estimators import Estimate, SpectralDensity
 from jvpreg.finite import finite_examples, nan_unless
 from jvpreg.linearization import Linearization
-from jvpreg.registry import unwrap
+from jvpreg.rules.registry import unwrap
 
 ESTIMATORS: dict[str, Callable] = {name: getattr(estimators, name) for name in estimators.__all__ if name.islower()}
 

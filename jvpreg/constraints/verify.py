@@ -11,8 +11,8 @@ from jvpreg.constraints.base import Constraint
 from jvpreg.constraints.regions import Rectangle, Region, Segment, points_of, regions
 from jvpreg.finite import finite_examples, nan_unless
 from jvpreg.freeze import linearize
-from jvpreg.registry import unwrap
 from jvpreg.regularizers.base import Seen
+from jvpreg.rules.registry import unwrap
 
 BATCH = 256
 SHOWN = 3

@@ -9,7 +9,7 @@ from jvpreg import checks
 from jvpreg.distillation.base import KerasLoss, MatchingLoss
 from jvpreg.layers.jacobian_penalty import JacobianPenalty
 from jvpreg.model import JacobianModel
-from jvpreg.registry import unwrap
+from jvpreg.rules.registry import unwrap
 
 
 def zeros_like_inputs(model: keras.Model, role: str):

@@ -17,8 +17,8 @@ from jvpreg.freeze import linearize
 from jvpreg.full_jacobian import as_cotangent
 from jvpreg.linearization import Linearization
 from jvpreg.model import JacobianModel
-from jvpreg.registry import register_wrapper, unwrap
 from jvpreg.regularizers.full_jacobian import target_cotangent
+from jvpreg.rules.registry import register_wrapper, unwrap
 from jvpreg.trackers import PenaltyTracker
 from jvpreg.weighting import compiled_labels, example_weights, own_keys, weighted_mean
 

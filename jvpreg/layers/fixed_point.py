@@ -16,7 +16,8 @@ from jvpreg import checks, implicit
 from jvpreg.graph import freeze
 from jvpreg.implicit import ImplicitPushforward
 from jvpreg.paths import is_graph
-from jvpreg.registry import Context, register_rule
+from jvpreg.rules.contract import Context
+from jvpreg.rules.registry import register_rule
 from jvpreg.solvers import NONLINEAR, SOLVERS, Solution, find_fixed_point
 
 Solver = Literal["anderson", "broyden", "picard"]

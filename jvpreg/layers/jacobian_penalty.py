@@ -7,7 +7,6 @@ from keras import ops, tree
 
 from jvpreg import checks, replicas, seeds
 from jvpreg.freeze import linearize
-from jvpreg.registry import register_wrapper
 from jvpreg.regularizers.base import (
     JacobianRegularizer,
     carried_initializer,
@@ -19,6 +18,7 @@ from jvpreg.regularizers.base import (
     outcomes,
     requests,
 )
+from jvpreg.rules.registry import register_wrapper
 
 
 @keras.saving.register_keras_serializable(package="jvpreg")

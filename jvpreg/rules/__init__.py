@@ -1,5 +1,11 @@
-"""The rules of Keras' layers and activations, a file a family; importing this package registers them."""
+"""Rules: what each operation does to a batch `x`, and what it then does to tangents at that `x`.
 
+`contract` is what a rule returns and what it is told; `families` are the words in which most rules are written;
+`registry` knows which operation has which rule. The other modules are the rules of Keras' layers, operations and
+activations, a file a family: importing this package registers them.
+"""
+
+from jvpreg.folding import each_probe
 from jvpreg.rules import (
     activations,
     attention,
@@ -15,19 +21,35 @@ from jvpreg.rules import (
     regularization,
     reshaping,
 )
+from jvpreg.rules.contract import Context, Declined, Pushed, Pushforward
+from jvpreg.rules.families import affine, gate, identity, linear, scale
+from jvpreg.rules.registry import find_rule, register_elementwise, register_rule
 
 __all__ = [
+    "Context",
+    "Declined",
+    "Pushed",
+    "Pushforward",
     "activations",
+    "affine",
     "attention",
     "convolution",
     "core",
+    "each_probe",
     "elementwise",
+    "find_rule",
+    "gate",
+    "identity",
+    "linear",
     "merging",
     "normalization",
     "ops",
     "pooling",
     "recurrent",
     "reducing",
+    "register_elementwise",
+    "register_rule",
     "regularization",
     "reshaping",
+    "scale",
 ]

@@ -12,18 +12,10 @@ from keras import activations, layers, ops
 
 from jvpreg.examples import besides, kept
 from jvpreg.folding import fold, unfold
-from jvpreg.registry import (
-    Declined,
-    Pushforward,
-    elementwise,
-    find_rule,
-    gate,
-    identity,
-    register_rule,
-    scale,
-    scale_by,
-)
+from jvpreg.rules.contract import Declined, Pushforward
 from jvpreg.rules.core import sum_of_products
+from jvpreg.rules.families import gate, identity, scale, scale_by
+from jvpreg.rules.registry import find_rule, register_elementwise, register_rule
 
 SELU_SCALE = 1.0507009873554804934193349852946
 SELU_ALPHA = 1.6732632423543772848170429916717
@@ -169,53 +161,53 @@ def sparse_sigmoid(function, x, context):
 # Smooth activations: each states its derivative, in a form that does not cancel.
 
 
-@elementwise(activations.tanh, kernel=functools.partial(_torch_kernel, "tanh_backward"))
+@register_elementwise(activations.tanh, kernel=functools.partial(_torch_kernel, "tanh_backward"))
 def tanh(x, y):
     return (1 - y) * (1 + y)
 
 
-@elementwise(activations.tanh_shrink)
+@register_elementwise(activations.tanh_shrink)
 def tanh_shrink(x, y):
     return ops.square(ops.tanh(x))
 
 
-@elementwise(activations.sigmoid, kernel=functools.partial(_torch_kernel, "sigmoid_backward"))
+@register_elementwise(activations.sigmoid, kernel=functools.partial(_torch_kernel, "sigmoid_backward"))
 def sigmoid(x, y):
     return y * (1 - y)
 
 
-@elementwise(activations.log_sigmoid)
+@register_elementwise(activations.log_sigmoid)
 def log_sigmoid(x, y):
     return ops.sigmoid(-x)
 
 
-@elementwise(activations.softplus)
+@register_elementwise(activations.softplus)
 def softplus(x, y):
     return ops.sigmoid(x)
 
 
-@elementwise(activations.softsign)
+@register_elementwise(activations.softsign)
 def softsign(x, y):
     return 1 / ops.square(1 + ops.abs(x))
 
 
-@elementwise(activations.exponential)
+@register_elementwise(activations.exponential)
 def exponential(x, y):
     return y
 
 
-@elementwise(activations.elu)
+@register_elementwise(activations.elu)
 def elu(x, y, alpha=1.0):
     # exp of the negative part only: exp of a large x would overflow in the branch that is not taken.
     return ops.where(x > 0, 1.0, alpha * ops.exp(ops.minimum(x, 0)))
 
 
-@elementwise(activations.celu)
+@register_elementwise(activations.celu)
 def celu(x, y, alpha=1.0):
     return ops.where(x > 0, 1.0, ops.exp(ops.minimum(x, 0) / alpha))
 
 
-@elementwise(activations.selu)
+@register_elementwise(activations.selu)
 def selu(x, y):
     return SELU_SCALE * elu(x, y, alpha=SELU_ALPHA)
 
@@ -261,25 +253,25 @@ def _gelu_root() -> float:
     return float(np.float32(root)) if keras.backend.backend() == "tensorflow" else root
 
 
-@elementwise(activations.mish)
+@register_elementwise(activations.mish)
 def mish(x, y):
     inner = ops.tanh(ops.softplus(x))
     return inner + x * (1 - inner) * (1 + inner) * ops.sigmoid(x)
 
 
-@elementwise(activations.hard_silu)
+@register_elementwise(activations.hard_silu)
 def hard_silu(x, y):
     return ops.where(x >= 3, 1.0, ops.where(x > -3, (2 * x + 3) / 6, 0.0))
 
 
-@elementwise(activations.squareplus)
+@register_elementwise(activations.squareplus)
 def squareplus(x, y, b=4):
     if b == 0:  # ReLU
         return ops.cast(x > 0, x.dtype)
     return 0.5 * (1 + x / ops.sqrt(ops.square(x) + b))
 
 
-@elementwise(activations.sparse_plus)
+@register_elementwise(activations.sparse_plus)
 def sparse_plus(x, y):
     return ops.clip((x + 1) / 2, 0, 1)
 

@@ -10,7 +10,8 @@ from keras import ops
 from keras.src.ops import nn
 
 from jvpreg.eager import shape_of
-from jvpreg.registry import Declined, Pushforward, register_rule
+from jvpreg.rules.contract import Declined, Pushforward
+from jvpreg.rules.registry import register_rule
 
 
 def _usual_scale(size: int) -> float:

@@ -11,7 +11,8 @@ from typing import Any
 import keras
 from keras import layers, ops
 
-from jvpreg.registry import Context, Pushforward, find_rule
+from jvpreg.rules.contract import Context, Pushforward
+from jvpreg.rules.registry import find_rule
 
 
 class WholeCell:

@@ -2,8 +2,9 @@
 
 from keras import layers, ops
 
-from jvpreg.registry import affine, linear, register_rule
 from jvpreg.rules.core import kernel_parts, size
+from jvpreg.rules.families import affine, linear
+from jvpreg.rules.registry import register_rule
 
 
 def _affine(layer, x, context, convolve, weights, scale):

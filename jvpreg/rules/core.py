@@ -6,7 +6,8 @@ import keras
 from keras import layers, ops
 
 from jvpreg.examples import besides
-from jvpreg.registry import affine, gate, identity, register_rule
+from jvpreg.rules.families import affine, gate, identity
+from jvpreg.rules.registry import register_rule
 
 
 def kernel_parts(layer, apply) -> list:

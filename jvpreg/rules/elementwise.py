@@ -13,7 +13,9 @@ from keras.src.ops import nn
 from keras.src.ops import numpy as numpy_ops
 
 from jvpreg.inputs import is_complex
-from jvpreg.registry import Declined, Pushforward, find_rule, gate, register_rule, scale
+from jvpreg.rules.contract import Declined, Pushforward
+from jvpreg.rules.families import gate, scale
+from jvpreg.rules.registry import find_rule, register_rule
 
 SLOPES: dict[type, Callable] = {
     numpy_ops.Absolute: lambda x, y: ops.sign(x),

@@ -5,7 +5,9 @@ from functools import reduce
 from keras import layers, ops
 
 from jvpreg.folding import as_batch
-from jvpreg.registry import Pushforward, linear, register_rule
+from jvpreg.rules.contract import Pushforward
+from jvpreg.rules.families import linear
+from jvpreg.rules.registry import register_rule
 
 
 @register_rule(layers.Add, layers.Subtract, layers.Average, layers.Concatenate)

@@ -11,8 +11,9 @@ from keras.src.ops import nn
 from jvpreg.eager import cast, shape_of
 from jvpreg.examples import along, besides
 from jvpreg.folding import as_batch, fold, unfold
-from jvpreg.registry import Declined, Pushforward, register_rule
+from jvpreg.rules.contract import Declined, Pushforward
 from jvpreg.rules.core import sum_of_products
+from jvpreg.rules.registry import register_rule
 
 
 def _along(axis: int, vector, x):

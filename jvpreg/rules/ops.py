@@ -19,10 +19,12 @@ from keras.src.ops import numpy as numpy_ops
 
 from jvpreg.eager import cast as convert
 from jvpreg.examples import along, broadcast, indexed, joined, kept, looked_up, multiplied, reshaped
-from jvpreg.folding import align, fold, unfold
+from jvpreg.folding import align, each_probe, fold, unfold
 from jvpreg.inputs import is_complex
-from jvpreg.registry import Declined, Pushforward, each_probe, identity, register_rule, scale
+from jvpreg.rules.contract import Declined, Pushforward
 from jvpreg.rules.elementwise import large, scale_to_the_end, without_infinity
+from jvpreg.rules.families import identity, scale
+from jvpreg.rules.registry import register_rule
 
 # ---------------------------------------------------------------- one input, linear: entries moved about, or summed
 

@@ -8,7 +8,9 @@ import keras
 from keras import layers, ops
 
 from jvpreg.folding import as_batch, fold, unfold
-from jvpreg.registry import Pushforward, linear, register_rule
+from jvpreg.rules.contract import Pushforward
+from jvpreg.rules.families import linear
+from jvpreg.rules.registry import register_rule
 
 
 @register_rule(

@@ -13,8 +13,9 @@ import keras
 from keras import layers, ops, tree
 
 from jvpreg.folding import align
-from jvpreg.registry import Declined, Pushed, Pushforward, register_rule
 from jvpreg.rules.cells import SplitCell, WholeCell, cell_of
+from jvpreg.rules.contract import Declined, Pushed, Pushforward
+from jvpreg.rules.registry import register_rule
 
 
 @register_rule(

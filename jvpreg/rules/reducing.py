@@ -10,7 +10,8 @@ from keras.src.ops import numpy as numpy_ops
 
 from jvpreg.examples import along
 from jvpreg.inputs import is_complex
-from jvpreg.registry import Declined, Pushforward, register_rule
+from jvpreg.rules.contract import Declined, Pushforward
+from jvpreg.rules.registry import register_rule
 
 
 def _reduced_axes(operation, x) -> list[int]:

@@ -5,7 +5,9 @@ import math
 import keras
 from keras import layers, ops
 
-from jvpreg.registry import Declined, Pushforward, gate, identity, linear, register_rule, scale
+from jvpreg.rules.contract import Declined, Pushforward
+from jvpreg.rules.families import gate, identity, linear, scale
+from jvpreg.rules.registry import register_rule
 
 
 def _drop(layer, x, noise_shape):

@@ -2,7 +2,9 @@
 
 from keras import layers
 
-from jvpreg.registry import Declined, linear, register_rule
+from jvpreg.rules.contract import Declined
+from jvpreg.rules.families import linear
+from jvpreg.rules.registry import register_rule
 
 
 @register_rule(

@@ -68,7 +68,7 @@ def test_an_architecture_is_measured(architecture):
 def test_a_wrong_rule_is_called_wrong():
     @jvpreg.register_rule(Twice)
     def rule(layer, x, context):
-        return 2 * x, jvpreg.linear(lambda tangent: 2.0001 * tangent)
+        return 2 * x, jvpreg.rules.linear(lambda tangent: 2.0001 * tangent)
 
     row = measured(with_layer(Twice))
     assert row["status"] == "wrong"
