@@ -1,8 +1,7 @@
 """Tangents that go through a model along with `x`, node by node, while it is frozen."""
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,11 +11,11 @@ from keras import ops
 from jvpreg.eager import cast
 from jvpreg.folding import fold, unfold
 from jvpreg.frozen import FrozenGraph, Node, Value, push_node
-from jvpreg.rules.contract import Context
+from jvpreg.rules.contract import Affine, Context
 from jvpreg.tangents import zeros
 
 MANY_WEIGHTS = 2**13
-"""From how many on x and its tangents may share a layer's call: fewer are read faster than what shares it is copied."""
+"""Below this many weights, concatenating the inputs costs more than reading the weights twice."""
 
 
 class Companions:
@@ -29,8 +28,8 @@ class Companions:
     Attributes:
         num_probes: P.
         weights: their tangents, by their `id`.
-        go_along: whether they do. Several do not where operations run eagerly, and would hold to the end what a
-            compiler lets go: `products` pushes them through the graph once it is frozen.
+        go_along: whether they do. Several do not if operations run eagerly, where every intermediate tangent would stay
+            alive until the end: `products` pushes them through the graph once it is frozen.
     """
 
     def __init__(self, tangents: Sequence, weights: Iterable[tuple[Any, Any]] = ()):
@@ -56,11 +55,7 @@ class Companions:
 
     def context(self, context: Context, inputs: Sequence[Value]) -> Context:
         """The context with what goes along with an operation's inputs."""
-        pairs = [(self.of(value), value.primal.dtype) for value in inputs]
-        tangents = [None if tangent is None else cast(tangent, dtype) for tangent, dtype in pairs]
-        apply = context.apply
-        if len(inputs) == 1 and tangents[0] is not None:
-            apply = functools.partial(apply_at_once, inputs[0].primal, tangents[0])
+        tangents = [self._seen(value) for value in inputs]
 
         def along(*primals):
             # Several inputs may be one tensor, with a tangent each: they are asked for in their order.
@@ -73,11 +68,23 @@ class Companions:
                 found.append(left.pop(place)[1])
             return found
 
-        return replace(context, apply=apply, along=along, weights=self.weights)
+        return replace(context, along=along, weights=self.weights)
 
-    def push(self, node: Node) -> None:
-        """Pushes the tangents of a node's inputs through it."""
-        images = push_node(node, [self.of(value) for value in node.inputs], self.weights, (self.num_probes, None, None))
+    def run(self, affine: Affine, inputs: Sequence[Value]) -> tuple:
+        """The output of an affine operation; and its tangent if that was computed in the same call, otherwise None."""
+        x = affine.residuals[0]
+        single = len(inputs) == 1 and inputs[0].primal is x
+        return run_at_once(affine, x, self._seen(inputs[0]) if single else None)
+
+    def _seen(self, value: Value):
+        """The tangent of a value in the dtype in which the operation sees the value."""
+        tangent = self.of(value)
+        return None if tangent is None else cast(tangent, value.primal.dtype)
+
+    def push(self, node: Node, image: Any = None) -> None:
+        """Pushes the tangents of a node's inputs through it. `image`: its output's tangent, if it is known already."""
+        tangents = [self.of(value) for value in node.inputs]
+        images = push_node(node, tangents, self.weights, (self.num_probes, None, None), image=image)
         for value, tangent in zip(node.outputs, images or [None] * len(node.outputs), strict=True):
             self._by_slot[value.slot] = tangent
 
@@ -91,24 +98,19 @@ class Companions:
         return [zeros(self.num_probes, y.primal) if product is None else product for product, y in pairs]
 
 
-def apply_at_once(known, tangent, function: Callable, x, num_weights: int) -> tuple:
-    """`function` of x and its tangent, as `Context.apply`: in one call where weights, which it reads once, dominate.
+def run_at_once(affine: Affine, x, tangent) -> tuple:
+    """The output at x `(B, …)`, and the output's tangent if it is cheaper to compute both in one call; otherwise None.
 
-    Args:
-        known: the input, `(B, …)`.
-        tangent: its tangent, `(P, B, …)`.
-        function: what is linear.
-        x: what it is to be applied to; tangents go along if it is the input itself.
-        num_weights: how many numbers the function reads beside.
+    It is if the weights, which one call reads once, outnumber x and its tangent `(P, B, …)` (None for zero).
     """
     # Unknown sizes stay separate: whether they are few cannot be known.
-    if x is not known or not all(isinstance(size, int) for size in (*x.shape, *tangent.shape)):
-        return function(x), None
+    if tangent is None or not all(isinstance(size, int) for size in (*x.shape, *tangent.shape)):
+        return affine.with_bias(affine.linear_part(x)), None
     batch, num_probes = x.shape[0], tangent.shape[0]
-    if num_weights < max(MANY_WEIGHTS, math.prod(x.shape) * (1 + num_probes)):
-        return function(x), None
-    y, image = ops.split(function(ops.concatenate([x, fold(tangent)])), [batch])
-    return y, unfold(image, num_probes)
+    if affine.num_weights < max(MANY_WEIGHTS, math.prod(x.shape) * (1 + num_probes)):
+        return affine.with_bias(affine.linear_part(x)), None
+    y, image = ops.split(affine.linear_part(ops.concatenate([x, fold(tangent)])), [batch])
+    return affine.with_bias(y), unfold(image, num_probes)
 
 
 def runs_eagerly(tensor) -> bool:

@@ -50,6 +50,16 @@ def align(tangent, rank: int):
     return ops.reshape(tangent, (shape[0], *[1] * missing, *shape[1:]))
 
 
+def folded(function: Callable) -> Callable:
+    """A linear `function` of one `(N, …)` tensor or more to one, example by example, as a map of `(P, B, …)`."""
+
+    def push(*tangents):
+        num_probes = shape_of(tangents[0])[0]
+        return unfold(function(*(fold(tangent) for tangent in tangents)), num_probes)
+
+    return push
+
+
 def each_probe(function: Callable) -> Callable:
     """A linear `function` of tensors of any axes to one or to a tuple of them, as a map of `(P, …)` to `(P, …)`.
 

@@ -85,7 +85,8 @@ def linearize(
     """
     model = _checked_model(model)
     inputs = standardize_inputs(model, x)
-    graph, outputs, fallbacks = _freeze(model, x, inputs, _linearize_options(training, batch_statistics, fallback, xla))
+    options = _linearize_options(training, batch_statistics, fallback, xla)
+    graph, outputs, fallbacks = _freeze(model, x, inputs, options)
     flatten = functools.partial(flatten_tangents, model, tree.map_structure(lambda leaf: None, x))
     return Linearization(graph, as_floats(inputs), outputs, flatten=flatten, fallbacks=fallbacks)
 
@@ -178,29 +179,30 @@ def _linearize_options(
     batch_statistics: BatchStatistics | None = None,
     fallback: Fallback = "warn",
     xla: bool | None = None,
-) -> Context:
+) -> tuple[Context, Fallback]:
     training = checks.boolean("training", training)
     checks.choice("batch_statistics", batch_statistics, ("moving", "frozen", "coupled", None))
     checks.choice("fallback", fallback, ("warn", "allow", "error"))
     checks.boolean("xla", xla, optional=True)
     if batch_statistics is None:
         batch_statistics = "frozen" if training else "moving"
-    return Context(training, batch_statistics, fallback, xla)
+    return Context(training, batch_statistics, xla), fallback
 
 
 def _freeze(
-    model, x, inputs: list, context: Context, companions: Companions | None = None
+    model, x, inputs: list, options: tuple[Context, Fallback], companions: Companions | None = None
 ) -> tuple[FrozenGraph, Any, dict[str, str]]:
     """The frozen graph, the outputs in the model's own structure, and what was left to autodiff, with the reasons."""
     along = companions if companions is not None and companions.go_along else None
-    tracer, values, outputs = trace(model, x, inputs, context, along)
-    unexpected = {name: fallback for name, fallback in tracer.fallbacks.items() if not fallback.expected}
-    if unexpected and context.fallback == "warn":
+    context, fallback = options
+    tracer, values, outputs = trace(model, x, inputs, context, along, fallback)
+    unexpected = {name: left for name, left in tracer.fallbacks.items() if not left.expected}
+    if unexpected and fallback == "warn":
         _warn_of_fallback(model, unexpected)
     graph = tracer.frozen(values, tree.flatten(outputs))
     ends = {value.slot for value in graph.outputs}
     _warn_of_probabilities(model, [node for node in graph.nodes if any(v.slot in ends for v in node.outputs)])
-    fallbacks = {name: str(fallback) for name, fallback in tracer.fallbacks.items()}
+    fallbacks = {name: str(left) for name, left in tracer.fallbacks.items()}
     return graph, tree.map_structure(lambda value: value.primal, outputs), fallbacks
 
 

@@ -13,7 +13,7 @@ from jvpreg.eager import cast, shape_of
 from jvpreg.examples import FIRST, GONE, MIXED, Place, broadcast, cuts, kept, makes_rows, of_class
 from jvpreg.folding import align
 from jvpreg.inputs import has_tangents
-from jvpreg.rules.contract import Pushforward
+from jvpreg.rules.contract import Affine, ChannelScale, Gate, Pushforward
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,11 @@ class Node:
         if self.pushforward is None:
             known = self.examples or of_class(self.operation, [value.primal.shape for value in self.inputs])
             return known(*places)
-        if self.pushforward.examples is not None:
-            return self.pushforward.examples(*places)
+        after = self.pushforward.examples
+        if callable(after):
+            return after(*places)
         place = kept(*places)
-        return MIXED if self.pushforward.couples_examples or place.axis != 0 else place
+        return MIXED if after == "coupled" or place.axis != 0 else place
 
     def take(self, indices, locations: Mapping[int, Place]) -> "Node":
         """The node for the examples at `indices` only. Its primal values stay whole: only their shapes matter.
@@ -120,7 +121,7 @@ class Node:
         """
         if self.pushforward is None or not any(value.batched for value in self.inputs):
             return True
-        if self.pushforward.moves_examples:
+        if self.pushforward.examples in ("coupled", "moved"):
             return False
         where = {v.slot: locations.get(v.slot, FIRST) for v in (*self.inputs, *self.outputs) if v.batched}
         where = {slot: place._replace(mixed=False) if place.axis >= 0 else place for slot, place in where.items()}
@@ -228,11 +229,6 @@ class FrozenGraph:
         return reached
 
     @property
-    def moves_examples(self) -> bool:
-        """Whether what is frozen somewhere is not of the examples in their order."""
-        return bool(self.moving)
-
-    @property
     def is_constant(self) -> bool:
         """Whether no output depends on an input, as far as tangents know: by integers nothing has a derivative."""
         reached = {value.slot for value in self.inputs if value.has_tangents}
@@ -311,8 +307,9 @@ class FrozenGraph:
     def _scaled_afterwards(self) -> list[tuple[int, int]]:
         """The places of nodes whose output goes into one other only, which multiplies its channels; and of that one."""
         uses = Counter(value.slot for values in (*(n.inputs for n in self.nodes), self.outputs) for value in values)
-        made_at = {node.outputs[0].slot: i for i, node in enumerate(self.nodes) if _has(node, "scaled")}
-        scaling = [(node.inputs[0].slot, i) for i, node in enumerate(self.nodes) if _has(node, "channel_slope")]
+        kinds = [(i, node, node.pushforward) for i, node in enumerate(self.nodes)]
+        made_at = {node.outputs[0].slot: i for i, node, kind in kinds if isinstance(kind, Affine) and kind.scaled}
+        scaling = [(node.inputs[0].slot, i) for i, node, kind in kinds if isinstance(kind, ChannelScale)]
         return [(made_at[slot], i) for slot, i in scaling if slot in made_at and uses[slot] == 1]
 
     def _with_scaled_kernels(self, leading) -> list[Node]:
@@ -364,16 +361,16 @@ class FrozenGraph:
                 finite |= {value.slot for value in node.outputs}
         return finite
 
-    def as_pushforward(self) -> Pushforward:
-        """The whole graph as the pushforward of one operation, with the residuals of all its nodes."""
+    def as_pushforward(self) -> Gate:
+        """The whole graph as the pushforward of one operation, with the residuals and masks of all its nodes."""
         found = [
-            (residual, axis)
+            (residual, axis, mask)
             for node in self.nodes
-            if node.pushforward is not None
-            for residual, axis in zip(node.pushforward.residuals, node.pushforward.batch_axes, strict=True)
+            if (frozen := node.pushforward) is not None
+            for residual, axis, mask in zip(frozen.residuals, frozen.batch_axes, frozen.masks, strict=True)
             if not node.is_constant(residual)
         ]
-        residuals, axes = [residual for residual, _ in found], [axis for _, axis in found]
+        residuals, axes = [residual for residual, *_ in found], [axis for _, axis, _ in found]
         count = len(self.inputs)
 
         def push_all(tangents, leading, residuals, weights=None):
@@ -392,13 +389,13 @@ class FrozenGraph:
             return push_all([None] * count, (ops.shape(tangent)[0], batch, None), residuals, {key: tangent})
 
         parts = [(variable, functools.partial(part, key=id(variable))) for variable in self.weights]
-        return Pushforward(
+        return Gate(
             push,
             *residuals,
+            masks=[mask for *_, mask in found],
             weights=parts,
             batch_axes=axes,
-            couples_examples=self.couples_examples,
-            moves_examples=self.moves_examples,
+            examples="coupled" if self.couples_examples else "moved" if self.moving else "apart",
             takes_none=True,
             finite=all(value.slot in self._finite_slots for value in self.outputs),
         )
@@ -411,20 +408,19 @@ def with_scaled_kernel(node: Node, scaling: Node, leading: tuple) -> tuple[Node,
     are. What it saves is a pass over the tangents, and two over them in the gradient.
     """
     linear, slope, (value,) = node.pushforward, scaling.pushforward, node.outputs
-    assert linear is not None
-    assert slope is not None
-    vector, axis = slope.channel_slope
+    assert isinstance(linear, Affine)
+    assert isinstance(slope, ChannelScale)
     probes, batch = leading[0], value.primal.shape[0] if leading[1] is None else leading[1]
     known = [size for size in (probes, batch, *value.primal.shape[1:]) if isinstance(size, int)]
     numbers = math.prod(known) * (1 if isinstance(batch, int) else USUAL_BATCH)
     kernels = sum(math.prod(variable.shape) for variable in linear.variables)
     # Under mixed precision the slope is of float32, and would be rounded before it is used.
-    pays = kernels <= numbers and vector.dtype == value.primal.dtype
-    scaled = linear.scaled(vector, axis) if pays else None
+    pays = kernels <= numbers and slope.slope.dtype == value.primal.dtype
+    scaled = linear.with_channels_scaled(slope.slope, slope.axis) if pays else None
     if scaled is None:
         return node, scaling
     passed = slope.with_function(lambda tangent, *residuals: tangent)
-    return replace(node, pushforward=linear.with_function(scaled)), replace(scaling, pushforward=passed)
+    return replace(node, pushforward=scaled), replace(scaling, pushforward=passed)
 
 
 def push_node(
@@ -433,6 +429,7 @@ def push_node(
     weights: Mapping[int, Any],
     leading: tuple,
     residuals: Sequence | None = None,
+    image: Any = None,
 ) -> list | None:
     """The tangents of one node's outputs; None if they are all zero.
 
@@ -442,6 +439,7 @@ def push_node(
         weights: tangents `(P, …)` of variables, by their `id`.
         leading: P, B or None, and where the examples are: see `FrozenGraph.push`.
         residuals: with the probe axis; by default the node's own.
+        image: the output's tangent, if it was computed together with the output.
     """
     pushforward = node.pushforward
     if pushforward is None:
@@ -451,8 +449,8 @@ def push_node(
     if residuals is None:
         residuals = pushforward.broadcast_residuals() if moved or arriving else []
     images: list[Sequence] = []
-    if pushforward.image is not None:
-        images.append(_tuple(pushforward.image))
+    if image is not None:
+        images.append(_tuple(image))
     elif arriving:
         pairs = list(zip(tangents, node.inputs, strict=True))
         # Mixed precision: a tangent has the dtype in which the layer sees its input.
@@ -461,8 +459,7 @@ def push_node(
             seen = [_zeros(leading, v) if t is None else t for t, (_, v) in zip(seen, pairs, strict=True)]
         images.append(_tuple(pushforward.function(*seen, *residuals)))
     for part, tangent in moved:
-        image = _tuple(part(tangent, *residuals))
-        pairs = list(zip(image, node.outputs, strict=True))
+        pairs = list(zip(_tuple(part(tangent, *residuals)), node.outputs, strict=True))
         images.append([_spread(t, leading, v) if v.has_tangents else None for t, v in pairs])
     if not images:
         return None
@@ -475,10 +472,6 @@ def push_node(
 def _finite_part(tensor):
     """A tensor, with 0 where it is infinite or not a number."""
     return ops.where(ops.isfinite(tensor), tensor, 0.0)
-
-
-def _has(node: Node, name: str) -> bool:
-    return node.pushforward is not None and getattr(node.pushforward, name) is not None
 
 
 def tangent_shape(leading, value: Value) -> tuple:

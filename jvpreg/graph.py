@@ -30,7 +30,7 @@ from jvpreg.eager import leaves_of, map_leaves
 from jvpreg.frozen import FrozenGraph, Node, Value
 from jvpreg.inputs import flatten_inputs, graph_of, has_tangents
 from jvpreg.paths import is_graph, is_within, join, stable_name, walk
-from jvpreg.rules.contract import Context, Declined
+from jvpreg.rules.contract import Affine, Context, Declined, Pushed, Pushforward
 from jvpreg.rules.families import identity
 from jvpreg.rules.registry import find_rule, missing_rule_error, unwrap
 
@@ -71,17 +71,20 @@ class Tracer:
     """Runs a model once, rule by rule, and records its nodes in the order in which they ran.
 
     Attributes:
-        context: how it runs.
+        context: what rules are told.
         nodes: what was recorded.
         variables: variables that operations took as an input, each with its value.
         fallbacks: the nodes that were left to autodiff, by name.
         companions: tangents that go through the model while it runs, if there are any.
         root: the model that runs, whose name is part of no path.
+        fallback: `"error"` if an operation without a rule that cannot be opened up is an error; otherwise it is left to
+            the backend's autodiff.
     """
 
     context: Context
     companions: Companions | None = None
     root: Any = None
+    fallback: str = "allow"
     nodes: list[Node] = field(default_factory=list)
     variables: list[tuple[Any, Value]] = field(default_factory=list)
     fallbacks: dict[str, LeftToAutodiff] = field(default_factory=dict)
@@ -97,7 +100,7 @@ class Tracer:
 
     def __post_init__(self):
         # What goes along with an operation's inputs does not with those of the operations within it.
-        self.context = replace(self.context, apply=Context.apply, along=Context.along, weights={})
+        self.context = replace(self.context, along=Context.along, weights={})
 
     def value(self, primal, batched: bool = True) -> Value:
         """A new value with a slot of its own."""
@@ -211,23 +214,34 @@ class Tracer:
         values, args, kwargs = self._primals(operation, args, kwargs)
         kwargs |= {key: map_leaves(masks.primal_of, mask) for key, mask in given.items()}
         kwargs = {key: value for key, value in kwargs.items() if key != "training" and value is not None}
-        context = replace(self.context, run=functools.partial(self._run_inner, values))
+        context = replace(self.context, linearize=functools.partial(self._run_inner, values))
         if self.companions is not None:
             context = self.companions.context(context, values)
-        primal, pushforward = rule.function(operation, *args, context=context, **kwargs)
-        outputs = self._record(name, operation, values, primal, pushforward)
+        returned = rule.function(operation, *args, context=context, **kwargs)
+        primal, pushforward, image = self._carry_out(returned, values, name, operation)
+        outputs = self._record(name, operation, values, primal, pushforward, image)
         activation = getattr(operation, rule.activation) if rule.activation else None
         if activation is not None and activation is not keras.activations.linear:
             outputs = self._run_activation(activation, outputs, f"{name}/activation")
         _record_activity_loss(operation, outputs)
         return outputs
 
+    def _carry_out(self, returned, values: Sequence[Value], name: str, operation) -> tuple:
+        """The output, the pushforward, and the output's tangent if it is known already, of what a rule returned."""
+        if not isinstance(returned, Affine):
+            primal, pushforward = _checked_pair(returned, name, operation)
+            return primal, pushforward, pushforward.image if isinstance(pushforward, Pushed) else None
+        if self.companions is None:
+            return returned.with_bias(returned.linear_part(returned.residuals[0])), returned, None
+        y, image = self.companions.run(returned, values)
+        return y, returned, image
+
     def _run_inner(self, known: Sequence[Value], operation, *inputs, **kwargs):
-        """What a rule asks for by `context.run`: another operation, as one pushforward.
+        """What a rule asks for by `context.linearize`: another operation, as one pushforward.
 
         Tangents are those of the `inputs`, which keep the masks that they have among the `known` values.
         """
-        inner = Tracer(self.context, fallbacks=self.fallbacks)
+        inner = Tracer(self.context, fallback=self.fallback, fallbacks=self.fallbacks)
         carried = {id(value.primal): value.mask.primal for value in known if value.mask is not None}
         values = tree.map_structure(lambda tensor: inner.masked(tensor, carried.get(id(tensor))), inputs)
         kwargs = tree.map_structure(lambda x: inner.value(x) if ops.is_tensor(x) and len(x.shape) else x, kwargs)
@@ -348,7 +362,7 @@ class Tracer:
             kwargs["training"] = self.context.training
         primal, pushforward = fall_back(operation, args, kwargs, [value.primal for value in values])
         if pushforward is not None:
-            if self.context.fallback == "error":
+            if self.fallback == "error":
                 raise missing_rule_error(operation, name, _reason(error)) from error
             expected = isinstance(error, Declined) and error.to_autodiff
             self.fallbacks[name] = LeftToAutodiff(type(operation).__name__, _reason(error), expected)
@@ -422,10 +436,10 @@ class Tracer:
     def _run_activation(self, activation, value: Value, name: str) -> Value:
         return self._run_named(activation, (value,), {}, name)
 
-    def _record(self, name, operation, inputs: Sequence[Value], primal, pushforward):
+    def _record(self, name, operation, inputs: Sequence[Value], primal, pushforward, image=None):
         batched = any(value.batched for value in inputs)
         outputs = map_leaves(lambda leaf: self.value(leaf, batched), primal)
-        examples = None if pushforward is None else pushforward.examples
+        examples = pushforward.examples if pushforward is not None and callable(pushforward.examples) else None
         if pushforward is not None and not any(value.has_tangents for value in leaves_of(outputs)):
             pushforward = None
         layer = operation if isinstance(operation, keras.Layer) else self._opened
@@ -434,7 +448,7 @@ class Tracer:
         node = Node(name, operation, *ends, pushforward, layer, examples, path)
         self.nodes.append(node)
         if self.companions is not None:
-            self.companions.push(node)
+            self.companions.push(node, image)
         return outputs
 
     def _unique(self, name: str) -> str:
@@ -580,7 +594,12 @@ def freeze(operation, *inputs, context: Context) -> tuple:
 
 
 def trace(
-    model, x, inputs: Sequence, context: Context, companions: Companions | None = None
+    model,
+    x,
+    inputs: Sequence,
+    context: Context,
+    companions: Companions | None = None,
+    fallback: str = "allow",
 ) -> tuple[Tracer, list[Value], Any]:
     """Runs `model` once on the flat list of `inputs` `(B, …)`, which the user gave as the structure `x`.
 
@@ -588,7 +607,7 @@ def trace(
         The tracer with its nodes, the values of the inputs, and the output values in the model's own structure.
     """
     batch = ops.shape(inputs[0])[0] if len(inputs[0].shape) else None
-    tracer = Tracer(replace(context, batch=batch), companions, model)
+    tracer = Tracer(replace(context, batch=batch), companions, model, fallback)
     given = [get_keras_mask(leaf) for leaf in flatten_inputs(model, x, "x")]
     values = [tracer.masked(tensor, mask) for tensor, mask in zip(inputs, given, strict=True)]
     if companions is not None:
@@ -611,6 +630,20 @@ def trace(
             # A loss weighs by it.
             set_keras_mask(value.primal, value.mask.primal)
     return tracer, values, outputs
+
+
+def _checked_pair(returned, name: str, operation) -> tuple:
+    """What a rule returned, which must be an output with its pushforward, or with None if no tangent passes."""
+    pair = isinstance(returned, tuple) and len(returned) == 2
+    if not pair or not (returned[1] is None or isinstance(returned[1], Pushforward)):
+        received = (
+            [type(part).__name__ for part in returned] if isinstance(returned, tuple) else type(returned).__name__
+        )
+        raise TypeError(
+            f"The rule of `{name}` ({type(operation).__name__}) returned something else than it must. Expected "
+            f"(y, Pushforward), (y, None) or an Affine. Received: {received}"
+        )
+    return returned
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from jvpreg import replicas
-from jvpreg.rules.contract import Pushforward
+from jvpreg.rules.contract import Gate, Pushforward
 from jvpreg.transpose import transpose
 
 
@@ -163,7 +163,7 @@ def wait() -> None:
         jax.effects_barrier()
 
 
-class ImplicitPushforward(Pushforward):
+class ImplicitPushforward(Gate):
     """The pushforward of a fixed point `z = f(x, z)`: `w = ∂ₓf u + ∂_z f w`, solved for each tangent.
 
     Args:
@@ -179,9 +179,10 @@ class ImplicitPushforward(Pushforward):
             lambda u, _, *residuals: self._close(cell.function(u, None, *residuals), residuals),
             z,
             *cell.residuals,
+            masks=[None, *cell.masks],
             weights=[(variable, self._part(part)) for variable, part in cell.weights],
             batch_axes=[0, *cell.batch_axes],
-            couples_examples=cell.couples_examples,
+            examples=cell.examples,
         )
 
     def state_product(self, tangents):

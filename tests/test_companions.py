@@ -8,8 +8,8 @@ from keras import layers, ops
 
 import jvpreg
 from jvpreg import companions
-from jvpreg.companions import apply_at_once
-from jvpreg.rules import registry
+from jvpreg.companions import run_at_once
+from jvpreg.rules import Affine, registry
 
 numpy = ops.convert_to_numpy
 
@@ -63,14 +63,17 @@ def counted(monkeypatch) -> list[int]:
     """How many examples each linear part was run on."""
     sizes = []
 
-    def spy(known, tangent, function, x, num_weights):
+    def spy(affine, x, tangent):
+        function = affine.linear_part
+
         def watched(x):
             sizes.append(x.shape[0])
             return function(x)
 
-        return apply_at_once(known, tangent, watched, x, num_weights)
+        affine.linear_part = watched
+        return run_at_once(affine, x, tangent)
 
-    monkeypatch.setattr(companions, "apply_at_once", spy)
+    monkeypatch.setattr(companions, "run_at_once", spy)
     return sizes
 
 
@@ -98,6 +101,30 @@ def test_products_are_those_of_the_linearization(float64, monkeypatch, shape):
     # Several probes do not go along in eager mode, where they would all be held.
     assert any(size > 2 for size in sizes) == (keras.backend.backend() != "torch" or u.size == x.size)
     assert any(size == 2 for size in sizes) == any(size > 2 for size in sizes)
+
+
+def test_an_affine_layer_of_ones_own_shares_its_call(float64, monkeypatch):
+    class LowRank(layers.Layer):
+        def build(self, shape):
+            self.left, self.right = self.add_weight((shape[-1], 80)), self.add_weight((80, 100))
+            self.shift = self.add_weight((100,))
+
+        def call(self, x):
+            return x @ self.left @ self.right + self.shift
+
+    @jvpreg.register_rule(LowRank)
+    def low_rank(layer, x, context):
+        parts = [(layer.left, lambda u, x: x @ u @ layer.right), (layer.right, lambda u, x: x @ layer.left @ u)]
+        return Affine(lambda x: x @ layer.left @ layer.right, x, parts, layer.shift)
+
+    model = randomize(keras.Sequential([keras.Input((30,)), LowRank()]))
+    jvpreg.testing.check_rule(model, (30,))
+    x, u, moved = normal(2, 30), normal(2, 30, seed=1), [(model.weights[0], normal(30, 80, seed=2))]
+    lin = jvpreg.linearize(model, x)
+    sizes = counted(monkeypatch)
+    assert_close(in_graph(lambda x, u: jvpreg.jvp(model, x, u), x, u), [lin.outputs, lin.jvp(u)])
+    assert_close(in_graph(lambda x: jvpreg.weight_jvp(model, x, moved), x), [lin.outputs, lin.jvp(weights=moved)])
+    assert sizes == [4, 2]
 
 
 def test_a_large_batch_goes_alone(monkeypatch):
@@ -153,15 +180,17 @@ def test_what_no_tangent_reaches_is_zero(float64):
 
 def test_where_packing_pays(monkeypatch):
     """From as many weights on as there are numbers in `x` and its tangents, if they are many."""
-    x, tangent = normal(2, 5).astype("float32"), normal(3, 2, 5, seed=1).astype("float32")
-    numbers = x.size * 4
+    x, tangent = (ops.convert_to_tensor(normal(*shape).astype("float32")) for shape in ((2, 5), (3, 2, 5)))
+    numbers = 2 * 5 * 4
     for many, num_weights, together in ((0, numbers, True), (0, numbers - 1, False), (numbers + 1, numbers, False)):
         monkeypatch.setattr(companions, "MANY_WEIGHTS", many)
-        y, image = apply_at_once(x, tangent, lambda rows: 2 * rows, x, num_weights)
-        np.testing.assert_array_equal(y, 2 * x)
+        weight, bias = keras.Variable(np.ones(num_weights)), keras.Variable(np.ones(5))
+        affine = Affine(lambda rows: 2 * rows, x, [(weight, lambda u, x: x)], bias)  # the bias does not count
+        y, image = run_at_once(affine, x, tangent)
+        np.testing.assert_array_equal(numpy(y), 2 * numpy(x) + 1)
         assert (image is not None) == together
         if together:
-            np.testing.assert_array_equal(image, 2 * tangent)
+            np.testing.assert_array_equal(numpy(image), 2 * numpy(tangent))
 
 
 def test_a_rule_may_run_another_one(float64):
@@ -172,8 +201,8 @@ def test_a_rule_may_run_another_one(float64):
 
     @jvpreg.register_rule(Twice)
     def twice(layer, x, context):
-        y, dense = registry.find_rule(layers.Dense(1)).function(layer, x, context=context)
-        return 2 * y, jvpreg.rules.linear(lambda t: 2 * dense.function(t[None], x[None])[0])
+        dense = registry.find_rule(layers.Dense(1)).function(layer, x, context=context)
+        return 2 * dense.with_bias(dense.linear_part(x)), jvpreg.rules.linear(lambda t: 2 * dense.linear_part(t))
 
     model = randomize(keras.Sequential([keras.Input((3,)), Twice(40)]))
     x, u = normal(1, 3), normal(1, 3, seed=1)
@@ -272,7 +301,12 @@ def test_a_recurrent_layer_that_nothing_reaches(float64, monkeypatch):
     expected = jvpreg.linearize(model, x).jvp(weights=[(kernel, u)])
     seen = []
     push = companions.Companions.push
-    monkeypatch.setattr(companions.Companions, "push", lambda self, node: (push(self, node), seen.append((self, node))))
+
+    def spy(self, node, image=None):
+        push(self, node, image)
+        seen.append((self, node))
+
+    monkeypatch.setattr(companions.Companions, "push", spy)
     found = in_graph(lambda: jvpreg.weight_jvp(model, x, [(kernel, u)])[1])
     assert_close(found, expected)
     assert [one.of(node.outputs[0]) is None for one, node in seen] == [True, False]

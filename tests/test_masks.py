@@ -417,7 +417,7 @@ def test_a_rule_that_runs_another_layer(float64):
 
     @jvpreg.register_rule(Wrapped)
     def rule(layer, x, context):
-        return context.run(layer.layer, x)
+        return context.linearize(layer.layer, x)
 
     check_products(masked_model(Wrapped(layers.SimpleRNN(2))))
 

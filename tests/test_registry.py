@@ -45,6 +45,17 @@ def test_registering_twice():
     assert registry.find_rule(HalveMore()) is None
 
 
+@pytest.mark.parametrize(
+    "returned", [lambda x: x, lambda x: (x,), lambda x: (x, x), lambda x: jvpreg.rules.linear(ops.abs)]
+)
+def test_a_rule_that_returns_something_else(returned):
+    jvpreg.register_rule(Halve)(lambda layer, x, context: returned(x))
+    with pytest.raises(
+        TypeError, match=r"rule of `halve` \(Halve\).*Expected \(y, Pushforward\).* or an Affine. Received"
+    ):
+        jvpreg.linearize(keras.Sequential([keras.Input((3,)), Halve(name="halve")]), normal(2, 3))
+
+
 def test_a_function_has_a_rule_by_itself():
     assert registry.find_rule(activations.tanh) is not None
     assert registry.find_rule(ops.tanh) is None
@@ -114,6 +125,14 @@ def test_linear_sees_all_probes_as_one_batch():
     assert seen == [(6, 4)]
 
 
+def test_each_input_sums_what_has_a_tangent():
+    push = jvpreg.rules.each_input(lambda t, x: t * x, None, lambda t, x: -t)
+    x, tangent = ops.convert_to_tensor(normal(1, 4)), ops.convert_to_tensor(normal(2, 4, seed=1))
+    assert_close(push(tangent, None, None, x), numpy(tangent) * numpy(x))
+    assert_close(push(None, None, tangent, x), -numpy(tangent))
+    assert_close(push(tangent, None, tangent, x), numpy(tangent) * (numpy(x) - 1))
+
+
 def test_gate_drops_what_is_not_finite():
     """A select, not a product: 0 × inf would be NaN."""
     mask = ops.convert_to_tensor([[True, False]])
@@ -128,6 +147,9 @@ def test_residuals_broadcast_over_probes_and_are_taken():
     assert_close(pushforward(ops.convert_to_tensor(tangents)), tangents * slope)
     part = pushforward.map_residuals(lambda residual, axis: ops.take(residual, [2, 0], axis=axis))
     assert_close(part(ops.convert_to_tensor(tangents[:, [2, 0]])), (tangents * slope)[:, [2, 0]])
-    assert not part.couples_examples
-    coupled = jvpreg.rules.Pushforward(lambda tangent: tangent, couples_examples=True)
-    assert coupled.map_residuals(lambda residual, axis: residual).couples_examples
+    with pytest.raises(
+        ValueError, match=r'`examples`. Expected "apart", "coupled" or "moved".* Received: examples=.mixed'
+    ):
+        jvpreg.rules.Pushforward(lambda tangent: tangent, examples="mixed")
+    coupled = jvpreg.rules.Pushforward(lambda tangent: tangent, examples="coupled")
+    assert coupled.map_residuals(lambda residual, axis: residual).examples == "coupled"

@@ -29,8 +29,9 @@ OPERATIONS_TESTED_APART = {"Gelu", "HardSigmoid", "Heaviside", "DotProductAttent
 
 def test_every_rule_has_a_row():
     covered = {case.operation for case in LAYERS} | TESTED_APART
-    # Other tests, and doctests, register rules of their own.
+    # Other tests register rules of their own, and so does the doctest of the registry.
     ours = [op for op in registered_operations() if _RULES[op].function.__module__.startswith("jvpreg.rules.")]
+    ours = [op for op in ours if op.__module__ != "jvpreg.rules.registry"]
     # Without a tangent there is nothing to check: see test_operations_without_a_tangent.
     ours = [op for op in ours if _RULES[op].function is not jvpreg.rules.ops.constant]
     missing = [op for op in ours if op not in covered and op.__name__ not in OPERATIONS_TESTED_APART]

@@ -63,7 +63,9 @@ def test_the_parts_are_the_whole_cell(float64, monkeypatch, kind):
         return [jvpreg.weight_jvp(model, x, moved), [jvpreg.weight_jvp(model, x, [pair]) for pair in moved]]
 
     split = [found(), along()]
-    monkeypatch.setattr(recurrent, "cell_of", lambda layer, context, dtype: cells.WholeCell(layer.cell, context.run))
+    monkeypatch.setattr(
+        recurrent, "cell_of", lambda layer, context, dtype: cells.WholeCell(layer.cell, context.linearize)
+    )
     assert_close(split, [found(), along()])
 
 

@@ -217,9 +217,9 @@ def _frozen_masks(node) -> list[tuple[Any, int]]:
     """The masks of a node that depend on the input, with their axis of the examples."""
     if node.pushforward is None:
         return []
-    mask, pairs = node.pushforward.mask, zip(node.pushforward.residuals, node.pushforward.batch_axes, strict=True)
-    moving = [(residual, axis) for residual, axis in pairs if not node.is_constant(residual)]
-    return [(mask(r) if mask else r, axis) for r, axis in moving if mask or "bool" in str(r.dtype)]
+    frozen = node.pushforward
+    gates = zip(frozen.residuals, frozen.batch_axes, frozen.masks, strict=True)
+    return [(mask(r), axis) for r, axis, mask in gates if mask is not None and not node.is_constant(r)]
 
 
 def _linearized(model, domain, places) -> Linearization:

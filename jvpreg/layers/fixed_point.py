@@ -142,17 +142,17 @@ class FixedPoint(keras.layers.Layer):
                 return self._evaluate(points[0], z, training)
 
         def frozen(z):
-            context = Context(training, "coupled" if training else "moving", "allow")
+            context = Context(training, "coupled" if training else "moving")
             with keras.StatelessScope(state_mapping=values):
                 return freeze(self.cell, *self._arguments(x, z), context=context)[1]
 
         def pull(z, v):
             cell = frozen(z)
             residuals = [ops.expand_dims(residual, 0) for residual in cell.residuals]
-            loop = self._loop(z, cell.couples_examples)
+            loop = self._loop(z, cell.examples == "coupled")
             return implicit.close(cell, ops.expand_dims(v, 0), residuals, loop, transposed=True)[0]
 
-        coupled = keras.backend.backend() == "jax" and frozen(value).couples_examples
+        coupled = keras.backend.backend() == "jax" and frozen(value).examples == "coupled"
         points = [x, *(values[i][1] for i in moving)]
         z = implicit.at_fixed_point(value, points, function, pull, self._loop(value, coupled))
         # For what an evaluation leaves behind, once: statistics, seeds, activity losses.
@@ -177,9 +177,9 @@ class FixedPoint(keras.layers.Layer):
 
     def freeze(self, x, z, context: Context) -> ImplicitPushforward:
         """The layer frozen at the fixed point z."""
-        assert context.run is not None
-        _, cell = context.run(self.cell, *self._arguments(x, z))
-        return ImplicitPushforward(z, cell, self._loop(z, cell.couples_examples))
+        assert context.linearize is not None
+        _, cell = context.linearize(self.cell, *self._arguments(x, z))
+        return ImplicitPushforward(z, cell, self._loop(z, cell.examples == "coupled"))
 
     def take_counts(self) -> dict[str, float]:
         """What has been counted since the last time, by the names in `COUNTS`."""

@@ -21,20 +21,23 @@ from jvpreg.rules import (
     regularization,
     reshaping,
 )
-from jvpreg.rules.contract import Context, Declined, Pushed, Pushforward
-from jvpreg.rules.families import affine, gate, identity, linear, scale
+from jvpreg.rules.contract import Affine, ChannelScale, Context, Declined, Gate, Pushed, Pushforward
+from jvpreg.rules.families import each_input, gate, identity, linear, scale
 from jvpreg.rules.registry import find_rule, register_elementwise, register_rule
 
 __all__ = [
+    "Affine",
+    "ChannelScale",
     "Context",
     "Declined",
+    "Gate",
     "Pushed",
     "Pushforward",
     "activations",
-    "affine",
     "attention",
     "convolution",
     "core",
+    "each_input",
     "each_probe",
     "elementwise",
     "find_rule",

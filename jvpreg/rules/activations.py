@@ -12,7 +12,7 @@ from keras import activations, layers, ops
 
 from jvpreg.examples import besides, kept
 from jvpreg.folding import fold, unfold
-from jvpreg.rules.contract import Declined, Pushforward
+from jvpreg.rules.contract import Declined, Gate, Pushforward
 from jvpreg.rules.core import sum_of_products
 from jvpreg.rules.families import gate, identity, scale, scale_by
 from jvpreg.rules.registry import find_rule, register_elementwise, register_rule
@@ -34,17 +34,6 @@ def _torch_kernel(name: str):
 # kernel for it.
 
 
-def _two_pieces(mask, slope) -> Pushforward:
-    """Slope 1 where `mask` holds and `slope` elsewhere."""
-    if isinstance(slope, (int, float)) and slope == 0:
-        return gate(mask)
-
-    def push(tangent, mask):
-        return ops.where(mask, tangent, slope * tangent)
-
-    return Pushforward(push, mask, examples=kept)
-
-
 def _slope_in_use(function, x, **kwargs):
     """The negative slope that the backend multiplies by: TensorFlow's kernel rounds it to float32."""
     return -function(-ops.ones((), x.dtype), **kwargs)
@@ -55,7 +44,7 @@ def linear(function, x, context):
     return x, identity()
 
 
-def _by_kernel(slope, y) -> Pushforward:
+def _by_kernel(slope, y) -> Gate:
     """Slope 1 where the output `y` of ReLU is positive, and `slope` (0 or more) elsewhere, by the backend's gradient.
 
     Selects are slow in a plain TensorFlow graph and on Torch, as `benchmark layers` shows. All that is frozen is what
@@ -72,7 +61,7 @@ def _by_kernel(slope, y) -> Pushforward:
         def push_by_torch(tangent, y):
             return leaky(tangent, y.detach(), slope, True) if slope else relu(tangent, y.detach(), 0)
 
-        return Pushforward(push_by_torch, y, mask=mask, examples=kept)
+        return Gate(push_by_torch, y, masks=[mask], examples=kept)
     import tensorflow as tf
 
     slope = float(np.float32(slope))  # as the kernel of the layer itself has it
@@ -88,12 +77,11 @@ def _by_kernel(slope, y) -> Pushforward:
         image = tf.raw_ops.LeakyReluGrad(**both, alpha=slope) if slope else tf.raw_ops.ReluGrad(**both)
         return unfold(image, 1)
 
-    return Pushforward(push, y, mask=mask, examples=kept)
+    return Gate(push, y, masks=[mask], examples=kept)
 
 
 def _has_kernels(context) -> bool:
-    in_plain_graph = keras.backend.backend() == "tensorflow" and context.xla is False
-    return in_plain_graph or _torch_kernel("threshold_backward") is not None
+    return context.plain_graph or _torch_kernel("threshold_backward") is not None
 
 
 @register_rule(activations.relu)
@@ -103,9 +91,9 @@ def relu(function, x, context, negative_slope=0.0, max_value=None, threshold=0.0
         return y, _by_kernel(negative_slope, y)
     above = x > threshold
     if max_value is None and negative_slope and threshold == 0:
-        return y, _two_pieces(above, _slope_in_use(function, x, negative_slope=negative_slope))
+        return y, gate(above, otherwise=_slope_in_use(function, x, negative_slope=negative_slope))
     if max_value is None:
-        return y, _two_pieces(above, negative_slope)
+        return y, gate(above, otherwise=negative_slope)
     between = ops.logical_and(above, x < max_value)
     if not negative_slope:
         return y, gate(between)
@@ -113,7 +101,7 @@ def relu(function, x, context, negative_slope=0.0, max_value=None, threshold=0.0
     def push(tangent, above, between):
         return ops.where(between, tangent, ops.where(above, 0.0, negative_slope * tangent))
 
-    return y, Pushforward(push, above, between, examples=kept)
+    return y, Gate(push, above, between, examples=kept)
 
 
 @register_rule(activations.relu6)
@@ -126,7 +114,7 @@ def leaky_relu(function, x, context, negative_slope=0.2):
     y = function(x, negative_slope=negative_slope)
     if negative_slope >= 0 and _has_kernels(context):
         return y, _by_kernel(negative_slope, y)
-    return y, _two_pieces(x > 0, _slope_in_use(function, x, negative_slope=negative_slope))
+    return y, gate(x > 0, otherwise=_slope_in_use(function, x, negative_slope=negative_slope))
 
 
 @register_rule(activations.hard_tanh)
@@ -144,18 +132,14 @@ def threshold(function, x, threshold, default_value, context):
     return function(x, threshold, default_value), gate(x > threshold)
 
 
-def _gated_slope(mask, slope: float) -> Pushforward:
-    return Pushforward(lambda tangent, mask: ops.where(mask, slope * tangent, 0.0), mask, examples=kept)
-
-
 @register_rule(activations.hard_sigmoid)
 def hard_sigmoid(function, x, context):
-    return function(x), _gated_slope(ops.abs(x) < 3, 1 / 6)
+    return function(x), gate(ops.abs(x) < 3, 1 / 6)
 
 
 @register_rule(activations.sparse_sigmoid)
 def sparse_sigmoid(function, x, context):
-    return function(x), _gated_slope(ops.abs(x) < 1, 1 / 2)
+    return function(x), gate(ops.abs(x) < 1, 1 / 2)
 
 
 # Smooth activations: each states its derivative, in a form that does not cancel.
@@ -226,7 +210,7 @@ def gelu(function, x, context, approximate=False):
         kernel = functools.partial(kernel, approximate="tanh" if approximate else "none")
         slope = functools.partial(_gelu_slope, approximate=approximate)
         return function(x, approximate=approximate), scale_by(slope, kernel, x)
-    if keras.backend.backend() == "tensorflow" and context.xla is False and not approximate:
+    if context.plain_graph and not approximate:
         import tensorflow as tf
 
         below = 0.5 * tf.math.erfc(-_gelu_root() * x)  # once for both, as TensorFlow's own has it
@@ -329,7 +313,8 @@ def sparsemax(function, x, context, axis=-1):
     def push(tangent, kept, weights):
         return ops.where(kept, tangent - ops.sum(weights * tangent, axis=axis, keepdims=True), 0.0)
 
-    return y, Pushforward(push, y > 0, weights, examples=besides([axis], len(x.shape)))
+    masks = [lambda kept: kept, None]
+    return y, Gate(push, y > 0, weights, masks=masks, examples=besides([axis], len(x.shape)))
 
 
 @register_rule(activations.glu)
@@ -397,7 +382,7 @@ def prelu(layer, x, context):
     def part(u, x):
         return ops.expand_dims(u, 1) * ops.minimum(x, 0)
 
-    return layer.call(x), Pushforward(push, x, weights=[(layer.alpha, part)])
+    return layer.call(x), Gate(push, x, masks=[lambda x: x > 0], weights=[(layer.alpha, part)])
 
 
 @register_rule(layers.Softmax)

@@ -8,7 +8,6 @@ which few are frozen. (XLA fuses the operations of a step as they are, and takes
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import keras
 from keras import layers, ops
 
 from jvpreg.rules.contract import Context, Pushforward
@@ -80,13 +79,13 @@ def cell_of(layer, context: Context, dtype) -> WholeCell | SplitCell:
     That would be dropout, a precision of its own, or an activation without a derivative.
     """
     cell = layer.cell
-    xla = context.xla or keras.backend.backend() == "jax"
     dropped = context.training and any(getattr(cell, name, 0) for name in ("dropout", "recurrent_dropout"))
     resets_before = isinstance(cell, layers.GRUCell) and not cell.reset_after  # the product with the last output
     functions = [getattr(cell, name) for name in ("activation", "recurrent_activation") if hasattr(cell, name)]
+    smooth = all(_derivative(function) is not None for function in functions)
     mixed = cell.compute_dtype != layer.compute_dtype
-    if xla or mixed or type(cell) not in _STEPS or dropped or resets_before or not all(map(_derivative, functions)):
-        return WholeCell(cell, context.run)
+    if context.under_xla or mixed or type(cell) not in _STEPS or dropped or resets_before or not smooth:
+        return WholeCell(cell, context.linearize)
     return SplitCell(cell, dtype)
 
 

@@ -1,80 +1,88 @@
-"""Rules: what an operation does to a batch `x`, and what it then does to tangents at that `x`.
+"""What a rule is told, and what it returns: a pushforward of one of five kinds.
 
-A *rule* runs one operation of a graph on its primal inputs and returns `(y, pushforward)`. The pushforward is the
-operation frozen at `x`: a linear map from the tangents of its inputs to the tangent of its output. Balestriero &
-Baraniuk (2021) call the network of all pushforwards the clone of the network at `x`.
+A *rule* runs one operation at a batch `x` and returns `(y, pushforward)`: the output, and the operation frozen at `x`,
+a linear map from the tangents of its inputs to the tangent of its output. If the operation is affine, the rule returns
+an `Affine` alone, and the engine runs it. (Balestriero & Baraniuk (2021) call the network of all pushforwards the clone
+of the network at `x`.)
 
-Shapes, in this file and in every rule: a primal value is `(B, …)`, its tangent `(P, B, …)` with `P` the number of
-probes. What is frozen per example (a mask, an argmax, a slope) has no probe axis: it is never repeated `P` times.
+Shapes, here and in every rule: a value is `(B, …)`, and its tangent `(P, B, …)` for P probes. What is frozen for each
+example (a mask, a slope) has no axis for the probes, and is never repeated P times.
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jvpreg.folding import with_probe_axis
+import keras
+from keras import ops
+
+from jvpreg import checks
+from jvpreg.folding import each_probe, folded, with_probe_axis
 
 
 @dataclass(frozen=True)
 class Context:
-    """How the model is run while it is linearized.
+    """What a rule is told beside its inputs: what the caller wants, facts about the run, and services of the engine.
 
     Attributes:
         training: whether dropout is active and moving averages are updated.
         batch_statistics: `"moving"`, `"frozen"` or `"coupled"`: see `jvpreg.linearize`.
-        fallback: `"warn"`, `"allow"` or `"error"`: see `jvpreg.linearize`.
-        xla: whether XLA compiles the run; None where that is not known.
-        batch: how many examples there are: a number, or a tensor in a graph in which it is not known.
-        run: `run(operation, *inputs) -> (outputs, Pushforward)` linearizes another operation, for the rule of a
-            wrapper or of a layer that repeats another one.
-        apply: `apply(function, x, num_weights) -> (function(x), image)` runs the linear part, with so many weights, of
-            an operation of one input `x`, example by example. Tangents that travel along with `x` go through it in the
-            same call, where that is cheaper, since the weights are read once: `image` is then what they became, for
-            the `Pushforward`, and else None.
-        along: `along(*inputs) -> tangents` `(P, B, …)` of these inputs of the operation, in their order (None: zero),
-            where one product with them is all that will be asked of it: its rule may then return what they become, as
-            `Pushed`, and freeze nothing. Else, and for tensors that are none of its inputs, it returns None.
-        weights: tangents `(P, …)` of variables, by their `id`, which are part of that product.
+        xla: whether XLA compiles the run; None if that is not known.
+        batch: B: a number, or a tensor in a TensorFlow graph in which it is not known.
+        linearize: `linearize(operation, *inputs, **kwargs) -> (outputs, pushforward)` of another operation, which a
+            wrapper holds or a recurrent layer repeats.
+        along: `along(*inputs)` returns the tangents `(P, B, …)` that travel with these inputs (None for zero) if the
+            caller wants a single product; None otherwise. A rule that gets some may return a `Pushed`.
+        weights: the tangents `(P, …)` of variables, by their `id`, that belong to this product.
     """
 
     training: bool = False
     batch_statistics: str = "moving"
-    fallback: str = "warn"
     xla: bool | None = None
     batch: Any = None
-    run: Callable | None = None
-    apply: Callable = lambda function, x, num_weights: (function(x), None)
+    linearize: Callable | None = None
     along: Callable = lambda *inputs: None
     weights: Mapping[int, Any] = field(default_factory=dict)
 
+    @property
+    def plain_graph(self) -> bool:
+        """Whether TensorFlow runs a graph without XLA: its own kernels are the fastest there, fused by nobody."""
+        return keras.backend.backend() == "tensorflow" and self.xla is False
+
+    @property
+    def under_xla(self) -> bool:
+        """Whether XLA is known to compile the run. On JAX it always does."""
+        return bool(self.xla) or keras.backend.backend() == "jax"
+
 
 class Pushforward:
-    """A node frozen at `x`: a linear map from the tangents of its inputs to the tangent of its output.
+    """An operation frozen at `x`: a linear map from the tangents of its inputs to the tangent of its output.
 
     Args:
-        function: `function(*tangents, *residuals) -> tangent`, linear in the tangents, which are `(P, B, …)`; a tuple
-            of tangents for several outputs. It may close over weights and over statistics of the whole batch.
-        *residuals: what is frozen per example, each `(B, …)`. The functions see them as `(1, B, …)`, so that they
-            broadcast over the probes.
-        weights: a pair for each variable that can be perturbed too: the variable (or None, which is left out) and
-            `part(tangent, *residuals) -> tangent`, linear in the variable's tangent `(P, *variable.shape)`. What it
-            returns need only broadcast to `(P, B, …)`.
-        batch_axes: for each residual, its axis of the examples; by default the first one.
-        couples_examples: whether one example's tangent depends on another's.
-        moves_examples: whether the first axis of the output is not that of the examples.
-        examples: `examples(*places) -> place`, where the examples are in the output, by where they are in the inputs:
-            see `jvpreg.examples`. By default, on the first axis if they are in all of the inputs, and else mixed.
-        takes_none: whether the function takes None for an input without a tangent; else it is given zeros.
-        intercept: what the operation adds to its linear part, to be broadcast to its output, where the rule knows it:
-            a bias; by default it is found as `y − function(x)`, at the cost of one more run and its gradient.
-        image: what tangents became that went along with the inputs: nothing more is pushed then.
-        finite: whether the operation returns finite numbers for finite inputs; not if it pads with −∞, or divides.
-        mask: of a map with two slopes that freezes something else, `mask(residual)` is where the one of them holds.
-        channel_slope: of a map that multiplies each channel by a number, these numbers (C,) and the channels' axis.
-        scaled: `scaled(slope, axis)`, the function of the same map with the channels of its output along that axis
-            multiplied by a slope (C,), which costs a product with its weights only; or None, if it has them elsewhere.
+        function: `function(*tangents, *residuals) -> tangent`, linear in the tangents `(P, B, …)`, one for each input;
+            for several outputs it returns a tuple. It may read weights, and statistics of the whole batch.
+        *residuals: what the rule found at `x` for each example, `(B, …)`. The function gets it as `(1, B, …)`, which
+            broadcasts over the probes.
+        weights: a pair for each variable that can have a tangent: the variable (a pair with None is left out), and
+            `part(tangent, *residuals) -> tangent`, linear in the variable's tangent `(P, *variable.shape)`. The result
+            need only broadcast to `(P, B, …)`.
+        batch_axes: the axis of the examples in each residual; 0 by default.
+        examples: `"apart"`: an example's tangent depends on that example alone, and stays on the first axis.
+            `"coupled"`: it depends on other examples. `"moved"`: the residuals do not have the examples in their order,
+            so they cannot be cut. Or `examples(*places) -> place`, where the examples are in the output, by where they
+            are in the inputs: see `jvpreg.examples`.
+        takes_none: whether the function takes None for a tangent that is zero; otherwise it gets zeros.
+        finite: whether finite inputs give finite outputs; not if the operation divides, or pads with −∞.
+
+    Attributes:
+        intercept: what the operation adds to its linear part, if its kind knows it; otherwise None, and it is computed
+            as `y − function(x)`.
+        masks: see `Gate`.
     """
+
+    intercept: Any = None
 
     def __init__(
         self,
@@ -82,71 +90,155 @@ class Pushforward:
         *residuals: Any,
         weights: Iterable[tuple[Any, Callable]] = (),
         batch_axes: Sequence[int] | None = None,
-        couples_examples: bool = False,
-        moves_examples: bool = False,
-        examples: Callable | None = None,
+        examples: str | Callable = "apart",
         takes_none: bool = False,
-        intercept: Any = None,
-        image: Any = None,
         finite: bool = True,
-        mask: Callable | None = None,
-        channel_slope: tuple[Any, int] | None = None,
-        scaled: Callable | None = None,
     ):
+        if not callable(examples):
+            checks.choice("examples", examples, ("apart", "coupled", "moved"))
         self.function = function
         self.residuals = residuals
-        self.batch_axes = tuple(batch_axes or [0] * len(residuals))
         self.weights = [(variable, part) for variable, part in weights if variable is not None]
-        self.couples_examples = couples_examples
-        self.moves_examples = moves_examples
+        self.batch_axes = tuple(batch_axes or [0] * len(residuals))
         self.examples = examples
         self.takes_none = takes_none
-        self.intercept = intercept
-        self.image = image
         self.finite = finite
-        self.mask = mask
-        self.channel_slope: Any = channel_slope
-        self.scaled: Any = scaled
+        self.masks: list[Callable | None] = [None] * len(residuals)
 
     def __call__(self, *tangents):
-        """The output's tangent `(P, B, …)` for the inputs' tangents `(P, B, …)`."""
+        """The output's tangent `(P, B, …)`, from those of the inputs."""
         return self.function(*tangents, *self.broadcast_residuals())
 
     @property
     def variables(self) -> list:
-        """The variables that can be perturbed."""
+        """The variables that can have a tangent."""
         return [variable for variable, _ in self.weights]
 
+    def broadcast_residuals(self) -> list:
+        """The residuals as the function gets them, `(1, B, …)`."""
+        return [with_probe_axis(residual) for residual in self.residuals]
+
     def map_residuals(self, function: Callable) -> "Pushforward":
-        """The same map with `function(residual, batch_axis)` for each residual."""
+        """The same map with `function(residual, batch_axis)` in place of each residual."""
         mapped = copy.copy(self)
         mapped.residuals = tuple(map(function, self.residuals, self.batch_axes))
         return mapped
 
     def with_function(self, function: Callable) -> "Pushforward":
-        """Another map that takes the same residuals, and no weights' tangents."""
+        """Another function of the same residuals, without tangents of weights."""
         return Pushforward(function, *self.residuals, batch_axes=self.batch_axes)
 
-    def broadcast_residuals(self) -> list:
-        """The residuals with an axis for the probes, `(1, B, …)`."""
-        return [with_probe_axis(residual) for residual in self.residuals]
+
+class Affine(Pushforward):
+    """An operation that is `A x + b`, example by example. The rule states it, and the engine runs it.
+
+    If the caller wants a single product and the weights are many, x and its tangents go through `function` in one call.
+
+    Args:
+        function: `A`: takes `(N, …)` and returns `(N, …)`, where N is B, P·B or (1 + P)·B.
+        x: the input, `(B, …)`.
+        weights: a pair for each variable in `A`: the variable, or None, and `part(u, x)`: `A x` with a tangent u
+            `(*variable.shape)` in place of that weight, in the dtype of x.
+        bias: the variable b; None for zero.
+        spread: `spread(b)` gives b axes with which it broadcasts to the output.
+        scaled: `scaled(slope, axis)` returns the function of `A` with the channels of its output, along that axis of
+            `(B, …)`, multiplied by a slope `(C,)`; or None if the channels lie along another axis.
+        **facts: as of `Pushforward`.
+    """
+
+    def __init__(
+        self,
+        function: Callable,
+        x,
+        weights: Iterable[tuple[Any, Callable]] = (),
+        bias: Any = None,
+        spread: Callable = lambda bias: bias,
+        scaled: Callable | None = None,
+        **facts: Any,
+    ):
+        def of_each_probe(part):
+            return lambda tangent, x: each_probe(lambda u: part(ops.cast(u, x.dtype), x[0]))(tangent)
+
+        push, pairs = folded(function), [*weights, (bias, lambda u, x: spread(u))]
+        parts = [(variable, of_each_probe(part)) for variable, part in pairs]
+        super().__init__(lambda tangent, x: push(tangent), x, weights=parts, **facts)
+        self.linear_part, self.scaled, self.bias = function, scaled, bias
+        self._shift = None if bias is None else spread(ops.cast(bias, x.dtype))
+
+    @property
+    def intercept(self):  # type: ignore[override]
+        """b, to be broadcast to the output."""
+        return ops.zeros((), self.residuals[0].dtype) if self._shift is None else self._shift
+
+    @property
+    def num_weights(self) -> int:
+        """How many numbers there are in A."""
+        return sum(math.prod(variable.shape) for variable in self.variables if variable is not self.bias)
+
+    def with_bias(self, y):
+        """`y + b`, for `y = A x`."""
+        return y if self._shift is None else ops.add(y, self._shift)
+
+    def with_channels_scaled(self, slope, axis: int) -> Pushforward | None:
+        """The map with `scaled(slope, axis)` in place of A; None if there is none."""
+        function = None if self.scaled is None else self.scaled(slope, axis)
+        if function is None:
+            return None
+        push = folded(function)
+        return self.with_function(lambda tangent, x: push(tangent))
+
+
+class ChannelScale(Pushforward):
+    """An operation that multiplies each channel by a number and adds another one, as batch normalization does.
+
+    The tangent pass multiplies the slope into the kernel of an `Affine` before it if that costs less.
+
+    Args:
+        function: as of `Pushforward`, and so `*residuals` and `**facts`.
+        slope: the numbers `(C,)` that the channels are multiplied by.
+        axis: of the channels in x, `(B, …)`.
+        offset: what is added, to be broadcast to the output.
+    """
+
+    def __init__(self, function: Callable, *residuals: Any, slope, axis: int, offset, **facts: Any):
+        super().__init__(function, *residuals, **facts)
+        self.slope, self.axis, self.intercept = slope, axis, offset
+
+
+class Gate(Pushforward):
+    """An operation that has one slope or another at each entry, and freezes which: ReLU, a maximum, max pooling.
+
+    A model of affine operations and gates is affine in each region of inputs that have the same masks.
+
+    Args:
+        function: as of `Pushforward`, and so `*residuals` and `**facts`.
+        masks: for each residual `mask(residual)`, the boolean mask that it holds, or None if it holds none; by default
+            every residual is a mask itself.
+    """
+
+    def __init__(
+        self, function: Callable, *residuals: Any, masks: Sequence[Callable | None] | None = None, **facts: Any
+    ):
+        super().__init__(function, *residuals, **facts)
+        self.masks = [lambda residual: residual for _ in residuals] if masks is None else list(masks)
 
 
 class Pushed(Pushforward):
-    """What a node made of the tangents that went along, in place of a map that can be used again.
+    """The tangent that travelled with the inputs, already pushed, in place of a map that can be used again.
 
     Args:
-        image: the output's tangent `(P, B, …)`; a tuple of tangents for several outputs; None if nothing moves.
-        variables: those whose tangents are part of it, where they have one.
+        image: the output's tangent `(P, B, …)`; a tuple of tangents for several outputs; None if it is zero.
+        variables: those whose tangents, if they have one, are part of it.
     """
 
     def __init__(self, image, variables: Iterable = ()):
-        super().__init__(lambda *_: image, image=image)
+        super().__init__(lambda *_: image)
+        self.image = image
         self._variables = list(variables)
 
     @property
     def variables(self) -> list:
-        """Those whose tangents are part of the image."""
+        """The variables whose tangents are part of the image."""
         return self._variables
 
 

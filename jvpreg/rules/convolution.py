@@ -2,36 +2,29 @@
 
 from keras import layers, ops
 
-from jvpreg.rules.core import kernel_parts, size
-from jvpreg.rules.families import affine, linear
+from jvpreg.rules.contract import Affine
+from jvpreg.rules.core import kernel_parts
 from jvpreg.rules.registry import register_rule
 
 
-def _affine(layer, x, context, convolve, weights, scale):
+def _affine(layer, x, convolve, parts, scale):
     """`convolve(x, *kernels)` with a bias.
 
-    `weights` are the parts `(variable, part(u, x))` of the kernels; `scale(slope)` are the kernels by which
-    the channels of the output come out multiplied by a slope (C,).
+    `parts` are the pairs `(variable, part(u, x))` of the kernels; `scale(slope)` are the kernels by which the channels
+    of the output come out multiplied by a slope (C,).
     """
     channels_first = layer.data_format == "channels_first"
 
     def spread(bias):
-        channels = (1, -1, *[1] * layer.rank) if channels_first else (-1,)
-        return ops.reshape(ops.cast(bias, x.dtype), channels)
+        return ops.reshape(bias, (1, -1, *[1] * layer.rank) if channels_first else (-1,))
 
     def scaled(slope, axis):
         if axis != (1 if channels_first else layer.rank + 1):
             return None
         kernels = scale(slope)
-        push = linear(lambda tangent: convolve(tangent, *kernels)).function
-        return lambda tangent, x: push(tangent)
+        return lambda x: convolve(x, *kernels)
 
-    y, image = context.apply(convolve, x, size(*(variable for variable, _ in weights)))
-    bias = ops.zeros((), x.dtype) if layer.bias is None else spread(layer.bias)
-    if layer.bias is not None:
-        y = ops.add(y, bias)
-    weights = [*weights, (layer.bias, lambda u, x: spread(u))]
-    return y, affine(convolve, x, weights, intercept=bias, image=image, scaled=scaled)
+    return Affine(convolve, x, parts, layer.bias, spread, scaled)
 
 
 def _causal(layer, x):
@@ -58,7 +51,7 @@ def convolution(layer, x, context):
         )
 
     parts = kernel_parts(layer, lambda u, x: convolve(x, u))
-    return _affine(layer, x, context, convolve, parts, lambda slope: [layer.kernel * slope])
+    return _affine(layer, x, convolve, parts, lambda slope: [layer.kernel * slope])
 
 
 @register_rule(layers.DepthwiseConv1D, layers.DepthwiseConv2D, activation="activation")
@@ -76,7 +69,7 @@ def depthwise_convolution(layer, x, context):
     def scale(slope):
         return [layer.kernel * ops.reshape(slope, layer.kernel.shape[-2:])]
 
-    return _affine(layer, x, context, convolve, [(layer.kernel, lambda u, x: convolve(x, u))], scale)
+    return _affine(layer, x, convolve, [(layer.kernel, lambda u, x: convolve(x, u))], scale)
 
 
 @register_rule(layers.SeparableConv1D, layers.SeparableConv2D, activation="activation")
@@ -100,7 +93,7 @@ def separable_convolution(layer, x, context):
     def scale(slope):
         return [layer.depthwise_kernel, layer.pointwise_kernel * slope]
 
-    return _affine(layer, x, context, convolve, weights, scale)
+    return _affine(layer, x, convolve, weights, scale)
 
 
 @register_rule(layers.Conv1DTranspose, layers.Conv2DTranspose, layers.Conv3DTranspose, activation="activation")
@@ -117,4 +110,4 @@ def transposed_convolution(layer, x, context):
         )
 
     parts = [(layer.kernel, lambda u, x: convolve(x, u))]
-    return _affine(layer, x, context, convolve, parts, lambda slope: [layer.kernel * ops.expand_dims(slope, -1)])
+    return _affine(layer, x, convolve, parts, lambda slope: [layer.kernel * ops.expand_dims(slope, -1)])

@@ -1,12 +1,10 @@
 """Dense, and the layers that pass their input on, or what is not masked of it."""
 
-import math
-
-import keras
 from keras import layers, ops
 
 from jvpreg.examples import besides
-from jvpreg.rules.families import affine, gate, identity
+from jvpreg.rules.contract import Affine
+from jvpreg.rules.families import gate, identity
 from jvpreg.rules.registry import register_rule
 
 
@@ -23,15 +21,10 @@ def kernel_parts(layer, apply) -> list:
     return parts
 
 
-def size(*tensors) -> int:
-    """How many numbers there are in tensors of known shape."""
-    return sum(math.prod(tensor.shape) for tensor in tensors)
-
-
 def sum_of_products(frozen, tangent, axes, context):
     """`Σ frozen · tangent` over `axes`, counted from the end and kept, of `(1, B, …)` and `(P, B, …)`."""
     axes = [axes] if isinstance(axes, int) else list(axes)
-    if axes == [-1] and (context.xla or keras.backend.backend() == "jax"):
+    if axes == [-1] and context.under_xla:
         # On a processor, XLA sums a product that has an axis for the probes much slower than it takes a dot.
         return ops.expand_dims(ops.einsum("...i,p...i->p...", frozen[0], tangent), -1)
     return ops.sum(frozen * tangent, axis=axes, keepdims=True)
@@ -40,16 +33,8 @@ def sum_of_products(frozen, tangent, axes, context):
 @register_rule(layers.Dense, activation="activation")
 def dense(layer, x, context):
     kernel = ops.cast(layer.kernel, x.dtype)
-
-    def apply(x):
-        return ops.matmul(x, kernel)
-
-    y, image = context.apply(apply, x, size(kernel))
-    bias = ops.cast(0.0 if layer.bias is None else layer.bias, x.dtype)
-    if layer.bias is not None:
-        y = ops.add(y, bias)
-    weights = [*kernel_parts(layer, lambda u, x: ops.matmul(x, u)), (layer.bias, lambda u, x: u)]
-    return y, affine(apply, x, weights, intercept=bias, image=image, examples=besides([-1], len(x.shape)))
+    parts = kernel_parts(layer, lambda u, x: ops.matmul(x, u))
+    return Affine(lambda x: ops.matmul(x, kernel), x, parts, layer.bias, examples=besides([-1], len(x.shape)))
 
 
 @register_rule(layers.Identity)

@@ -1,14 +1,18 @@
-"""Pushforwards by what an operation is: linear, affine, a slope at each entry, a mask."""
+"""Pushforwards by what an operation is: linear, a slope or a mask at each entry, a sum over its inputs.
 
-from collections.abc import Callable, Iterable
+An operation with weights in which it is linear is an `Affine`, of `jvpreg.rules.contract`.
+"""
+
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from keras import ops
 
-from jvpreg.eager import cast, shape_of
+from jvpreg.eager import cast
 from jvpreg.examples import kept
-from jvpreg.folding import as_batch, each_probe, fold, unfold
-from jvpreg.rules.contract import Pushforward
+from jvpreg.folding import as_batch, folded
+from jvpreg.rules.contract import Gate, Pushforward
 
 
 def linear(function: Callable) -> Pushforward:
@@ -17,28 +21,12 @@ def linear(function: Callable) -> Pushforward:
     `function` maps one `(N, …)` tensor or more to one, example by example. The probes are folded into its batch,
     so that a convolution sees one batch of `P·B` tangents and runs once.
     """
-
-    def push(*tangents):
-        num_probes = shape_of(tangents[0])[0]
-        return unfold(function(*(fold(tangent) for tangent in tangents)), num_probes)
-
-    return Pushforward(push)
+    return Pushforward(folded(function))
 
 
-def affine(function: Callable, x, weights: Iterable[tuple[Any, Callable]], **arguments: Any) -> Pushforward:
-    """As `linear`, for an operation with weights, in which it is linear too.
-
-    `weights` pairs each variable (or None, which is left out) with `part(tangent, x)`: what the operation returns with
-    one tangent of the variable, `(*shape,)`, in its place, at the input `x` (B, …), and without the other weights. The
-    other arguments are those of `Pushforward`.
-    """
-    push = linear(function).function
-
-    def probed(part):
-        return lambda tangent, x: each_probe(lambda row: part(ops.cast(row, x.dtype), x[0]))(tangent)
-
-    parts = [(variable, probed(part)) for variable, part in weights]
-    return Pushforward(lambda tangent, x: push(tangent), x, weights=parts, **arguments)
+def identity() -> Pushforward:
+    """The pushforward of an operation that passes its input on, or only adds a constant."""
+    return Pushforward(lambda tangent: tangent, examples=kept)
 
 
 def scale(slope) -> Pushforward:
@@ -67,13 +55,35 @@ def scale_by(slope: Callable, kernel: Callable, *frozen) -> Pushforward:
     return Pushforward(push, *frozen, examples=kept)
 
 
-def gate(mask) -> Pushforward:
-    """The pushforward that keeps a tangent where the boolean `mask` (B, …) holds and drops it elsewhere."""
-    # A select, not a product with a cast mask: half the time of a ResNet-50 JVP in a TensorFlow graph. A kernel of the
-    # backend's, where there is one, takes less still.
-    return Pushforward(lambda tangent, mask: ops.where(mask, tangent, 0.0), mask, examples=kept)
+def gate(mask, slope: Any = 1, otherwise: Any = 0) -> Gate:
+    """The pushforward with one slope where the boolean `mask` (B, …) holds, and another one elsewhere.
+
+    By default it keeps a tangent where the mask holds, and drops it elsewhere.
+    """
+
+    def times(number, tangent):
+        known = number if isinstance(number, (int, float)) else None
+        return 0.0 if known == 0 else tangent if known == 1 else number * tangent
+
+    def push(tangent, mask):
+        # A select, not a product with a cast mask: half the time of a ResNet-50 JVP in a TensorFlow graph. A kernel of
+        # the backend's, where there is one, takes less still.
+        return ops.where(mask, times(slope, tangent), times(otherwise, tangent))
+
+    return Gate(push, mask, examples=kept)
 
 
-def identity() -> Pushforward:
-    """The pushforward of an operation that passes its input on, or only adds a constant."""
-    return Pushforward(lambda tangent: tangent, examples=kept)
+def each_input(*parts: Callable | None) -> Callable:
+    """The function of a pushforward that sums a part for each input that has a tangent; it takes None for the others.
+
+    Args:
+        *parts: for each input, `part(tangent, *residuals) -> tangent`, linear in the tangent `(P, *input.shape)`; None
+            for an input that has no tangents, as an index has none.
+    """
+
+    def push(*arguments):
+        tangents, residuals = arguments[: len(parts)], arguments[len(parts) :]
+        moved = [(part, t) for part, t in zip(parts, tangents, strict=True) if part is not None and t is not None]
+        return functools.reduce(ops.add, [part(tangent, *residuals) for part, tangent in moved])
+
+    return push

@@ -5,7 +5,7 @@ from functools import reduce
 from keras import layers, ops
 
 from jvpreg.folding import as_batch
-from jvpreg.rules.contract import Pushforward
+from jvpreg.rules.contract import Gate, Pushforward
 from jvpreg.rules.families import linear
 from jvpreg.rules.registry import register_rule
 
@@ -86,7 +86,7 @@ def _select(inputs, masks, better):
             chosen = ops.where(wins, tangent, chosen)
         return chosen
 
-    return best, Pushforward(push, *winners)
+    return best, Gate(push, *winners)
 
 
 @register_rule(layers.Dot)

@@ -11,8 +11,9 @@ from keras.src.ops import nn
 from jvpreg.eager import cast, shape_of
 from jvpreg.examples import along, besides
 from jvpreg.folding import as_batch, fold, unfold
-from jvpreg.rules.contract import Declined, Pushforward
+from jvpreg.rules.contract import ChannelScale, Declined, Pushforward
 from jvpreg.rules.core import sum_of_products
+from jvpreg.rules.families import each_input
 from jvpreg.rules.registry import register_rule
 
 
@@ -43,7 +44,7 @@ def batch_normalization(layer, x, context, mask=None):
     inverse_deviation = ops.rsqrt(variance + layer.epsilon)
     slope = inverse_deviation if gamma is None else gamma * inverse_deviation
     offset = -mean * slope if beta is None else beta - mean * slope
-    channel_slope = slope, layer.axis % len(x.shape)
+    vector, channel = slope, layer.axis % len(x.shape)
     slope, offset = _along(layer.axis, slope, x), _along(layer.axis, offset, x)
     if keras.backend.backend() == "torch":  # which has a kernel for it
         y = ops.batch_normalization(x, mean, variance, layer.axis, offset=beta, scale=gamma, epsilon=layer.epsilon)
@@ -71,11 +72,10 @@ def batch_normalization(layer, x, context, mask=None):
             (layer.moving_variance, along_variance),
         ]
     if mode != "coupled":
-        facts = {"weights": weights, "intercept": offset, "channel_slope": channel_slope}
-        return y, Pushforward(lambda tangent, x: push(tangent), original, **facts)
+        facts = {"slope": vector, "axis": channel, "offset": offset, "weights": weights}
+        return y, ChannelScale(lambda tangent, x: push(tangent), original, **facts)
 
     standardized = standardize(x)
-    channel = layer.axis % len(x.shape)
     # Every axis of a tangent (P, B, …) but the probes and the channels.
     reduced = [axis + 1 for axis in range(len(x.shape)) if axis != channel]
 
@@ -97,7 +97,7 @@ def batch_normalization(layer, x, context, mask=None):
         (layer.beta, lambda u, standardized, *kept: _along(layer.axis, ops.cast(u, dtype), x)),
     ]
     kept = [] if mask is None else [ops.broadcast_to(ops.expand_dims(ops.cast(mask, "bool"), -1), ops.shape(x))]
-    return y, Pushforward(push_coupled, standardized, *kept, weights=weights, couples_examples=True)
+    return y, Pushforward(push_coupled, standardized, *kept, weights=weights, examples="coupled")
 
 
 def _batch_moments(layer, x, context, mask):
@@ -165,7 +165,7 @@ def _push_standardized(tangent, y, slope, axes, center: bool, context, unit=1.0)
 
 
 def _mean(tangent, axes, context):
-    if axes == [-1] and (context.xla or keras.backend.backend() == "jax"):
+    if axes == [-1] and context.under_xla:
         size = tangent.shape[-1]
         return ops.expand_dims(ops.matmul(tangent, ops.full((size,), 1 / size, tangent.dtype)), -1)
     return unfold(ops.mean(fold(tangent), axis=axes, keepdims=True), ops.shape(tangent)[0])
@@ -192,22 +192,20 @@ def layer_normalization(operation, x, gamma=None, beta=None, context=None, **kwa
 
     y = standardized if gamma is None else standardized * spread(gamma, 0)
     y = y if beta is None else y + spread(beta, 0)
-    given = [tensor for tensor in (gamma, beta) if tensor is not None]
 
-    def push(tangent, *arguments):
-        weight_tangents, (standardized, inverse) = arguments[: len(given)], arguments[len(given) :]
-        images = []
-        if tangent is not None:
-            image = _push_standardized(ops.cast(tangent, dtype), standardized, inverse, axes, center, context)
-            images.append(image if gamma is None else image * spread(gamma, 0))
-        for weight, moved in zip(given, weight_tangents, strict=True):
-            if moved is not None:
-                images.append(spread(moved, 1) * (standardized if weight is gamma else ops.ones_like(standardized)))
-        return ops.cast(sum(images[1:], images[0]), x.dtype)
+    def by_input(tangent, standardized, inverse):
+        image = _push_standardized(ops.cast(tangent, dtype), standardized, inverse, axes, center, context)
+        return image if gamma is None else image * spread(gamma, 0)
 
-    return ops.cast(y, x.dtype), Pushforward(
-        push, standardized, inverse, takes_none=True, examples=besides(axes, len(x.shape))
-    )
+    def by_gamma(u, standardized, inverse):
+        return spread(u, 1) * standardized
+
+    def by_beta(u, standardized, inverse):
+        return spread(u, 1) * ops.ones_like(standardized)
+
+    weight_parts = [part for part, weight in ((by_gamma, gamma), (by_beta, beta)) if weight is not None]
+    push, after = each_input(by_input, *weight_parts), besides(axes, len(x.shape))
+    return ops.cast(y, x.dtype), Pushforward(push, standardized, inverse, takes_none=True, examples=after)
 
 
 @register_rule(layers.GroupNormalization)

@@ -19,11 +19,11 @@ from keras.src.ops import numpy as numpy_ops
 
 from jvpreg.eager import cast as convert
 from jvpreg.examples import along, broadcast, indexed, joined, kept, looked_up, multiplied, reshaped
-from jvpreg.folding import align, each_probe, fold, unfold
+from jvpreg.folding import align, each_probe, fold, folded, unfold
 from jvpreg.inputs import is_complex
-from jvpreg.rules.contract import Declined, Pushforward
+from jvpreg.rules.contract import Declined, Gate, Pushforward
 from jvpreg.rules.elementwise import large, scale_to_the_end, without_infinity
-from jvpreg.rules.families import identity, scale
+from jvpreg.rules.families import each_input, identity, scale
 from jvpreg.rules.registry import register_rule
 
 # ---------------------------------------------------------------- one input, linear: entries moved about, or summed
@@ -105,14 +105,14 @@ def _pad_with_a_tensor(operation, x, value):
     def outside(x):
         return ops.cast(operation.call(ops.zeros_like(x), 1), "bool")
 
-    def push(x_tangent, value_tangent, x):
-        images = [] if x_tangent is None else [each_probe(operation.call)(x_tangent)]
-        if value_tangent is not None:
-            spread = align(convert(value_tangent, x.dtype), len(x.shape))
-            images.append(ops.where(outside(x[0]), spread, 0.0))
-        return functools.reduce(ops.add, images)
+    def by_input(tangent, x):
+        return each_probe(operation.call)(tangent)
+
+    def by_value(tangent, x):
+        return ops.where(outside(x[0]), align(convert(tangent, x.dtype), len(x.shape)), 0.0)
 
     y = ops.where(outside(x), convert(value, x.dtype), operation.call(x))
+    push = each_input(by_input, by_value)
     return y, Pushforward(push, x, takes_none=True, examples=along(operation, x.shape))
 
 
@@ -151,13 +151,11 @@ def unstack(operation, x, context):
 
 @register_rule(numpy_ops.Take, numpy_ops.TakeAlongAxis)
 def take(operation, x, indices, context):
-    def push(tangent, _, indices):
-        return each_probe(lambda row: operation.call(row, indices[0]))(tangent)
-
     after = looked_up(operation, x, len(indices.shape) if ops.is_tensor(indices) else np.ndim(indices))
     if not ops.is_tensor(indices):
         fixed = each_probe(lambda row: operation.call(row, indices))
         return operation.call(x, indices), Pushforward(fixed, examples=after)
+    push = each_input(lambda t, indices: each_probe(lambda row: operation.call(row, indices[0]))(t), None)
     return operation.call(x, indices), Pushforward(push, indices, takes_none=True, examples=after)
 
 
@@ -177,32 +175,38 @@ def _like(operand, tangent):
     return operand if _is_number(operand) else convert(operand, tangent.dtype)
 
 
-def _partials(operands, parts: list[Callable], y, *residuals, finite: bool = True) -> Pushforward:
+def _partials(operands, parts: list[Callable], y, *residuals, finite: bool = True, gates: bool = False) -> Pushforward:
     """The pushforward of an operation of two broadcast operands, as one map `part(tangent, *residuals)` for each.
 
-    The residuals are the operands themselves, or have the output's shape. A number among the operands has no tangent.
+    The residuals are the operands themselves, or have the output's shape; or they are the masks of one that `gates`. A
+    number among the operands has no tangent.
     """
     rank = len(y.shape)
     dtype = y.dtype if is_complex(y) else None  # which real tangents are made to have
-    parts = [part for part, operand in zip(parts, operands, strict=True) if not _is_number(operand)]
     kept = [residual for residual in residuals if not _is_number(residual)]
-
-    def push(*arguments):
-        tangents, frozen = arguments[: len(parts)], iter(arguments[len(parts) :])
-        values = [residual if _is_number(residual) else next(frozen) for residual in residuals]
-        like = next(frozen, None)
-        moved = [(part, align(t, rank + 1)) for part, t in zip(parts, tangents, strict=True) if t is not None]
-        images = [part(convert(t, dtype or t.dtype), *values) for part, t in moved]
-        image = functools.reduce(ops.add, images)
-        return image if like is None else ops.add(image, ops.zeros_like(like, dtype=image.dtype))
-
     # Where a tangent may be smaller than the output, it is spread over it.
     smaller = any(not _is_number(a) and tuple(a.shape) != tuple(y.shape) for a in operands)
+
+    def of_values(part):
+        def push(tangent, *frozen):
+            remaining, tangent = iter(frozen), align(tangent, rank + 1)
+            values = [residual if _is_number(residual) else next(remaining) for residual in residuals]
+            return part(convert(tangent, dtype or tangent.dtype), *values)
+
+        return push
+
+    total = each_input(*(of_values(part) for part, a in zip(parts, operands, strict=True) if not _is_number(a)))
+
+    def push(*arguments):
+        image = total(*arguments)
+        return ops.add(image, ops.zeros_like(arguments[-1], dtype=image.dtype)) if smaller else image
+
     finite = finite and all(_is_finite_number(a) for a in operands if _is_number(a))
-    ranks = [0 if _is_number(operand) else len(operand.shape) for operand in operands]
-    after = broadcast(*(rank for rank, operand in zip(ranks, operands, strict=True) if not _is_number(operand)))
-    options: dict[str, Any] = {"takes_none": True, "finite": finite, "examples": after}
-    return Pushforward(push, *kept, *([y] if smaller else []), **options)
+    after = broadcast(*(len(operand.shape) for operand in operands if not _is_number(operand)))
+    facts: dict[str, Any] = {"takes_none": True, "finite": finite, "examples": after}
+    if gates:
+        facts["masks"] = [*(lambda mask: mask for _ in kept), *([None] if smaller else [])]
+    return (Gate if gates else Pushforward)(push, *kept, *([y] if smaller else []), **facts)
 
 
 @register_rule(numpy_ops.Add, numpy_ops.Subtract)
@@ -280,7 +284,7 @@ def select(operation, a, b, context):
     better = ops.greater_equal if isinstance(operation, numpy_ops.Maximum) else ops.less_equal
     first = ops.broadcast_to(better(ops.cast(a, y.dtype), ops.cast(b, y.dtype)), ops.shape(y))
     parts = [lambda t, first: ops.where(first, t, 0.0), lambda t, first: ops.where(first, 0.0, t)]
-    return y, _partials((a, b), parts, y, first)
+    return y, _partials((a, b), parts, y, first, gates=True)
 
 
 @register_rule(numpy_ops.Logaddexp)
@@ -317,39 +321,35 @@ def where(operation, condition, a, b, context):
     y = operation.call(condition, a, b)
     chosen = ops.broadcast_to(ops.cast(condition, "bool"), ops.shape(y))
     parts = [lambda t, c: ops.zeros_like(t), lambda t, c: ops.where(c, t, 0.0), lambda t, c: ops.where(c, 0.0, t)]
-    return y, _partials((condition, a, b), parts, y, chosen)
+    return y, _partials((condition, a, b), parts, y, chosen, gates=True)
 
 
 @register_rule(numpy_ops.Matmul, numpy_ops.Einsum, numpy_ops.Tensordot, numpy_ops.Dot)
 def contract(operation, *operands, context):
     """A product of tensors, linear in each of them while the others are frozen."""
-    count, ranks = len(operands), [len(operand.shape) for operand in operands]
+    ranks = [len(operand.shape) for operand in operands]
 
-    def push(*arguments):
-        tangents, frozen = arguments[:count], [operand[0] for operand in arguments[count:]]
+    def part(i, tangent, *residuals):
+        """The product with a tangent in place of operand `i`; where that can be, of all probes at once."""
+        before, after = ([operand[0] for operand in others] for others in (residuals[:i], residuals[i + 1 :]))
 
-        def image(i, tangent):
-            """The product with a tangent in place of operand `i`; where that can be, of all probes at once."""
+        def product(tangent, call=operation.call):
+            return call(*before, tangent, *after)
 
-            def product(tangent, call=operation.call):
-                return call(*frozen[:i], tangent, *frozen[i + 1 :])
-
-            if tangent.shape[0] == 1:
-                return each_probe(product)(tangent)
-            probed = _probed(operation.subscripts, i) if isinstance(operation, numpy_ops.Einsum) else None
-            if probed is not None:
-                return product(tangent, functools.partial(ops.einsum, probed))
-            if isinstance(operation, numpy_ops.Matmul) and min(ranks) >= 2:
-                if i == 0 and ranks[1] == 2:  # rows times a matrix
-                    return unfold(product(fold(tangent)), ops.shape(tangent)[0])
-                return product(align(tangent, max(ranks) + 1))
+        if tangent.shape[0] == 1:
             return each_probe(product)(tangent)
+        probed = _probed(operation.subscripts, i) if isinstance(operation, numpy_ops.Einsum) else None
+        if probed is not None:
+            return product(tangent, functools.partial(ops.einsum, probed))
+        if isinstance(operation, numpy_ops.Matmul) and min(ranks) >= 2:
+            if i == 0 and ranks[1] == 2:  # rows times a matrix
+                return unfold(product(fold(tangent)), ops.shape(tangent)[0])
+            return product(align(tangent, max(ranks) + 1))
+        return each_probe(product)(tangent)
 
-        return functools.reduce(ops.add, [image(i, t) for i, t in enumerate(tangents) if t is not None])
-
-    return operation.call(*operands), Pushforward(
-        push, *operands, takes_none=True, examples=multiplied(operation, ranks)
-    )
+    push = each_input(*(functools.partial(part, i) for i in range(len(operands))))
+    after = multiplied(operation, ranks)
+    return operation.call(*operands), Pushforward(push, *operands, takes_none=True, examples=after)
 
 
 def _probed(subscripts: str, i: int) -> str | None:
@@ -371,14 +371,10 @@ def convolution(operation, x, kernel, context):
         names = ("strides", "padding", "output_padding", "data_format", "dilation_rate")
         call = functools.partial(ops.conv_transpose, **{name: getattr(operation, name) for name in names})
 
-    def push(x_tangent, kernel_tangent, x, kernel):
-        images = []
-        if x_tangent is not None:
-            images.append(unfold(call(fold(x_tangent), kernel[0]), ops.shape(x_tangent)[0]))
-        if kernel_tangent is not None:
-            images.append(each_probe(lambda t: call(x[0], t))(kernel_tangent))
-        return functools.reduce(ops.add, images)
-
+    push = each_input(
+        lambda t, x, kernel: folded(lambda t: call(t, kernel[0]))(t),
+        lambda t, x, kernel: each_probe(lambda u: call(x[0], u))(t),
+    )
     return call(x, kernel), Pushforward(push, x, kernel, takes_none=True)
 
 

@@ -4,11 +4,10 @@ import functools
 import itertools
 import math
 
-import keras
 from keras import layers, ops
 
 from jvpreg.folding import as_batch, fold, unfold
-from jvpreg.rules.contract import Pushforward
+from jvpreg.rules.contract import Gate, Pushforward
 from jvpreg.rules.families import linear
 from jvpreg.rules.registry import register_rule
 
@@ -47,10 +46,9 @@ def max_pooling(layer, x, context):
     which under XLA is several times faster than the gradient of the backends' own max pooling. Not so in a plain
     TensorFlow graph, whose kernels find the winners of x again at each push, and are still the faster ones.
     """
-    in_plain_graph = keras.backend.backend() == "tensorflow" and context.xla is False
-    if in_plain_graph and _tiles_the_input(layer, x):
+    if context.plain_graph and _tiles_the_input(layer, x):
         return layer.call(x), Pushforward(functools.partial(_push_by_average, layer), x)
-    if in_plain_graph and len(x.shape) < 5 and _is_smaller(y := layer.call(x), x):
+    if context.plain_graph and len(x.shape) < 5 and _is_smaller(y := layer.call(x), x):
         return y, Pushforward(functools.partial(_push_by_kernel, layer, ops.shape(y)[1:]), x)
     best, *rest = _window_entries(layer, x, outside=-float("inf"))
     masks = []
@@ -70,7 +68,7 @@ def max_pooling(layer, x, context):
             chosen = ops.where(wins, entry, chosen)
         return chosen if len(chosen.shape) == len(tangent.shape) else unfold(chosen, 1)
 
-    return best, Pushforward(push, *masks)
+    return best, Gate(push, *masks)
 
 
 def _tiles_the_input(layer, x) -> bool:

@@ -14,7 +14,7 @@ from keras import layers, ops, tree
 
 from jvpreg.folding import align
 from jvpreg.rules.cells import SplitCell, WholeCell, cell_of
-from jvpreg.rules.contract import Declined, Pushed, Pushforward
+from jvpreg.rules.contract import Declined, Gate, Pushed
 from jvpreg.rules.registry import register_rule
 
 
@@ -119,12 +119,13 @@ def recurrent(layer, sequences, context, initial_state=None, mask=None):
         return push_weight
 
     parts = [(v, part_of(part, True)) for v, part in loop.cell.entering]
-    return finish_primal(last, outputs), Pushforward(
+    return finish_primal(last, outputs), Gate(
         push,
         *residuals,
+        masks=[*frozen.masks, *[None] * (len(residuals) - len(frozen.masks))],
         weights=[*parts, *((v, part_of(part, False)) for v, part in frozen.weights)],
         batch_axes=batch_axes,
-        couples_examples=frozen.couples_examples or dropped,
+        examples="coupled" if dropped else frozen.examples,
         takes_none=True,
     )
 
@@ -279,7 +280,7 @@ def bidirectional(layer, sequences, context, mask=None):
         merge["ave"] = lambda *both: ops.add(*both) / 2
         return merge[layer.merge_mode](forward, backward)
 
-    return context.run(call, sequences, mask=mask)
+    return context.linearize(call, sequences, mask=mask)
 
 
 def _scan(step, carried, inputs, like: list):

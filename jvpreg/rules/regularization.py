@@ -5,7 +5,7 @@ import math
 import keras
 from keras import layers, ops
 
-from jvpreg.rules.contract import Declined, Pushforward
+from jvpreg.rules.contract import Declined
 from jvpreg.rules.families import gate, identity, linear, scale
 from jvpreg.rules.registry import register_rule
 
@@ -64,7 +64,7 @@ def alpha_dropout(layer, x, context):
     kept = keras.random.uniform(noise_shape, seed=layer.seed_generator) >= layer.rate
     kept = ops.broadcast_to(kept, ops.shape(x))
     y = slope * ops.where(kept, x, limit) + intercept
-    return ops.cast(y, x.dtype), Pushforward(lambda t, kept: ops.where(kept, slope * t, 0.0), kept)
+    return ops.cast(y, x.dtype), gate(kept, slope)
 
 
 @register_rule(layers.ActivityRegularization)

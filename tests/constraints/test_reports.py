@@ -83,6 +83,9 @@ def test_a_violation_that_points_miss_is_found():
         network,
         lambda: network(layers.LeakyReLU(0.2), layers.Dense(5)),
         lambda: network(layers.Reshape((3, 2)), layers.MaxPooling1D(2, padding="same"), layers.Flatten()),
+        lambda: network(layers.PReLU(keras.initializers.Constant(0.3)), layers.Dense(5)),
+        lambda: network(layers.Reshape((3, 2)), layers.SimpleRNN(4, activation="relu")),
+        lambda: network(layers.Lambda(lambda x: keras.ops.maximum(x, 0.5) + keras.ops.where(x > 1, 2 * x - 1, x))),
     ],
 )
 def test_regions_of_a_segment_are_those_of_a_fine_grid(model):
