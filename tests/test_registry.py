@@ -151,5 +151,7 @@ def test_residuals_broadcast_over_probes_and_are_taken():
         ValueError, match=r'`examples`. Expected "apart", "coupled" or "moved".* Received: examples=.mixed'
     ):
         jvpreg.rules.Pushforward(lambda tangent: tangent, examples="mixed")
+    with pytest.raises(ValueError, match=r"`masks`. Expected a function or None for each of 1 residuals"):
+        jvpreg.rules.Gate(lambda tangent, mask: tangent, normal(2, 3) > 0, masks=[])
     coupled = jvpreg.rules.Pushforward(lambda tangent: tangent, examples="coupled")
     assert coupled.map_residuals(lambda residual, axis: residual).examples == "coupled"

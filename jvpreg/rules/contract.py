@@ -77,12 +77,8 @@ class Pushforward:
         finite: whether finite inputs give finite outputs; not if the operation divides, or pads with −∞.
 
     Attributes:
-        intercept: what the operation adds to its linear part, if its kind knows it; otherwise None, and it is computed
-            as `y − function(x)`.
-        masks: see `Gate`.
+        masks: for each residual how to read a mask off it, or None: see `Gate`.
     """
-
-    intercept: Any = None
 
     def __init__(
         self,
@@ -108,6 +104,11 @@ class Pushforward:
     def __call__(self, *tangents):
         """The output's tangent `(P, B, …)`, from those of the inputs."""
         return self.function(*tangents, *self.broadcast_residuals())
+
+    @property
+    def intercept(self) -> Any:
+        """What the operation adds to its linear part if the kind knows it; if None, the engine finds it from `y`."""
+        return None
 
     @property
     def variables(self) -> list:
@@ -166,7 +167,7 @@ class Affine(Pushforward):
         self._shift = None if bias is None else spread(ops.cast(bias, x.dtype))
 
     @property
-    def intercept(self):  # type: ignore[override]
+    def intercept(self) -> Any:
         """b, to be broadcast to the output."""
         return ops.zeros((), self.residuals[0].dtype) if self._shift is None else self._shift
 
@@ -202,7 +203,12 @@ class ChannelScale(Pushforward):
 
     def __init__(self, function: Callable, *residuals: Any, slope, axis: int, offset, **facts: Any):
         super().__init__(function, *residuals, **facts)
-        self.slope, self.axis, self.intercept = slope, axis, offset
+        self.slope, self.axis, self.offset = slope, axis, offset
+
+    @property
+    def intercept(self) -> Any:
+        """What is added, to be broadcast to the output."""
+        return self.offset
 
 
 class Gate(Pushforward):
@@ -220,6 +226,8 @@ class Gate(Pushforward):
         self, function: Callable, *residuals: Any, masks: Sequence[Callable | None] | None = None, **facts: Any
     ):
         super().__init__(function, *residuals, **facts)
+        if masks is not None and len(masks) != len(residuals):
+            raise checks.invalid("masks", f"a function or None for each of {len(residuals)} residuals", masks)
         self.masks = [lambda residual: residual for _ in residuals] if masks is None else list(masks)
 
 

@@ -43,9 +43,7 @@ OVERFLOWING = (numpy_ops.Exp, numpy_ops.Exp2, numpy_ops.Expm1, numpy_ops.Sinh, n
 def elementwise(operation, x, context):
     _decline_complex(operation, x)
     y = operation.call(x)
-    pushforward = scale(SLOPES[type(operation)](x, y))
-    pushforward.finite = not isinstance(operation, OVERFLOWING)
-    return y, pushforward
+    return y, scale(SLOPES[type(operation)](x, y), finite=not isinstance(operation, OVERFLOWING))
 
 
 # The operations whose slope is infinite at an end of their domain: the slope, where it is finite, and a point there.
@@ -80,9 +78,7 @@ def _decline_complex(operation, x) -> None:
 def scale_to_the_end(x, slope: Callable, inside, point: float) -> Pushforward:
     """Multiplies by `slope(x)`: infinite where not `inside`, and then of the sign that it has at a `point`."""
     finite = slope(ops.where(inside, x, point))
-    pushforward = scale(ops.where(inside, finite, ops.sign(finite) * large(x.dtype)))
-    pushforward.finite = False
-    return pushforward
+    return scale(ops.where(inside, finite, ops.sign(finite) * large(x.dtype)), finite=False)
 
 
 def large(dtype) -> float:

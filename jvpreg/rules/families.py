@@ -29,13 +29,16 @@ def identity() -> Pushforward:
     return Pushforward(lambda tangent: tangent, examples=kept)
 
 
-def scale(slope) -> Pushforward:
-    """The pushforward of a smooth elementwise operation; `slope` is its derivative at `x`, `(B, …)`."""
+def scale(slope, finite: bool = True) -> Pushforward:
+    """The pushforward of a smooth elementwise operation; `slope` is its derivative at `x`, `(B, …)`.
+
+    `finite` is as of `Pushforward`.
+    """
 
     def push(tangent, slope):
         return as_batch(ops.multiply, tangent, cast(slope, tangent.dtype))
 
-    return Pushforward(push, slope, examples=kept)
+    return Pushforward(push, slope, examples=kept, finite=finite)
 
 
 def scale_by(slope: Callable, kernel: Callable, *frozen) -> Pushforward:
