@@ -269,8 +269,8 @@ class FrozenGraph:
             weights: tangents `(P, …)` of variables, by their `id`.
             residuals: other residuals for the nodes, in their order, with the probe axis and but for those that are
                 constant; by default their own.
-            scaled_kernels: whether kernels may take up the slopes of batch normalizations behind them; not for the
-                transpose, where XLA has the slopes in one pass with the masks, and takes longer for other kernels.
+            scaled_kernels: whether to multiply the slope of a `ChannelScale` into the kernel of the `Affine` before it;
+                off for the transpose, where that is slower under XLA.
 
         Returns:
             A tangent for each output; None where it is zero.
