@@ -8,10 +8,7 @@ from typing import NamedTuple
 import keras
 from keras import tree
 
-# Private: the operations' classes, by which a graph's nodes are known, have no public names.
-from keras.src.ops import core, image, linalg, nn
-from keras.src.ops import math as math_ops
-from keras.src.ops import numpy as numpy_ops
+from jvpreg.engine.keras_private import Operations, core, image, linalg, math_ops, nn, numpy_ops
 
 
 class Place(NamedTuple):
@@ -63,9 +60,9 @@ def besides(axes, rank: int) -> Callable:
     return after
 
 
-def _classes(module, names: str) -> tuple[type, ...]:
+def _classes(operations: Operations, names: str) -> tuple[type, ...]:
     """Those that this version of Keras has."""
-    return tuple(getattr(module, name) for name in names.split() if hasattr(module, name))
+    return tuple(vars(operations)[name] for name in names.split() if name in vars(operations))
 
 
 _ENTRYWISE = (

@@ -15,20 +15,14 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-# Private, and there are no public ones: what Keras writes on tensors, the scope in which it casts weights, and the
-# classes of operations.
-from keras.src.backend import get_keras_mask, set_keras_mask
-from keras.src.backend.common.variables import AutocastScope
-from keras.src.ops import core
-from keras.src.ops import numpy as numpy_ops
-from keras.src.ops.node import KerasHistory
-
 from jvpreg import masks
 from jvpreg.autodiff import fall_back
 from jvpreg.companions import Companions
 from jvpreg.eager import leaves_of, map_leaves
+from jvpreg.engine import keras_private
+from jvpreg.engine.keras_private import core, numpy_ops
 from jvpreg.frozen import FrozenGraph, Node, Value
-from jvpreg.inputs import flatten_inputs, graph_of, has_tangents
+from jvpreg.inputs import call_signature, flatten_inputs, graph_of, has_tangents
 from jvpreg.paths import is_graph, is_within, join, stable_name, walk
 from jvpreg.rules.contract import Affine, Context, Declined, Pushed, Pushforward
 from jvpreg.rules.families import identity
@@ -152,6 +146,8 @@ class Tracer:
         with _forgotten(operation):
             try:
                 graph, weights = self._open(operation, args, kwargs)
+            except keras_private.MissingKerasNameError:
+                raise
             except Exception as error:  # Whatever a call of one's own raises when it is given symbols for tensors.
                 return self._run_by_autodiff(operation, args, kwargs, name, error)
             return self._run_opened(graph, weights, operation, args, kwargs, name)
@@ -183,9 +179,7 @@ class Tracer:
 
             return run
 
-        # Private, and what `clone_model` itself runs on: Keras has no public way to run a graph with other
-        # operations that takes shared layers, nested structures and bare operations alike.
-        return graph._run_through_graph(values, operation_fn=bind)
+        return keras_private.run_graph(graph, values, bind)
 
     @contextlib.contextmanager
     def _training(self, training):
@@ -268,13 +262,13 @@ class Tracer:
             try:
                 with _symbols_for_weights(layer, owned, dtype) as weights:
                     symbols, inputs = masks.symbols(args, kwargs, symbol)
-                    graph = keras.Function([*inputs, *weights], self._call(layer, symbols, dtype))
+                    graph = keras_private.function([*inputs, *weights], self._call(layer, symbols, dtype))
             except Exception:
                 # A call that reads `weight.value`, or assigns to it.
                 put_back()
                 owned = {}
                 symbols, inputs = masks.symbols(args, kwargs, symbol)
-                graph = keras.Function(inputs, self._call(layer, symbols, dtype))
+                graph = keras_private.function(inputs, self._call(layer, symbols, dtype))
             _check_operations(graph)
         return graph, list(owned.values())
 
@@ -284,27 +278,21 @@ class Tracer:
         if not isinstance(layer, keras.Layer):
             return masks.left_on(layer(*args, **kwargs))
         # What Keras passes itself, whether a call takes it or not.
-        takes = layer._call_signature.parameters
+        takes = call_signature(layer).parameters
         kwargs = {key: value for key, value in kwargs.items() if key not in ("training", "mask") or key in takes}
         if "training" in takes:
             kwargs["training"] = self.context.training
-        # Private: the mode that Keras hands on to the layers in a `call`, which it writes into the graph.
-        mode = layer._get_call_context()
-        before, mode.training = getattr(mode, "training", None), self.context.training
-        losses = len(layer.losses)
-        try:
-            with AutocastScope(dtype), warnings.catch_warnings():
+        with keras_private.within_call(layer, self.context.training):
+            losses = len(layer.losses)
+            with keras_private.weights_cast_to(dtype), warnings.catch_warnings():
                 # Keras says so when the model itself runs.
                 warnings.filterwarnings("ignore", ".*does not support masking")
                 outputs = layer.call(*args, **kwargs)
-        finally:
-            mode.training = before
-            layer._maybe_reset_call_context()
         leaves = tree.flatten(outputs)
         if not leaves or not all(isinstance(leaf, keras.KerasTensor) for leaf in leaves):
             raise NotImplementedError("its `call` returns something else than tensors")
         if len(layer.losses) != losses:
-            layer._clear_losses()
+            keras_private.clear_losses(layer)
             raise NotImplementedError("its `call` adds a loss")
         return masks.left_on(outputs)
 
@@ -351,14 +339,14 @@ class Tracer:
 
     def _run_by_autodiff(self, operation, args, kwargs, name: str, error: Exception):
         masked = any(value.mask is not None for value in masks.values_among(args))
-        if masked and getattr(operation, "_layers", None) and not any("mask" in key for key in kwargs):
+        if masked and _layers_in(operation) and not any("mask" in key for key in kwargs):
             raise NotImplementedError(
                 f"`{name}` is left to autodiff, and the layers in it would not see the mask of its input. Let its "
                 "`call` take `mask` and pass it on, or multiply by the mask before the layer."
             )
         args, kwargs = self._as_values(operation, args, kwargs)
         values, args, kwargs = self._primals(operation, args, kwargs)
-        if isinstance(operation, keras.Layer) and "training" in operation._call_signature.parameters:
+        if isinstance(operation, keras.Layer) and "training" in call_signature(operation).parameters:
             kwargs["training"] = self.context.training
         primal, pushforward = fall_back(operation, args, kwargs, [value.primal for value in values])
         if pushforward is not None:
@@ -422,7 +410,7 @@ class Tracer:
 
     def _weight(self, variable) -> Value:
         """The value of a weight that an operation takes as an input: the same one at each use in one dtype."""
-        with AutocastScope(self._weight_dtype):
+        with keras_private.weights_cast_to(self._weight_dtype):
             primal = ops.convert_to_tensor(variable.value)
         for known, value in self.variables:
             if known is variable and value.primal.dtype == primal.dtype:
@@ -478,7 +466,8 @@ def _check_operations(graph: keras.Function) -> None:
         if isinstance(operation, CONTROL_FLOW):
             # What its functions close over, the symbols of the trace among it, is in no argument.
             raise NotImplementedError(f"its `call` has control flow (`keras.ops.{_kind(operation)}`)")
-        if isinstance(operation, numpy_ops.GetItem) and any(map(_has_symbol, tree.flatten(_arguments(operation)))):
+        args, kwargs = keras_private.last_call(operation)
+        if isinstance(operation, numpy_ops.GetItem) and any(map(_has_symbol, tree.flatten((args, kwargs)))):
             raise NotImplementedError("its `call` slices by a tensor")
         if not _is_bare(operation):
             continue
@@ -486,15 +475,8 @@ def _check_operations(graph: keras.Function) -> None:
             # Of the trace: it is no input of the operation, which would compute with the symbol itself.
             raise NotImplementedError(f"its `call` gives `{_kind(operation)}` a tensor in place of a constant")
         if find_rule(operation) is None:
-            args, kwargs = _arguments(operation)
             # Not by what the operation knows of its own shapes: by its `call`, as it will run.
             keras.Operation.compute_output_spec(operation, *args, **kwargs)
-
-
-def _arguments(operation) -> tuple[tuple, dict]:
-    # Private: what an operation was called with. One that a layer holds has been called in earlier traces too.
-    node = operation._inbound_nodes[-1]
-    return node.arguments.args, node.arguments.kwargs
 
 
 def _has_symbol(leaf) -> bool:
@@ -519,10 +501,7 @@ LIBRARIES = {"site-packages", Path(__file__).parent.name}
 
 
 def _symbol(tensor) -> keras.KerasTensor:
-    symbol = keras.KerasTensor(tuple(tensor.shape), dtype=keras.backend.standardize_dtype(tensor.dtype))
-    # What its first use would write: a graph may have inputs that nothing uses.
-    symbol._keras_history = KerasHistory(operation=None, node_index=0, tensor_index=0)
-    return symbol
+    return keras.KerasTensor(tuple(tensor.shape), dtype=keras.backend.standardize_dtype(tensor.dtype))
 
 
 @contextlib.contextmanager
@@ -532,10 +511,8 @@ def _forgotten(operation):
     Keras keeps each call with symbols on the layer, and with it all that came before: after a thousand steps, a
     thousand graphs with the tensors that are constants in them.
     """
-    layers = operation._flatten_layers(include_self=False) if isinstance(operation, keras.Layer) else []
     held = [value for value in _attributes(operation).values() if isinstance(value, keras.Operation)]
-    # Private: nothing public tells, or forgets, what an operation was called with.
-    calls = [nodes for one in (*layers, *held) for nodes in (one._inbound_nodes, one._outbound_nodes)]
+    calls = [nodes for one in (*_layers_in(operation), *held) for nodes in keras_private.recorded_calls(one)]
     counts = [len(nodes) for nodes in calls]
     try:
         yield
@@ -569,7 +546,7 @@ def _seeds_put_back(layer):
 @contextlib.contextmanager
 def _symbols_for_weights(layer, owned: dict[str, Any], dtype):
     """A context in which a layer's attributes hold symbols in place of the weights that it owns."""
-    with AutocastScope(dtype):
+    with keras_private.weights_cast_to(dtype):
         symbols = {key: _symbol(ops.convert_to_tensor(variable.value)) for key, variable in owned.items()}
     try:
         # Past the layer's own `__setattr__`, which would track them.
@@ -577,6 +554,11 @@ def _symbols_for_weights(layer, owned: dict[str, Any], dtype):
         yield list(symbols.values())
     finally:
         _attributes(layer).update(owned)
+
+
+def _layers_in(operation) -> list[keras.Layer]:
+    """The layers that an operation holds, if it is a layer, and those in them."""
+    return keras_private.layers_within(operation, itself=False) if isinstance(operation, keras.Layer) else []
 
 
 def _attributes(layer) -> dict[str, Any]:
@@ -608,7 +590,7 @@ def trace(
     """
     batch = ops.shape(inputs[0])[0] if len(inputs[0].shape) else None
     tracer = Tracer(replace(context, batch=batch), companions, model, fallback)
-    given = [get_keras_mask(leaf) for leaf in flatten_inputs(model, x, "x")]
+    given = [keras_private.get_mask(leaf) for leaf in flatten_inputs(model, x, "x")]
     values = [tracer.masked(tensor, mask) for tensor, mask in zip(inputs, given, strict=True)]
     if companions is not None:
         companions.enter(values)
@@ -616,19 +598,15 @@ def trace(
         arguments = values if len(values) > 1 else values[0]
     else:
         graph = graph_of(model)
-        arguments = tree.pack_sequence_as(x if graph is None else graph._inputs_struct, values)
+        arguments = tree.pack_sequence_as(x if graph is None else keras_private.input_structure(graph), values)
     if not isinstance(model, keras.Layer):
         return tracer, values, tracer.run(model, arguments)
-    # Private: within Keras' own call context a model's losses of the last call are cleared, and of this one kept.
-    model._get_call_context()
-    try:
+    with keras_private.within_call(model):
         outputs = tracer.run(model, arguments, kind=None if find_rule(model) else stable_name(model))
-    finally:
-        model._maybe_reset_call_context()
     for value in tree.flatten(outputs):
         if value.mask is not None:
             # A loss weighs by it.
-            set_keras_mask(value.primal, value.mask.primal)
+            keras_private.set_mask(value.primal, value.mask.primal)
     return tracer, values, outputs
 
 
@@ -660,7 +638,7 @@ def _map_arguments(function, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 def _as_taken(operation, args: tuple, kwargs: dict, taken: list[str]) -> tuple[tuple, dict]:
     """The arguments in the order of a rule's parameters, from the second on by the names that the call has for them."""
     if isinstance(operation, keras.Layer):
-        names = list(operation._call_signature.parameters)[1 : len(args)]
+        names = list(call_signature(operation).parameters)[1 : len(args)]
         named = {name: value for name, value in zip(names, args[1:], strict=False) if name in taken}
         args = (*args[:1], *(value for name, value in zip(names, args[1:], strict=False) if name not in taken))
         kwargs = named | kwargs

@@ -1,9 +1,16 @@
 """The inputs of a model: a user's structure of arrays as the flat list of tensors that the engine takes."""
 
+import inspect
+import weakref
+from collections.abc import Callable
+
 import keras
 from keras import ops, tree
 
 from jvpreg import checks
+from jvpreg.engine import keras_private
+
+_SIGNATURES: weakref.WeakKeyDictionary[Callable, inspect.Signature] = weakref.WeakKeyDictionary()
 
 
 def flatten_inputs(model, structure, argument: str) -> list:
@@ -21,8 +28,7 @@ def flatten_inputs(model, structure, argument: str) -> list:
     if graph is None:
         return tree.flatten(structure)
     if isinstance(structure, dict):
-        # Private: the only place where Keras keeps the names of a dict of inputs.
-        struct = graph._inputs_struct
+        struct = keras_private.input_structure(graph)
         names = sorted(struct) if isinstance(struct, dict) else [x.name for x in graph.inputs]
         missing = [name for name in names if name not in structure]
         if missing:
@@ -130,9 +136,20 @@ def check_moving(tangents: list, inputs: list, argument: str) -> None:
 
 
 def graph_of(model):
-    """The functional graph of a model, which a Sequential model keeps inside; None for a layer."""
-    model = getattr(model, "_functional", model)
-    return model if isinstance(model, keras.Function) else None
+    """The model itself if its inputs are known: a functional one, or a Sequential one that is built; otherwise None."""
+    built = isinstance(model, keras.Sequential) and hasattr(model, "inputs")
+    return model if built or isinstance(model, keras.Function) else None
+
+
+def call_signature(layer: keras.Layer) -> inspect.Signature:
+    """The signature of a layer's `call`, without `self`. Each is read once, which takes longer than a small layer."""
+    function = getattr(layer.call, "__func__", None)
+    if function is None:  # A function that is an attribute of this layer alone.
+        return inspect.signature(layer.call)
+    known = _SIGNATURES.get(function)
+    if known is None:
+        known = _SIGNATURES[function] = inspect.signature(layer.call)
+    return known
 
 
 def _adjust_rank(tensor, expected):
@@ -146,8 +163,7 @@ def _adjust_rank(tensor, expected):
 
 def _check_input_spec(layer, inputs) -> None:
     try:
-        # Private, and what `Layer.__call__` checks first.
-        layer._assert_input_compatibility(inputs if len(inputs) > 1 else inputs[0])
+        keras_private.check_inputs(layer, inputs if len(inputs) > 1 else inputs[0])
     except ValueError as error:
         raise ValueError(f"Invalid value for argument `x`. {error}") from error
 

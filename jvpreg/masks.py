@@ -6,11 +6,10 @@ from typing import Any
 import keras
 from keras import ops, tree
 
-# Private, and there is no public one: what Keras writes on a tensor.
-from keras.src.backend import get_keras_mask, set_keras_mask
-
 from jvpreg.eager import leaves_of, map_leaves
+from jvpreg.engine.keras_private import get_mask, set_mask
 from jvpreg.frozen import Value
+from jvpreg.inputs import call_signature
 
 
 def fill_in(layer: keras.Layer, args: tuple, kwargs: dict) -> dict:
@@ -21,7 +20,8 @@ def fill_in(layer: keras.Layer, args: tuple, kwargs: dict) -> dict:
     given = _bind(layer, args, kwargs)
     tensors = [name for name, value in given.items() if _holds_tensors(value)]
     names = {"mask" if len(tensors) == 1 else f"{name}_mask": name for name in tensors}
-    missing = [mask for mask in names if mask in layer._call_signature.parameters and given.get(mask) is None]
+    takes = call_signature(layer).parameters
+    missing = [mask for mask in names if mask in takes and given.get(mask) is None]
     return kwargs | {mask: masks_of(given[names[mask]]) for mask in missing if any_of(masks_of(given[names[mask]]))}
 
 
@@ -32,7 +32,7 @@ def split(layer, args: tuple, kwargs: dict, taken: Container[str]) -> tuple[dict
     """
     if not isinstance(layer, keras.Layer):
         return {}, kwargs
-    parameters = layer._call_signature.parameters
+    parameters = call_signature(layer).parameters
     names = {"mask", *(f"{name}_mask" for name in parameters)}
     masks = {name: mask for name, mask in kwargs.items() if name in names and any_of(mask)}
     if "mask" in taken and "mask" not in parameters:
@@ -79,7 +79,7 @@ def symbols(args: tuple, kwargs: dict, make: Callable) -> tuple[Any, list]:
     by_slot = {value.slot: symbol for value, symbol in zip(values, made, strict=True)}
     for value, symbol in zip(values, made, strict=True):
         if value.mask is not None:
-            set_keras_mask(symbol, by_slot[value.mask.slot])
+            set_mask(symbol, by_slot[value.mask.slot])
     places = iter(made)
     return map_leaves(lambda leaf: next(places) if isinstance(leaf, Value) else leaf, (args, kwargs)), made
 
@@ -88,7 +88,7 @@ def left_on(outputs) -> list:
     """The symbols that a call returned, and the masks that it left on them: where there is none, the symbol itself."""
 
     def mask_of(symbol):
-        mask = get_keras_mask(symbol)
+        mask = get_mask(symbol)
         return mask if isinstance(mask, keras.KerasTensor) else symbol
 
     return [outputs, tree.map_structure(mask_of, outputs)]
@@ -117,7 +117,7 @@ def any_of(masks) -> bool:
 
 
 def _bind(layer, args: tuple, kwargs: dict) -> dict[str, Any]:
-    signature = layer._call_signature
+    signature = call_signature(layer)
     return signature.bind_partial(
         *args, **{key: value for key, value in kwargs.items() if key in signature.parameters}
     ).arguments

@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops, tree
 
 from jvpreg import checks, replicas, seeds
+from jvpreg.engine import keras_private
 from jvpreg.freeze import linearize
 from jvpreg.layers.jacobian_penalty import JacobianPenalty
 from jvpreg.linearization import Linearization
@@ -258,9 +259,8 @@ class JacobianModel(SteppedModel):
                 self._step.assign(self._step + 1)
             return loss
         penalty = self._penalty(linearization, y, sample_weight, training)
-        # Private, and Keras' own hook for losses beside the compiled one: under tf.distribute it divides by the
-        # number of replicas, whose losses are summed.
-        return loss + ops.cast(self._aggregate_additional_loss(penalty), loss.dtype)
+        # The losses of replicas are summed: each is given its share.
+        return loss + ops.cast(keras_private.additional_loss(self, penalty), loss.dtype)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         """As Keras', with the labels and weights that are the loss's."""
@@ -433,7 +433,7 @@ register_wrapper(JacobianModel, lambda model: model.base)
 
 
 def _check_penalties_within(base, regularizers) -> None:
-    blocks = [layer for layer in base._flatten_layers() if isinstance(layer, JacobianPenalty)]
+    blocks = [layer for layer in keras_private.layers_within(base) if isinstance(layer, JacobianPenalty)]
     inner = [block.name for block in blocks if block.regularizers]
     if regularizers and inner:
         raise ValueError(

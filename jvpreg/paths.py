@@ -11,9 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import keras
 
-# Private: how Keras makes up a name from a class.
-from keras.src.utils.naming import to_snake_case
-
+from jvpreg.engine import keras_private
 from jvpreg.frozen import Node
 from jvpreg.rules.registry import find_rule, unwrap
 
@@ -94,28 +92,26 @@ def is_graph(operation) -> bool:
 
 def is_made_up(layer) -> bool:
     """Whether Keras made the name of a layer, from its class."""
-    return re.fullmatch(rf"{to_snake_case(type(layer).__name__)}(_\d+)?", layer.name) is not None
+    return re.fullmatch(rf"{keras_private.name_of_class(type(layer).__name__)}(_\d+)?", layer.name) is not None
 
 
 def stable_name(layer) -> str:
     """A layer's name, without Keras' counter."""
-    return to_snake_case(type(layer).__name__) if is_made_up(layer) else layer.name
+    return keras_private.name_of_class(type(layer).__name__) if is_made_up(layer) else layer.name
 
 
 def _attributes_of(owner) -> list[tuple[str, keras.Layer]]:
     """The layers that one holds, with the attributes that hold them, in the order in which Keras came to know them."""
     if is_graph(owner):
         return [(f"layers.{i}", layer) for i, layer in enumerate(owner.layers)]
-    # On Torch, attributes that are layers are kept apart from the others.
-    attributes = {**vars(owner), **vars(owner).get("_modules", {})}
-    attributes = {key: value for key, value in attributes.items() if key not in ("_layers", "_modules")}
+    attributes = keras_private.attributes(owner)
     single = {key: value for key, value in attributes.items() if isinstance(value, keras.Layer)}
     held = {key: value for key, value in attributes.items() if isinstance(value, (Mapping, list, tuple))}
     found: dict[int, tuple[str, keras.Layer]] = {}
     for attribute, layer in (pair for part in (single, held) for pair in _within(part)):
         found.setdefault(id(layer), (attribute, layer))
-    # Private: the only list of what a layer tracks, and of that alone.
-    return [found[id(layer)] for layer in owner._layers if id(layer) in found]
+    held_by_keras = keras_private.layers_within(owner, itself=False, recursive=False)
+    return [found[id(layer)] for layer in held_by_keras if id(layer) in found]
 
 
 def _within(value, path: str = "") -> Iterator[tuple[str, keras.Layer]]:

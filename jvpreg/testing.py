@@ -8,8 +8,10 @@ import numpy as np
 from keras import ops, tree
 
 from jvpreg import checks
+from jvpreg.engine import keras_private
 from jvpreg.estimators.norms import squared_norm
 from jvpreg.freeze import linearize
+from jvpreg.inputs import call_signature
 from jvpreg.linearization import Linearization
 from jvpreg.transpose import transpose
 
@@ -105,24 +107,20 @@ def float64():
     ...     keras.layers.Dense(2).compute_dtype
     'float64'
     """
-    # Private, and the only way: but for TensorFlow, Keras' type promotion turns float64 into float32.
-    from keras.src.backend.common.dtypes import BIT64_TO_BIT32_DTYPE as NARROWER
-
     if keras.backend.standardize_dtype(ops.convert_to_tensor(np.zeros(1)).dtype) != "float64":
         raise RuntimeError(
             "Checks are computed in float64, which this backend has turned off. On JAX, call "
             '`jax.config.update("jax_enable_x64", True)` first, or set JAX_ENABLE_X64=1.'
         )
-    floatx, policy, narrower = keras.config.floatx(), keras.config.dtype_policy(), NARROWER["float64"]
+    floatx, policy = keras.config.floatx(), keras.config.dtype_policy()
     try:
         keras.config.set_floatx("float64")
         keras.config.set_dtype_policy("float64")
-        NARROWER["float64"] = "float64"
-        yield
+        with keras_private.float64_kept():
+            yield
     finally:
         keras.config.set_floatx(floatx)
         keras.config.set_dtype_policy(policy)
-        NARROWER["float64"] = narrower
 
 
 class _Case:
@@ -149,7 +147,7 @@ class _Case:
         return ops.convert_to_tensor(random.normal(size=like.shape))
 
     def _call(self, *inputs):
-        takes_training = "training" in self.layer._call_signature.parameters
+        takes_training = "training" in call_signature(self.layer).parameters
         keywords = {"training": self.training} if takes_training else {}
         return self.layer(list(inputs) if len(inputs) > 1 else inputs[0], **keywords)
 

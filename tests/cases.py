@@ -279,7 +279,7 @@ def _operations():
     rows = [(name, function, [(4, 3)]) for name, function in unary.items()]
     rows += [(name, function, [left, right]) for name, (function, left, right) in binary.items()]
     # Keras' own exp2 does not take float64 in a TensorFlow graph, and its norm in a graph no axes on JAX.
-    norm = type(ops.norm(keras.KerasTensor((3, 4)), axis=1)._keras_history.operation)
+    norm = _made_by(lambda x: ops.norm(x, axis=1), keras.KerasTensor((3, 4)))
     norms = [{"axis": 1}, {"axis": (1, 2), "keepdims": True}]
     return [replace(_operation(*row), compiled=row[0] != "exp2") for row in rows] + [
         _call(
@@ -309,15 +309,20 @@ class WithKernel(layers.Layer):
         return {**super().get_config(), "operation": self.operation}
 
 
+def _made_by(function, *symbols):
+    """The class of the operation that makes the first output of a function."""
+    return type(keras.Function(symbols, keras.tree.flatten(function(*symbols))[0]).operations[-1])
+
+
 def _own_convolution(name):
     symbols = keras.KerasTensor((3, 4, 3)), keras.KerasTensor((2, 3, 3))
-    operation = type(getattr(ops, name)(*symbols, 1)._keras_history.operation)
+    operation = _made_by(lambda x, kernel: getattr(ops, name)(x, kernel, 1), *symbols)
     return Case(f"ops-{name}", lambda: WithKernel(name), (4, 3), operation=operation)
 
 
 def _operation(name, function, shapes):
     symbols = [keras.KerasTensor((3, *shape), dtype="float64") for shape in shapes]
-    operation = type(keras.tree.flatten(function(*symbols))[0]._keras_history.operation)
+    operation = _made_by(function, *symbols)
     return _call(operation, function, shapes, f"ops-{name}")
 
 

@@ -10,6 +10,7 @@ from compare import assert_close, inner, norm, normal, randomize
 from keras import layers, ops, tree
 
 import jvpreg
+from jvpreg.engine import keras_private
 from jvpreg.transpose import transpose
 
 numpy = ops.convert_to_numpy
@@ -44,7 +45,7 @@ def with_frozen_statistics(model, x):
 
             return normalize
 
-        return getattr(model, "_functional", model)._run_through_graph(inputs, operation_fn=operation)
+        return keras_private.run_graph(keras.Function(model.inputs, model.outputs), inputs, operation)
 
     def reference(*inputs):
         if not statistics:

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from compare import assert_close, inner, norm, normal, numpy, randomize
 from keras import layers, ops, tree
-from keras.src.backend import get_keras_mask, set_keras_mask
 
 import jvpreg
+from jvpreg.engine.keras_private import get_mask, set_mask
 from jvpreg.transpose import transpose
 
 # Which compiles for seconds what the others start at once: it gets fewer cases.
@@ -94,7 +94,7 @@ def check_products(model, x=None, tolerance=1e-10):
 
 def assert_same_masks(received, expected):
     for y, like in zip(tree.flatten(received), tree.flatten(expected), strict=True):
-        masks = get_keras_mask(y), get_keras_mask(like)
+        masks = get_mask(y), get_mask(like)
         assert [mask is None for mask in masks] in ([True, True], [False, False])
         if masks[0] is not None:
             np.testing.assert_array_equal(*map(numpy, masks))
@@ -319,7 +319,7 @@ def test_attention(float64, monkeypatch, kind):
     model = randomize(keras.Model(inputs, y))
     x = drawn_inputs(model)
     assert_close(jvpreg.linearize(model, x).outputs, model(x), 1e-6)
-    monkeypatch.setattr(keras.src.backend.nn, "dot_product_attention", attention_written_out)
+    monkeypatch.setattr("keras.src.backend.nn.dot_product_attention", attention_written_out)
     # These take 1e9 off what is masked, and with it its last digits.
     rounded = kind.startswith(("Attention", "AdditiveAttention"))
     check_products(model, tolerance=1e-7 if rounded else 1e-10)
@@ -467,7 +467,7 @@ def test_a_mask_that_an_input_carries(float64):
     x, key = drawn_inputs(masked_model())
     mask = MaskBy("left").compute_mask([x, key])
     unmasked = jvpreg.linearize(model, x).outputs
-    set_keras_mask(x, mask)
+    set_mask(x, mask)
     lin = jvpreg.linearize(model, x)
     assert_close(lin.outputs, model(x))
     assert norm(lin.outputs - unmasked) > 0.1

@@ -10,6 +10,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from jvpreg.engine import keras_private
 from jvpreg.estimators.norms import squared_norm
 
 Draw = Callable[[Any], Any]
@@ -51,17 +52,19 @@ class AutodiffModel(keras.Model):
         return loss + self.strength * penalty
 
 
-class TwiceDifferentiable(keras.layers.BatchNormalization):
+class TwiceDifferentiable(keras_private.BatchNormalization):
     """Batch normalization whose second derivative is right on TensorFlow.
 
     The mean of `tf.nn.moments` has no gradient within the variance: to first order that is exact, but the gradient of
     a penalty on the Jacobian is of second order.
     """
 
-    def _moments(self, inputs, mask):
-        mean = ops.mean(inputs, axis=self._reduction_axes, keepdims=True)
-        variance = ops.mean(ops.square(inputs - mean), axis=self._reduction_axes)
-        return ops.squeeze(mean, axis=self._reduction_axes), variance
+    def moments(self, x):
+        """The mean and the variance `(C,)`, by which all else is differentiated."""
+        axes = [axis for axis in range(len(x.shape)) if axis != self.axis % len(x.shape)]
+        mean = ops.mean(x, axis=axes, keepdims=True)
+        variance = ops.mean(ops.square(x - mean), axis=axes)
+        return ops.squeeze(mean, axis=axes), variance
 
 
 def twice_differentiable(model: keras.Model) -> keras.Model:

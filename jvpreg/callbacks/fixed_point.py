@@ -5,6 +5,7 @@ import warnings
 
 import keras
 
+from jvpreg.engine import keras_private
 from jvpreg.layers import FixedPoint
 
 
@@ -47,7 +48,7 @@ class FixedPointMonitor(keras.callbacks.Callback):
     def set_model(self, model):
         """Finds the layers."""
         super().set_model(model)
-        self.layers = [layer for layer in model._flatten_layers() if isinstance(layer, FixedPoint)]
+        self.layers = [layer for layer in keras_private.layers_within(model) if isinstance(layer, FixedPoint)]
         names = [layer.name for layer in self.layers]
         if not names or len(set(names)) < len(names):
             raise ValueError(

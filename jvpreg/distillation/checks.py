@@ -7,6 +7,7 @@ from keras import ops, tree
 
 from jvpreg import checks
 from jvpreg.distillation.base import KerasLoss, MatchingLoss
+from jvpreg.engine import keras_private
 from jvpreg.layers.jacobian_penalty import JacobianPenalty
 from jvpreg.model import JacobianModel
 from jvpreg.rules.registry import unwrap
@@ -66,7 +67,7 @@ def check_models(teacher, student) -> None:
             "Invalid value for argument `student`. Expected a model with variables of its own, since the teacher's are "
             f"frozen. Received: a student that shares {shared}. Use `keras.models.clone_model`."
         )
-    blocks = [layer.name for layer in student._flatten_layers() if isinstance(layer, JacobianPenalty)]
+    blocks = [layer.name for layer in keras_private.layers_within(student) if isinstance(layer, JacobianPenalty)]
     if blocks:
         raise ValueError(
             "Invalid value for argument `student`. Expected a model without JacobianPenalty layers, whose penalties a "

@@ -9,12 +9,11 @@ import keras
 import numpy as np
 from keras import ops
 
-# Private, and there is no public one: whether Keras asks for shapes only.
-from keras.src.backend.common.symbolic_scope import in_symbolic_scope
-
 from jvpreg import checks, implicit
+from jvpreg.engine import keras_private
 from jvpreg.graph import freeze
 from jvpreg.implicit import ImplicitPushforward
+from jvpreg.inputs import call_signature
 from jvpreg.paths import is_graph
 from jvpreg.rules.contract import Context
 from jvpreg.rules.registry import register_rule
@@ -123,7 +122,7 @@ class FixedPoint(keras.layers.Layer):
 
     def call(self, inputs, training=None):
         """The fixed point, like z."""
-        if in_symbolic_scope():  # Torch asks for shapes with tensors that hold anything.
+        if keras_private.asks_for_shapes():  # Torch does so with tensors that hold anything.
             return ops.zeros(self.compute_output_shape(inputs.shape), self.compute_dtype)
         return self.find(inputs, bool(training))
 
@@ -269,7 +268,7 @@ class FixedPoint(keras.layers.Layer):
             warnings.warn(told, stacklevel=2)
 
     def _evaluate(self, x, z, training: bool):
-        takes_training = "training" in self.cell._call_signature.parameters
+        takes_training = "training" in call_signature(self.cell).parameters
         keywords = {"training": training} if takes_training else {}
         return ops.cast(self.cell(*self._arguments(x, z), **keywords), self.compute_dtype)
 
@@ -315,7 +314,8 @@ class FixedPoint(keras.layers.Layer):
 @register_rule(FixedPoint)
 def fixed_point(layer, x, context):
     """`w = ∂ₓf u + ∂_z f w`, with the cell frozen at a fixed point that moves with the weights."""
-    normalized = any(isinstance(part, keras.layers.BatchNormalization) for part in layer.cell._flatten_layers())
+    parts = keras_private.layers_within(layer.cell)
+    normalized = any(isinstance(part, keras.layers.BatchNormalization) for part in parts)
     if normalized and context.training and context.batch_statistics == "moving":
         raise NotImplementedError(
             f"The cell of `{layer.name}` runs with the statistics of the batch in training. Expected "
@@ -330,7 +330,7 @@ def fixed_point(layer, x, context):
 
 def _takes_two(cell) -> bool:
     """Whether the cell's `call` takes x and z as two arguments, and not as a list."""
-    parameters = cell._call_signature.parameters.values()
+    parameters = call_signature(cell).parameters.values()
     own = [p for p in parameters if p.name not in ("training", "mask") and p.default is p.empty and p.kind <= 1]
     return not is_graph(cell) and len(own) == 2
 

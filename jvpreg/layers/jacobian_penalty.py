@@ -6,7 +6,9 @@ import keras
 from keras import ops, tree
 
 from jvpreg import checks, replicas, seeds
+from jvpreg.engine import keras_private
 from jvpreg.freeze import linearize
+from jvpreg.inputs import call_signature
 from jvpreg.regularizers.base import (
     JacobianRegularizer,
     carried_initializer,
@@ -123,9 +125,9 @@ class JacobianPenalty(keras.layers.Layer):
             if request.carried is not None:
                 self._carried[i].assign(carry_on(request.regularizer, carried[i], next(remaining)))
         if replicas.number() > 1:
-            # Private: a layer's list of losses is one for all replicas, which take turns where they reduce. Those of
-            # another one would be counted in the log of the loss.
-            self._losses.clear()
+            # A layer's list of losses is one for all replicas, which take turns where they reduce. Those of another
+            # one would be counted in the log of the loss.
+            keras_private.clear_own_losses(self)
         for i, request in enumerate(asked):
             self.add_loss(request.regularizer.strength * combined.for_loss[i])
         return outputs
@@ -167,5 +169,5 @@ register_wrapper(JacobianPenalty, lambda layer: layer.block)
 
 
 def _call(block, inputs, training):
-    takes_training = "training" in block._call_signature.parameters
+    takes_training = "training" in call_signature(block).parameters
     return block(inputs, training=training) if takes_training else block(inputs)

@@ -6,10 +6,8 @@ import keras
 import numpy as np
 from keras import ops
 
-# Private: the operations' classes, by which a graph's nodes are known, have no public names.
-from keras.src.ops import nn
-
 from jvpreg.eager import shape_of
+from jvpreg.engine.keras_private import nn
 from jvpreg.rules.contract import Declined, Pushforward
 from jvpreg.rules.registry import register_rule
 

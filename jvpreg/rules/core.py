@@ -2,6 +2,7 @@
 
 from keras import layers, ops
 
+from jvpreg.engine import keras_private
 from jvpreg.examples import besides
 from jvpreg.rules.contract import Affine
 from jvpreg.rules.families import gate, identity
@@ -10,8 +11,7 @@ from jvpreg.rules.registry import register_rule
 
 def kernel_parts(layer, apply) -> list:
     """The parts `apply(u, x)` of a layer's kernel, and of the two factors whose product LoRA adds to it."""
-    # Private: `layer.kernel` is the sum of the two, which is not a variable.
-    parts = [(layer._kernel, apply)]
+    parts = [(keras_private.kernel(layer), apply)]
     if layer.lora_enabled:
         weight, left, right = layer.lora_alpha / layer.lora_rank, layer.lora_kernel_a, layer.lora_kernel_b
         parts += [

@@ -6,12 +6,7 @@ from collections.abc import Callable
 import keras
 from keras import activations, ops
 
-# Private: the operations' classes, by which a graph's nodes are known, have no public names.
-from keras.src.activations.activations import ReLU
-from keras.src.ops import math as math_ops
-from keras.src.ops import nn
-from keras.src.ops import numpy as numpy_ops
-
+from jvpreg.engine.keras_private import activation_ops, math_ops, nn, numpy_ops
 from jvpreg.inputs import is_complex
 from jvpreg.rules.contract import Declined, Pushforward
 from jvpreg.rules.families import gate, scale
@@ -127,7 +122,7 @@ def activation(operation, x, context):
     return _as_activation(function, operation, names, x, context)
 
 
-@register_rule(ReLU)
+@register_rule(activation_ops.ReLU)
 def relu(operation, x, context):
     return _as_activation(activations.relu, operation, ("negative_slope", "max_value", "threshold"), x, context)
 

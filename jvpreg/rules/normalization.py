@@ -5,10 +5,9 @@ import math
 import keras
 from keras import layers, ops
 
-# Private: the operations' classes, by which a graph's nodes are known, have no public names.
-from keras.src.ops import nn
-
 from jvpreg.eager import cast, shape_of
+from jvpreg.engine import keras_private
+from jvpreg.engine.keras_private import nn
 from jvpreg.examples import along, besides
 from jvpreg.folding import as_batch, fold, unfold
 from jvpreg.rules.contract import ChannelScale, Declined, Pushforward
@@ -107,8 +106,7 @@ def _batch_moments(layer, x, context, mask):
             f"`{layer.path}` uses batch renormalization, which has no rule on batch statistics. "
             'Set `renorm=False`, or linearize with `batch_statistics="moving"`.'
         )
-    # Private: the moments of the steps that count, which have an epsilon of their own.
-    moments = layer._moments(x, mask)
+    moments = keras_private.batch_moments(layer, x, mask)  # Under a mask, with an epsilon of Keras' own.
     mean, variance = (ops.reshape(moment, layer.moving_mean.shape) for moment in moments)
     if context.training:
         for moving, current in ((layer.moving_mean, mean), (layer.moving_variance, variance)):

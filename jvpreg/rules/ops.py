@@ -13,11 +13,8 @@ from typing import Any
 import numpy as np
 from keras import ops, tree
 
-# Private: the operations' classes, by which a graph's nodes are known, have no public names.
-from keras.src.ops import core, image, nn
-from keras.src.ops import numpy as numpy_ops
-
 from jvpreg.eager import cast as convert
+from jvpreg.engine.keras_private import core, image, nn, numpy_ops
 from jvpreg.examples import along, broadcast, indexed, joined, kept, looked_up, multiplied, reshaped
 from jvpreg.folding import align, each_probe, fold, folded, unfold
 from jvpreg.inputs import is_complex

@@ -12,6 +12,7 @@ from typing import Any
 import keras
 from keras import layers, ops, tree
 
+from jvpreg.engine import keras_private
 from jvpreg.folding import align
 from jvpreg.rules.cells import SplitCell, WholeCell, cell_of
 from jvpreg.rules.contract import Declined, Gate, Pushed
@@ -37,7 +38,8 @@ def recurrent(layer, sequences, context, initial_state=None, mask=None):
         raise Declined("an unrolled loop, whose masked outputs are another thing on each backend")
     cell = layer.cell
     if context.batch_statistics != "moving" and any(
-        isinstance(part, keras.layers.BatchNormalization) and part.trainable for part in cell._flatten_layers()
+        isinstance(part, keras.layers.BatchNormalization) and part.trainable
+        for part in keras_private.layers_within(cell)
     ):
         raise NotImplementedError(
             f"The cell of `{layer.path}` has batch normalization, whose statistics would be those of each step. "
@@ -62,9 +64,8 @@ def recurrent(layer, sequences, context, initial_state=None, mask=None):
     def finish_primal(last, outputs):
         return tree.map_structure(lambda y: ops.cast(y, layer.compute_dtype), finish(last, outputs, axis=1))
 
-    # Private: a cell keeps its dropout masks, so that they are drawn once and not within the scan.
-    layer._maybe_config_dropout_masks(cell, loop.steps[0], states)
-    try:
+    # Drawn once, and not within the scan.
+    with keras_private.dropout_masks(layer, cell, loop.steps[0], states):
         if companions is not None:
             variables, both = loop.push_along(companions, context)
             if both is None:
@@ -73,8 +74,6 @@ def recurrent(layer, sequences, context, initial_state=None, mask=None):
             (last, outputs), (last_images, images) = both
             return finish_primal(last, outputs), Pushed(finish(last_images, images, axis=2), variables)
         frozen, y, last, (outputs, *residuals) = loop.freeze()
-    finally:
-        layer._maybe_reset_dropout_masks(cell)
 
     def scan(x_tangents, state_tangents, residuals, weights=()) -> tuple[list, Any]:
         """The tangents of the last states and of all outputs (T, P, …), from those of the inputs and first states."""

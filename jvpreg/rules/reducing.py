@@ -3,11 +3,7 @@
 import keras
 from keras import ops
 
-# Private: the operations' classes, by which a graph's nodes are known, have no public names.
-from keras.src.ops import linalg, nn
-from keras.src.ops import math as math_ops
-from keras.src.ops import numpy as numpy_ops
-
+from jvpreg.engine.keras_private import linalg, math_ops, nn, numpy_ops
 from jvpreg.examples import along
 from jvpreg.inputs import is_complex
 from jvpreg.rules.contract import Declined, Pushforward

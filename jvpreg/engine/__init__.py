@@ -1,0 +1,1 @@
+"""The engine, which makes a frozen graph of a model."""
