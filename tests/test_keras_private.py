@@ -14,13 +14,15 @@ import pytest
 from compare import normal
 from keras import layers
 
+import experiments
 import jvpreg
 from jvpreg.engine import keras_private
 from jvpreg.engine.keras_private import ATTRIBUTES, NAMES, TESTED, MissingKerasNameError
 
 ROOT = Path(__file__).parents[1]
 DOOR = Path(keras_private.__file__)
-FILES = [path for folder in ("jvpreg", "experiments") for path in (ROOT / folder).rglob("*.py") if path != DOOR]
+OURS = ("jvpreg", "experiments")
+FILES = [path for folder in OURS for path in (ROOT / folder).rglob("*.py") if path != DOOR]
 LAST = {name.rpartition(".")[2] for name in (*NAMES, *ATTRIBUTES)}
 PRIVATE = {name for name in LAST if name.startswith("_")}
 
@@ -213,9 +215,13 @@ def names_in(kind) -> set[str]:
 
 
 def test_no_class_of_ours_shares_a_private_name_with_a_class_of_keras():
-    found = [importlib.import_module(m.name) for m in pkgutil.walk_packages(jvpreg.__path__, "jvpreg.")]
+    found = [
+        importlib.import_module(module.name)
+        for package in (jvpreg, experiments)
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
+    ]
     kinds = {id(kind): kind for module in found if module is not keras_private for kind in vars(module).values()}
-    ours = [kind for kind in kinds.values() if inspect.isclass(kind) and kind.__module__.startswith("jvpreg.")]
+    ours = [kind for kind in kinds.values() if inspect.isclass(kind) and kind.__module__.split(".")[0] in OURS]
     pairs = [(kind, base) for kind in ours for base in kind.__mro__ if base.__module__.startswith("keras.")]
     assert len(pairs) > 40
     assert not [(kind, base, shared) for kind, base in pairs if (shared := names_in(kind) & names_in(base))]
