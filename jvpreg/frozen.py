@@ -14,6 +14,7 @@ from jvpreg.examples import FIRST, GONE, MIXED, Place, broadcast, cuts, kept, ma
 from jvpreg.folding import align
 from jvpreg.inputs import has_tangents
 from jvpreg.rules.contract import Affine, ChannelScale, Gate, Pushforward
+from jvpreg.transpose import transpose
 
 
 @dataclass(frozen=True)
@@ -303,6 +304,34 @@ class FrozenGraph:
                     slots.pop(value.slot, None)
         return [slots.get(value.slot) for value in self.outputs]
 
+    def pull(self, cotangents: Sequence, change: Callable[[Node, list], list], batch: Any = None) -> list:
+        """The transpose of the tangent pass node by node, where what comes back to each is changed.
+
+        Args:
+            cotangents: one for each output, `(P, B, …)`; None for zero.
+            change: a function `(node, cotangents) -> cotangents` of the node's outputs; None for zero.
+            batch: as `push` takes it.
+
+        Returns:
+            A cotangent for each input; None where it is zero.
+        """
+        count = next(shape_of(c)[0] for c in cotangents if c is not None)
+        leading = (count, None, None) if batch is None else (count, batch, self.places)
+        arriving: dict[int, Any] = {}
+
+        def arrive(values, cotangents):
+            for value, cotangent in zip(values, cotangents, strict=True):
+                if cotangent is not None:
+                    known = arriving.get(value.slot)
+                    arriving[value.slot] = cotangent if known is None else known + cotangent
+
+        arrive(self.outputs, cotangents)
+        for node in reversed(self.nodes):
+            found = [arriving.pop(value.slot, None) for value in node.outputs]
+            if node.pushforward is not None and any(cotangent is not None for cotangent in found):
+                arrive(*pull_node(node, change(node, found), leading))
+        return [arriving.get(value.slot) for value in self.inputs]
+
     @functools.cached_property
     def _scaled_afterwards(self) -> list[tuple[int, int]]:
         """The places of nodes whose output goes into one other only, which multiplies its channels; and of that one."""
@@ -467,6 +496,30 @@ def push_node(
         _checked(node, functools.reduce(ops.add, parts), leading, value) if value.has_tangents else None
         for parts, value in zip(zip(*images, strict=True), node.outputs, strict=True)
     ]
+
+
+def pull_node(node: Node, cotangents: Sequence, leading: tuple) -> tuple[list[Value], list]:
+    """The inputs of a node that have tangents, and the transpose of the node: a cotangent for each of these.
+
+    Args:
+        node: the node.
+        cotangents: one for each of its outputs; None for zero.
+        leading: as `push_node` takes it.
+    """
+    # An input that it takes twice has the sum of both.
+    inputs = list({value.slot: value for value in node.inputs if value.batched and value.has_tangents}.values())
+    if not inputs:
+        return [], []
+    pairs = zip(cotangents, node.outputs, strict=True)
+    filled = [_zeros(leading, value) if c is None else cast(c, value.primal.dtype) for c, value in pairs]
+
+    def push(tangents):
+        known = dict(zip((value.slot for value in inputs), tangents, strict=True))
+        images = push_node(node, [known.get(value.slot) for value in node.inputs], {}, leading)
+        images = images or [None] * len(filled)
+        return [ops.zeros_like(c) if image is None else image for image, c in zip(images, filled, strict=True)]
+
+    return inputs, transpose(push, [_zeros(leading, value) for value in inputs], filled)
 
 
 def _finite_part(tensor):

@@ -106,8 +106,7 @@ def full_jacobian(model, x, target=None, **kwargs) -> FullJacobian:
         raise checks.invalid("x", "None, and no options, beside a `Linearization`", x if x is not None else kwargs)
     linearization = model if isinstance(model, Linearization) else linearize(model, x, **kwargs)
     cotangent = as_cotangent(linearization.outputs, target)
-    intercepts = linearization.intercepts
-    at_input, at_nodes = linearization.gradients(cotangent, list(intercepts))
+    at_input, biases = linearization.bias_jacobians(cotangent)
     nodes = {name: node for node in linearization.nodes for name in node.output_names}
     inputs = linearization.inputs
     pairs = zip(tree.flatten(cotangent), tree.flatten(linearization.outputs), strict=True)
@@ -117,11 +116,8 @@ def full_jacobian(model, x, target=None, **kwargs) -> FullJacobian:
         inputs=inputs[0] if len(inputs) == 1 else inputs,
         outputs=linearization.outputs,
         input_jacobian=tree.map_structure(known, at_input),
-        bias_jacobians={
-            name: known(linearization.by_example(name, at_nodes[name] * ops.cast(c, at_nodes[name].dtype)))
-            for name, c in intercepts.items()
-        },
-        sources={name: _source(nodes[name]) for name in intercepts},
+        bias_jacobians={name: known(contribution) for name, contribution in biases.items()},
+        sources={name: _source(nodes[name]) for name in biases},
         target_output=known(
             sum(
                 _sum_of_each(ops.cast(v, dtype) * ops.cast(y, dtype))

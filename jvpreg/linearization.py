@@ -12,7 +12,7 @@ from jvpreg import checks, matrices
 from jvpreg.examples import FIRST, MIXED, Place
 from jvpreg.frozen import FrozenGraph, Node, Value, tangent_shape
 from jvpreg.inputs import as_floats, check_moving, has_tangents
-from jvpreg.paths import nodes_at
+from jvpreg.paths import is_within, unknown
 from jvpreg.tangents import (
     at_least_float32,
     check_count,
@@ -25,6 +25,8 @@ from jvpreg.tangents import (
     zeros,
 )
 from jvpreg.transpose import transpose
+
+PATH = "the path of a layer, or the beginning of several up to a slash or dot"
 
 
 class Linearization:
@@ -64,6 +66,11 @@ class Linearization:
     def is_constant(self) -> bool:
         """Whether the Jacobian is zero whatever the weights, since the outputs depend on integers alone, say."""
         return self._graph.is_constant
+
+    @property
+    def couples_examples(self) -> bool:
+        """Whether one example's tangent depends on another's, or the outputs have the examples on another axis."""
+        return self._graph.couples_examples
 
     @property
     def weights(self) -> list:
@@ -142,6 +149,50 @@ class Linearization:
         self._check_moving(self.inputs, "x")
         return self.gradients(v, nodes=[])[0]
 
+    def modified_vjp(self, v, change: Callable[[Node, list], list]):
+        """The pullback node by node, the last node first, where what comes back to each node is changed.
+
+        Args:
+            v: a cotangent, as `vjp` takes it.
+            change: a function `(node, cotangents) -> cotangents` of the node's outputs, `(P, B, …)` each, or None for
+                zero; P is 1 if `v` has no probe axis.
+
+        Returns:
+            What `vjp` returns; without a change it is the same.
+
+        Raises:
+            ValueError: a shape does not fit, or `change` is no function.
+
+        Example:
+
+        >>> import keras, numpy as np, jvpreg
+        >>> model = keras.Sequential([keras.Input((2,)), keras.layers.ReLU()])
+        >>> lin = jvpreg.linearize(model, np.ones((1, 2)))
+        >>> def positive(node, cotangents):
+        ...     return [keras.ops.maximum(v, 0.0) for v in cotangents]
+        >>> keras.ops.convert_to_numpy(lin.modified_vjp(np.array([[3.0, -1.0]]), positive)).tolist()
+        [[3.0, 0.0]]
+        """
+        checks.function("change", change, "a function (node, cotangents) -> cotangents")
+        self._check_moving(self.inputs, "x")
+        cotangents, probed = self._cotangents(v)
+        pulled = self._graph.pull(cotangents, change, self._part_size)
+        count = next(ops.shape(c)[0] for c in cotangents if c is not None)
+        filled = [zeros(count, x) if t is None else t for t, x in zip(pulled, self.inputs, strict=True)]
+        return pack_products(filled, self.inputs[0] if len(self.inputs) == 1 else self.inputs, probed)
+
+    def _cotangents(self, v) -> tuple[list, bool]:
+        """A flat list `(P, B, …)` like the outputs, None for zero, and whether the probe axis was there."""
+        outputs = as_floats(tree.flatten(self.outputs))
+        flat = flatten_like(v, self.outputs, "v")
+        check_count(flat, outputs, "v", "the outputs")
+        return standardize_tangents(flat, outputs, each_name("v", "the outputs", len(outputs)))
+
+    @property
+    def _part_size(self):
+        """How many examples there are here, of a part of a batch; None for the whole batch."""
+        return None if self._whole is None else ops.shape(self.inputs[0])[0]
+
     def _check_moving(self, tangents: list, argument: str) -> None:
         check_moving(tangents, [value.primal for value in self._graph.inputs], argument)
 
@@ -174,8 +225,7 @@ class Linearization:
             ValueError: there is no such layer.
         """
         layers = checks.names("layers", layers, optional=True)
-        places = [i for path in layers or [] for i in self._indices_of(path, "layers")]
-        chosen = self.nodes if layers is None else [self.nodes[i] for i in places]
+        chosen = self.nodes if layers is None else [n for path in layers for n in self.nodes_of(path, "layers")]
         found = {name: value for node in chosen for name, value in _named_outputs(node)}
         return {name: value.primal for name, value in found.items() if value.batched and value.has_tangents}
 
@@ -203,10 +253,7 @@ class Linearization:
         >>> tuple(at_input.shape), tuple(at_nodes["first"].shape)
         ((5, 3), (5, 4))
         """
-        outputs = as_floats(tree.flatten(self.outputs))
-        flat = flatten_like(v, self.outputs, "v")
-        check_count(flat, outputs, "v", "the outputs")
-        cotangents, probed = standardize_tangents(flat, outputs, each_name("v", "the outputs", len(outputs)))
+        cotangents, probed = self._cotangents(v)
         known = self.node_outputs()
         nodes = checks.names("nodes", nodes, optional=True)
         with_inputs = checks.boolean("with_inputs", with_inputs)
@@ -234,12 +281,53 @@ class Linearization:
             taps = dict(zip(names, tangents[len(inputs) :], strict=True))
             return self._push(entering, taps, scaled_kernels=False)
 
-        filled = [zeros(count, y) if c is None else c for c, y in zip(cotangents, outputs, strict=True)]
+        pairs = zip(cotangents, as_floats(tree.flatten(self.outputs)), strict=True)
+        filled = [zeros(count, y) if c is None else c for c, y in pairs]
         pulled = transpose(push, [*inputs, *taps], filled)
         structure = self.inputs[0] if len(self.inputs) == 1 else self.inputs
         at_inputs = pack_products(pulled[: len(inputs)], structure, probed) if with_inputs else None
         at_nodes = [at_least_float32(gradient if probed else gradient[0]) for gradient in pulled[len(inputs) :]]
         return at_inputs, dict(zip(names, at_nodes, strict=True))
+
+    def bias_jacobians(
+        self, v, nodes: Sequence[str] | None = None, with_inputs: bool = True
+    ) -> tuple[Any, dict[str, Any]]:
+        """`Jᵀ v`, and the bias-Jacobians of nodes: `∂(vᵀ f)/∂y ⊙ c`, y being a node's output and c its intercept.
+
+        With `⟨x, Jᵀ v⟩`, those of all nodes sum to `vᵀ f(x)`.
+
+        Args:
+            v: a cotangent, as `vjp` takes it.
+            nodes: names of nodes, as `intercepts` has them; all of those by default.
+            with_inputs: if not, what is before the nodes costs nothing.
+
+        Returns:
+            What `vjp` returns (None without the inputs), and a dict from node name to the bias-Jacobian, like the
+            node's output with the examples first, `(B, …)`; each with a leading probe axis if `v` has one.
+
+        Raises:
+            ValueError: a shape does not fit, or there is no such node.
+
+        Reference: Srinivas & Fleuret (2018), "Full-Jacobian Representation of Neural Networks", section 3.2.
+
+        Example:
+
+        >>> import keras, numpy as np, jvpreg
+        >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, bias_initializer="ones", name="last")])
+        >>> lin = jvpreg.linearize(model, np.ones((1, 3)))
+        >>> _, biases = lin.bias_jacobians(np.array([[1.0, 0.0]]))
+        >>> keras.ops.convert_to_numpy(biases["last"]).tolist()
+        [[1.0, 0.0]]
+        """
+        intercepts = self.intercepts_of(nodes)
+        names = list(intercepts) if nodes is None else list(nodes)
+        at_inputs, gradients = self.gradients(v, names, with_inputs)
+        found = {}
+        for name in names:
+            product = gradients[name] * ops.cast(intercepts[name], gradients[name].dtype)
+            probed = len(product.shape) > len(intercepts[name].shape)
+            found[name] = self.by_example(name, product, probed)
+        return at_inputs, found
 
     def shape_at(self, name: str, batch=None) -> tuple:
         """The shape of a node's output for a batch of so many examples; by default for as many as there are here.
@@ -299,7 +387,7 @@ class Linearization:
             ValueError: the linearization couples the examples of the batch, or moves them to another axis; or the
                 indices are none.
         """
-        if self._graph.couples_examples:
+        if self.couples_examples:
             raise ValueError(
                 "A linearization that couples the examples of a batch cannot be cut: each example's tangent depends on "
                 'the whole batch. Use `batch_statistics="frozen"` or "moving", and no operation that mixes examples; '
@@ -364,9 +452,10 @@ class Linearization:
         >>> tuple(lin.after("first").jvp(np.ones((5, 4))).shape), tuple(lin.block("first").jvp(np.ones((5, 3))).shape)
         ((5, 2), (5, 4))
         """
-        last = max(self._indices_of(layer))
-        value = self._single_output(layer, last)
-        return self._part(self.nodes[last + 1 :], value, self._graph.outputs, self.outputs)
+        last = self.nodes_of(layer)[-1]
+        value = _single_output(layer, last)
+        after = next(i for i, node in enumerate(self.nodes) if node is last) + 1
+        return self._part(self.nodes[after:], value, self._graph.outputs, self.outputs)
 
     def block(self, layer: str) -> "Linearization":
         """The Jacobian of a layer's output, or of a block's, with respect to its own input, at the same `x`.
@@ -380,9 +469,8 @@ class Linearization:
         Raises:
             ValueError: there is no such layer, or it has several inputs or outputs.
         """
-        indices = self._indices_of(layer)
-        nodes = [self.nodes[i] for i in indices]
-        output = self._single_output(layer, indices[-1])
+        nodes = self.nodes_of(layer)
+        output = _single_output(layer, nodes[-1])
         made = {value.slot for node in nodes for value in node.outputs}
         entering = {v.slot: v for node in nodes for v in node.inputs if v.batched and v.slot not in made}
         if len(entering) != 1:
@@ -392,20 +480,30 @@ class Linearization:
             )
         return self._part(nodes, next(iter(entering.values())), [output], output.primal)
 
-    def _indices_of(self, layer: str, argument: str = "layer") -> list[int]:
-        """Those of the nodes of a layer, or of the layers of a block."""
-        checks.text(argument, layer)
-        what = "the path of a layer, or the beginning of several up to a slash or dot"
-        return nodes_at(layer, self.nodes, argument, what)
+    def nodes_of(self, layer: str, argument: str = "layer", expected: str = PATH, owner: str = "") -> list[Node]:
+        """The nodes of a layer (its activation is one of them), or of the layers of a block, in their order.
 
-    def _single_output(self, layer: str, index: int) -> Value:
-        outputs = self.nodes[index].outputs
-        if len(outputs) != 1:
-            raise ValueError(
-                f"Invalid value for argument `layer`. Expected a layer with one output. Received: {layer!r}, which has "
-                f"{len(outputs)}."
-            )
-        return outputs[0]
+        Args:
+            layer: the path of a layer, or of a block of them, as `jvpreg.layer_paths` has it, or by attributes alone.
+            argument: what the caller calls the path, for the error.
+            expected: what the caller expects, in words.
+            owner: whose argument it is, where its name alone does not tell.
+
+        Raises:
+            ValueError: there is no such layer.
+
+        Example:
+
+        >>> import keras, numpy as np, jvpreg
+        >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, activation="relu", name="hidden")])
+        >>> [node.name for node in jvpreg.linearize(model, np.ones((1, 3))).nodes_of("hidden")]
+        ['hidden', 'hidden/activation']
+        """
+        checks.text(argument, layer)
+        found = [node for node in self.nodes if is_within(node.name, layer) or is_within(node.path, layer)]
+        if not found:
+            raise unknown(argument, layer, [node.name for node in self.nodes], expected, owner)
+        return found
 
     def _part(self, nodes: list[Node], start: Value, ends: list[Value], outputs) -> "Linearization":
         if self._whole is not None:
@@ -460,8 +558,10 @@ class Linearization:
         tangents, _ = standardize_tangents(flat, self.inputs, each_name("u", "x", len(self.inputs)))
         made = [value for node in self.nodes for value in node.outputs]
         graph = FrozenGraph(self.nodes, self._graph.inputs, made, [])
-        part = None if self._whole is None else ops.shape(self.inputs[0])[0]
-        values = [*zip(self._graph.inputs, tangents, strict=True), *zip(made, graph.push(tangents, part), strict=True)]
+        values = [
+            *zip(self._graph.inputs, tangents, strict=True),
+            *zip(made, graph.push(tangents, self._part_size), strict=True),
+        ]
         return {value.slot: tangent for value, tangent in values if tangent is not None}
 
     def jacobian(self, chunk_size: int = 64):
@@ -479,7 +579,7 @@ class Linearization:
         Reference: Balestriero & Baraniuk (2021), proposition 1.
         """
         chunk_size = checks.count("chunk_size", chunk_size)
-        if self._graph.couples_examples:
+        if self.couples_examples:
             raise ValueError(
                 "A linearization that couples the examples of a batch has no Jacobian of each. Use "
                 '`batch_statistics="frozen"` or "moving", and no operation that mixes examples; of `after` and '
@@ -536,12 +636,20 @@ class Linearization:
 
     def _push(self, tangents: Sequence, taps: dict[str, Any] | None = None, weights=None, **options) -> list:
         """The tangent pass: input tangents `(P, B, …)` (None: zero) and taps by node name, to output tangents."""
-        part = None if self._whole is None else ops.shape(self.inputs[0])[0]
-        products = self._graph.push(tangents, part, taps=taps, weights=weights, **options)
+        products = self._graph.push(tangents, self._part_size, taps=taps, weights=weights, **options)
         given = [*tangents, *(taps or {}).values(), *(weights or {}).values()]
         count = next(ops.shape(t)[0] for t in given if t is not None)
         pairs = zip(products, tree.flatten(self.outputs), strict=True)
         return [zeros(count, y) if product is None else product for product, y in pairs]
+
+
+def _single_output(layer: str, node: Node) -> Value:
+    if len(node.outputs) != 1:
+        raise ValueError(
+            f"Invalid value for argument `layer`. Expected a layer with one output. Received: {layer!r}, which has "
+            f"{len(node.outputs)}."
+        )
+    return node.outputs[0]
 
 
 def _named_outputs(node: Node):

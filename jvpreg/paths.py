@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 import keras
 
 from jvpreg.engine import keras_private
-from jvpreg.frozen import Node
 from jvpreg.rules.registry import find_rule, unwrap
 
 MOST_LISTED = 12  # paths in an error
@@ -125,25 +124,6 @@ def _within(value, path: str = "") -> Iterator[tuple[str, keras.Layer]]:
 def is_within(name: str, path: str) -> bool:
     """Whether a name is that of a path, or of something in it."""
     return name == path or name.startswith((f"{path}/", f"{path}."))
-
-
-def nodes_at(path: str, nodes: Sequence[Node], argument: str, what: str, owner: str = "") -> list[int]:
-    """The places of the nodes of a layer (its activation is one of them), or of the layers of a block.
-
-    Args:
-        path: of the layer or block, as `layer_paths` has it, or by attributes alone.
-        nodes: of a model.
-        argument: the name of the argument, for the error.
-        what: it expected, in words.
-        owner: whose argument it is, where the name alone does not tell.
-
-    Raises:
-        ValueError: there is no such node.
-    """
-    found = [i for i, node in enumerate(nodes) if is_within(node.name, path) or is_within(node.path, path)]
-    if not found:
-        raise unknown(argument, path, [node.name for node in nodes], what, owner)
-    return found
 
 
 def unknown(argument: str, path: str, known: Sequence[str], what: str, owner: str = "") -> ValueError:

@@ -15,11 +15,10 @@ from keras import ops
 from jvpreg import checks, seeds
 from jvpreg.finite import finite_examples, nan_unless
 from jvpreg.freeze import linearize
-from jvpreg.frozen import FrozenGraph, Node
+from jvpreg.frozen import Node
 from jvpreg.full_jacobian import FullJacobian, as_cotangent
 from jvpreg.full_jacobian import full_jacobian as decompose
 from jvpreg.linearization import Linearization
-from jvpreg.transpose import transpose
 
 # Of `keras.ops.image.resize`, as far as all backends have them.
 INTERPOLATIONS = ("bilinear", "nearest", "bicubic", "lanczos3", "lanczos5")
@@ -179,18 +178,12 @@ def guided_backpropagation(model, x, target=None):
     Reference: Springenberg et al. (2015), "Striving for simplicity: the all convolutional net".
     """
     linearization = linearize(model, _images(x))
-    graph = linearization._graph
-    cotangent = ops.expand_dims(as_cotangent(linearization.outputs, target), 0)
-    arriving = {graph.outputs[0].slot: cotangent}
-    for node in reversed(graph.nodes):
-        cotangents = [arriving.pop(value.slot, None) for value in node.outputs]
-        if node.pushforward is None or all(c is None for c in cotangents):
-            continue
-        if _is_relu(node):
-            cotangents = [ops.maximum(c, 0.0) for c in cotangents]
-        for slot, gradient in _pull_node(node, cotangents).items():
-            arriving[slot] = arriving[slot] + gradient if slot in arriving else gradient
-    return _known(linearization, ops.sum(ops.abs(arriving[graph.inputs[0].slot][0]), axis=-1))
+
+    def guide(node, cotangents):
+        return [ops.maximum(c, 0.0) for c in cotangents] if _is_relu(node) else cotangents
+
+    gradient = linearization.modified_vjp(as_cotangent(linearization.outputs, target), guide)
+    return _known(linearization, ops.sum(ops.abs(gradient), axis=-1))
 
 
 def grad_cam(model, x, target=None, layer: str | None = None, interpolation: str = "bilinear"):
@@ -215,8 +208,9 @@ def grad_cam(model, x, target=None, layer: str | None = None, interpolation: str
     checks.text("layer", layer, optional=True)
     linearization = linearize(model, _images(x))
     outputs = linearization.node_outputs()
-    chosen = [(name, y) for name, y in outputs.items() if layer in (None, name) or name.startswith(f"{layer}/")]
-    images = [name for name, y in chosen if len(y.shape) == 4 and math.prod(y.shape[1:3]) > 1]
+    nodes = linearization.nodes if layer is None else linearization.nodes_of(layer)
+    chosen = [name for node in nodes for name in node.output_names if name in outputs]
+    images = [name for name in chosen if len(outputs[name].shape) == 4 and math.prod(outputs[name].shape[1:3]) > 1]
     if not images:
         raise ValueError(
             "Invalid value for argument `layer`. Expected a layer whose output is an image (B, H, W, C) of more than "
@@ -315,19 +309,6 @@ def _resized(maps, size, interpolation: str):
 def _is_relu(node: Node) -> bool:
     operation = node.operation
     function = getattr(operation, "activation", operation)
-    return function is keras.activations.relu or type(operation).__name__ in ("ReLU", "Relu")
-
-
-def _pull_node(node: Node, cotangents: list) -> dict[int, Any]:
-    """The transpose of one node: cotangents of its inputs, by slot."""
-    inputs = list({value.slot: value for value in node.inputs if value.batched}.values())
-    graph = FrozenGraph([node], inputs, node.outputs, [])
-    given = next(c for c in cotangents if c is not None)
-    filled = [ops.zeros_like(given) if c is None else c for c in cotangents]
-
-    def push(tangents):
-        images = graph.push(tangents)
-        return [ops.zeros_like(c) if image is None else image for image, c in zip(images, filled, strict=True)]
-
-    zeros = [ops.zeros((1, *ops.shape(value.primal)), value.primal.dtype) for value in inputs]
-    return dict(zip((value.slot for value in inputs), transpose(push, zeros, filled), strict=True))
+    # Keras has no public name for the operation that `keras.ops.relu` is in a graph.
+    is_operation = isinstance(operation, keras.layers.ReLU) or type(operation).__name__ == "Relu"
+    return is_operation or function is keras.activations.relu

@@ -168,13 +168,8 @@ class _Case:
                 lin = self._linearize(inputs)
                 self._check_shapes("the primal", tree.flatten(lin.outputs), self.outputs)
                 sum_of_both = [2.0 * a - 3.0 * b for a, b in zip(u, w, strict=True)]
-                complete = lin._push(
-                    [ops.expand_dims(x, 0) for x in lin.inputs],
-                    {name: ops.expand_dims(c, 0) for name, c in lin.intercepts.items()},
-                )
                 two_probes = [ops.stack([a, b]) for a, b in zip(u, w, strict=True)]
-                coupled = lin._graph.couples_examples
-                last = [] if coupled else lin.take([u[0].shape[0] - 1]).jvp(_pack([a[-1:] for a in u]))
+                last = [] if lin.couples_examples else lin.take([u[0].shape[0] - 1]).jvp(_pack([a[-1:] for a in u]))
                 return [
                     tree.flatten(result)
                     for result in (
@@ -183,7 +178,7 @@ class _Case:
                         lin.jvp(_pack(two_probes)),
                         lin.jvp(_pack(sum_of_both)),
                         lin.vjp(tree.pack_sequence_as(lin.outputs, v)),
-                        [y[0] for y in complete],
+                        lin.jvp(_pack(lin.inputs), taps=lin.intercepts),
                         last,
                     )
                 ]

@@ -151,8 +151,7 @@ def test_random_architecture(float64, seed):
 
     def products(x, u, v):
         lin = jvpreg.linearize(model, x)
-        taps = {name: c[None] for name, c in lin.intercepts.items()}
-        complete = lin._push([lin.inputs[0][None]], taps)[0][0]
+        complete = lin.jvp(lin.inputs[0], taps=lin.intercepts)
         pullback = transpose(lambda inputs: [model(inputs[0])], [x], [v])[0]
         return lin.outputs, lin.jvp(u), lin.vjp(v), complete, model(x, training=False), pullback
 

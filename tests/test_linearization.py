@@ -361,7 +361,7 @@ def test_autodiff_says_of_an_operation_that_it_mixes_examples(float64):
     x = keras.Input((3,))
     for axis, mixes in ((0, True), (1, False)):
         lin = jvpreg.linearize(keras.Model(x, ops.sort(x, axis=axis)), normal(3, 3), fallback="allow")
-        assert lin._graph.couples_examples == mixes
+        assert lin.couples_examples == mixes
 
 
 def test_take_with_frozen_statistics_keeps_those_of_the_whole_batch(float64):
@@ -386,13 +386,70 @@ def test_intercepts_are_the_biases(float64):
     assert_close(lin.intercepts["norm"], np.stack([implicit] * 2))
 
 
+def test_bias_jacobians_are_gradients_times_intercepts(float64):
+    lin = jvpreg.linearize(randomize(residual_block()), normal(2, 5, 5, 3))
+    v = normal(3, *lin.outputs.shape, seed=1)
+    at_input, biases = lin.bias_jacobians(v)
+    pulled, gradients = lin.gradients(v, list(biases))
+    assert_close(at_input, pulled)
+    for name, intercept in lin.intercepts.items():
+        assert_close(biases[name], gradients[name] * intercept[None])
+    last = list(biases)[-1]
+    nothing, one = lin.bias_jacobians(v[0], [last], with_inputs=False)
+    assert nothing is None
+    assert list(one) == [last]
+    assert_close(one[last], biases[last][0])
+
+
+# The pullback node by node.
+
+
+def split_and_joined():
+    """A model with a node of two outputs of different shapes, one that takes an input twice, and one not reached."""
+    x = keras.Input((5,))
+    hidden = layers.Dense(5, activation="tanh")(x)
+    left, right = ops.split(hidden, [2], axis=-1)
+    product = layers.Multiply()([right, right])
+    return randomize(keras.Model(x, [layers.Dense(3)(product), layers.Concatenate()([hidden, product]), left]))
+
+
+def unchanged(node, cotangents):
+    return cotangents
+
+
+def test_a_modified_pullback_without_a_change_is_the_pullback(float64):
+    lin = jvpreg.linearize(split_and_joined(), normal(4, 5))
+    v = [normal(2, *y.shape, seed=i) for i, y in enumerate(lin.outputs)]
+    for cotangents in (v, [None, v[1], None], [v[0], None, None]):
+        assert_close(lin.modified_vjp(cotangents, unchanged), lin.vjp(cotangents))
+    assert_close(lin.take([3, 1]).modified_vjp([c[:, [3, 1]] for c in v], unchanged), numpy(lin.vjp(v))[:, [3, 1]])
+
+
+def test_a_change_that_is_no_function():
+    lin = jvpreg.linearize(split_and_joined(), normal(4, 5))
+    with pytest.raises(ValueError, match=r"argument `change`\. Expected a function"):
+        lin.modified_vjp([None, None, None], "relu")
+
+
+def test_a_modified_pullback_changes_what_comes_back_to_a_node(float64):
+    lin = jvpreg.linearize(split_and_joined(), normal(4, 5))
+    seen, v = [], [normal(*y.shape, seed=i) for i, y in enumerate(lin.outputs)]
+
+    def doubled(node, cotangents):
+        seen.append(node.name)
+        return [2 * c for c in cotangents] if node is lin.nodes[0] else cotangents
+
+    assert_close(lin.modified_vjp(v, doubled), 2 * lin.vjp(v))
+    assert seen == [node.name for node in reversed(lin.nodes)]
+
+
 def test_contributions_sum_to_the_output(float64):
     """Each intercept by itself, pushed from where it arises: `f(x) = J x + Σ_l J_l c_l`."""
     model = randomize(residual_block())
     lin = jvpreg.linearize(model, normal(2, 5, 5, 3))
     total = lin.jvp(lin.inputs[0])
     for name, intercept in lin.intercepts.items():
-        total = total + lin._push([None], {name: intercept[None]})[0][0]
+        total = total + lin.jvp(taps={name: intercept})
     assert_close(total, lin.outputs)
     assert norm(lin.outputs - lin.jvp(lin.inputs[0])) > 1e-2
 

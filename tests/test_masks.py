@@ -85,9 +85,8 @@ def check_products(model, x=None, tolerance=1e-10):
     ahead, behind = (reference([a + step * b for a, b in zip(x, u, strict=True)]) for step in (1e-6, -1e-6))
     assert_close(pushed, [(numpy(a) - numpy(b)) / 2e-6 for a, b in zip(ahead, behind, strict=True)], 1e-7)
     assert abs(inner(pushed, v) - inner(u, pulled)) <= tolerance * norm(pushed) * norm(v)
-    taps = {name: c[None] for name, c in lin.intercepts.items()}
-    assert_close([y[0] for y in lin._push([a[None] for a in x], taps)], expected, tolerance)
-    assert not lin._graph.couples_examples
+    assert_close(tree.flatten(lin.jvp(lin.inputs, taps=lin.intercepts)), expected, tolerance)
+    assert not lin.couples_examples
     alone = lin.take([2, 1]).jvp([a[1:3][::-1] for a in map(numpy, u)])
     assert_close(alone, [y[1:3][::-1] for y in map(numpy, pushed)], tolerance)
 

@@ -128,7 +128,8 @@ def test_the_figure_has_a_row_an_image_and_a_column_a_method(tmp_path):
         (lambda m: saliency.input_gradient(m, [X]), r"`x`. Expected images \(B, H, W, C\). Received: x=\[array"),
         (lambda m: saliency.integrated_gradients(m, X, num_steps=0), "`num_steps`. Expected an integer, 1 or more"),
         (lambda m: saliency.smooth_grad(m, X, num_samples=0.5), "`num_samples`. Expected an integer, 1 or more"),
-        (lambda m: saliency.grad_cam(m, X, layer="third"), "`layer`. Expected a layer whose output is an image"),
+        (lambda m: saliency.grad_cam(m, X, layer="third"), "`layer`. Expected the path of a layer"),
+        (lambda m: saliency.grad_cam(m, X, layer="dense"), "`layer`. Expected a layer whose output is an image"),
     ],
 )
 def test_bad_arguments(call, message):

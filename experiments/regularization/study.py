@@ -18,7 +18,6 @@ from experiments.regularization import report
 from experiments.regularization.config import RegularizationConfig
 from experiments.train import optimizer
 from jvpreg.full_jacobian import as_cotangent
-from jvpreg.regularizers.full_jacobian import bias_jacobians
 
 
 @dataclass(frozen=True)
@@ -142,6 +141,6 @@ def bias_jacobian_norm_squared(model: keras.Model, layer: str, split: data.Split
         part = split.take(slice(start, start + batch_size))
         lin = jvpreg.linearize(model, part.images())
         # Of one layer: the whole full-Jacobian would go back to the input.
-        _, found = bias_jacobians(lin, as_cotangent(lin.outputs, part.labels), [layer], with_inputs=False)
+        _, found = lin.bias_jacobians(as_cotangent(lin.outputs, part.labels), [layer], with_inputs=False)
         total += float(np.sum(keras.ops.convert_to_numpy(found[layer]).astype("float64") ** 2))
     return total / len(split)

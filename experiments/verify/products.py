@@ -62,9 +62,7 @@ class Products:
 
         def complete(x):
             lin = self.linearize(x)
-            # Private: intercepts are pushed together, in one pass.
-            taps = {name: ops.expand_dims(intercept, 0) for name, intercept in lin.intercepts.items()}
-            return lin._push([ops.expand_dims(x, 0)], taps)[0][0]
+            return lin.jvp(x, taps=lin.intercepts)
 
         return self._run(complete)
 

@@ -46,16 +46,14 @@ class View:
         self._at_nodes: dict[str, Any] = {}
         if cotangents:
             stacked = ops.stack([ops.cast(v, self.outputs[0].dtype) for v in cotangents.values()])
-            self._at_inputs, at_nodes = linearization.gradients(stacked, nodes, with_inputs=with_inputs)
-            intercepts = linearization.intercepts_of(nodes)
-            self._at_nodes = {name: at_nodes[name] * ops.cast(intercepts[name], at_nodes[name].dtype) for name in nodes}
+            self._at_inputs, self._at_nodes = linearization.bias_jacobians(stacked, nodes, with_inputs)
 
     def input_jacobian(self, target: str) -> list:
         """`Jᵀ v` for a target's cotangent v: a flat list like the inputs, `(B, …)`."""
         return [gradient[self._places[target]] for gradient in tree.flatten(self._at_inputs)]
 
     def bias_jacobian(self, target: str, node: str):
-        """`∂(vᵀ f)/∂y ⊙ c` at a node with output y and intercept c, `(B, …)` like y."""
+        """`∂(vᵀ f)/∂y ⊙ c` at a node with output y and intercept c, `(B, …)` like y, the examples first."""
         return self._at_nodes[node][self._places[target]]
 
     def node_output(self, node: str):

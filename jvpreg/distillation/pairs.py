@@ -10,7 +10,6 @@ from jvpreg import checks
 from jvpreg.frozen import Node
 from jvpreg.full_jacobian import NORMALIZATIONS
 from jvpreg.linearization import Linearization
-from jvpreg.paths import nodes_at
 
 Kind = Literal["outputs", "maps", "biases"]
 
@@ -73,8 +72,7 @@ class LayerPairs:
         return found
 
     def _site(self, linearization: Linearization, path: str, role: str) -> Site:
-        found = nodes_at(path, linearization.nodes, "layers", f"paths of layers of the {role}", self.owner)
-        nodes = [linearization.nodes[i] for i in found]
+        nodes = linearization.nodes_of(path, "layers", f"paths of layers of the {role}", self.owner)
         if self.kind == "biases":
             biased = [node for node in nodes if not _is_linear(node)]
             if not biased:

@@ -9,7 +9,6 @@ from keras import ops, tree
 from jvpreg import checks, probes
 from jvpreg.estimators.norms import squared_norm
 from jvpreg.full_jacobian import as_cotangent, class_cotangent
-from jvpreg.linearization import Linearization
 from jvpreg.regularizers.base import JacobianRegularizer
 
 
@@ -71,7 +70,7 @@ class BiasJacobianNorm(JacobianRegularizer):
         names = list(linearization.node_outputs(self.layers))
         if drawn is None:
             cotangent = target_cotangent(self, linearization.outputs, labels)
-            return bias_jacobians(linearization, cotangent, names, with_inputs=False)[1]
+            return linearization.bias_jacobians(cotangent, names, with_inputs=False)[1]
         intercepts = linearization.intercepts_of(names)
         return linearization.jvp(
             taps={name: drawn[name] * ops.cast(intercepts[name], drawn[name].dtype) for name in names}
@@ -81,7 +80,7 @@ class BiasJacobianNorm(JacobianRegularizer):
         """`‖f^b‖²`: `(B,)`."""
         if self.target == "all":
             return ops.mean(squared_norm(seen.found), axis=0)
-        return sum(squared_norm(contribution)[0] for contribution in seen.found.values())
+        return _squares(seen.found)
 
     def get_config(self):
         """The arguments of `__init__`."""
@@ -131,15 +130,14 @@ class FullJacobianNorm(JacobianRegularizer):
         self.target = checks.choice("target", target, ("label", "predicted"))
 
     def look(self, linearization, drawn, labels):
-        """The input-Jacobian `(1, B, …)` of each input, and the bias-Jacobians by node."""
+        """The input-Jacobian of each input, and the bias-Jacobians by node, `(B, …)`."""
         cotangent = target_cotangent(self, linearization.outputs, labels)
-        return bias_jacobians(linearization, cotangent, list(linearization.node_outputs(self.layers)))
+        return linearization.bias_jacobians(cotangent, list(linearization.node_outputs(self.layers)))
 
     def penalty(self, seen):
         """The weighted sum of squares: `(B,)`."""
         at_inputs, at_nodes = seen.found
-        biases = sum(squared_norm(contribution)[0] for contribution in at_nodes.values())
-        return self.input_weight * squared_norm(at_inputs)[0] + self.bias_weight * biases
+        return self.input_weight * _squares(at_inputs) + self.bias_weight * _squares(at_nodes)
 
     def get_config(self):
         """The arguments of `__init__`."""
@@ -147,13 +145,10 @@ class FullJacobianNorm(JacobianRegularizer):
         return {**super().get_config(), **config, "layers": self.layers, "target": self.target}
 
 
-def bias_jacobians(linearization: Linearization, cotangent, names: Sequence[str], with_inputs: bool = True) -> tuple:
-    """The gradients at the inputs, `(1, B, …)` each, and the bias-Jacobians `(1, B, …)` at nodes, in one pass."""
-    probed = tree.map_structure(lambda v: ops.expand_dims(v, 0), cotangent)
-    at_inputs, at_nodes = linearization.gradients(probed, names, with_inputs=with_inputs)
-    intercepts = linearization.intercepts_of(names)
-    found = {name: at_nodes[name] * ops.cast(intercepts[name], at_nodes[name].dtype) for name in names}
-    return at_inputs, {name: linearization.by_example(name, t, probed=True) for name, t in found.items()}
+def _squares(tensors):
+    """The sum of all squares of each example, over a structure of `(B, …)`: `(B,)`."""
+    flat = [ops.reshape(tensor, (ops.shape(tensor)[0], -1)) for tensor in tree.flatten(tensors)]
+    return sum(ops.sum(ops.square(rows), axis=-1) for rows in flat)
 
 
 def target_cotangent(regularizer, outputs, labels):
