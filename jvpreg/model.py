@@ -13,19 +13,9 @@ from jvpreg.freeze import linearize
 from jvpreg.layers.jacobian_penalty import JacobianPenalty
 from jvpreg.linearization import Linearization
 from jvpreg.names import check_names, reported_names
-from jvpreg.regularizers.base import (
-    JacobianRegularizer,
-    by_points,
-    carried_initializer,
-    carried_name,
-    carry_on,
-    check_dependence,
-    check_inputs,
-    check_regularizers,
-    draw_points,
-    outcomes,
-    requests,
-)
+from jvpreg.regularizers.base import JacobianRegularizer
+from jvpreg.regularizers.checks import check_dependence, check_fit, check_inputs, check_regularizers
+from jvpreg.regularizers.serving import carried_name, carried_variable, packed, serve
 from jvpreg.rules.registry import register_wrapper
 from jvpreg.steps import SteppedModel
 from jvpreg.trackers import MeasureTracker, PenaltyTracker, StopAtNonFinitePenalty
@@ -36,7 +26,6 @@ from jvpreg.weighting import (
     example_weights,
     given_weights,
     own_keys,
-    weighted_mean,
 )
 
 
@@ -100,17 +89,17 @@ class JacobianModel(SteppedModel):
             return
         check_inputs(regularizers, self.base)
         known = getattr(self.base, "outputs", None)
-        outputs = _single(list(known)) if known else self.base.compute_output_spec(inputs)
+        outputs = packed(list(known)) if known else self.base.compute_output_spec(inputs)
+        check_fit(regularizers, inputs, outputs)
         for i, (regularizer, tracker) in enumerate(zip(regularizers, trackers, strict=True)):
-            regularizer.check(inputs, outputs)
-            shape = regularizer.carried_shape(outputs)
-            if shape is not None and tracker.carried is None:
-                tracker.carry(shape, carried_initializer(regularizer, seeds.derived(self.seed or 0, 2 + i)))
+            variable = carried_variable(regularizer, outputs, seeds.derived(self.seed or 0, 2 + i))
+            if variable is not None and tracker.carried is None:
+                tracker.carry(variable)
 
     def _symbolic_inputs(self):
         """What the base takes, with batches of any size; None where it is not known yet."""
         if getattr(self.base, "inputs", None):
-            return _single(list(self.base.inputs))
+            return packed(list(self.base.inputs))
         shapes = (self.base.get_build_config() or {}).get("input_shape") if self.base.built else None
         # A subclassed model says no more than the shapes.
         return tree.map_shape_structure(lambda shape: keras.KerasTensor((None, *shape[1:])), shapes) if shapes else None
@@ -274,76 +263,32 @@ class JacobianModel(SteppedModel):
 
     def _penalty(self, linearization: Linearization, labels, sample_weight, training: bool):
         """The weighted sum of the penalties' means, a scalar; the trackers are updated."""
+        regularizers, own = self.jacobian_regularizers, own_keys(self.jacobian_regularizers)
         batch = ops.shape(tree.flatten(linearization.outputs)[0])[0]
-        indices = self._draw_examples(batch) if training and self.jacobian_fraction < 1 else None
-        inputs, outputs = _single(linearization.inputs), linearization.outputs
-        elsewhere = any(r.at != "data" for r in self.jacobian_regularizers)
-        given = _single(linearization.given_inputs) if elsewhere else None
-        own_labels = own_keys(self.jacobian_regularizers)
-        weights = [example_weights(sample_weight, own_labels, r.label_keys) for r in self.jacobian_regularizers]
-        if indices is not None:
-            inputs, given, outputs, labels, weights = tree.map_structure(
-                lambda t: ops.take(t, indices, axis=0), (inputs, given, outputs, labels, weights), none_is_leaf=False
-            )
-        plain_labels = compiled_labels(labels, own_labels, alone=True)
+        plain = compiled_labels(labels, own, alone=True)
         # The directions are drawn outside the conditional below: a seed must not advance inside a branch.
-        seed = self._training_seed if training else self._evaluation_seed
-        carried = [None if t.carried is None else ops.convert_to_tensor(t.carried) for t in self._trackers]
-        views = []
-        for at, members in by_points(self.jacobian_regularizers):
-            # Elsewhere than on the data the model is run as it will be used: no statistics to update, no dropout.
-            seen = linearization if at == "data" else linearize(self.base, draw_points(at, given, seed))
-            x, y = (inputs, outputs) if at == "data" else (_single(seen.inputs), seen.outputs)
-            regularizers = [self.jacobian_regularizers[i] for i in members]
-            shown = [(labels if r.label_keys else plain_labels) if at == "data" else None for r in regularizers]
-            asked = requests(regularizers, seen, x, y, shown, seed, [carried[i] for i in members])
-            views.append((at, members, seen, asked))
-
-        def compute():
-            found: list = [None] * len(self.jacobian_regularizers)
-            means: list = [None] * len(self.jacobian_regularizers)
-            counts: list = [None] * len(self.jacobian_regularizers)
-            for at, members, seen, asked in views:
-                on_data = at == "data"
-                chosen = seen.take(indices) if on_data and indices is not None else seen
-                weighings = [weights[i] if on_data else None for i in members]
-                count = ops.cast(ops.shape(tree.flatten(chosen.outputs)[0])[0], dtype)
-                came = outcomes(chosen, asked, weighings)
-                for i, outcome, weight in zip(members, came, weighings, strict=True):
-                    found[i], means[i] = outcome, ops.cast(weighted_mean(outcome.penalty, weight), dtype)
-                    counts[i] = count
-            measured = [
-                ops.cast(outcome.measured[name], dtype)
-                for outcome, regularizer in zip(found, self.jacobian_regularizers, strict=True)
-                for name in regularizer.measures
-            ]
-            sums = [outcome.sums for outcome in found if outcome.sums is not None]
-            return ops.stack(means), ops.stack(counts), measured, sums
-
-        def skip():
-            nothing = ops.zeros((len(self.jacobian_regularizers),), dtype=dtype)
-            measured = [ops.zeros((), dtype=dtype) for _ in self._measures]
-            pairs = zip(self.jacobian_regularizers, carried, strict=True)
-            sums = [ops.zeros(r.sums_shape(tuple(value.shape))) for r, value in pairs if value is not None]
-            return nothing, nothing, measured, sums
-
-        dtype = keras.backend.result_type(tree.flatten(outputs)[0].dtype, "float32")
-        holders = [i for i, tracker in enumerate(self._trackers) if tracker.carried is not None]
-        (means, counts, measured, sums), active, step = self._run_when_due(compute, skip, training)
+        serving = serve(
+            regularizers,
+            linearization,
+            self._training_seed if training else self._evaluation_seed,
+            labels=[labels if regularizer.label_keys else plain for regularizer in regularizers],
+            weights=[example_weights(sample_weight, own, regularizer.label_keys) for regularizer in regularizers],
+            carried=[tracker.carried for tracker in self._trackers],
+            examples=self._draw_examples(batch) if training and self.jacobian_fraction < 1 else None,
+            model=self.base,
+        )
+        served, active, step = self._run_when_due(serving.run, serving.skip, training)
         # Outside the conditional too, where replicas cannot wait for each other.
-        kinds = [(i, kind) for i, r in enumerate(self.jacobian_regularizers) for kind in r.measures.values()]
-        whole = replicas.combine(means, counts, measured, kinds, sums)
+        means, counts, measured, sums = served
+        whole = replicas.combine(means, counts, measured, serving.kinds, sums)
         for i, tracker in enumerate(self._trackers):
             tracker.update_state(whole.means[i], active, batch, step if training else None)
         for measure, value in zip(self._measures, whole.measured, strict=True):
             measure.update_state(value, active, batch)
         if training and self._running.due is not False:
-            for i, total in zip(holders, whole.sums, strict=True):
-                new = carry_on(self.jacobian_regularizers[i], carried[i], total)
-                always = isinstance(active, float)
-                self._trackers[i].carried.assign(new if always else ops.where(active > 0, new, carried[i]))
+            serving.carry_on(whole.sums, active)
         factor = self.jacobian_interval if training else 1
-        strengths = [ops.convert_to_tensor(r.strength_at(step), means.dtype) for r in self.jacobian_regularizers]
+        strengths = [ops.convert_to_tensor(strength, means.dtype) for strength in serving.strengths(step)]
         return factor * ops.sum(ops.stack(strengths) * whole.for_loss)
 
     def _draw_examples(self, size):
@@ -446,7 +391,3 @@ def _check_penalties_within(base, regularizers) -> None:
 def _differentiable_zero(outputs):
     """The sum of no example: it has a gradient, without which Torch takes no step, and reads no number."""
     return sum(ops.sum(ops.cast(y[:0], keras.config.floatx())) for y in tree.flatten(outputs))
-
-
-def _single(inputs: list):
-    return inputs[0] if len(inputs) == 1 else inputs

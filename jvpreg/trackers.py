@@ -6,8 +6,6 @@ from typing import Any
 import keras
 from keras import ops
 
-from jvpreg.regularizers.base import carried_name
-
 
 class MeasureTracker(keras.metrics.Metric):
     """A number a step, put together over the steps in which it was computed.
@@ -62,18 +60,10 @@ class PenaltyTracker(keras.metrics.Mean):
             shape=(), initializer="zeros", dtype="int32", aggregation="only_first_replica", name="failed_at"
         )
 
-    def carry(self, shape: tuple[int, ...], start: keras.initializers.Initializer) -> None:
+    def carry(self, arguments: dict[str, Any]) -> None:
         """Makes the variable `carried`."""
-        # Not by `add_variable`, whose variables are another one on each replica until they are read for the logs. What
-        # replicas assign is the same.
-        self.carried = keras.Variable(
-            start,
-            shape,
-            trainable=False,
-            autocast=False,
-            aggregation="only_first_replica",
-            name=carried_name(self.name),
-        )
+        # Not by `add_variable`, whose variables are another one on each replica until they are read for the logs.
+        self.carried = keras.Variable(**arguments)
 
     def reset_state(self):
         """As Keras', but for what is carried."""

@@ -107,8 +107,3 @@ def _weights_of_classes(labels, class_weight: dict) -> np.ndarray:
     if labels.ndim > 1:
         labels = labels[..., 0] if labels.shape[-1] == 1 else labels.argmax(axis=-1)
     return np.array([class_weight.get(int(label), 1.0) for label in np.round(labels)], "float32")
-
-
-def weighted_mean(penalty, weights):
-    """As Keras reduces a loss: the weighted sum over the number of examples."""
-    return ops.mean(penalty if weights is None else penalty * ops.cast(weights, penalty.dtype))

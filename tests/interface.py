@@ -356,6 +356,7 @@ def rows() -> dict[str, Row]:
 NOT_CALLED = {
     *("FullJacobian", "Linearization"),
     *("callbacks.GuardEvent", "constraints.ExactReport", "constraints.Report", "distillation.JacobianDistiller"),
+    *(f"regularizers.{name}" for name in ("Carries", "Constrains", "Looks", "Scheduled", "Searches")),
     *("distillation.View", "estimators.Estimate", "estimators.SpectralDensity", "regularizers.Seen"),
     *("saliency.figure", "testing.float64", "testing.compiled", "probes.dimension", "probes.split"),
     "constraints.tangents.resample",

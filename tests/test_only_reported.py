@@ -8,7 +8,7 @@ from keras import layers, ops
 import jvpreg
 from jvpreg.distillation import ActivationMatching, MatchingLoss
 from jvpreg.layers import JacobianPenalty
-from jvpreg.regularizers import JacobianRegularizer
+from jvpreg.regularizers import JacobianRegularizer, Scheduled
 
 
 class RootMatching(MatchingLoss):
@@ -61,10 +61,8 @@ def test_a_weight_of_zero_gives_no_gradient(make):
         np.testing.assert_allclose(*map(ops.convert_to_numpy, (found, expected)), rtol=1e-5, atol=1e-7)
 
 
-class Rising(JacobianRegularizer):
+class Rising(Scheduled, JacobianRegularizer):
     """Has a weight later on, in spite of its strength."""
-
-    scheduled = True
 
     def strength_at(self, step):
         return 1.0

@@ -8,7 +8,7 @@ from keras import layers, ops
 import jvpreg
 from jvpreg.linearization import Linearization
 from jvpreg.regularizers import JacobianNorm, JacobianRegularizer
-from jvpreg.regularizers.base import outcomes, requests
+from jvpreg.regularizers.serving import serve
 
 MATRIX = np.random.default_rng(0).normal(size=(5, 3))
 NORM = np.sum(MATRIX**2)
@@ -24,8 +24,8 @@ def penalty_of(regularizers, batch=4, labels=None, seed=0):
     """The penalties `(R, B)` at random inputs."""
     x = np.random.default_rng(1).normal(size=(batch, 5)).astype("float32")
     lin = jvpreg.linearize(linear_model(), x)
-    asked = requests(regularizers, lin, lin.inputs[0], lin.outputs, [labels] * len(regularizers), seed)
-    return np.stack([ops.convert_to_numpy(outcome.penalty) for outcome in outcomes(lin, asked)])
+    serving = serve(regularizers, lin, seed, labels=[labels] * len(regularizers))
+    return np.stack([ops.convert_to_numpy(outcome.penalty) for outcome in serving.outcomes()])
 
 
 @pytest.mark.parametrize("side", ["input", "output"])

@@ -13,12 +13,13 @@ from jvpreg.constraints.points import Box, as_points, between
 from jvpreg.estimators.operator import flatten
 from jvpreg.finite import nan_unless
 from jvpreg.regularizers.base import JacobianRegularizer
+from jvpreg.regularizers.capabilities import Carries, Constrains, Scheduled
 
 MEASURES = {"violation_mean": "mean", "violation_max": "max", "violated": "mean"}
 MULTIPLIER = "multiplier_max"
 
 
-class Constraint(JacobianRegularizer):
+class Constraint(Constrains, Carries, Scheduled, JacobianRegularizer):
     """Base class: a subclass says where it looks (`directions`, `cotangents`) and how far it is violated.
 
     Its metrics, in training and validation, for a constraint named `monotone`: `monotone`, what the enforcement
@@ -39,6 +40,8 @@ class Constraint(JacobianRegularizer):
         ValueError: an argument is out of its range.
     """
 
+    carried_start = "zeros"
+
     def __init__(
         self,
         enforcement: Penalty | AugmentedLagrangian | float = 1.0,
@@ -51,7 +54,6 @@ class Constraint(JacobianRegularizer):
         self.at = as_points(at)
         self.tolerance = checks.number("tolerance", tolerance, least=0)
         self.scheduled = self.enforcement.schedule is not None
-        self.carried_start = "zeros"
         self.measures = {**MEASURES, MULTIPLIER: "last"} if self._has_multipliers else MEASURES
 
     @property

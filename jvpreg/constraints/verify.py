@@ -9,9 +9,9 @@ from keras import ops, tree
 from jvpreg import checks, seeds
 from jvpreg.constraints.base import Constraint
 from jvpreg.constraints.regions import Rectangle, Region, Segment, points_of, regions
-from jvpreg.finite import finite_examples, nan_unless
+from jvpreg.finite import nan_unless
 from jvpreg.freeze import linearize
-from jvpreg.regularizers.base import Seen
+from jvpreg.regularizers.serving import packed, serve
 from jvpreg.rules.registry import unwrap
 
 BATCH = 256
@@ -204,20 +204,9 @@ def _violations(model, constraint: Constraint, x, labels, seed: int) -> np.ndarr
             lambda t, start=start: t[start : start + BATCH], (x, labels), none_is_leaf=False
         )
         lin = linearize(model, batch)
-        inputs = lin.inputs[0] if len(lin.inputs) == 1 else lin.inputs
-        constraint.check(inputs, lin.outputs)
-        directions = constraint.directions(inputs, own, generator)
-        cotangents = constraint.cotangents(lin.outputs, own, generator)
-        seen = Seen(
-            None if directions is None else lin.jvp(directions),
-            None if cotangents is None else lin.vjp(cotangents),
-            directions,
-            cotangents,
-            inputs,
-            lin.outputs,
-            own,
-        )
-        parts.append(ops.convert_to_numpy(nan_unless(finite_examples(lin), constraint.violation(seen))))
+        constraint.check(packed(lin.inputs), lin.outputs)
+        (seen,) = serve([constraint], lin, generator, labels=[own]).seen()
+        parts.append(ops.convert_to_numpy(nan_unless(seen.finite, constraint.violation(seen))))
     return np.concatenate(parts)
 
 

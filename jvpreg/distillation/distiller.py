@@ -18,9 +18,9 @@ from jvpreg.full_jacobian import as_cotangent
 from jvpreg.linearization import Linearization
 from jvpreg.model import JacobianModel
 from jvpreg.regularizers.full_jacobian import target_cotangent
-from jvpreg.rules.registry import register_wrapper, unwrap
+from jvpreg.regularizers.serving import weighted_mean
 from jvpreg.trackers import PenaltyTracker
-from jvpreg.weighting import compiled_labels, example_weights, own_keys, weighted_mean
+from jvpreg.weighting import compiled_labels, example_weights, own_keys
 
 INPUTS, PRODUCTS = "inputs", "teacher_products"
 

@@ -9,17 +9,9 @@ from jvpreg import checks, replicas, seeds
 from jvpreg.engine import keras_private
 from jvpreg.freeze import linearize
 from jvpreg.inputs import call_signature
-from jvpreg.regularizers.base import (
-    JacobianRegularizer,
-    carried_initializer,
-    carried_name,
-    carry_on,
-    check_dependence,
-    check_inputs,
-    check_regularizers,
-    outcomes,
-    requests,
-)
+from jvpreg.regularizers.base import JacobianRegularizer
+from jvpreg.regularizers.checks import check_dependence, check_fit, check_inputs, check_regularizers
+from jvpreg.regularizers.serving import carried_variable, serve
 from jvpreg.rules.registry import register_wrapper
 
 
@@ -85,22 +77,10 @@ class JacobianPenalty(keras.layers.Layer):
         inputs = tree.map_shape_structure(lambda shape: keras.KerasTensor(shape), input_shape)
         check_inputs(self.regularizers, self.block)
         outputs = _call(self.block, inputs, None)
+        check_fit(self.regularizers, inputs, outputs)
         for i, regularizer in enumerate(self.regularizers):
-            regularizer.check(inputs, outputs)
-            shape = regularizer.carried_shape(outputs)
-            start = carried_initializer(regularizer, seeds.derived(self.seed or 0, 1 + i))
-            # What replicas of tf.distribute assign is the same.
-            self._carried.append(
-                shape
-                and self.add_weight(
-                    shape=shape,
-                    initializer=start,
-                    trainable=False,
-                    aggregation="only_first_replica",
-                    autocast=False,
-                    name=carried_name(regularizer.name),
-                )
-            )
+            variable = carried_variable(regularizer, outputs, seeds.derived(self.seed or 0, 1 + i))
+            self._carried.append(variable and self.add_weight(**variable))
 
     def call(self, inputs, training=None):
         """What the block computes."""
@@ -109,28 +89,17 @@ class JacobianPenalty(keras.layers.Layer):
             return _call(self.block, inputs, training)
         linearization = linearize(self.block, inputs, training=True)
         check_dependence(self.regularizers, linearization, self.block)
-        seen = linearization.inputs[0] if len(linearization.inputs) == 1 else linearization.inputs
-        carried = [None if variable is None else ops.convert_to_tensor(variable) for variable in self._carried]
-        outputs = linearization.outputs
-        nothing = [None] * len(carried)
-        asked = requests(self.regularizers, linearization, seen, outputs, nothing, self._seed_generator, carried)
-        found = outcomes(linearization, asked)
-        dtype = keras.backend.result_type(*(outcome.penalty.dtype for outcome in found))
-        means = ops.stack([ops.cast(ops.mean(outcome.penalty), dtype) for outcome in found])
-        counts = ops.full_like(means, ops.cast(ops.shape(tree.flatten(outputs)[0])[0], means.dtype))
-        sums = [outcome.sums for outcome in found if outcome.sums is not None]
-        combined = replicas.combine(means, counts, sums=sums)
-        remaining = iter(combined.sums)
-        for i, request in enumerate(asked):
-            if request.carried is not None:
-                self._carried[i].assign(carry_on(request.regularizer, carried[i], next(remaining)))
+        serving = serve(self.regularizers, linearization, self._seed_generator, carried=self._carried)
+        found = serving.run()
+        combined = replicas.combine(found.means, found.counts, sums=found.sums)
+        serving.carry_on(combined.sums)
         if replicas.number() > 1:
-            # A layer's list of losses is one for all replicas, which take turns where they reduce. Those of another
-            # one would be counted in the log of the loss.
+            # A layer's list of losses is one for all replicas, which take turns where they reduce. Those of
+            # another one would be counted in the log of the loss.
             keras_private.clear_own_losses(self)
-        for i, request in enumerate(asked):
-            self.add_loss(request.regularizer.strength * combined.for_loss[i])
-        return outputs
+        for i, regularizer in enumerate(self.regularizers):
+            self.add_loss(regularizer.strength * combined.for_loss[i])
+        return linearization.outputs
 
     def save_own_variables(self, store):
         """As Keras', with the state of the seed: a loaded layer draws what this one would have drawn."""

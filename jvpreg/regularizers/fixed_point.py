@@ -7,10 +7,11 @@ from jvpreg import checks, probes
 from jvpreg.estimators.fixed_point import frozen_fixed_point
 from jvpreg.estimators.norms import squared_norm
 from jvpreg.regularizers.base import JacobianRegularizer
+from jvpreg.regularizers.capabilities import Looks
 
 
 @keras.saving.register_keras_serializable(package="jvpreg")
-class FixedPointJacobianNorm(JacobianRegularizer):
+class FixedPointJacobianNorm(Looks, JacobianRegularizer):
     """Penalizes `‖∂_z f‖_F²` of the cell of a `FixedPoint` layer at its fixed point: the smaller, the fewer iterations.
 
     Estimated without bias by random directions of z, at the cost of one product with the frozen cell; nothing is

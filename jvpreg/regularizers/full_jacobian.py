@@ -10,10 +10,11 @@ from jvpreg import checks, probes
 from jvpreg.estimators.norms import squared_norm
 from jvpreg.full_jacobian import as_cotangent, class_cotangent
 from jvpreg.regularizers.base import JacobianRegularizer
+from jvpreg.regularizers.capabilities import Looks
 
 
 @keras.saving.register_keras_serializable(package="jvpreg")
-class BiasJacobianNorm(JacobianRegularizer):
+class BiasJacobianNorm(Looks, JacobianRegularizer):
     """Penalizes `‖f^b‖²`: the squares of what the biases of some layers contribute to an output, position by position.
 
     The bias-Jacobian of a layer is `∂f/∂y ⊙ c`, with y its output and c its intercept: an explicit bias, the implicit
@@ -89,7 +90,7 @@ class BiasJacobianNorm(JacobianRegularizer):
 
 
 @keras.saving.register_keras_serializable(package="jvpreg")
-class FullJacobianNorm(JacobianRegularizer):
+class FullJacobianNorm(Looks, JacobianRegularizer):
     """Penalizes the norm of the full-Jacobian: `input_weight · ‖∇ₓ f‖² + bias_weight · ‖f^b‖²`, by one backward pass.
 
     Args:

@@ -7,13 +7,14 @@ from jvpreg import checks, probes
 from jvpreg.estimators.norms import squared_norm
 from jvpreg.estimators.operator import flatten, spaces
 from jvpreg.regularizers.base import JacobianRegularizer
+from jvpreg.regularizers.capabilities import Searches
 
 # Above it, a vector for each of so many outputs would be a large matrix.
 MOST_CLASSES = 1024
 
 
 @keras.saving.register_keras_serializable(package="jvpreg")
-class SpectralNorm(JacobianRegularizer):
+class SpectralNorm(Searches, JacobianRegularizer):
     """Penalizes `σ₁²`, the squared spectral norm of each example's Jacobian, by power iteration.
 
     An iteration is one product `u = Jᵀ v / ‖Jᵀ v‖` and one `J u`, whose squared length is the penalty: never more

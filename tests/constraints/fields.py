@@ -5,7 +5,7 @@ import numpy as np
 from keras import layers, ops
 
 import jvpreg
-from jvpreg.regularizers.base import outcomes, requests
+from jvpreg.regularizers.serving import serve
 
 
 def linear(matrix):
@@ -25,8 +25,7 @@ def outcome(constraint, model, x, labels=None, carried=None):
     lin = jvpreg.linearize(model, x)
     constraint.check(lin.inputs[0], lin.outputs)
     seed = keras.random.SeedGenerator(0)
-    (asked,) = [requests([constraint], lin, lin.inputs[0], lin.outputs, [labels], seed, [carried])]
-    return outcomes(lin, asked)[0]
+    return serve([constraint], lin, seed, labels=[labels], carried=[carried]).outcomes()[0]
 
 
 def violations(constraint, model, x, labels=None):

@@ -184,7 +184,8 @@ def linearizations(monkeypatch):
         calls.append((x.shape[0], kwargs.get("training", False)))
         return jvpreg.linearize(model, x, **kwargs)
 
-    monkeypatch.setattr("jvpreg.model.linearize", linearize)
+    for module in ("model", "regularizers.serving"):
+        monkeypatch.setattr(f"jvpreg.{module}.linearize", linearize)
     return calls
 
 

@@ -1,0 +1,102 @@
+"""What a Jacobian regularizer can do beside looking along directions: each is a base class to add."""
+
+from collections.abc import Mapping
+
+from jvpreg.linearization import Linearization
+from jvpreg.regularizers.base import JacobianRegularizer, Seen
+
+
+class Looks:
+    """A regularizer that sees what is no product along directions or cotangents: at nodes, by products of its own.
+
+    Example:
+
+    >>> import keras, jvpreg
+    >>> class HiddenNorm(jvpreg.regularizers.Looks, jvpreg.regularizers.JacobianRegularizer):
+    ...     def draw(self, linearization, inputs, seed):
+    ...         return jvpreg.probes.draw("gaussian", inputs, 1, seed)
+    ...     def look(self, linearization, drawn, labels):
+    ...         return linearization.block("hidden").jvp(drawn)
+    ...     def penalty(self, seen):
+    ...         return keras.ops.sum(seen.found[0] ** 2, axis=-1)
+    >>> HiddenNorm(0.1).name
+    'hidden_norm'
+    """
+
+    def draw(self, linearization: Linearization, inputs, seed):
+        """What `look` needs at random, for the examples of `inputs`, which may be a part of the batch."""
+        return
+
+    def look(self, linearization: Linearization, drawn, labels):
+        """Whatever else it wants to see, by products of its own: it becomes `seen.found`. `drawn` is from `draw`."""
+        raise NotImplementedError(f"{type(self).__name__} must override `look(self, linearization, drawn, labels)`.")
+
+
+class Carries:
+    """A regularizer that carries a variable from step to step, which is not trained, and saved with the model.
+
+    Attributes:
+        carried_start: how it starts: `"normal"` or `"zeros"`.
+    """
+
+    carried_start = "normal"
+
+    def carried_shape(self, outputs) -> tuple[int, ...] | None:
+        """The shape of the variable, for outputs `(B, …)`; None if there is none."""
+        raise NotImplementedError(f"{type(self).__name__} must override `carried_shape(self, outputs)`.")
+
+    def sums_shape(self, carried_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what `sums` returns; by default that of what is carried."""
+        return carried_shape
+
+    def sums(self, seen: Seen, carried):
+        """What `carry` needs of the examples, a tensor of sums over them, once the products were seen.
+
+        Under `tf.distribute` each replica sees some of the examples, and `carry` gets the sums over all.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must override `sums(self, seen, carried)`.")
+
+    def carry(self, carried, sums):
+        """What is carried to the next step. Where it is not finite, what was carried before is kept."""
+        raise NotImplementedError(f"{type(self).__name__} must override `carry(self, carried, sums)`.")
+
+
+class Searches(Carries):
+    """A regularizer that finds its directions from what it carries, in place of `directions` and `cotangents`."""
+
+    def search(self, linearization: Linearization, carried):
+        """Directions `(P, B, …)` like the inputs; products with the Jacobian may be asked for, at their own cost."""
+        raise NotImplementedError(f"{type(self).__name__} must override `search(self, linearization, carried)`.")
+
+
+class Scheduled:
+    """A regularizer whose strength depends on the training step."""
+
+    scheduled = True
+
+    def strength_at(self, step):
+        """The weight in the loss at a training step, counted from 1."""
+        raise NotImplementedError(f"{type(self).__name__} must override `strength_at(self, step)`.")
+
+
+class Constrains:
+    """A regularizer of something that holds or does not, and may not fit a model or another regularizer.
+
+    Attributes:
+        measures: what it reports beside its penalty, by name, and how steps are put together: `"mean"`, `"max"` or
+            `"last"`.
+    """
+
+    measures: Mapping[str, str] = {}
+
+    def check(self, inputs, outputs) -> None:
+        """Raises a ValueError where it does not fit a model of such inputs and outputs, `(B, …)`, at `compile`."""
+        return
+
+    def contradicts(self, other: JacobianRegularizer) -> str | None:
+        """In what the two cannot both hold, in words; None if they can, as far as can be told beforehand."""
+        return None
+
+    def measure(self, seen: Seen) -> dict:
+        """A scalar for each of `measures`, by its name."""
+        return {}

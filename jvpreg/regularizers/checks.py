@@ -1,0 +1,64 @@
+"""Whether a list of regularizers can be trained with, alone and with a model."""
+
+import itertools
+from collections.abc import Sequence
+
+import keras
+
+from jvpreg import checks
+from jvpreg.inputs import graph_of
+from jvpreg.linearization import Linearization
+from jvpreg.regularizers.base import JacobianRegularizer
+from jvpreg.regularizers.capabilities import Constrains, Looks
+
+
+def check_regularizers(regularizers, argument: str) -> tuple[JacobianRegularizer, ...]:
+    """The regularizers as a tuple; None is an empty one.
+
+    Raises:
+        ValueError: it is not a list of regularizers, or two of them contradict each other.
+    """
+    several = isinstance(regularizers, (list, tuple))
+    if regularizers is not None and not (several and all(isinstance(r, JacobianRegularizer) for r in regularizers)):
+        raise checks.invalid(argument, "a list of `jvpreg.regularizers.JacobianRegularizer`", regularizers)
+    for one, other in itertools.combinations(regularizers or (), 2):
+        reason = one.contradicts(other) if isinstance(one, Constrains) else None
+        if reason is not None:
+            raise ValueError(
+                f"Invalid value for argument `{argument}`. Expected constraints that can hold together. Received: "
+                f"`{one.name}` ({type(one).__name__}) and `{other.name}` ({type(other).__name__}), {reason}"
+            )
+    return tuple(regularizers or ())
+
+
+def check_fit(regularizers: Sequence[JacobianRegularizer], inputs, outputs) -> None:
+    """Raises a ValueError where one does not fit a model of such inputs and outputs, `(B, …)`."""
+    for regularizer in regularizers:
+        if isinstance(regularizer, Constrains):
+            regularizer.check(inputs, outputs)
+
+
+def check_inputs(regularizers: Sequence[JacobianRegularizer], model) -> None:
+    """Raises a ValueError where a graph says that it takes integers alone, and a regularizer looks along its inputs."""
+    graph = graph_of(model)
+    dtypes = [] if graph is None else [keras.backend.standardize_dtype(tensor.dtype) for tensor in graph.inputs]
+    # Bytes stand for the real numbers of an image.
+    if dtypes and not any(keras.backend.is_float_dtype(dtype) or dtype == "uint8" for dtype in dtypes):
+        _refuse_constant(regularizers, f"`{model.name}` takes integers alone, {dtypes}")
+
+
+def check_dependence(regularizers: Sequence[JacobianRegularizer], linearization: Linearization, model) -> None:
+    """Raises a ValueError where the Jacobian is zero whatever the weights, and a regularizer looks at it."""
+    if linearization.is_constant:
+        _refuse_constant(regularizers, f"The outputs of `{model.name}` do not depend on an input of real numbers")
+
+
+def _refuse_constant(regularizers: Sequence[JacobianRegularizer], reason: str) -> None:
+    for regularizer in regularizers:
+        # One that looks may look at nodes, whose Jacobians there are.
+        if not isinstance(regularizer, Looks):
+            raise ValueError(
+                f"{reason}: there is no Jacobian by an integer, and `{regularizer.name}` would be 0. Put the layers "
+                "after the embedding into a `jvpreg.layers.JacobianPenalty`, or let the model take floats if the "
+                "integers are measured numbers."
+            )

@@ -1,0 +1,403 @@
+"""One pass for a list of regularizers: what they ask for, what they see, and what comes of it."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops, tree
+
+from jvpreg.finite import finite_examples, nan_unless
+from jvpreg.freeze import linearize
+from jvpreg.linearization import Linearization
+from jvpreg.regularizers.base import JacobianRegularizer, Seen
+from jvpreg.regularizers.capabilities import Carries, Looks, Scheduled, Searches
+
+
+def serve(
+    regularizers: Sequence[JacobianRegularizer],
+    linearization: Linearization,
+    seed,
+    *,
+    labels: Sequence | None = None,
+    weights: Sequence | None = None,
+    carried: Sequence | None = None,
+    examples=None,
+    model=None,
+) -> "Serving":
+    """Draws what regularizers want at random; what it returns shows them the Jacobian, all by one pass each way.
+
+    Args:
+        regularizers: R of them.
+        linearization: of the whole batch.
+        seed: a `keras.random.SeedGenerator`.
+        labels: for each regularizer those that it gets to see, `(B, …)`, or None; by default none.
+        weights: for each regularizer those of the examples, `(B,)`, or None; by default all examples count alike.
+        carried: for each regularizer the variable that it carries, or None. By default none is carried, for a caller
+            that asks no penalty of those that carry one.
+        examples: indices `(N,)` of those that the penalties are for; by default all.
+        model: is run where a regularizer looks elsewhere than on the data. By default all look at the linearization.
+
+    Returns:
+        A `Serving`. It draws nothing more, so that it can be run in a branch, in which no seed may advance.
+
+    Raises:
+        ValueError: a regularizer asks for nothing, or for a product with tensors of the wrong shape.
+    """
+    nothing = [None] * len(regularizers)
+    state = [None if variable is None else ops.convert_to_tensor(variable) for variable in carried or nothing]
+    everywhere: list[tuple[Any, list[int]]] = [("data", list(range(len(regularizers))))]
+    places = everywhere if model is None else _by_place(regularizers)
+    elsewhere = any(at != "data" for at, _ in places)
+    take = _taker(examples)
+    inputs, given, outputs, labels, weights = take(
+        (
+            packed(linearization.inputs),
+            packed(linearization.given_inputs) if elsewhere else None,
+            linearization.outputs,
+            list(labels or nothing),
+            list(weights or nothing),
+        )
+    )
+    served = []
+    for at, members in places:
+        on_data = at == "data"
+        # Elsewhere than on the data the model is run as it will be used: no statistics to update, no dropout.
+        seen = linearization if on_data else linearize(model, draw_points(at, given, seed))
+        x, y = (inputs, outputs) if on_data else (packed(seen.inputs), seen.outputs)
+        requests = []
+        for i in members:
+            if carried is not None:
+                _check_carried(regularizers[i], state[i], y)
+            shown = {"labels": labels[i], "weights": weights[i]} if on_data else {}
+            requests.append(_request(i, regularizers[i], seen, x, y, seed, carried=state[i], **shown))
+        served.append(_Place(seen, examples if on_data else None, requests))
+    dtype = keras.backend.result_type(tree.flatten(outputs)[0].dtype, "float32")
+    return Serving(regularizers, served, carried or nothing, state, dtype)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one regularizer.
+
+    Attributes:
+        penalty: of each example, `(B,)` in float32 at least; NaN where its inputs or outputs are not finite.
+        sums: of the examples, for what the regularizer carries on; None if that is nothing.
+        measured: what it reports beside its penalty.
+    """
+
+    penalty: Any
+    sums: Any
+    measured: dict
+
+
+class Served(NamedTuple):
+    """What came of R regularizers over the examples that they saw, as `jvpreg.replicas.combine` takes it.
+
+    Attributes:
+        means: of the penalties, `(R,)`.
+        counts: over how many examples, `(R,)`.
+        measured: what they report beside, one after the other.
+        sums: of the examples, of each that carries something on.
+    """
+
+    means: Any
+    counts: Any
+    measured: list
+    sums: list
+
+
+class Serving:
+    """Regularizers at a linearization, which have drawn what they want at random: what `serve` returns."""
+
+    def __init__(self, regularizers, places: "list[_Place]", variables: Sequence, state: Sequence, dtype: str):
+        self.regularizers = regularizers
+        self._places = places
+        self._variables = variables
+        self._state = state
+        self._dtype = dtype
+
+    def seen(self) -> list[Seen]:
+        """What each regularizer sees."""
+        return _in_order((request, seen) for place in self._places for request, seen in place.seen())
+
+    def outcomes(self) -> list[Outcome]:
+        """What comes of each regularizer."""
+        return _in_order(pair for place in self._places for pair in place.outcomes())
+
+    def run(self) -> Served:
+        """What comes of all of them, over the examples."""
+        reduced = []
+        for place in self._places:
+            found = place.outcomes()
+            count = ops.cast(ops.shape(found[0][1].penalty)[0], self._dtype)
+            for request, outcome in found:
+                mean = ops.cast(weighted_mean(outcome.penalty, request.weights), self._dtype)
+                reduced.append((request, (mean, count, outcome)))
+        means, counts, outcomes = zip(*_in_order(reduced), strict=True)
+        pairs = zip(self.regularizers, outcomes, strict=True)
+        measured = [ops.cast(found.measured[name], self._dtype) for r, found in pairs for name in r.measures]
+        sums = [found.sums for found in outcomes if found.sums is not None]
+        return Served(ops.stack(means), ops.stack(counts), measured, sums)
+
+    def skip(self) -> Served:
+        """Zeros like what `run` returns, for a step without penalties."""
+        nothing = ops.zeros((len(self.regularizers),), dtype=self._dtype)
+        carriers = [(r, tuple(value.shape)) for r, value in self._carriers()]
+        return Served(
+            nothing,
+            nothing,
+            [ops.zeros((), dtype=self._dtype) for _ in self.kinds],
+            [ops.zeros(regularizer.sums_shape(shape)) for regularizer, shape in carriers],
+        )
+
+    @property
+    def kinds(self) -> list[tuple[int, str]]:
+        """Of each measured number the index of its regularizer, and how those of several steps are put together."""
+        return [(i, kind) for i, regularizer in enumerate(self.regularizers) for kind in regularizer.measures.values()]
+
+    def strengths(self, step) -> list:
+        """The weight of each penalty in the loss at a training step, counted from 1."""
+        return [r.strength_at(step) if isinstance(r, Scheduled) else r.strength for r in self.regularizers]
+
+    def carry_on(self, sums: Sequence, active=1.0) -> None:
+        """Assigns what is carried to the next step, by the sums over all examples; nothing if `active` is 0.
+
+        A step whose numbers are not finite leaves it as it was: an optimizer that scales the loss skips such a step,
+        and a NaN would stay in it for good.
+        """
+        variables = [variable for variable in self._variables if variable is not None]
+        for (regularizer, value), variable, total in zip(self._carriers(), variables, sums, strict=True):
+            new = regularizer.carry(value, total)
+            new = ops.where(ops.all(ops.isfinite(new)), new, value)
+            variable.assign(new if isinstance(active, float) else ops.where(active > 0, new, value))
+
+    def _carriers(self) -> list[tuple[Any, Any]]:
+        """The regularizers that carry something, and its value."""
+        pairs = zip(self.regularizers, self._state, strict=True)
+        return [(regularizer, value) for regularizer, value in pairs if value is not None]
+
+
+def weighted_mean(penalty, weights):
+    """As Keras reduces a loss: the weighted sum over the number of examples."""
+    return ops.mean(penalty if weights is None else penalty * ops.cast(weights, penalty.dtype))
+
+
+def carried_name(name: str) -> str:
+    """The name of the variable that a regularizer carries, by its own name: of no slash, which would be a folder."""
+    return f"carried_{name.replace('/', '>')}"
+
+
+def carried_variable(regularizer: JacobianRegularizer, outputs, seed: int) -> dict[str, Any] | None:
+    """The arguments of the `keras.Variable` that a regularizer carries, for outputs `(B, …)`; None if it carries none.
+
+    What the replicas of `tf.distribute` assign to it is the same.
+    """
+    if not isinstance(regularizer, Carries) or (shape := regularizer.carried_shape(outputs)) is None:
+        return None
+    zeros = regularizer.carried_start == "zeros"
+    start = keras.initializers.Zeros() if zeros else keras.initializers.RandomNormal(stddev=1.0, seed=seed)
+    options = {"trainable": False, "autocast": False, "aggregation": "only_first_replica"}
+    return {"initializer": start, "shape": shape, "name": carried_name(regularizer.name), **options}
+
+
+def packed(inputs: list):
+    """A model's inputs as it takes them: one tensor, or a list of several."""
+    return inputs[0] if len(inputs) == 1 else inputs
+
+
+def draw_points(at: Callable, inputs, seed):
+    """Points `(N, …)` like `inputs`.
+
+    Raises:
+        ValueError: they are not like them, or would be cut to whole numbers.
+    """
+    points = at(inputs, seed)
+    received, expected = ([tuple(t.shape) for t in tree.flatten(structure)] for structure in (points, inputs))
+    if [shape[1:] for shape in received] != [shape[1:] for shape in expected]:
+        raise ValueError(
+            f"Invalid value for argument `at`. Expected points like the inputs, {', '.join(map(_readable, expected))}. "
+            f"Received: {', '.join(map(str, received))} from {at!r}"
+        )
+    for x, drawn in zip(tree.flatten(inputs), tree.flatten(points), strict=True):
+        dtypes = [keras.backend.standardize_dtype(tensor.dtype) for tensor in (x, drawn)]
+        if [keras.backend.is_float_dtype(dtype) for dtype in dtypes] == [False, True]:
+            raise ValueError(
+                f"Invalid value for argument `at`. Expected whole numbers ({dtypes[0]}), as the model takes them, for "
+                f"an input of them. Received: {dtypes[1]} from {at!r}"
+            )
+    return points
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What one regularizer asks to see, each `(P, B, …)` or None, and what it gets beside.
+
+    Attributes:
+        index: of the regularizer among all.
+        directions, cotangents: those that it asks for.
+        drawn: what it drew for products of its own.
+        labels: those that it gets to see.
+        weights: of the examples.
+        carried: what it carries from step to step, from which directions may be found.
+    """
+
+    index: int
+    regularizer: Any
+    directions: Any = None
+    cotangents: Any = None
+    drawn: Any = None
+    labels: Any = None
+    weights: Any = None
+    carried: Any = None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where regularizers look: a linearization, the indices of the examples if these are a part, and the requests."""
+
+    linearization: Linearization
+    examples: Any
+    requests: list[_Request]
+
+    def seen(self) -> Iterator[tuple[_Request, Seen]]:
+        """What comes of every request: at most one pass in each direction, beside what a regularizer searches with."""
+        linearization = self.linearization if self.examples is None else self.linearization.take(self.examples)
+        inputs, outputs = packed(linearization.inputs), linearization.outputs
+        wanted = [request.directions for request in self.requests]
+        for i, request in enumerate(self.requests):
+            if isinstance(request.regularizer, Searches):
+                wanted[i] = request.regularizer.search(linearization, request.carried)
+                _check_probes(request.regularizer, "search", wanted[i], inputs)
+        pushed = _share(linearization.jvp, wanted)
+        pulled = _share(linearization.vjp, [request.cotangents for request in self.requests])
+        # A nonlinearity may hide what is not a number from the Jacobian, by a slope of 0.
+        finite = finite_examples(linearization)
+        for request, directions, jvp, vjp in zip(self.requests, wanted, pushed, pulled, strict=True):
+            regularizer, found = request.regularizer, None
+            if isinstance(regularizer, Looks):
+                found = regularizer.look(linearization, request.drawn, request.labels)
+            shown = (jvp, vjp, directions, request.cotangents, inputs, outputs, request.labels, found)
+            yield request, Seen(*shown, carried=request.carried, weights=request.weights, finite=finite)
+
+    def outcomes(self) -> list[tuple[_Request, Outcome]]:
+        """What comes of every request."""
+        return [(request, _outcome(request, seen)) for request, seen in self.seen()]
+
+
+def _in_order(pairs) -> list:
+    """What belongs to requests, in the order of the regularizers."""
+    return [found for _, found in sorted(pairs, key=lambda pair: pair[0].index)]
+
+
+def _by_place(regularizers: Sequence[JacobianRegularizer]) -> list[tuple[Any, list[int]]]:
+    """Where they look, each place once, and the indices of those that look there."""
+    places: list[tuple[Any, list[int]]] = []
+    for i, regularizer in enumerate(regularizers):
+        members = next((members for at, members in places if at == regularizer.at), None)
+        if members is None:
+            places.append((regularizer.at, [i]))
+        else:
+            members.append(i)
+    return places
+
+
+def _taker(examples) -> Callable:
+    """A function that takes the examples out of a structure of tensors `(B, …)`; of None, it takes all of them."""
+    if examples is None:
+        return lambda structure: structure
+    taken: dict[int, tuple[Any, Any]] = {}
+
+    def take(tensor):
+        # Several regularizers may see the same labels. With the tensor, whose `id` would be another one's after it.
+        if id(tensor) not in taken:
+            taken[id(tensor)] = tensor, ops.take(tensor, examples, axis=0)
+        return taken[id(tensor)][1]
+
+    return lambda structure: tree.map_structure(take, structure, none_is_leaf=False)
+
+
+def _request(index, regularizer, linearization: Linearization, inputs, outputs, seed, carried, **shown) -> _Request:
+    """What a regularizer asks for, for the examples of `inputs` and `outputs`, which may be a part of the batch."""
+    # A copy: Torch takes gradients after the variable was assigned to.
+    shown["carried"] = None if carried is None else ops.copy(carried)
+    if isinstance(regularizer, Searches):
+        return _Request(index, regularizer, **shown)
+    directions = regularizer.directions(inputs, shown.get("labels"), seed)
+    cotangents = regularizer.cotangents(outputs, shown.get("labels"), seed)
+    looks = isinstance(regularizer, Looks)
+    if directions is None and cotangents is None and not looks:
+        raise ValueError(
+            f"`{regularizer.name}` ({type(regularizer).__name__}) asks for no product with the Jacobian. Expected "
+            "`directions` or `cotangents` to return tensors, or `jvpreg.regularizers.Looks` among its bases. "
+            "Received: None from both."
+        )
+    _check_probes(regularizer, "directions", directions, inputs)
+    _check_probes(regularizer, "cotangents", cotangents, outputs)
+    drawn = regularizer.draw(linearization, inputs, seed) if looks else None
+    return _Request(index, regularizer, directions, cotangents, drawn, **shown)
+
+
+def _outcome(request: _Request, seen: Seen) -> Outcome:
+    regularizer, finite = request.regularizer, seen.finite
+    penalty = regularizer.penalty(seen)
+    batch = tree.flatten(seen.outputs)[0].shape[0]
+    if len(penalty.shape) != 1 or (None not in (batch, penalty.shape[0]) and penalty.shape[0] != batch):
+        raise ValueError(
+            f"`{regularizer.name}` ({type(regularizer).__name__}) returned a penalty of the wrong "
+            f"shape. Expected (B,), one number an example. Received: {tuple(penalty.shape)}"
+        )
+    penalty = nan_unless(finite, ops.cast(penalty, keras.backend.result_type(penalty.dtype, "float32")))
+    if regularizer.strength == 0 and not regularizer.scheduled:
+        # It is only reported. A gradient of zeros would still be one: 0 times an infinite slope is not a number.
+        penalty = ops.stop_gradient(penalty)
+    sums = None if request.carried is None else regularizer.sums(seen, request.carried)
+    sums = None if sums is None else ops.where(ops.all(finite), sums, math.nan)
+    return Outcome(penalty, sums, regularizer.measure(seen) if regularizer.measures else {})
+
+
+def _check_carried(regularizer: JacobianRegularizer, carried, outputs) -> None:
+    """Raises where what a regularizer carries is not there."""
+    if carried is None and isinstance(regularizer, Carries) and regularizer.carried_shape(outputs) is not None:
+        raise ValueError(
+            f"`{regularizer.name}` ({type(regularizer).__name__}) carries a variable from step to step, whose "
+            "shape was not known when the model was compiled. Give the model a `keras.Input`, or call the "
+            "`JacobianModel` on a batch before `compile`."
+        )
+
+
+def _check_probes(regularizer, method: str, probes, like) -> None:
+    """Raises if `probes` are not `(P, B, …)` like the tensors of `like`."""
+    if probes is None:
+        return
+    received = [tuple(probe.shape) for probe in tree.flatten(probes)]
+    expected = [tuple(tensor.shape) for tensor in tree.flatten(like)]
+    # The batch is left to the product itself: in a TensorFlow graph it is not known here.
+    if [shape[2:] if len(shape) > 1 else None for shape in received] != [shape[1:] for shape in expected]:
+        raise ValueError(
+            f"`{method}` of `{regularizer.name}` ({type(regularizer).__name__}) returned tensors of the wrong shape. "
+            f"Expected a leading axis of P probes before {', '.join(map(_readable, expected))}. "
+            f"Received: {', '.join(map(str, received))}. For one probe, use `keras.ops.expand_dims(…, 0)`."
+        )
+
+
+def _readable(shape) -> str:
+    return "(" + ", ".join(["B", *map(str, shape[1:])]) + ")"
+
+
+def _share(product, wanted: list) -> list:
+    """One product with all the probes that are wanted, cut up again; None where nothing is wanted."""
+    given = [probes for probes in wanted if probes is not None]
+    if not given:
+        return [None] * len(wanted)
+    counts = [tree.flatten(probes)[0].shape[0] for probes in given]
+    joined = given[0] if len(given) == 1 else tree.map_structure(lambda *parts: ops.concatenate(parts), *given)
+    products = product(joined)
+    shares, start = [], 0
+    for count in counts:
+        stop = start + count
+        shares.append(tree.map_structure(lambda t, start=start, stop=stop: t[start:stop], products))
+        start = stop
+    remaining = iter(shares if len(given) > 1 else [products])
+    return [None if probes is None else next(remaining) for probes in wanted]
