@@ -3,6 +3,7 @@
 import contextlib
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -12,38 +13,25 @@ from jvpreg.linearization import Linearization
 from jvpreg.regularizers.base import JacobianRegularizer
 
 
-class RunningStep(threading.local):
-    """What `train_step`, `call` and `compute_loss` of one step share. tf.distribute runs a thread a replica."""
+@dataclass
+class Step:
+    """A step of training or evaluation: what `train_step` or `test_step` begins, `call` fills, and `compute_loss` uses.
 
-    active = False
-    penalized = False
+    Attributes:
+        penalized: whether it is one in which the model has penalties; in training, not every such step may be due.
+        due: whether it has penalties by the model's interval, where the host knows it; otherwise None.
+        inputs: what `call` was given where it linearized the base.
+        linearization: of the base; None where the base itself was run.
+    """
+
+    penalized: bool
     due: bool | None = None
+    inputs: Any = None
     linearization: Linearization | None = None
-
-    @contextlib.contextmanager
-    def scheduled(self, due: bool):
-        """Within it, it is known whether a step has penalties."""
-        self.due = due
-        try:
-            yield
-        finally:
-            self.due = None
-
-    @contextlib.contextmanager
-    def step(self, penalized: bool):
-        """Within it a step is taken, with or without penalties."""
-        self.active, self.penalized = True, penalized
-        try:
-            yield
-        except StopIteration:
-            # Not `from` it: a context manager hands on what it takes for the same error.
-            raise RuntimeError("A step raised StopIteration, which would end `fit` as if the data had run out.")  # noqa: B904
-        finally:
-            self.active, self.penalized, self.linearization = False, False, None
 
 
 class Alternating:
-    """A train function that runs `functions[True]` every `interval`-th step and `functions[False]` else.
+    """A train function that runs `functions[True]` in every `interval`-th step, and `functions[False]` in the others.
 
     The host counts the steps, so that it waits for the device in none of them. It asks how many were taken before its
     first step, which comes after callbacks restored weights, and again after `recount`.
@@ -75,20 +63,25 @@ class Alternating:
 class SteppedModel(keras.Model):
     """A model that counts its training steps, of which some have penalties.
 
+    A subclass overrides `has_penalties`, and asks in `call` and `compute_loss` for the `current_step`.
+
     Attributes:
         jacobian_regularizers: the penalties.
         jacobian_interval: every how many training steps there are penalties.
         jacobian_evaluate: whether there are in evaluation.
+        always_penalized: whether a training step has other penalties where those of the interval are not due.
+        steps_taken: a variable, the number of training steps.
     """
 
     train_function: Any
     jacobian_regularizers: tuple[JacobianRegularizer, ...] = ()
     jacobian_interval = 1
     jacobian_evaluate = True
+    always_penalized = False
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self._step = self.add_weight(
+        self.steps_taken = self.add_weight(
             shape=(),
             initializer="zeros",
             dtype="int32",
@@ -96,20 +89,38 @@ class SteppedModel(keras.Model):
             name="jacobian_step",
             autocast=False,
         )
-        self._running = RunningStep()
+        # tf.distribute runs a thread a replica, and Keras' own steps hand nothing from `call` to `compute_loss`.
+        self._of_thread = threading.local()
 
     @property
-    def _has_penalties(self) -> bool:
-        """Whether a step linearizes the model."""
+    def has_penalties(self) -> bool:
+        """Whether the model has any, so that a step with penalties is another one than Keras'."""
         raise NotImplementedError
 
-    def _is_plain_step(self) -> bool:
-        """Whether the step is known to have no penalty, and the base model is the faster way to take it.
+    @property
+    def current_step(self) -> Step | None:
+        """The step that this thread is taking; None outside of steps."""
+        return getattr(self._of_thread, "step", None)
+
+    @contextlib.contextmanager
+    def _taking(self, step: Step):
+        """Within it, a step is taken."""
+        before, self._of_thread.step = self.current_step, step
+        try:
+            yield
+        except StopIteration:
+            # Not `from` it: a context manager hands on what it takes for the same error.
+            raise RuntimeError("A step raised StopIteration, which would end `fit` as if the data had run out.")  # noqa: B904
+        finally:
+            self._of_thread.step = before
+
+    def is_plain(self, step: Step) -> bool:
+        """Whether a step is known to have no penalty, and the base model is the faster way to take it.
 
         Under XLA and on JAX it is not: there the engine's max pooling has the cheaper gradient.
         """
         compiled_by_xla = keras.backend.backend() != "tensorflow" or self.jit_compile
-        return self._running.due is False and not compiled_by_xla
+        return step.due is False and not self.always_penalized and not compiled_by_xla
 
     def make_train_function(self, force=False):
         """As Keras'. With an interval, a function for the steps with penalties and one for those without.
@@ -123,15 +134,16 @@ class SteppedModel(keras.Model):
             return super().make_train_function(force)
         if self.train_function is None or force:
             functions = {due: self._train_function_when(due) for due in (True, False)}
-            self.train_function = Alternating(functions, self.jacobian_interval, self._steps_taken)
+            self.train_function = Alternating(functions, self.jacobian_interval, self.steps_before)
         return self.train_function
 
     def _train_function_when(self, due: bool):
         def train_step(*args, **kwargs):
-            with self._running.scheduled(due):
+            with self._taking(Step(self.has_penalties, due)):
                 return type(self).train_step(self, *args, **kwargs)
 
-        # Keras compiles the attribute, and JAX would take one method for the same function twice.
+        # There is no other way to have two: Keras compiles the attribute, and JAX has one program for a method, however
+        # often it is compiled.
         self.train_step = train_step  # type: ignore[method-assign]
         try:
             super().make_train_function(force=True)
@@ -141,21 +153,44 @@ class SteppedModel(keras.Model):
 
     def train_step(self, *args, **kwargs):
         """One step of `fit`, as Keras does it on this backend."""
-        with self._running.step(penalized=self._has_penalties):
+        with self._taking(self.current_step or Step(self.has_penalties)):
             return super().train_step(*args, **kwargs)
 
     def test_step(self, *args, **kwargs):
         """One step of `evaluate`, as Keras does it on this backend."""
-        with self._running.step(penalized=self._has_penalties and self.jacobian_evaluate):
+        with self._taking(Step(self.has_penalties and self.jacobian_evaluate)):
             return super().test_step(*args, **kwargs)
 
-    def _steps_taken(self, *args) -> int:
+    def steps_before(self, *args) -> int:
         """How many training steps were taken, before a train function is run with `args`."""
         if keras.backend.backend() == "jax":
             # Within `fit`, a variable holds nothing: its value is in the state that the step is given.
-            place = [variable is self._step for variable in self.non_trainable_variables].index(True)
+            place = [variable is self.steps_taken for variable in self.non_trainable_variables].index(True)
             return int(args[0][1][place])
-        return int(ops.convert_to_numpy(self._step))
+        return int(ops.convert_to_numpy(self.steps_taken))
+
+    def run_when_due(self, step: Step, compute: Callable, skip: Callable, training: bool) -> tuple:
+        """Counts a training step, and computes its penalties if they are due.
+
+        Args:
+            step: that is being taken.
+            compute: returns the penalties.
+            skip: returns zeros like them.
+            training: whether the step is one of training; in evaluation they are always due.
+
+        Returns:
+            What `compute` or `skip` returned, which of them (1 or 0), and the number of the training step, from 1.
+        """
+        # A sum, and so a tensor of its own: the variable's value would move with the assignment.
+        number = self.steps_taken + 1
+        if training:
+            self.steps_taken.assign(number)
+        if not training or self.jacobian_interval == 1:
+            return compute(), 1.0, number
+        if step.due is not None:
+            return (compute(), 1.0, number) if step.due else (skip(), 0.0, number)
+        due = ops.equal((number - 1) % self.jacobian_interval, 0)
+        return ops.cond(due, compute, skip), ops.cast(due, "float32"), number
 
     def _recount_steps(self) -> None:
         if isinstance(self.train_function, Alternating):
@@ -180,16 +215,3 @@ class SteppedModel(keras.Model):
         """As Keras'."""
         super().load_own_variables(store)
         self._recount_steps()
-
-    def _run_when_due(self, compute, skip, training: bool):
-        """What `compute` or `skip` returns, which of them (1 or 0), and the number of the training step, from 1."""
-        # A sum, and so a tensor of its own: the variable's value would move with the assignment.
-        step = self._step + 1
-        if training:
-            self._step.assign(step)
-        if not training or self.jacobian_interval == 1:
-            return compute(), 1.0, step
-        if self._running.due is not None:
-            return (compute(), 1.0, step) if self._running.due else (skip(), 0.0, step)
-        due = ops.equal((step - 1) % self.jacobian_interval, 0)
-        return ops.cond(due, compute, skip), ops.cast(due, "float32"), step

@@ -91,8 +91,8 @@ def trained(model, x, y=None, loss="mse", callbacks=(), compiled=None, **argumen
     history = model.fit(x, y, callbacks=list(callbacks), **options).history
     found = {f"logs of {key}": values for key, values in history.items()}
     found |= {f"weight {i}": value for i, value in enumerate(model.get_weights())}
-    for tracker in getattr(model, "_trackers", []):
-        if tracker.carried is not None:
+    for tracker in getattr(model, "penalty_metrics", []):
+        if getattr(tracker, "carried", None) is not None:
             found[f"carried by {tracker.name}"] = on_each(tracker.carried)
     return found
 

@@ -67,7 +67,7 @@ def linearizations(monkeypatch):
         calls.append(1)
         return jvpreg.linearize(*args, **kwargs)
 
-    monkeypatch.setattr("jvpreg.model.linearize", linearize)
+    monkeypatch.setattr("jvpreg.penalized_model.linearize", linearize)
     return calls
 
 

@@ -168,5 +168,5 @@ def test_weights_of_a_base_with_other_dropout(dropout, tmp_path):
     saved.save_weights(tmp_path / "model.weights.h5")
     loaded.load_weights(tmp_path / "model.weights.h5")
     assert_same_weights(saved, loaded)
-    for one, other in zip(saved._seed_states()[:2], loaded._seed_states()[:2], strict=True):
+    for one, other in zip(saved.seed_states()[:2], loaded.seed_states()[:2], strict=True):
         np.testing.assert_array_equal(ops.convert_to_numpy(one), ops.convert_to_numpy(other))

@@ -81,10 +81,10 @@ STREAMS = {
     **{kind: lambda seed, kind=kind: (keras.random.SeedGenerator(seed), _draw(kind)) for kind in KINDS},
     "between": lambda seed: (keras.random.SeedGenerator(seed), lambda g: jvpreg.constraints.between(RAMP, g)),
     "box": lambda seed: (keras.random.SeedGenerator(seed), lambda g: jvpreg.constraints.Box(0.0, 1.0, 3)(LIKE, g)),
-    "model": lambda seed: (_model_of(seed)._training_seed, _draw("gaussian")),
+    "model": lambda seed: (_model_of(seed).training_seed, _draw("gaussian")),
     "block": lambda seed: (jvpreg.layers.JacobianPenalty(keras.layers.Dense(1), [], seed)._seed_generator, by_keras),
     # A function of the user's own, as `at=`, draws from the model's generator by Keras.
-    "own points": lambda seed: (_model_of(seed)._training_seed, by_keras),
+    "own points": lambda seed: (_model_of(seed).training_seed, by_keras),
 }
 RAMP = np.arange(12, dtype="float32").reshape(3, 4)
 
@@ -109,9 +109,9 @@ def test_the_parts_of_a_model_of_one_seed_share_no_draw():
     model = _model_of(0)
     regularizers = [jvpreg.regularizers.SpectralNorm(1.0, name=name) for name in "ab"]
     model.compile("sgd", "mse", jacobian_regularizers=regularizers)
-    generators = [model._training_seed, model._evaluation_seed, keras.random.SeedGenerator(0)]
+    generators = [model.training_seed, model.evaluation_seed, keras.random.SeedGenerator(0)]
     drawn = [numpy(keras.random.normal((1,), seed=generator)) for generator in generators for _ in range(3)]
-    drawn += [numpy(tracker.carried).ravel() for tracker in model._trackers]
+    drawn += [numpy(tracker.carried).ravel() for tracker in model.penalty_metrics]
     assert len({array.tobytes() for array in drawn}) == len(drawn) == 11
 
 

@@ -119,7 +119,7 @@ def test_a_compile_that_is_refused_leaves_the_penalties_as_they_were(by):
     model = jvpreg.JacobianModel(dense(), seed=0)
     model.compile("sgd", "mse", jacobian_regularizers=[SpectralNorm(0.1)], jacobian_interval=2)
     model.fit(X, Y, verbose=0)
-    kept, carried = model.jacobian_regularizers, model._trackers[0].carried
+    kept, carried = model.jacobian_regularizers, model.penalty_metrics[0].carried
     refused = {
         "Keras": ("nope", []),
         "a regularizer": ("sgd", [JacobianNorm(0.2), Monotone([7])]),
@@ -130,7 +130,7 @@ def test_a_compile_that_is_refused_leaves_the_penalties_as_they_were(by):
         model.compile(optimizer, "mse", jacobian_regularizers=regularizers)
     assert model.jacobian_regularizers == kept
     assert model.jacobian_interval == 2
-    assert model._trackers[0].carried is carried
+    assert model.penalty_metrics[0].carried is carried
     history = model.fit(X, Y, batch_size=4, verbose=0).history
     assert set(history) == {"loss", "spectral_norm_squared"}
     assert np.isfinite(history["spectral_norm_squared"]).all()

@@ -118,7 +118,21 @@ def test_a_step_is_counted_on_the_host_alone(monkeypatch):
     """The number of steps is read from the device before the first step of an epoch, and in no other."""
     if keras.backend.backend() == "torch":
         pytest.skip("eager steps read it in a conditional")
-    read, taken = [], jvpreg.JacobianModel._steps_taken
-    monkeypatch.setattr(jvpreg.JacobianModel, "_steps_taken", lambda *args: read.append(1) or taken(*args))
+    read, taken = [], jvpreg.JacobianModel.steps_before
+    monkeypatch.setattr(jvpreg.JacobianModel, "steps_before", lambda *args: read.append(1) or taken(*args))
     make().fit(np.tile(X, (5, 1)), np.tile(Y, (5, 1)), batch_size=4, epochs=2, verbose=0)
     assert len(read) == 2
+
+
+class OwnStep(jvpreg.JacobianModel):
+    """Has a training step of its own."""
+
+    def train_step(self, *args):
+        return super().train_step(*args)
+
+
+def test_a_training_step_of_ones_own_has_the_penalties_of_its_turn():
+    model = OwnStep(keras.Sequential([keras.Input((3,)), layers.Dense(2)]))
+    compiled(model, 2)
+    assert turns(model, 3) == [True, False, True]
+    assert model.current_step is None

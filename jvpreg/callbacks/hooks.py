@@ -8,8 +8,8 @@ def listed_before(callback: keras.callbacks.Callback, frame) -> list[keras.callb
 
     Args:
         callback: in whose `set_model` this is called.
-        frame: of that `set_model`, by `inspect.currentframe()`: Keras hands a callback its model but not its list, so
-            the list is found in the caller.
+        frame: of that `set_model`, by `inspect.currentframe()`. There is no public way: Keras hands a callback its
+            model and not its list, which `fit` keeps for itself, so the list is found in the caller.
     """
     owner = frame.f_back.f_locals.get("self") if frame is not None and frame.f_back is not None else None
     if not isinstance(owner, keras.callbacks.CallbackList) or callback not in owner.callbacks:

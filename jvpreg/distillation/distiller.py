@@ -1,6 +1,5 @@
 """`JacobianDistiller`: a student that is trained to match its teacher, through plain `compile` and `fit`."""
 
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from jvpreg.linearization import Linearization
 from jvpreg.model import JacobianModel
 from jvpreg.regularizers.full_jacobian import target_cotangent
 from jvpreg.regularizers.serving import weighted_mean
+from jvpreg.rules.registry import register_wrapper, unwrap
 from jvpreg.trackers import PenaltyTracker
 from jvpreg.weighting import compiled_labels, example_weights, own_keys
 
@@ -64,6 +64,8 @@ class JacobianDistiller(JacobianModel):
     ['activation_matching', 'jacobian_matching', 'jacobian_matching_angle', 'loss']
     """
 
+    always_penalized = True
+
     def __init__(
         self,
         teacher: keras.Model,
@@ -80,7 +82,6 @@ class JacobianDistiller(JacobianModel):
         self.matching_losses = matching
         self._sites = self._find_sites()
         self._matching_trackers = [PenaltyTracker(name) for name in metric_names(matching)]
-        self._given = threading.local()
 
     @property
     def student(self) -> keras.Model:
@@ -88,18 +89,18 @@ class JacobianDistiller(JacobianModel):
         return self.base
 
     @property
-    def _has_penalties(self) -> bool:
+    def has_penalties(self) -> bool:
+        """It has: the distances."""
         return True
 
     @property
-    def _all_trackers(self):
-        return [*self._trackers, *self._matching_trackers]
+    def penalty_metrics(self):
+        """Those of the regularizers, and one of each distance and of what else is measured of the two."""
+        return [*super().penalty_metrics, *self._matching_trackers]
 
-    def _reported_names(self, regularizers):
-        return [*super()._reported_names(regularizers), *metric_names(self.matching_losses)]
-
-    def _is_plain_step(self) -> bool:
-        return False
+    def reported_names(self, regularizers):
+        """Those of the regularizers and of the distances."""
+        return [*super().reported_names(regularizers), *metric_names(self.matching_losses)]
 
     def compile(self, *args, jacobian_regularizers: Sequence = (), **kwargs):
         """As `JacobianModel.compile`. `jacobian_evaluate` is for the distances too; interval and fraction are not.
@@ -109,17 +110,14 @@ class JacobianDistiller(JacobianModel):
         """
         super().compile(*args, jacobian_regularizers=jacobian_regularizers, **kwargs)
 
-    def call(self, inputs, training=None):
-        """What the student computes."""
-        x, products = _split(inputs)
-        if self._running.penalized:
-            self._given.x, self._given.products = x, products
-        return super().call(x, training=training)
+    def base_inputs(self, inputs):
+        """The inputs, without the teacher's products that may come with them."""
+        return _split(inputs)[0]
 
-    def _penalty(self, linearization: Linearization, labels, sample_weight, training: bool):
-        x, products = self._given.x, self._given.products
-        del self._given.x, self._given.products
-        seed = self._training_seed if training else self._evaluation_seed
+    def penalty(self, step, labels, sample_weight, training):
+        """The sum of `weight × mean(distance)` over the matching losses, and the regularizers' penalties."""
+        (x, products), linearization = _split(step.inputs), step.linearization
+        seed = self.training_seed if training else self.evaluation_seed
         directions = {loss.name: loss.draw(x, seed) if loss.draws else None for loss in self.matching_losses}
         plain = compiled_labels(labels, own_keys(self.jacobian_regularizers), alone=True)
         if products is None:
@@ -134,15 +132,15 @@ class JacobianDistiller(JacobianModel):
         seen = self._see(linearization, plain, cotangents, directions, side=1)
         total = self._compare(products, seen, finite_examples(linearization), sample_weight, training)
         if self.jacobian_regularizers:
-            return total + super()._penalty(linearization, labels, sample_weight, training)
+            return total + super().penalty(step, labels, sample_weight, training)
         if training:
-            self._step.assign(self._step + 1)
+            self.steps_taken.assign(self.steps_taken + 1)
         return total
 
     def _compare(self, products: dict, seen: dict, finite, sample_weight, training: bool):
         """The weighted sum of the mean distances, NaN for examples that are not finite; the trackers are updated."""
         weights = example_weights(sample_weight, own_keys(self.jacobian_regularizers))
-        number = self._step + 1 if training else None
+        number = self.steps_taken + 1 if training else None
         means: list = []
         weighings: list[float] = []
         for loss in self.matching_losses:

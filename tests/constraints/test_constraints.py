@@ -166,15 +166,15 @@ def test_the_gradient_by_the_weights_is_that_of_finite_differences(name, multipl
     model = jvpreg.JacobianModel(smooth_field())
     model.compile(keras.optimizers.SGD(1.0), _nothing, jacobian_regularizers=[constraint], run_eagerly=False)
     if multipliers:
-        model._trackers[0].carried.assign(0.2 + np.zeros(model._trackers[0].carried.shape))
-    state = [np.array(numbers(v)) for v in model._trackers[0].variables]
+        model.penalty_metrics[0].carried.assign(0.2 + np.zeros(model.penalty_metrics[0].carried.shape))
+    state = [np.array(numbers(v)) for v in model.penalty_metrics[0].variables]
     x, y = points(6), np.zeros((6, 2))
     weights = model.get_weights()
 
     def loss_at(values):
         model.set_weights(values)
         model.reset_metrics()
-        for variable, value in zip(model._trackers[0].variables, state, strict=True):
+        for variable, value in zip(model.penalty_metrics[0].variables, state, strict=True):
             variable.assign(value)
         return float(model.train_on_batch(x, y, return_dict=True)["loss"])
 

@@ -85,7 +85,7 @@ def test_multipliers_grow_by_the_mean_violation_of_the_steps_between(compilation
     assert missing.max() > 0.01
     history = model.fit(x, y, batch_size=16, epochs=5, verbose=0, validation_data=(x, y)).history
     # They are updated after the second and the fourth step.
-    np.testing.assert_allclose(numbers(model._trackers[0].carried)[0], 2 * 5.0 * missing, rtol=1e-4)
+    np.testing.assert_allclose(numbers(model.penalty_metrics[0].carried)[0], 2 * 5.0 * missing, rtol=1e-4)
     largest = 5.0 * missing.max()
     np.testing.assert_allclose(
         history["monotone/multiplier_max"], [0, 0, largest, largest, 2 * largest], rtol=1e-4, atol=1e-8
@@ -108,10 +108,10 @@ def test_multipliers_are_saved_and_restored_and_grow_on(tmp_path):
     model.fit(x, y, epochs=4, **fit)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    carried = numbers(model._trackers[0].carried)
+    carried = numbers(model.penalty_metrics[0].carried)
     assert carried[0].max() > 0
     assert carried[2].max() == 2  # In the middle of what the next update is the mean of.
-    np.testing.assert_array_equal(numbers(loaded._trackers[0].carried), carried)
+    np.testing.assert_array_equal(numbers(loaded.penalty_metrics[0].carried), carried)
     assert loaded.get_compile_config() == model.get_compile_config()
     again, theirs = (one.fit(x, y, epochs=2, **fit).history for one in (loaded, model))
     assert again == theirs
@@ -119,7 +119,7 @@ def test_multipliers_are_saved_and_restored_and_grow_on(tmp_path):
     other = make()
     other.optimizer.build(other.trainable_variables)
     other.load_weights(tmp_path / "model.weights.h5")
-    np.testing.assert_array_equal(numbers(other._trackers[0].carried), numbers(model._trackers[0].carried))
+    np.testing.assert_array_equal(numbers(other.penalty_metrics[0].carried), numbers(model.penalty_metrics[0].carried))
 
 
 def test_an_augmented_lagrangian_holds_what_a_penalty_that_starts_as_it_does_does_not():
@@ -184,7 +184,7 @@ def linearizations(monkeypatch):
         calls.append((x.shape[0], kwargs.get("training", False)))
         return jvpreg.linearize(model, x, **kwargs)
 
-    for module in ("model", "regularizers.serving"):
+    for module in ("penalized_model", "regularizers.serving"):
         monkeypatch.setattr(f"jvpreg.{module}.linearize", linearize)
     return calls
 
@@ -252,7 +252,7 @@ def test_every_kth_step_and_a_part_of_the_batch(arguments):
     missing = -slopes(model, worst)[0]
     assert missing > 0.05
     computed = 2 if "jacobian_interval" in arguments else 4
-    np.testing.assert_allclose(numbers(model._trackers[0].carried)[0], computed * missing, rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(numbers(model.penalty_metrics[0].carried)[0], computed * missing, rtol=1e-4, atol=1e-7)
     means = np.array(history["monotone/violation_mean"])
     assert np.isnan(means).sum() == 4 - computed
     np.testing.assert_allclose(means[np.isfinite(means)], missing, rtol=1e-4, atol=1e-7)

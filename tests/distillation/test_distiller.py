@@ -111,11 +111,11 @@ def test_the_weight_gradient_is_that_of_finite_differences(index):
     distiller = distill([loss], optimizer=1.0)
     weights = distiller.student.get_weights()
     trainable = [v.trainable for v in distiller.student.weights]
-    seeds = [numpy(state) for state in distiller._seed_states()]
+    seeds = [numpy(state) for state in distiller.seed_states()]
 
     def loss_at(values):
         distiller.student.set_weights(values)
-        for state, value in zip(distiller._seed_states(), seeds, strict=True):
+        for state, value in zip(distiller.seed_states(), seeds, strict=True):
             state.assign(value)  # the same directions each time
         return float(step(distiller, x, y)["loss"])
 
@@ -173,7 +173,7 @@ def test_each_network_runs_once_and_is_pulled_back_once(monkeypatch):
     original = jvpreg.linearization.transpose
     x, y = batch()
     distiller = distill(all_losses(), run_eagerly=keras.backend.backend() != "jax")
-    for module in ("model", "distillation.distiller"):
+    for module in ("penalized_model", "distillation.distiller"):
         monkeypatch.setattr(f"jvpreg.{module}.linearize", linearize)
     monkeypatch.setattr("jvpreg.linearization.transpose", transpose)
     moving = numpy(distiller.student.get_layer("norm2").moving_mean) + 0
