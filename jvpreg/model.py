@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops, tree
 
 from jvpreg import checks, replicas, seeds
+from jvpreg.engine import keras_private
 from jvpreg.layers.jacobian_penalty import JacobianPenalty
 from jvpreg.names import check_names, reported_names
 from jvpreg.penalized_model import PenalizedModel

@@ -4,6 +4,7 @@ import keras
 from keras import ops, tree
 
 from jvpreg import checks, seeds
+from jvpreg.engine import keras_private
 from jvpreg.freeze import linearize
 from jvpreg.regularizers.checks import check_dependence
 from jvpreg.regularizers.serving import packed
@@ -163,9 +164,8 @@ class PenalizedModel(SteppedModel):
             return loss
         penalty = self.penalty(step, y, sample_weight, training)
         step.linearization = None  # Another loss within the step would count its penalties again.
-        # Private, and Keras' own hook for losses beside the compiled one: under tf.distribute it divides by the
-        # number of replicas, whose losses are summed.
-        return loss + ops.cast(self._aggregate_additional_loss(penalty), loss.dtype)
+        # The losses of replicas are summed: each is given its share.
+        return loss + ops.cast(keras_private.additional_loss(self, penalty), loss.dtype)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         """As Keras', with the labels and weights that are the loss's."""
