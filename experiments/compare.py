@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import keras
 from rich.console import Console
 
-from experiments import data, files, locks, plots, tables, timing
+from experiments import data, devices, files, locks, plots, tables, timing
 from experiments.cells import work_off
 from experiments.config import CompareConfig, TrainConfig
 from experiments.run_folder import RunFolder
@@ -24,8 +24,9 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         What `comparison.json` holds: a row a run, and the machine that the times are from.
 
     Raises:
-        ExperimentError: where the folder holds runs of another configuration.
+        ExperimentError: where the folder holds runs of another configuration, or a key does not fit.
     """
+    devices.check_one_host(config.train, "compare")
     parent = Path(config.folder or f"runs/compare_{config.train.data.name}_{config.train.model.name}")
     configs = {run_name(strength): run_config(config, strength, parent) for strength in config.strengths}
     runs = [Run(run) for run in configs.values()]
@@ -78,7 +79,8 @@ class Run(NamedTuple):
 def step_seconds(config: CompareConfig, folders: dict[str, RunFolder]) -> dict[str, float]:
     """Seconds a training step of each run, by the run's name.
 
-    Measured after training and in turn: an epoch's time tells as much of the machine's other work.
+    Measured after training and in turn: an epoch's time tells as much of the machine's other work. On one device,
+    however many trained.
     """
     batches = training_batches(config.train, data.load(config.train.data))
     models = {name: keras.models.load_model(folder.model) for name, folder in folders.items()}

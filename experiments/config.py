@@ -138,6 +138,23 @@ class WandbConfig:
 
 
 @dataclass
+class HostsConfig:
+    """Several machines that train one model, on JAX: the same command on each, but for the index."""
+
+    count: PositiveInt = 1
+    """How many machines, or processes of one."""
+
+    index: NonNegativeInt = 0
+    """Which of them this is, from 0. Host 0 alone writes the run folder and tracks the run."""
+
+    address: str | None = None
+    """Where the others find host 0, as HOST:PORT; the port is free there."""
+
+    timeout: PositiveInt = 100
+    """So many seconds a host waits for the others: at the start, and in between for a sign of life."""
+
+
+@dataclass
 class TrainConfig:
     """Train one model and report its Jacobian and its robustness."""
 
@@ -149,6 +166,7 @@ class TrainConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
     robustness: RobustnessConfig = field(default_factory=RobustnessConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    hosts: HostsConfig = field(default_factory=HostsConfig)
 
     epochs: PositiveInt = 10
     """Passes over the training data."""
@@ -166,7 +184,8 @@ class TrainConfig:
     """The Keras dtype policy."""
 
     devices: PositiveInt = 1
-    """Share each batch among so many GPUs, or parts of the CPU where there is none, on TensorFlow and JAX."""
+    """Share each batch among so many GPUs, or parts of the CPU where there is none, on TensorFlow and JAX. Of several
+    hosts each has so many."""
 
     layout: dict[str, list[str | None]] | None = None
     """Split these variables over the devices instead, on JAX: from regular expressions of their paths to an entry an

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import math
+from collections.abc import Callable
 
 import keras
 import numpy as np
@@ -121,11 +122,20 @@ class Batches(keras.utils.PyDataset):
         batch_size: examples a batch; the last batch of an epoch may be smaller.
         seed: of the order and of the augmentation.
         augment: whether to shift and flip.
+        part: which of the examples of a batch there are, by their number: of several hosts each has its own.
     """
 
-    def __init__(self, split: Split, batch_size: int, seed: int, augment: bool):
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        seed: int,
+        augment: bool,
+        part: Callable[[int], slice] = slice,
+    ):
         super().__init__()
         self.split, self.batch_size, self.seed, self.augment = split, batch_size, seed, augment
+        self.part = part
         self.start_epoch(0)
 
     def start_epoch(self, epoch: int) -> None:
@@ -146,12 +156,15 @@ class Batches(keras.utils.PyDataset):
         pixels = self.split.pixels[chosen]
         if self.augment:
             pixels = shift_and_flip(pixels, np.random.default_rng((self.seed, self.epoch, index)))
-        return unit_range(pixels, self.split.white), self.split.labels[chosen]
+        part = self.part(len(chosen))
+        return unit_range(pixels[part], self.split.white), self.split.labels[chosen][part]
 
 
-def training_batches(dataset: Dataset, batch_size: int, seed: int, augment: bool) -> Batches:
+def training_batches(
+    dataset: Dataset, batch_size: int, seed: int, augment: bool, part: Callable[[int], slice] = slice
+) -> Batches:
     """The training batches of a data set; digits are never augmented, for a mirrored 2 is not a 5."""
-    return Batches(dataset.train, batch_size, seed, augment and dataset.name != "digits")
+    return Batches(dataset.train, batch_size, seed, augment and dataset.name != "digits", part)
 
 
 def shift_and_flip(pixels: np.ndarray, generator: np.random.Generator, padding: int = 4) -> np.ndarray:

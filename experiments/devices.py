@@ -1,4 +1,4 @@
-"""Several devices of one machine: `--devices=N`, and `--layout` where a model is split over them too."""
+"""Several devices: `--devices=N`, of several hosts too, and `--layout` where a model is split over them."""
 
 import contextlib
 import functools
@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 
-from experiments.config import TrainConfig
+from experiments.config import HostsConfig, TrainConfig
 from experiments.data import Dataset
 from experiments.errors import ExperimentError
 
@@ -23,7 +23,7 @@ def used(config: TrainConfig) -> Iterator[None]:
     Raises:
         ExperimentError: the machine has not so many devices.
     """
-    if config.devices == 1:
+    if config.devices * config.hosts.count == 1:
         yield
     elif keras.backend.backend() == "tensorflow":
         with _mirrored(config.devices).scope():
@@ -36,12 +36,25 @@ def used(config: TrainConfig) -> Iterator[None]:
             keras.distribution.set_distribution(None)
 
 
+@contextlib.contextmanager
+def undistributed() -> Iterator[None]:
+    """A context in which variables are of this host alone: Keras makes some when it first saves a model."""
+    distribution = keras.distribution.distribution()
+    keras.distribution.set_distribution(None)
+    try:
+        yield
+    finally:
+        keras.distribution.set_distribution(distribution)
+
+
 def check(config: TrainConfig) -> None:
     """Raises an ExperimentError where the keys do not fit each other or the backend."""
     backend = keras.backend.backend()
+    _check_hosts(config.hosts, backend)
     if config.layout is not None:
         _check_layout(config, backend)
-    if config.devices == 1:
+    count = config.devices * config.hosts.count
+    if count == 1:
         return
     if backend == "torch":
         raise ExperimentError(
@@ -49,31 +62,77 @@ def check(config: TrainConfig) -> None:
             "a loop of your own with DistributedDataParallel, as docs/many-devices.md has it."
         )
     examples = {"batch_size": config.batch_size, "probe.examples": config.probe.examples}
-    for key, count in examples.items():
-        if config.layout is None and count % config.devices:
-            raise ExperimentError(
-                f"--{key}={count} cannot be divided by --devices={config.devices}. Expected a multiple of it."
-            )
+    for key, size in examples.items():
+        if config.layout is None and size % count:
+            raise ExperimentError(f"--{key}={size} cannot be divided by {_named(config)}. Expected a multiple of it.")
 
 
 def check_dataset(config: TrainConfig, dataset: Dataset) -> None:
     """Raises an ExperimentError where the last batch cannot be shared: JAX divides no batch unevenly."""
-    if config.devices == 1 or config.layout is not None or keras.backend.backend() != "jax":
+    devices = config.devices * config.hosts.count
+    if devices == 1 or config.layout is not None or keras.backend.backend() != "jax":
         return
     count = len(dataset.train)
-    if count % config.devices:
+    if count % devices:
         raise ExperimentError(
-            f"--devices={config.devices}: JAX cannot share the last of {count} training images among them. Expected "
-            f"--data.train_examples={count - count % config.devices}, or fewer devices."
+            f"{_named(config)}: JAX cannot share the last of {count} training images among them. Expected "
+            f"--data.train_examples={count - count % devices}, or fewer devices."
         )
-    if len(dataset.test) % config.devices:
+    if len(dataset.test) % devices:
         raise ExperimentError(
-            f"--devices={config.devices}: JAX cannot share the last of {len(dataset.test)} test images among them. "
+            f"{_named(config)}: JAX cannot share the last of {len(dataset.test)} test images among them. "
             "Expected a number of devices that divides it."
         )
 
 
+def check_one_host(config: TrainConfig, study: str) -> None:
+    """Raises an ExperimentError where a study is to train on several hosts together, which `train` alone does."""
+    if config.hosts != HostsConfig():
+        raise ExperimentError(
+            f"--train.hosts: `{study}` trains each model on one host; `train` alone takes several. Received: "
+            f"--train.hosts.count={config.hosts.count}."
+        )
+
+
+def check_one_device(config: TrainConfig, study: str) -> None:
+    """Raises an ExperimentError where a study is to train on several devices, which it does not."""
+    check_one_host(config, study)
+    if config.devices > 1 or config.layout is not None:
+        raise ExperimentError(
+            f"--train.devices: `{study}` trains on one device. Received: --train.devices={config.devices} and "
+            f"--train.layout={config.layout}."
+        )
+
+
+def _named(config: TrainConfig) -> str:
+    """The devices, by the keys that they were asked for with."""
+    devices = f"--devices={config.devices}"
+    return devices if config.hosts.count == 1 else f"--hosts.count={config.hosts.count} times {devices}"
+
+
+def _check_hosts(hosts: HostsConfig, backend: str) -> None:
+    if hosts.count == 1:
+        given = {"index": hosts.index or None, "address": hosts.address}
+        if found := [f"--hosts.{key}={value}" for key, value in given.items() if value is not None]:
+            raise ExperimentError(f"{found[0]} takes several hosts. Expected --hosts.count=N, 2 or more.")
+        return
+    if backend != "jax":
+        raise ExperimentError(
+            f"--hosts.count={hosts.count} takes KERAS_BACKEND=jax: Keras trains on one machine on others. Received: "
+            f"the backend {backend!r}."
+        )
+    if hosts.index >= hosts.count:
+        raise ExperimentError(f"--hosts.index={hosts.index}: expected 0 to {hosts.count - 1}, one for each host.")
+    name, colon, port = (hosts.address or "").rpartition(":")
+    if not (name and colon and port.isdigit() and 0 < int(port) < 2**16):
+        raise ExperimentError(
+            f"--hosts.address={hosts.address}: expected where host 0 can be found, as HOST:PORT, such as 10.0.0.1:1234."
+        )
+
+
 def _check_layout(config: TrainConfig, backend: str) -> None:
+    if config.hosts.count > 1:
+        raise ExperimentError(f"--layout splits a model over one host. Received: --hosts.count={config.hosts.count}.")
     if backend != "jax" or config.devices == 1:
         raise ExperimentError(
             "--layout splits a model over devices, which takes KERAS_BACKEND=jax and --devices=N, 2 or more. "
@@ -115,11 +174,13 @@ def _distribution(config: TrainConfig) -> Any:
     # JAX has started where something has run before: it then keeps the devices that it has.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", config.devices)
-    found = keras.distribution.list_devices()
-    _check_there_are(len(found), config.devices, found[0].split(":")[0].upper())
-    devices = found[: config.devices]
+    found = [[f"{one.platform}:{one.id}" for one in jax.local_devices(i)] for i in range(jax.process_count())]
+    fewest = min(found, key=len)
+    _check_there_are(len(fewest), config.devices, fewest[0].split(":")[0].upper())
+    devices = [name for names in found for name in names[: config.devices]]
     if config.layout is None:
-        return keras.distribution.DataParallel(devices=devices)
+        # Each host reads its own part of a batch.
+        return keras.distribution.DataParallel(devices=devices, auto_shard_dataset=False)
     mesh = keras.distribution.DeviceMesh((1, config.devices), (BATCH, MODEL), devices)
     layout = keras.distribution.LayoutMap(mesh)
     for pattern, axes in config.layout.items():

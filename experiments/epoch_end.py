@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from experiments import files
+from experiments import devices, files
 from experiments.backup import Backups, Progress, write_history
 
 
@@ -38,11 +38,12 @@ class EpochEnd(keras.callbacks.Callback):
             self.progress.best = numbers[self.monitor]
             save_model(self.model, self.best_model)
         self.progress.stopped = bool(self.model.stop_training)
-        self.backups.save(self.model, self.progress)
+        with devices.undistributed():
+            self.backups.save(self.model, self.progress)
         write_history(self.progress.rows, self.history)
 
 
 def save_model(model: keras.Model, path: Path) -> None:
     """Save a model with all that it was compiled with."""
-    with files.beside(path) as unfinished:
+    with files.beside(path) as unfinished, devices.undistributed():
         model.save(unfinished)

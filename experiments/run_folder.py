@@ -27,7 +27,7 @@ from experiments.config import TrainConfig, as_plain_dict
 from experiments.errors import ExperimentError, say
 
 # A run is the same run wherever its folder lies and however often it was interrupted.
-NOT_COMPARED = ("folder", "resume")
+NOT_COMPARED = ("folder", "resume", "hosts.index", "hosts.address", "hosts.timeout")
 
 
 class RunFolder:
@@ -91,7 +91,7 @@ class RunFolder:
             raise ExperimentError(f"{self.path} holds no run to resume. Start one without --resume.")
         wanted = as_plain_dict(config)
         progress = self.backups.progress(say) or Progress(self._stored_config(wanted) or wanted)
-        if differing := _differences(progress.config, wanted):
+        if differing := differences(progress.config, wanted):
             raise ExperimentError(
                 f"{self.path} holds a run of another configuration: {'; '.join(differing)}. "
                 f"Resume it with its own, --config {self.config}, or choose another --folder."
@@ -144,12 +144,13 @@ def is_archive(path: Path) -> bool:
     return path.is_file() and zipfile.is_zipfile(path)
 
 
-def _differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+def differences(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+    """By which keys two configurations are not of the same run."""
     differing = []
     for key in dict.fromkeys([*stored, *wanted]):
         before, now = stored.get(key), wanted.get(key)
         if isinstance(before, dict) and isinstance(now, dict):
-            differing += _differences(before, now, f"{prefix}{key}.")
+            differing += differences(before, now, f"{prefix}{key}.")
         elif before != now and prefix + key not in NOT_COMPARED:
             differing.append(f"{prefix}{key} was {before!r} and is now {now!r}")
     return differing

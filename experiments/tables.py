@@ -73,7 +73,7 @@ def conditions(summary: dict[str, Any]) -> str:
     return (
         "Accuracies in %; noise (standard deviation), FGSM and PGD (L∞ radius) in pixel units, white = 1, on "
         f"{examples} test images. Steps of {summary['batch_size']} examples, the medians of steps taken in "
-        f"turn, on {machine['cores']} cores of {machine['processor']}, Keras {machine['keras']}, "
+        f"turn on one device, with {machine['cores']} cores of {machine['processor']}, Keras {machine['keras']}, "
         f"{machine['backend']}."
     )
 

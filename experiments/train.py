@@ -3,6 +3,7 @@
 import functools
 import math
 import sys
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ import yaml
 from rich.console import Console
 
 import jvpreg
-from experiments import data, devices, files, models, plots, robustness, tracking
+from experiments import data, devices, files, hosts, models, plots, robustness, tracking
 from experiments.backup import Progress
-from experiments.config import DataConfig, JacobianConfig, OptimizerConfig, TrainConfig
+from experiments.config import DataConfig, JacobianConfig, OptimizerConfig, TrainConfig, as_plain_dict
 from experiments.epoch_end import EpochEnd, save_model
 from experiments.errors import ExperimentError, say
 from experiments.run_folder import RunFolder, is_archive
@@ -38,6 +39,10 @@ def train(config: TrainConfig) -> dict[str, Any]:
             `RunFolder.open`.
     """
     devices.check(config)
+    if config.hosts.count > 1 and not hosts.have_joined():
+        return hosts.run(config)
+    if config.hosts.index > 0:
+        return follow(config)
     folder = RunFolder(Path(config.folder or default_folder(config)))
     with folder.held():
         progress = folder.check(config)
@@ -47,11 +52,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
 def train_on(config: TrainConfig, folder: RunFolder, progress: Progress) -> dict[str, Any]:
     """Train what is left of a run and report on it, in a folder that is held."""
     with devices.used(config):
-        keras.utils.set_random_seed(config.seed)
-        keras.config.set_dtype_policy(config.precision)
         # All of these may fail, and must leave no run behind that would have to be resumed.
-        dataset, mode = data.load(config.data), tracking.mode(config.wandb)
-        devices.check_dataset(config, dataset)
+        dataset, mode = prepare(config), tracking.mode(config.wandb)
+        hosts.begin(folder)
         folder.open(progress)
         batches = training_batches(config, dataset)
         model = compiled_model(config, dataset, steps=config.epochs * len(batches))
@@ -71,6 +74,37 @@ def train_on(config: TrainConfig, folder: RunFolder, progress: Progress) -> dict
     files.write_json(folder.result, result)
     announce(folder, run)
     return result
+
+
+def follow(config: TrainConfig) -> dict[str, Any]:
+    """Train what is left of a run together with host 0, and write nothing of it.
+
+    Returns:
+        Nothing: host 0 has the figures.
+    """
+    with devices.used(config), tempfile.TemporaryDirectory(prefix="host-") as path:
+        dataset = prepare(config)
+        folder = RunFolder(Path(path))
+        if "result" not in hosts.begin(folder):
+            progress = folder.backups.progress(say) or Progress(as_plain_dict(config))
+            batches = training_batches(config, dataset)
+            model = compiled_model(config, dataset, steps=config.epochs * len(batches))
+            folder.backups.restore(model)
+            fit(model, batches, dataset, config, folder, progress)
+    return {}
+
+
+def prepare(config: TrainConfig) -> data.Dataset:
+    """Set what holds for a whole process, and load the data.
+
+    Raises:
+        ExperimentError: the data cannot be had, or not be shared by the devices.
+    """
+    keras.utils.set_random_seed(config.seed)
+    keras.config.set_dtype_policy(config.precision)
+    dataset = data.load(config.data)
+    devices.check_dataset(config, dataset)
+    return dataset
 
 
 def restore(model: jvpreg.JacobianModel, folder: RunFolder, progress: Progress) -> None:
@@ -119,7 +153,8 @@ def default_folder(config: TrainConfig) -> str:
 
 def training_batches(config: TrainConfig, dataset: data.Dataset) -> data.Batches:
     """The training batches of a run."""
-    return data.training_batches(dataset, config.batch_size, config.seed, config.data.augment)
+    part = functools.partial(hosts.part, config.hosts)
+    return data.training_batches(dataset, config.batch_size, config.seed, config.data.augment, part)
 
 
 def compiled_model(config: TrainConfig, dataset: data.Dataset, steps: int) -> jvpreg.JacobianModel:
@@ -173,21 +208,25 @@ def fit(
     progress: Progress,
 ) -> None:
     """Train for the epochs that are left, logging to the folder and to the active W&B run."""
+    is_first = config.hosts.index == 0
     if progress.stopped or progress.epochs == config.epochs:
+        if not is_first:
+            return
         probe, *_, logger = jacobian_callbacks(dataset, config, folder)
         for callback in (probe, logger):
             callback.set_model(model)
         logger.log_history(progress.epochs)
         return
+    test = dataset.test.take(hosts.part_of_batches(config.hosts, len(dataset.test), config.batch_size))
     model.fit(
         batches,
         shuffle=False,  # the batches are shuffled, in an order that a resumed run finds again
-        validation_data=(dataset.test.images(), dataset.test.labels),
-        validation_batch_size=config.batch_size,
+        validation_data=(test.images(), test.labels),
+        validation_batch_size=config.batch_size // config.hosts.count,
         initial_epoch=progress.epochs,
         epochs=config.epochs,
         callbacks=callbacks(batches, dataset, config, folder, progress),
-        verbose=1 if sys.stdout.isatty() else 2,  # a progress bar in a file is only noise
+        verbose=(1 if sys.stdout.isatty() else 2) if is_first else 0,  # a progress bar in a file is only noise
     )
 
 
@@ -200,6 +239,8 @@ def callbacks(
 ) -> list[keras.callbacks.Callback]:
     """The callbacks, in an order that matters: a logger sees what those before it put into the logs."""
     probe, *readers = jacobian_callbacks(dataset, config, folder)
+    if config.hosts.index > 0:
+        return [batches.order_epochs(), seed_epochs(config.seed), probe, *readers]
     return [
         batches.order_epochs(),
         seed_epochs(config.seed),
@@ -242,6 +283,8 @@ def jacobian_callbacks(dataset: data.Dataset, config: TrainConfig, folder: RunFo
                 probe, explosion=guard.explosion, collapse=guard.collapse, action=guard.action
             )
         ]
+    if config.hosts.index > 0:
+        return [probe, *guards]
     return [
         probe,
         *guards,

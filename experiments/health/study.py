@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 
 import jvpreg
-from experiments import data, timing
+from experiments import data, devices, timing
 from experiments.config import TrainConfig, as_plain_dict
 from experiments.health import report
 from experiments.health.config import HealthConfig
@@ -35,6 +35,7 @@ def run(config: HealthConfig) -> dict[str, Any]:
     Raises:
         ExperimentError: where the data cannot be had.
     """
+    devices.check_one_device(config.train, "health")
     console = Console(soft_wrap=True, highlight=False)
     dataset = data.load(config.train.data)
     runs: dict[str, list[dict[str, Any]]] = {}

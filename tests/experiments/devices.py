@@ -36,18 +36,24 @@ def config(folder: Path, count: int, layout=None):
     )
 
 
-def main(folder: str, layout: str = "null") -> None:
+def numbers(folder: Path) -> dict:
+    """What came out of a run."""
     import keras
 
+    result = json.loads((folder / "result.json").read_text())
+    weights = keras.models.load_model(folder / "model.keras", compile=False).base.get_weights()
+    found = {key: value for key, value in result.items() if isinstance(value, float)}
+    return found | {f"weight {i}": np.asarray(weight).tolist() for i, weight in enumerate(weights)}
+
+
+def main(folder: str, layout: str = "null") -> None:
     from experiments import train
 
     found = []
     for count in (2, 1):  # the devices are made when the first run starts
         path = Path(folder) / str(count)
-        result = train.train(config(path, count, json.loads(layout) if count == 2 else None))
-        weights = keras.models.load_model(path / "model.keras", compile=False).base.get_weights()
-        numbers = {key: value for key, value in result.items() if isinstance(value, float)}
-        found.append({**numbers, **{f"weight {i}": np.asarray(w).tolist() for i, w in enumerate(weights)}})
+        train.train(config(path, count, json.loads(layout) if count == 2 else None))
+        found.append(numbers(path))
     (Path(folder) / "found.json").write_text(json.dumps(found))
 
 
