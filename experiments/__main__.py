@@ -1,5 +1,8 @@
 """The command line: `python -m experiments STUDY --config FILE [--key=value ...]`."""
 
+import ast
+import contextlib
+import json
 import os
 import shlex
 import signal
@@ -124,6 +127,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def as_yaml(word: str) -> str:
+    """A word of the command whose value is as Python writes it, by which a sweep's agent passes it: None is null."""
+    key, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    if value == "None" or (value[:1] in ("[", "{") and "None" in value):
+        with contextlib.suppress(ValueError, SyntaxError):  # of a text that is no literal of Python's
+            return f"{key}{equals}{json.dumps(ast.literal_eval(value))}"
+    return word
+
+
 def configuration(words: Sequence[str]) -> str:
     """The file that `--config` names."""
     joined = "=".join(words).partition("--config=")[2]
@@ -167,7 +179,7 @@ def parse(program: str, studies: Mapping[str, Study], words: Sequence[str]) -> t
         subparser.add_class_arguments(study.config, as_positional=True)  # what has no default, as `status FOLDER`
         subcommands.add_subcommand(name, subparser, help=study.config.__doc__)
     try:
-        chosen = parser.instantiate(parser.parse_args(list(words)))
+        chosen = parser.instantiate(parser.parse_args([as_yaml(word) for word in words]))
     except UnicodeDecodeError as error:
         raise ExperimentError(f"{configuration(words)} is not text in UTF-8: {error}.") from error
     keys = vars(chosen[chosen.study])

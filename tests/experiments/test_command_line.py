@@ -1,6 +1,7 @@
 """Keys are typed, and a mistake in one is told by its name, in one line."""
 
 import errno
+import functools
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from experiments.__main__ import STUDIES, benchmark_studies, main, parse
 from experiments.config import TrainConfig
@@ -154,14 +156,56 @@ def test_every_configuration_in_the_repository_is_valid():
     assert {"train", "compare", "health", "estimators", "step", "constraints", "distill", "fixed_point"} <= seen
 
 
-def test_the_sweep_passes_keys_that_exist():
+def words_of_an_agent(sweep: dict, values: dict, tmp_path: Path) -> list[str]:
+    """What W&B's agent runs for a sweep, with these values of its parameters; its own code writes them."""
+    forms = create_sweep_command_args({"args": {key: {"value": value} for key, value in values.items()}})
+    # As `wandb.wandb_agent` goes on.
+    forms |= {"env": ["/usr/bin/env"], "program": [sweep["program"]], "args_json_file": [str(tmp_path / "args.json")]}
+    (tmp_path / "args.json").write_text(forms["args_json"][0])
+    words = []
+    for word in create_sweep_command(list(sweep["command"])):
+        words += forms[word[2:-1]] if word.startswith("${") else [word]
+    return words
+
+
+def value_of(config, key: str):
+    return functools.reduce(getattr, key.split("."), config)
+
+
+@pytest.mark.parametrize("form", ["args", "args_no_equals", "args_json_file"])
+def test_values_arrive_as_an_agent_passes_them(form, tmp_path):
+    values = {
+        "jacobian.strength": 1e-05,
+        "jacobian.interval": 2,
+        "jacobian.side": "output",
+        "jit_compile": False,
+        "resume": True,
+        "data.train_examples": None,
+        "robustness.noise": [0.05, 1e-05],
+        "layout": {".*kernel": [None, "model"]},
+        "folder": "runs/None",
+    }
+    before = ["--config"] if form == "args_json_file" else ["--data.train_examples=5", "--folder=a"]
+    sweep = {"program": "experiments", "command": ["${env}", "python", "-m", "${program}", "train", *before]}
+    sweep["command"].append("${" + form + "}")
+    words = words_of_an_agent(sweep, values, tmp_path)
+    assert words[:4] == ["/usr/bin/env", "python", "-m", "experiments"]
+    _, config = parse("experiments", STUDIES, words[4:])
+    assert {key: value_of(config, key) for key in values} == values
+
+
+def test_a_sweep_over_none_has_no_folder_of_that_name():
+    _, config = parse("experiments", STUDIES, ["train", "--folder=None"])
+    assert config.folder is None
+
+
+def test_the_sweep_passes_keys_that_exist(tmp_path):
     sweep = yaml.safe_load((CONFIGS / "sweeps" / "strength.yaml").read_text())
-    config_word = next(word for word in sweep["command"] if word.startswith("--config="))
     values = {key: choice["values"][-1] for key, choice in sweep["parameters"].items()}
-    words = [f"--{key}={value}" for key, value in values.items()]
-    file = CONFIGS.parent / config_word.removeprefix("--config=")
-    _, config = parse("experiments", STUDIES, ["train", f"--config={file}", *words])
-    assert config.jacobian.strength == values["jacobian.strength"]
+    words = words_of_an_agent(sweep, values, tmp_path)[4:]
+    words = [word.replace("--config=", f"--config={CONFIGS.parent}/") for word in words]
+    _, config = parse("experiments", STUDIES, words)
+    assert {key: value_of(config, key) for key in values} == values
 
 
 def test_keys_are_checked_before_keras_is_loaded():
