@@ -128,7 +128,17 @@ class SteppedModel(keras.Model):
         The choice is made on the host, which counts the steps itself: inside a compiled step it would be a
         conditional, and XLA on CPU runs the convolutions of a branch several times slower. Where one function takes
         several steps, where nothing is compiled, and on Torch, the conditional it is.
+
+        Raises:
+            ValueError: several replicas of `tf.distribute` would take several steps at once.
         """
+        strategy = getattr(self, "distribute_strategy", None)  # a model has it on TensorFlow
+        if self.steps_per_execution > 1 and strategy is not None and strategy.num_replicas_in_sync > 1:
+            # In Keras 3.15 any model fails so, at its first step: a placeholder of a conditional is fed nothing.
+            raise ValueError(
+                "Invalid value for argument `steps_per_execution`. Expected 1, since Keras takes no more steps at once "
+                f"on several replicas of tf.distribute. Received: {self.steps_per_execution}."
+            )
         alone = self.run_eagerly or self.steps_per_execution > 1 or keras.backend.backend() == "torch"
         if not self.jacobian_regularizers or self.jacobian_interval == 1 or alone:
             return super().make_train_function(force)

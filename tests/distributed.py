@@ -232,6 +232,26 @@ def a_penalty_that_is_not_finite():
     return {"step": [0], "told": [0]}
 
 
+def several_steps_at_once():
+    """On several replicas Keras takes them with no model, jvpreg or not, and `JacobianModel` says so."""
+    import tensorflow as tf
+
+    def fails(model, compiled):
+        try:
+            trained(model, X, ONE_HOT, compiled={"steps_per_execution": 2, **compiled})
+        except ValueError as error:
+            return "`steps_per_execution`. Expected 1" in str(error)
+        except tf.errors.InvalidArgumentError:
+            return True
+        return False
+
+    regularized = {"jacobian_regularizers": [regularizers.JacobianNorm(0.2)], "jacobian_interval": 2}
+    several = tf.distribute.has_strategy()
+    plain = fails(base_model(), {})
+    ours = fails(jvpreg.JacobianModel(base_model()), regularized)
+    return {"as expected": [plain == several, ours == several], "always": [1]}
+
+
 CASES = {
     "every_regularizer": every_regularizer,
     "an_interval": an_interval,
@@ -247,8 +267,8 @@ CASES = {
 }
 if keras.backend.backend() == "tensorflow":  # JAX divides no batch that devices cannot share evenly.
     CASES["the_end_of_the_data"] = the_end_of_the_data
-    # A conditional on replicas, within the loop over the steps of one call, is none that TensorFlow runs.
     del CASES["an_interval_within_one_call"]
+    CASES["several_steps_at_once"] = several_steps_at_once
 
 
 def on_one_device(case):
