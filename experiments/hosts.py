@@ -263,7 +263,7 @@ def worked(config: TrainConfig, folder: Path) -> dict[str, Any]:
 def is_loss(error: BaseException | None) -> bool:
     """Whether the reason of an error is that another host is gone."""
     while error is not None:
-        if "Gloo" in str(error) or "coordination" in str(error):
+        if any(name in str(error) for name in ("Gloo", "NCCL", "coordination")):
             return True
         error = error.__cause__ or error.__context__
     return False
