@@ -200,3 +200,15 @@ def test_a_subclass_without_a_penalty_is_told_so():
 
     with pytest.raises(NotImplementedError, match="Silent must override `penalty"):
         penalty_of([Silent(1.0)])
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [("look", "Looks"), ("carry", "Carries"), ("search", "Searches"), ("strength_at", "Scheduled")],
+)
+def test_a_method_that_nothing_asks_for_is_refused(method, kind):
+    """A regularizer is asked for it by its base class alone."""
+    regularizer = type("Norm", (JacobianNorm,), {method: lambda self, *arguments: None})(0.1)
+    model = jvpreg.JacobianModel(linear_model())
+    with pytest.raises(ValueError, match=rf"`jacobian_regularizers`\. Expected `jvpreg\.regularizers\.{kind}` among"):
+        model.compile(loss="mse", jacobian_regularizers=[regularizer])

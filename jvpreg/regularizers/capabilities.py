@@ -11,7 +11,7 @@ class Looks:
 
     Example:
 
-    >>> import keras, jvpreg
+    >>> import keras, numpy as np, jvpreg
     >>> class HiddenNorm(jvpreg.regularizers.Looks, jvpreg.regularizers.JacobianRegularizer):
     ...     def draw(self, linearization, inputs, seed):
     ...         return jvpreg.probes.draw("gaussian", inputs, 1, seed)
@@ -19,8 +19,11 @@ class Looks:
     ...         return linearization.block("hidden").jvp(drawn)
     ...     def penalty(self, seen):
     ...         return keras.ops.sum(seen.found[0] ** 2, axis=-1)
-    >>> HiddenNorm(0.1).name
-    'hidden_norm'
+    >>> base = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="hidden"), keras.layers.Dense(1)])
+    >>> model = jvpreg.JacobianModel(base)
+    >>> model.compile(loss="mse", jacobian_regularizers=[HiddenNorm(0.1)])
+    >>> sorted(model.evaluate(np.ones((4, 3)), np.ones((4, 1)), verbose=0, return_dict=True))
+    ['hidden_norm', 'loss']
     """
 
     def draw(self, linearization: Linearization, inputs, seed):

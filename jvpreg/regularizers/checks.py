@@ -9,18 +9,30 @@ from jvpreg import checks
 from jvpreg.inputs import graph_of
 from jvpreg.linearization import Linearization
 from jvpreg.regularizers.base import JacobianRegularizer
-from jvpreg.regularizers.capabilities import Constrains, Looks
+from jvpreg.regularizers.capabilities import Carries, Constrains, Looks, Scheduled, Searches
+
+# What is asked of a regularizer of this kind alone.
+HOOKS: dict[str, type] = {"look": Looks, "carry": Carries, "search": Searches, "strength_at": Scheduled}
 
 
 def check_regularizers(regularizers, argument: str) -> tuple[JacobianRegularizer, ...]:
     """The regularizers as a tuple; None is an empty one.
 
     Raises:
-        ValueError: it is not a list of regularizers, or two of them contradict each other.
+        ValueError: it is not a list of regularizers, one has a method that it would not be asked for, or two of them
+            contradict each other.
     """
     several = isinstance(regularizers, (list, tuple))
     if regularizers is not None and not (several and all(isinstance(r, JacobianRegularizer) for r in regularizers)):
         raise checks.invalid(argument, "a list of `jvpreg.regularizers.JacobianRegularizer`", regularizers)
+    for regularizer in regularizers or ():
+        for hook, kind in HOOKS.items():
+            if hasattr(regularizer, hook) and not isinstance(regularizer, kind):
+                raise ValueError(
+                    f"Invalid value for argument `{argument}`. Expected `jvpreg.regularizers.{kind.__name__}` among "
+                    f"the bases of a regularizer that has a method `{hook}`. Received: `{regularizer.name}` "
+                    f"({type(regularizer).__name__})"
+                )
     for one, other in itertools.combinations(regularizers or (), 2):
         reason = one.contradicts(other) if isinstance(one, Constrains) else None
         if reason is not None:
