@@ -161,8 +161,8 @@ def touched(tree):
 
 @functools.cache
 def own_names():
-    named_tuple = {"_asdict", "_fields", "_replace"}
-    return {name for path in FILES for name in defined(parsed(path)) if is_private(name)} - PRIVATE | named_tuple
+    of_python = {"_asdict", "_exit", "_fields", "_replace"}
+    return {name for path in FILES for name in defined(parsed(path)) if is_private(name)} - PRIVATE | of_python
 
 
 def strangers(tree, path="") -> list[str]:
