@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,6 +103,31 @@ def test_hosts_tell_the_same_where_one_cannot_do_its_part(tmp_path):
     assert told[0] == told[1]
     assert "host 1 was given another command than host 0: jacobian.strength was 0.01 and is now 0.5" in told[0]
     assert not (folder / "config.yaml").exists()
+
+
+@pytest.mark.every_backend
+@pytest.mark.skipif(BACKEND != "jax", reason="Keras trains on several hosts on JAX only")
+def test_hosts_that_are_killed_go_on_to_the_bit(request, tmp_path):
+    if request.config.getoption("--kills") < 100:
+        pytest.skip("three trainings on two hosts: with --kills=100")
+    found = {}
+    for name in ("whole", "killed"):
+        folder = tmp_path / name
+        config = replace(single.config(folder, 1), epochs=2, resume="auto")
+        if name == "killed":
+            running = hosts_of(config, tmp_path)
+            while not (folder / "checkpoints" / "backup-00001").exists():
+                assert [host.poll() for host in running] == [None, None]
+                time.sleep(0.05)
+            for host in running:
+                host.kill()
+                host.communicate()
+            assert not (folder / "result.json").exists()
+        for host in hosts_of(config, tmp_path):
+            _, errors = host.communicate(timeout=300)
+            assert host.returncode == 0, errors[-3000:]
+        found[name] = single.numbers(folder), (folder / "history.csv").read_text()
+    assert found["killed"] == found["whole"]
 
 
 def test_parts_of_batches_make_the_whole():
