@@ -1,6 +1,7 @@
 """jvpreg: the input-output Jacobian of a Keras model, to see and to train with."""
 
 from jvpreg import (
+    attribution,
     callbacks,
     clone,
     constraints,
@@ -10,17 +11,16 @@ from jvpreg import (
     probes,
     regularizers,
     rules,
-    saliency,
     testing,
 )
+from jvpreg.attribution import FullJacobian, full_jacobian
 from jvpreg.distillation import JacobianDistiller
-from jvpreg.freeze import jacobian, jvp, linearize, vjp, weight_jvp
-from jvpreg.full_jacobian import FullJacobian, full_jacobian
+from jvpreg.engine.paths import layer_paths
 from jvpreg.linearization import Linearization
-from jvpreg.model import JacobianModel
-from jvpreg.paths import layer_paths
+from jvpreg.products import jacobian, jvp, linearize, vjp, weight_jvp
 from jvpreg.rules.registry import register_rule
 from jvpreg.tangent_model import TangentModel
+from jvpreg.training.model import JacobianModel
 
 __version__ = "0.1.0"
 
@@ -30,6 +30,7 @@ __all__ = [
     "JacobianModel",
     "Linearization",
     "TangentModel",
+    "attribution",
     "callbacks",
     "clone",
     "constraints",
@@ -45,7 +46,6 @@ __all__ = [
     "register_rule",
     "regularizers",
     "rules",
-    "saliency",
     "testing",
     "vjp",
     "weight_jvp",

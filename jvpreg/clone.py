@@ -30,7 +30,7 @@ import itertools
 import keras
 from keras import ops
 
-from jvpreg import checks
+from jvpreg.common import checks
 
 
 def stack(x, u):

@@ -1,19 +1,18 @@
 """`Linearization`: a model frozen at `x`, and exact products with its Jacobian."""
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import keras
-import numpy as np
 from keras import ops, tree
 
-from jvpreg import checks, matrices
-from jvpreg.examples import FIRST, MIXED, Place
-from jvpreg.frozen import FrozenGraph, Node, Value, tangent_shape
-from jvpreg.inputs import as_floats, check_moving, has_tangents
-from jvpreg.paths import is_within, unknown
-from jvpreg.tangents import (
+from jvpreg.common import checks
+from jvpreg.common.dtypes import as_floats, has_tangents
+from jvpreg.engine import matrices
+from jvpreg.engine.frozen_graph import FrozenGraph
+from jvpreg.engine.frozen_model import FrozenModel
+from jvpreg.engine.inputs import check_moving
+from jvpreg.engine.node import Node
+from jvpreg.engine.tangents import (
     at_least_float32,
     check_count,
     each_name,
@@ -24,12 +23,11 @@ from jvpreg.tangents import (
     weight_tangents,
     zeros,
 )
-from jvpreg.transpose import transpose
+from jvpreg.engine.transpose import transpose
+from jvpreg.rules.examples import MIXED
 
-PATH = "the path of a layer, or the beginning of several up to a slash or dot"
 
-
-class Linearization:
+class Linearization(FrozenModel):
     """A model frozen at `x`: `u ↦ J u`, `v ↦ Jᵀ v`, and what `f(x)` has beside `J x`. Made by `linearize`.
 
     Attributes:
@@ -40,42 +38,6 @@ class Linearization:
         nodes: the frozen nodes, in the order in which they ran.
         fallbacks: a dict from the name of each node that was left to the backend's autodiff to the reason.
     """
-
-    def __init__(
-        self, graph: FrozenGraph, inputs: list, outputs, flatten: Callable, fallbacks: Mapping[str, str] | None = None
-    ):
-        self.inputs = inputs
-        self.outputs = outputs
-        self.fallbacks = dict(fallbacks or {})
-        self._graph = graph
-        self._flatten_inputs = flatten
-        # How a part of a batch gets its intercepts: from the whole.
-        self._whole: Callable[[Sequence[str] | None], dict[str, Any]] | None = None
-
-    @property
-    def given_inputs(self) -> list:
-        """The inputs of the whole batch as layers take them, a flat list: those of `inputs`, whole numbers as such."""
-        return [value.primal for value in self._graph.inputs]
-
-    @property
-    def nodes(self) -> list[Node]:
-        """The frozen nodes, in the order in which they ran."""
-        return self._graph.nodes
-
-    @property
-    def is_constant(self) -> bool:
-        """Whether the Jacobian is zero whatever the weights, since the outputs depend on integers alone, say."""
-        return self._graph.is_constant
-
-    @property
-    def couples_examples(self) -> bool:
-        """Whether one example's tangent depends on another's, or the outputs have the examples on another axis."""
-        return self._graph.couples_examples
-
-    @property
-    def weights(self) -> list:
-        """The variables that `jvp` can perturb, in the order of their first use."""
-        return self._graph.weights
 
     def jvp(self, u=None, weights: Mapping | Sequence | None = None, taps: Mapping[str, Any] | None = None):
         """The pushforward: `J u`, and the derivative along directions of the weights and of nodes' outputs.
@@ -188,46 +150,8 @@ class Linearization:
         check_count(flat, outputs, "v", "the outputs")
         return standardize_tangents(flat, outputs, each_name("v", "the outputs", len(outputs)))
 
-    @property
-    def _part_size(self):
-        """How many examples there are here, of a part of a batch; None for the whole batch."""
-        return None if self._whole is None else ops.shape(self.inputs[0])[0]
-
     def _check_moving(self, tangents: list, argument: str) -> None:
         check_moving(tangents, [value.primal for value in self._graph.inputs], argument)
-
-    @property
-    def intercepts(self) -> dict[str, Any]:
-        """What each node adds beside its linear part: `c = y − pushforward(x)`, a dict from node name to `(B, …)`.
-
-        The bias of an affine layer, the implicit bias of batch normalization, `σ(x) − σ'(x)·x` of a smooth
-        activation. Pushed to the output from where they arise, they sum with `J x` to `f(x)`.
-
-        Reference: Srinivas & Fleuret, "Full-Jacobian Representation of Neural Networks", section 3.2.
-        """
-        return self.intercepts_of(None)
-
-    def intercepts_of(self, nodes: Sequence[str] | None) -> dict[str, Any]:
-        """The `intercepts` of nodes of these names only, at the cost of these only; None: of all."""
-        nodes = checks.names("nodes", nodes, optional=True)
-        known = [name for node in self.nodes for name in node.output_names]
-        if not set(nodes or ()) <= set(known):
-            raise checks.invalid("nodes", f"names among {known}", nodes)
-        return self._graph.intercepts(nodes) if self._whole is None else self._whole(nodes)
-
-    def node_outputs(self, layers: Sequence[str] | None = None) -> dict[str, Any]:
-        """What the nodes returned that a tangent can be added to, a dict from name to `(B, …)`.
-
-        Args:
-            layers: paths of layers or blocks, as `block` takes them; all nodes by default.
-
-        Raises:
-            ValueError: there is no such layer.
-        """
-        layers = checks.names("layers", layers, optional=True)
-        chosen = self.nodes if layers is None else [n for path in layers for n in self.nodes_of(path, "layers")]
-        found = {name: value for node in chosen for name, value in _named_outputs(node)}
-        return {name: value.primal for name, value in found.items() if value.batched and value.has_tangents}
 
     def gradients(self, v, nodes: Sequence[str] | None = None, with_inputs: bool = True) -> tuple[Any, dict[str, Any]]:
         """`Jᵀ v`, and the gradient of `vᵀ f` at the outputs of nodes, all in one backward pass.
@@ -328,188 +252,6 @@ class Linearization:
             probed = len(product.shape) > len(intercepts[name].shape)
             found[name] = self.by_example(name, product, probed)
         return at_inputs, found
-
-    def shape_at(self, name: str, batch=None) -> tuple:
-        """The shape of a node's output for a batch of so many examples; by default for as many as there are here.
-
-        Raises:
-            ValueError: there is no such output.
-        """
-        value = self._value_of(name)
-        if batch is None and self._whole is not None:
-            batch = ops.shape(self.inputs[0])[0]
-        return tangent_shape((1, batch, self._graph.places), value)[1:]
-
-    def by_example(self, name: str, tensor, probed: bool = False):
-        """A tensor like a node's output, with the axis of the examples first: `(B, …)`.
-
-        Within a `TimeDistributed` layer, or between a transpose and the one that undoes it, the first axis of a node's
-        output is another one. Where other axes were merged with that of the examples, they are apart again after it.
-
-        Args:
-            name: of the node's output.
-            tensor: such as a gradient at it, or its intercept.
-            probed: whether it has a leading axis for the probes, which stays the first.
-
-        Raises:
-            ValueError: there is no such output, or the tensor is not like it.
-        """
-        axis, before, after, _ = self._place_of(name)
-        tensor, expected = checks.tensor("tensor", tensor), self._value_of(name).primal.shape
-        if len(tensor.shape) != len(expected) + checks.boolean("probed", probed):
-            raise checks.invalid("tensor", f"one like the node's output, of shape {tuple(expected)}", tensor)
-        axis, first = axis + probed, int(probed)
-        if axis <= first and before * after == 1:
-            return tensor
-        if before * after != 1:
-            shape = ops.shape(tensor)
-            tensor = ops.reshape(tensor, (*shape[:axis], before, -1, after, *shape[axis + 1 :]))
-            axis += 1
-        return ops.moveaxis(tensor, axis, first)
-
-    @functools.cached_property
-    def _values(self) -> dict[str, Value]:
-        return {name: value for node in self.nodes for name, value in _named_outputs(node)}
-
-    def _place_of(self, name: str) -> Place:
-        return self._graph.places.get(self._value_of(name).slot, FIRST)
-
-    def _value_of(self, name: str) -> Value:
-        found = self._values.get(name) if isinstance(name, str) else None
-        if found is None:
-            raise checks.invalid("name", f"one of {list(self._values)}", name)
-        return found
-
-    def take(self, indices) -> "Linearization":
-        """The linearization of the examples at `indices`, an integer vector `(N,)`, only. Nothing is run again.
-
-        Raises:
-            ValueError: the linearization couples the examples of the batch, or moves them to another axis; or the
-                indices are none.
-        """
-        if self.couples_examples:
-            raise ValueError(
-                "A linearization that couples the examples of a batch cannot be cut: each example's tangent depends on "
-                'the whole batch. Use `batch_statistics="frozen"` or "moving", and no operation that mixes examples; '
-                "of `after` and `block`, name a layer that has the examples on its first axis."
-            )
-        moving = [node.name for node in self._graph.moving]
-        if moving:
-            raise ValueError(
-                "A linearization that moves the examples of a batch from its first axis cannot be cut where something "
-                "is frozen. Reshape to (batch, ...), and not to (-1, ...) with other axes in it, and transpose back "
-                f"before other operations. Received: `{moving[0]}`."
-            )
-        given = indices
-        indices = checks.tensor("indices", indices)
-        if len(indices.shape) != 1 or "int" not in keras.backend.standardize_dtype(indices.dtype):
-            raise ValueError(
-                "Invalid value for argument `indices`. Expected a vector (N,) of integers, places of examples. "
-                f"Received: shape {tuple(indices.shape)} of {keras.backend.standardize_dtype(indices.dtype)}."
-            )
-        batch = self.inputs[0].shape[0]
-        if not ops.is_tensor(given) and isinstance(batch, int):  # A step's own are tensors, which are not read.
-            known = np.asarray(given)
-            if not known.size or known.min() < -batch or known.max() >= batch:
-                raise checks.invalid("indices", f"indices of a batch of {batch}, one at least", given)
-            indices = ops.convert_to_tensor(known % batch)
-
-        def cut(tensor):
-            return ops.take(tensor, indices, axis=0)
-
-        part = Linearization(
-            self._graph.take(indices),
-            [cut(x) for x in self.inputs],
-            tree.map_structure(cut, self.outputs),
-            self._flatten_inputs,
-            self.fallbacks,
-        )
-
-        def whole(names):
-            found = self.intercepts_of(names).items()
-            return {name: ops.take(value, indices, axis=self._place_of(name).axis) for name, value in found}
-
-        part._whole = whole
-        return part
-
-    def after(self, layer: str) -> "Linearization":
-        """The Jacobian of the outputs with respect to what a layer returned, at the same `x`. Nothing is run again.
-
-        Args:
-            layer: the path of a layer, or of a block of them, as `nodes` has it.
-
-        Returns:
-            A `Linearization` from the layer's output to the model's. What goes around the layer is held constant.
-
-        Raises:
-            ValueError: there is no such layer, or it has several outputs.
-
-        Example:
-
-        >>> import keras, numpy as np, jvpreg
-        >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4, name="first"), keras.layers.Dense(2)])
-        >>> lin = jvpreg.linearize(model, np.ones((5, 3)))
-        >>> tuple(lin.after("first").jvp(np.ones((5, 4))).shape), tuple(lin.block("first").jvp(np.ones((5, 3))).shape)
-        ((5, 2), (5, 4))
-        """
-        last = self.nodes_of(layer)[-1]
-        value = _single_output(layer, last)
-        after = next(i for i, node in enumerate(self.nodes) if node is last) + 1
-        return self._part(self.nodes[after:], value, self._graph.outputs, self.outputs)
-
-    def block(self, layer: str) -> "Linearization":
-        """The Jacobian of a layer's output, or of a block's, with respect to its own input, at the same `x`.
-
-        Args:
-            layer: the path of a layer, or of a block of them, as `nodes` has it.
-
-        Returns:
-            A `Linearization` from the block's input to its output.
-
-        Raises:
-            ValueError: there is no such layer, or it has several inputs or outputs.
-        """
-        nodes = self.nodes_of(layer)
-        output = _single_output(layer, nodes[-1])
-        made = {value.slot for node in nodes for value in node.outputs}
-        entering = {v.slot: v for node in nodes for v in node.inputs if v.batched and v.slot not in made}
-        if len(entering) != 1:
-            raise ValueError(
-                f"Invalid value for argument `layer`. Expected a layer or block with one input. Received: {layer!r}, "
-                f"which has {len(entering)}."
-            )
-        return self._part(nodes, next(iter(entering.values())), [output], output.primal)
-
-    def nodes_of(self, layer: str, argument: str = "layer", expected: str = PATH, owner: str = "") -> list[Node]:
-        """The nodes of a layer (its activation is one of them), or of the layers of a block, in their order.
-
-        Args:
-            layer: the path of a layer, or of a block of them, as `jvpreg.layer_paths` has it, or by attributes alone.
-            argument: what the caller calls the path, for the error.
-            expected: what the caller expects, in words.
-            owner: whose argument it is, where its name alone does not tell.
-
-        Raises:
-            ValueError: there is no such layer.
-
-        Example:
-
-        >>> import keras, numpy as np, jvpreg
-        >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, activation="relu", name="hidden")])
-        >>> [node.name for node in jvpreg.linearize(model, np.ones((1, 3))).nodes_of("hidden")]
-        ['hidden', 'hidden/activation']
-        """
-        checks.text(argument, layer)
-        found = [node for node in self.nodes if is_within(node.name, layer) or is_within(node.path, layer)]
-        if not found:
-            raise unknown(argument, layer, [node.name for node in self.nodes], expected, owner)
-        return found
-
-    def _part(self, nodes: list[Node], start: Value, ends: list[Value], outputs) -> "Linearization":
-        if self._whole is not None:
-            raise ValueError("Expected the linearization of a whole batch: call `after` or `block` first, then `take`.")
-        graph = FrozenGraph(nodes, [start], ends, self._graph.variables)
-        return Linearization(graph, [start.primal], outputs, lambda structure, argument: [structure])
 
     def gains(self, u) -> dict[str, Any]:
         """How much longer each node makes the tangent that comes to it, on the way of `J u` through the model.
@@ -625,35 +367,6 @@ class Linearization:
             raise checks.invalid("example", f"an index of a batch of {batch}", example)
         part = self if batch == 1 else self.take([example % batch])
         return matrices.linear_operator(part.inputs, tree.flatten(part.outputs), part._push, part._pull)
-
-    def _pull(self, cotangents: Sequence) -> list:
-        """The transpose of the tangent pass: cotangents `(P, B, …)` of every output, to those of the inputs."""
-        count = next(ops.shape(c)[0] for c in cotangents if c is not None)
-        pairs = zip(cotangents, as_floats(tree.flatten(self.outputs)), strict=True)
-        filled = [zeros(count, y) if c is None else ops.cast(c, y.dtype) for c, y in pairs]
-        push = functools.partial(self._push, scaled_kernels=False)
-        return transpose(push, [zeros(count, x) for x in self.inputs], filled)
-
-    def _push(self, tangents: Sequence, taps: dict[str, Any] | None = None, weights=None, **options) -> list:
-        """The tangent pass: input tangents `(P, B, …)` (None: zero) and taps by node name, to output tangents."""
-        products = self._graph.push(tangents, self._part_size, taps=taps, weights=weights, **options)
-        given = [*tangents, *(taps or {}).values(), *(weights or {}).values()]
-        count = next(ops.shape(t)[0] for t in given if t is not None)
-        pairs = zip(products, tree.flatten(self.outputs), strict=True)
-        return [zeros(count, y) if product is None else product for product, y in pairs]
-
-
-def _single_output(layer: str, node: Node) -> Value:
-    if len(node.outputs) != 1:
-        raise ValueError(
-            f"Invalid value for argument `layer`. Expected a layer with one output. Received: {layer!r}, which has "
-            f"{len(node.outputs)}."
-        )
-    return node.outputs[0]
-
-
-def _named_outputs(node: Node):
-    return zip(node.output_names, node.outputs, strict=True)
 
 
 def _norm(tangents: list):

@@ -6,9 +6,9 @@ from collections.abc import Callable
 import keras
 from keras import ops, tree
 
-from jvpreg import checks, replicas, seeds
-from jvpreg.eager import cast
-from jvpreg.inputs import widest_dtype
+from jvpreg.common import checks, replicas, seeds
+from jvpreg.common.dtypes import widest_dtype
+from jvpreg.common.eager import cast
 
 
 def draw(kind: str, like, num_probes: int, seed):

@@ -3,11 +3,12 @@
 import keras
 from keras import tree
 
-from jvpreg import checks
-from jvpreg.freeze import jvp
-from jvpreg.inputs import flatten_inputs, has_tangents
+from jvpreg.common import checks
+from jvpreg.common.dtypes import has_tangents
+from jvpreg.engine.inputs import flatten_inputs
+from jvpreg.engine.tangents import flatten_tangents
+from jvpreg.products import jvp
 from jvpreg.rules.registry import unwrap
-from jvpreg.tangents import flatten_tangents
 
 
 @keras.saving.register_keras_serializable(package="jvpreg")

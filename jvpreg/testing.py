@@ -7,13 +7,12 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from jvpreg import checks
-from jvpreg.engine import keras_private
+from jvpreg.common import checks, keras_private
+from jvpreg.engine.inputs import call_signature
+from jvpreg.engine.transpose import transpose
 from jvpreg.estimators.norms import squared_norm
-from jvpreg.freeze import linearize
-from jvpreg.inputs import call_signature
 from jvpreg.linearization import Linearization
-from jvpreg.transpose import transpose
+from jvpreg.products import linearize
 
 # Of the differences, in float64. A penalty is larger than the products in it, so its rounding asks for a longer step.
 STEP = 1e-6

@@ -10,8 +10,9 @@ import numpy as np
 from keras import layers
 
 import jvpreg
-from jvpreg import callbacks, clone, constraints, distillation, estimators, probes, regularizers, saliency, testing
+from jvpreg import callbacks, clone, constraints, distillation, estimators, probes, regularizers, testing
 from jvpreg import layers as our_layers
+from jvpreg.attribution import saliency
 from jvpreg.constraints import tangents
 
 random = np.random.default_rng(0)
@@ -329,15 +330,19 @@ def rows() -> dict[str, Row]:
         "clone.max_pool": Row(clone.max_pool, {"h": stacked, "pool_size": 2, "num_probes": 1}),
         "clone.dropout": Row(clone.dropout, {"h": stacked, "rate": 0.5, "seed": 0, "num_probes": 1}),
         "clone.batch_normalization": Row(clone.batch_normalization, {"h": stacked, "num_probes": 1}),
-        "saliency.full_jacobian": Row(saliency.full_jacobian, {**map_of, "interpolation": "nearest"}),
-        "saliency.bias_jacobian": Row(saliency.bias_jacobian, {**map_of, "interpolation": "nearest"}),
-        "saliency.input_gradient": Row(saliency.input_gradient, map_of),
-        "saliency.integrated_gradients": Row(
+        "attribution.saliency.full_jacobian": Row(saliency.full_jacobian, {**map_of, "interpolation": "nearest"}),
+        "attribution.saliency.bias_jacobian": Row(saliency.bias_jacobian, {**map_of, "interpolation": "nearest"}),
+        "attribution.saliency.input_gradient": Row(saliency.input_gradient, map_of),
+        "attribution.saliency.integrated_gradients": Row(
             saliency.integrated_gradients, {**map_of, "baseline": 0.0, "num_steps": 1}
         ),
-        "saliency.smooth_grad": Row(saliency.smooth_grad, {**map_of, "noise": 0.1, "num_samples": 1, "seed": 0}),
-        "saliency.guided_backpropagation": Row(saliency.guided_backpropagation, map_of),
-        "saliency.grad_cam": Row(saliency.grad_cam, {**map_of, "layer": "convolution", "interpolation": "nearest"}),
+        "attribution.saliency.smooth_grad": Row(
+            saliency.smooth_grad, {**map_of, "noise": 0.1, "num_samples": 1, "seed": 0}
+        ),
+        "attribution.saliency.guided_backpropagation": Row(saliency.guided_backpropagation, map_of),
+        "attribution.saliency.grad_cam": Row(
+            saliency.grad_cam, {**map_of, "layer": "convolution", "interpolation": "nearest"}
+        ),
         "testing.check_rule": Row(
             testing.check_rule,
             {"layer": layers.ReLU(), "input_shape": (3,), "batch_size": 2, "jit": False, "tolerance": 1e-8, "seed": 0},
@@ -358,7 +363,7 @@ NOT_CALLED = {
     *("callbacks.GuardEvent", "constraints.ExactReport", "constraints.Report", "distillation.JacobianDistiller"),
     *(f"regularizers.{name}" for name in ("Carries", "Constrains", "Looks", "Scheduled", "Searches")),
     *("distillation.View", "estimators.Estimate", "estimators.SpectralDensity", "regularizers.Seen"),
-    *("saliency.figure", "testing.float64", "testing.compiled", "probes.dimension", "probes.split"),
+    *("attribution.saliency.figure", "testing.float64", "testing.compiled", "probes.dimension", "probes.split"),
     "constraints.tangents.resample",
 }
 
@@ -375,7 +380,7 @@ def public_names() -> list[str]:
             if not name.startswith("_") and getattr(value, "__module__", None) == module.__name__ and callable(value)
         ]
         names += [f"{place}.{name}" for name in known if not inspect.ismodule(getattr(module, name))]
-    methods = vars(jvpreg.Linearization).items()
+    methods = [pair for kind in jvpreg.Linearization.mro()[:-1] for pair in vars(kind).items()]
     return names + [
         f"Linearization.{name}" for name, value in methods if inspect.isfunction(value) and not name.startswith("_")
     ]

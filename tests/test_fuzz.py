@@ -10,7 +10,7 @@ from compare import assert_close, inner, norm, randomize
 from keras import layers, ops, tree
 
 import jvpreg
-from jvpreg.transpose import transpose
+from jvpreg.engine.transpose import transpose
 
 BATCH = 2
 # No GELU, no leaky ReLU: TensorFlow and Torch hold constants of theirs in float32; autodiff itself is off by 1e-8.

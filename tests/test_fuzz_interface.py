@@ -16,7 +16,7 @@ import jvpreg
 # What is right, but for hours, or for more memory than there is.
 UNBOUNDED = ("num_", "max_", "batch_size", "every_", "window", "pool_size")
 HUGE = 10**9
-RECTIFIED = (jvpreg.saliency.grad_cam, jvpreg.saliency.guided_backpropagation)
+RECTIFIED = (jvpreg.attribution.saliency.grad_cam, jvpreg.attribution.saliency.guided_backpropagation)
 """Maps that may be zero everywhere: what speaks against the target is left out."""
 
 # Each compiles many programs on JAX, or runs for long: rarely.

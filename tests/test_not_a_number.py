@@ -8,7 +8,8 @@ import pytest
 from keras import layers, ops
 
 import jvpreg
-from jvpreg import constraints, estimators, saliency
+from jvpreg import constraints, estimators
+from jvpreg.attribution import saliency
 from jvpreg.callbacks import JacobianProbe
 
 ESTIMATORS = {name: getattr(estimators, name) for name in estimators.__all__ if name.islower()}

@@ -7,7 +7,8 @@ from interface import IMAGES, X, network, of_images
 from keras import layers, ops
 
 import jvpreg
-from jvpreg import clone, distillation, regularizers, saliency
+from jvpreg import clone, distillation, regularizers
+from jvpreg.attribution import saliency
 from jvpreg.regularizers.full_jacobian import target_cotangent
 
 NO_CLASSES = [9, -1, np.array([0, 2, 1, 3]), np.array([-1, 0, 1, 0], "int8")]

@@ -27,7 +27,7 @@ def linear_operator():
         ("tensorboard", "pictures", lambda: JacobianPictures(probe(), log_dir="logs")),
         ("wandb", "wandb", lambda: JacobianWandbLogger(probe())),
         ("matplotlib", "wandb", lambda: JacobianWandbLogger(probe())),
-        ("matplotlib", "pictures", lambda: jvpreg.saliency.figure(np.ones((1, 2, 2, 1)), {})),
+        ("matplotlib", "pictures", lambda: jvpreg.attribution.saliency.figure(np.ones((1, 2, 2, 1)), {})),
         ("scipy", "scipy", linear_operator),
     ],
 )

@@ -7,6 +7,7 @@ from keras import ops, tree
 
 import jvpreg
 from jvpreg import probes
+from jvpreg.attribution import saliency
 
 numpy = ops.convert_to_numpy
 KINDS = ["gaussian", "rademacher", "sphere", "orthogonal"]
@@ -121,8 +122,8 @@ def test_smooth_grad_has_noise_of_its_own_for_each_seed():
     square = keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Flatten(), keras.layers.Lambda(keras.ops.square)])
     target = np.ones((1, 16), "float32")
     # The gradient of Σ x² is 2 x: with one copy, the map is twice the noisy image.
-    one = [numpy(jvpreg.saliency.smooth_grad(square, x, target, num_samples=1, seed=seed)) for seed in (0, 1)]
-    two = numpy(jvpreg.saliency.smooth_grad(square, x, target, num_samples=2, seed=0))
+    one = [numpy(saliency.smooth_grad(square, x, target, num_samples=1, seed=seed)) for seed in (0, 1)]
+    two = numpy(saliency.smooth_grad(square, x, target, num_samples=2, seed=0))
     assert np.max(np.abs(two - (one[0] + one[1]) / 2)) > 1e-2
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from jvpreg.engine import keras_private
+from jvpreg.common import keras_private
 from jvpreg.estimators.norms import squared_norm
 
 Draw = Callable[[Any], Any]

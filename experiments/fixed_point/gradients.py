@@ -7,7 +7,7 @@ from keras import ops
 import jvpreg
 from experiments import data
 from experiments.fixed_point import network
-from jvpreg.transpose import transpose
+from jvpreg.engine.transpose import transpose
 
 TIGHT = 1e-12
 MOST_ITERATIONS = 500

@@ -17,7 +17,7 @@ from experiments.config import as_plain_dict
 from experiments.regularization import report
 from experiments.regularization.config import RegularizationConfig
 from experiments.train import optimizer
-from jvpreg.full_jacobian import as_cotangent
+from jvpreg.attribution.decomposition import as_cotangent
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def write(
     files.write_json(folder / "saliency.json", summary)
     rows = [columns(row) for row in summary["rows"]]
     files.write_text(folder / "saliency.md", f"{tables.grid_markdown(rows)}\n\n{conditions(summary)}\n")
-    files.save_figure(jvpreg.saliency.figure(images, maps), folder / "maps.png")
+    files.save_figure(jvpreg.attribution.saliency.figure(images, maps), folder / "maps.png")
     curves(summary, folder / "curves.png")
     console.print(tables.grid(rows))
     console.print(conditions(summary))

@@ -19,7 +19,7 @@ from experiments.saliency.config import SaliencyConfig
 from experiments.train import trained_dataset, trained_model
 
 RANDOM = "random pixels"
-METHODS = {**jvpreg.saliency.METHODS, RANDOM: None}
+METHODS = {**jvpreg.attribution.saliency.METHODS, RANDOM: None}
 
 
 def run(config: SaliencyConfig) -> dict[str, Any]:

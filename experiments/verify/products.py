@@ -10,8 +10,8 @@ import keras
 from keras import ops
 
 import jvpreg
+from jvpreg.engine.transpose import transpose
 from jvpreg.testing import compiled
-from jvpreg.transpose import transpose
 
 
 def stateless(model: keras.Model, function: Callable) -> Callable:

@@ -5,7 +5,7 @@ import warnings
 
 import keras
 
-from jvpreg.engine import keras_private
+from jvpreg.common import keras_private
 from jvpreg.layers import FixedPoint
 
 

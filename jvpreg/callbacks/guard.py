@@ -9,11 +9,12 @@ import keras
 import numpy as np
 from keras import ops
 
-from jvpreg import checks, probes
+from jvpreg import probes
 from jvpreg.callbacks.measurement import Measurement
 from jvpreg.callbacks.probe import JacobianProbe
 from jvpreg.callbacks.reader import check_probe, checked_probe
-from jvpreg.inputs import has_tangents
+from jvpreg.common import checks
+from jvpreg.common.dtypes import has_tangents
 from jvpreg.linearization import Linearization
 from jvpreg.rules.registry import unwrap
 

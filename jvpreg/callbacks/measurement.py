@@ -8,9 +8,9 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from jvpreg import replicas
-from jvpreg.freeze import linearize
-from jvpreg.inputs import standardize_inputs
+from jvpreg.common import replicas
+from jvpreg.engine.inputs import standardize_inputs
+from jvpreg.products import linearize
 
 
 class Measurement(keras.Model):

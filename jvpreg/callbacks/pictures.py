@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jvpreg import checks
 from jvpreg.callbacks.files import write_whole
 from jvpreg.callbacks.probe import JacobianProbe
 from jvpreg.callbacks.reader import ProbeReader, picture
+from jvpreg.common import checks
 
 
 class JacobianPictures(ProbeReader):

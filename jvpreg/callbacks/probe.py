@@ -13,12 +13,13 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from jvpreg import checks, estimators
+from jvpreg import estimators
 from jvpreg.callbacks.history import History, Measured, values_of
 from jvpreg.callbacks.hooks import batches_taken, is_due, listed_before
 from jvpreg.callbacks.measurement import Measurement, as_array, as_arrays
+from jvpreg.common import checks
+from jvpreg.engine.finite import finite_examples, nan_unless
 from jvpreg.estimators import Estimate, SpectralDensity
-from jvpreg.finite import finite_examples, nan_unless
 from jvpreg.linearization import Linearization
 from jvpreg.rules.registry import unwrap
 

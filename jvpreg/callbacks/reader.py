@@ -5,9 +5,9 @@ from typing import Any
 
 import keras
 
-from jvpreg import checks
 from jvpreg.callbacks.figures import history_png
 from jvpreg.callbacks.probe import JacobianProbe
+from jvpreg.common import checks
 
 
 class ProbeReader(keras.callbacks.Callback):

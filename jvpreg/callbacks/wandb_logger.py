@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from jvpreg import checks
 from jvpreg.callbacks.figures import mean_density
 from jvpreg.callbacks.hooks import batches_taken, is_due, listed_before
 from jvpreg.callbacks.probe import JacobianProbe
 from jvpreg.callbacks.reader import ProbeReader, picture
 from jvpreg.callbacks.rows import Rows, read_epochs, rows_before
 from jvpreg.callbacks.settings import settings
+from jvpreg.common import checks
 from jvpreg.estimators import SpectralDensity
 
 

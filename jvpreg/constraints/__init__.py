@@ -12,7 +12,7 @@ from jvpreg.constraints.linear import Linear
 from jvpreg.constraints.points import Box, between
 from jvpreg.constraints.regions import Rectangle, Segment
 from jvpreg.constraints.slopes import Bounded, Invariant, KnownDerivative, Lipschitz, Monotone
-from jvpreg.constraints.verify import ExactReport, Report, verify
+from jvpreg.constraints.verification import ExactReport, Report, verify
 
 __all__ = [
     "AugmentedLagrangian",

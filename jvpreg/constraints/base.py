@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 import keras
 from keras import ops
 
-from jvpreg import checks
-from jvpreg.configs import revive
+from jvpreg.common import checks
+from jvpreg.constraints.configs import revive
 from jvpreg.constraints.enforcement import AugmentedLagrangian, Penalty, as_enforcement
 from jvpreg.constraints.points import Box, as_points, between
+from jvpreg.engine.finite import nan_unless
 from jvpreg.estimators.operator import flatten
-from jvpreg.finite import nan_unless
 from jvpreg.regularizers.base import JacobianRegularizer
 from jvpreg.regularizers.capabilities import Carries, Constrains, Scheduled
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from keras import ops, tree
 
-from jvpreg import checks
+from jvpreg.common import checks
 
 
 class Directions:

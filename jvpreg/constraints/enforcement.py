@@ -6,8 +6,8 @@ from collections.abc import Callable
 import keras
 from keras import ops
 
-from jvpreg import checks
-from jvpreg.configs import revive
+from jvpreg.common import checks
+from jvpreg.constraints.configs import revive
 
 
 @keras.saving.register_keras_serializable(package="jvpreg")

@@ -5,7 +5,8 @@ import itertools
 import keras
 from keras import ops
 
-from jvpreg import checks, probes
+from jvpreg import probes
+from jvpreg.common import checks
 from jvpreg.constraints.base import Constraint
 from jvpreg.estimators.operator import flatten
 

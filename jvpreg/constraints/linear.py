@@ -5,7 +5,7 @@ from collections.abc import Callable
 import keras
 from keras import ops
 
-from jvpreg import checks
+from jvpreg.common import checks
 from jvpreg.constraints.slopes import _Directed
 
 

@@ -4,9 +4,9 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from jvpreg import checks, replicas
-from jvpreg.inputs import has_tangents
-from jvpreg.seeds import independent
+from jvpreg.common import checks, replicas
+from jvpreg.common.dtypes import has_tangents
+from jvpreg.common.seeds import independent
 
 
 @keras.saving.register_keras_serializable(package="jvpreg", name="between")

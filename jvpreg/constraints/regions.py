@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from jvpreg import checks
-from jvpreg.freeze import linearize
+from jvpreg.common import checks
 from jvpreg.linearization import Linearization
+from jvpreg.products import linearize
 
 MOST_REGIONS = 20_000
 # Of the segment, or of the rectangle's sides: what is narrower is not told apart. In float32 points are no closer.

@@ -7,7 +7,8 @@ from typing import Literal
 import keras
 from keras import ops, tree
 
-from jvpreg import checks, probes
+from jvpreg import probes
+from jvpreg.common import checks
 from jvpreg.constraints.base import Constraint, by_example
 from jvpreg.constraints.directions import Directions
 from jvpreg.estimators.operator import flatten

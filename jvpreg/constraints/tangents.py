@@ -9,7 +9,7 @@ they end there. Bilinear interpolation would have no derivative at zero, but one
 import keras
 from keras import ops
 
-from jvpreg import checks
+from jvpreg.common import checks
 
 
 class _Transform:
@@ -43,7 +43,7 @@ class _Transform:
         return cls(**config)
 
 
-@keras.saving.register_keras_serializable(package="jvpreg.tangents")
+@keras.saving.register_keras_serializable(package="jvpreg.engine.tangents")
 class Translation(_Transform):
     """Two directions: a shift downwards and a shift to the right.
 
@@ -73,7 +73,7 @@ class Translation(_Transform):
         return [(-1.0, 0.0), (0.0, -1.0)]
 
 
-@keras.saving.register_keras_serializable(package="jvpreg.tangents")
+@keras.saving.register_keras_serializable(package="jvpreg.engine.tangents")
 class Rotation(_Transform):
     """A rotation about the centre of the image, counterclockwise as one looks at it.
 
@@ -99,7 +99,7 @@ class Rotation(_Transform):
         return [(x[..., None], -y[..., None])]
 
 
-@keras.saving.register_keras_serializable(package="jvpreg.tangents")
+@keras.saving.register_keras_serializable(package="jvpreg.engine.tangents")
 class Scaling(_Transform):
     """An enlargement about the centre of the image.
 
@@ -125,7 +125,7 @@ class Scaling(_Transform):
         return [(-y[..., None], -x[..., None])]
 
 
-@keras.saving.register_keras_serializable(package="jvpreg.tangents")
+@keras.saving.register_keras_serializable(package="jvpreg.engine.tangents")
 class Brightness(_Transform):
     """The same added to each pixel.
 

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from jvpreg import checks
+from jvpreg.common import checks
 from jvpreg.distillation.base import MatchingLoss, squared_distance
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 import keras
 from keras import ops
 
-from jvpreg import checks
+from jvpreg.common import checks
 from jvpreg.distillation.base import MatchingLoss, squared_distance
 from jvpreg.distillation.maps import alike
 from jvpreg.distillation.pairs import LayerPairs

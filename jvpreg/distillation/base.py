@@ -7,7 +7,7 @@ from typing import Any, Literal
 import keras
 from keras import ops, tree
 
-from jvpreg import checks
+from jvpreg.common import checks
 from jvpreg.distillation.pairs import LayerPairs, Site
 from jvpreg.linearization import Linearization
 

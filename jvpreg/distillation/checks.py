@@ -5,12 +5,11 @@ from collections.abc import Sequence
 import keras
 from keras import ops, tree
 
-from jvpreg import checks
+from jvpreg.common import checks, keras_private
 from jvpreg.distillation.base import KerasLoss, MatchingLoss
-from jvpreg.engine import keras_private
 from jvpreg.layers.jacobian_penalty import JacobianPenalty
-from jvpreg.model import JacobianModel
 from jvpreg.rules.registry import unwrap
+from jvpreg.training.model import JacobianModel
 
 
 def zeros_like_inputs(model: keras.Model, role: str):

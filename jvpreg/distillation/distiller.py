@@ -7,20 +7,20 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from jvpreg import checks, replicas
+from jvpreg.attribution.decomposition import as_cotangent
+from jvpreg.common import checks, replicas
 from jvpreg.distillation.base import KerasLoss, MatchingLoss, View
 from jvpreg.distillation.checks import check_models, checked_losses, metric_names, zeros_like_inputs
 from jvpreg.distillation.pairs import Site
-from jvpreg.finite import finite_examples, nan_unless
-from jvpreg.freeze import linearize
-from jvpreg.full_jacobian import as_cotangent
+from jvpreg.engine.finite import finite_examples, nan_unless
 from jvpreg.linearization import Linearization
-from jvpreg.model import JacobianModel
+from jvpreg.products import linearize
 from jvpreg.regularizers.full_jacobian import target_cotangent
 from jvpreg.regularizers.serving import weighted_mean
 from jvpreg.rules.registry import register_wrapper, unwrap
-from jvpreg.trackers import PenaltyTracker
-from jvpreg.weighting import compiled_labels, example_weights, own_keys
+from jvpreg.training.model import JacobianModel
+from jvpreg.training.trackers import PenaltyTracker
+from jvpreg.training.weighting import compiled_labels, example_weights, own_keys
 
 INPUTS, PRODUCTS = "inputs", "teacher_products"
 

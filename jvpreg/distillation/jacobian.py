@@ -7,7 +7,8 @@ from typing import Literal
 import keras
 from keras import ops, tree
 
-from jvpreg import checks, probes
+from jvpreg import probes
+from jvpreg.common import checks
 from jvpreg.distillation.base import TARGETS, MatchingLoss, squared_distance
 from jvpreg.distillation.maps import alike
 from jvpreg.distillation.pairs import LayerPairs

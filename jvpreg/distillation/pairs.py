@@ -6,9 +6,9 @@ from typing import Literal
 
 from keras import layers
 
-from jvpreg import checks
-from jvpreg.frozen import Node
-from jvpreg.full_jacobian import NORMALIZATIONS
+from jvpreg.attribution.decomposition import NORMALIZATIONS
+from jvpreg.common import checks
+from jvpreg.engine.node import Node
 from jvpreg.linearization import Linearization
 
 Kind = Literal["outputs", "maps", "biases"]

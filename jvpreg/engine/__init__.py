@@ -1,1 +1,1 @@
-"""The engine, which makes a frozen graph of a model."""
+"""The engine: a Keras model to a frozen graph, rule by rule, and the tangent pass over that graph."""

@@ -13,7 +13,7 @@ from jvpreg.estimators.spectrum import (
     top_eigenvalues,
     top_singular_values,
 )
-from jvpreg.estimators.trace import trace
+from jvpreg.estimators.traces import trace
 
 __all__ = [
     "Estimate",

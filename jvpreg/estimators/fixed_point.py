@@ -2,12 +2,13 @@
 
 from keras import ops
 
-from jvpreg import checks, probes
+from jvpreg import probes
+from jvpreg.common import checks
+from jvpreg.engine.finite import finite_examples
 from jvpreg.estimators.operator import Operator, by_example
 from jvpreg.estimators.result import Estimate
 from jvpreg.estimators.spectrum import top_eigenvalues
-from jvpreg.finite import finite_examples
-from jvpreg.implicit import ImplicitPushforward
+from jvpreg.fixed_points.derivatives import ImplicitPushforward
 from jvpreg.linearization import Linearization
 
 

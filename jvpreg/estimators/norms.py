@@ -5,8 +5,8 @@ from typing import Literal
 
 from keras import ops, tree
 
-from jvpreg import checks
 from jvpreg import probes as probes_module
+from jvpreg.common import checks
 from jvpreg.estimators.operator import Operator, as_operator, by_example, magnitude
 from jvpreg.estimators.result import Estimate
 from jvpreg.linearization import Linearization

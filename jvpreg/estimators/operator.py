@@ -9,9 +9,10 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from jvpreg import checks, probes
-from jvpreg.finite import finite_examples, nan_unless
-from jvpreg.inputs import widest_dtype
+from jvpreg import probes
+from jvpreg.common import checks
+from jvpreg.common.dtypes import widest_dtype
+from jvpreg.engine.finite import finite_examples, nan_unless
 from jvpreg.linearization import Linearization
 
 P = ParamSpec("P")

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from keras import ops
 
-from jvpreg import checks
+from jvpreg.common import checks
 from jvpreg.estimators.krylov import lanczos
 from jvpreg.estimators.norms import mean_and_sem
 from jvpreg.estimators.operator import Operator, as_operator, by_example, check_square

@@ -2,7 +2,7 @@
 
 from keras import ops
 
-from jvpreg import checks
+from jvpreg.common import checks
 from jvpreg.estimators.norms import frobenius_norm
 from jvpreg.estimators.operator import Operator, as_operator, by_example
 from jvpreg.estimators.quadrature import gram_quadrature

@@ -6,7 +6,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from jvpreg import checks, probes
+from jvpreg import probes
+from jvpreg.common import checks
 from jvpreg.estimators.krylov import block_krylov, probed
 from jvpreg.estimators.operator import Operator, as_operator, by_example, magnitude, spaces
 from jvpreg.estimators.result import Estimate

@@ -9,15 +9,15 @@ import keras
 import numpy as np
 from keras import ops
 
-from jvpreg import checks, implicit
-from jvpreg.engine import keras_private
-from jvpreg.graph import freeze
-from jvpreg.implicit import ImplicitPushforward
-from jvpreg.inputs import call_signature
-from jvpreg.paths import is_graph
+from jvpreg.common import checks, keras_private
+from jvpreg.engine.inputs import call_signature
+from jvpreg.engine.paths import is_graph
+from jvpreg.engine.tracer import freeze
+from jvpreg.fixed_points import derivatives
+from jvpreg.fixed_points.derivatives import ImplicitPushforward
+from jvpreg.fixed_points.solvers import NONLINEAR, SOLVERS, Solution, find_fixed_point
 from jvpreg.rules.contract import Context
 from jvpreg.rules.registry import register_rule
-from jvpreg.solvers import NONLINEAR, SOLVERS, Solution, find_fixed_point
 
 Solver = Literal["anderson", "broyden", "picard"]
 LinearSolver = Literal["gmres", "anderson", "broyden", "picard"]
@@ -149,11 +149,11 @@ class FixedPoint(keras.layers.Layer):
             cell = frozen(z)
             residuals = [ops.expand_dims(residual, 0) for residual in cell.residuals]
             loop = self._loop(z, cell.examples == "coupled")
-            return implicit.close(cell, ops.expand_dims(v, 0), residuals, loop, transposed=True)[0]
+            return derivatives.close(cell, ops.expand_dims(v, 0), residuals, loop, transposed=True)[0]
 
         coupled = keras.backend.backend() == "jax" and frozen(value).examples == "coupled"
         points = [x, *(values[i][1] for i in moving)]
-        z = implicit.at_fixed_point(value, points, function, pull, self._loop(value, coupled))
+        z = derivatives.at_fixed_point(value, points, function, pull, self._loop(value, coupled))
         # For what an evaluation leaves behind, once: statistics, seeds, activity losses.
         self._evaluate(x, z, training)
         z = self._poisoned(z, ops.reshape(solution.converged, (-1, *[1] * (len(z.shape) - 1))))
@@ -182,7 +182,7 @@ class FixedPoint(keras.layers.Layer):
 
     def take_counts(self) -> dict[str, float]:
         """What has been counted since the last time, by the names in `COUNTS`."""
-        implicit.wait()
+        derivatives.wait()
         counts = self._heard + ops.convert_to_numpy(self._counts)
         self._heard[:] = 0
         self._counts.assign(ops.zeros((len(COUNTS),)))
@@ -205,7 +205,7 @@ class FixedPoint(keras.layers.Layer):
                 return ops.cast(ops.reshape(self._evaluate(x, z, training), (-1, math.prod(shape[1:]))), dtype)
 
         start = ops.zeros((ops.shape(x)[0], math.prod(shape[1:])), dtype)
-        with implicit.unrecorded():
+        with derivatives.unrecorded():
             return find_fixed_point(function, start, self.solver, self.tolerance, self.max_iterations)
 
     def _loop(self, z, coupled: bool) -> Callable:
@@ -237,8 +237,8 @@ class FixedPoint(keras.layers.Layer):
         return tensor * ops.cast(ops.where(converged, 1.0, math.nan), tensor.dtype)
 
     def _tell(self, counts: list) -> None:
-        implicit.tell(ops.stack([ops.cast(count, "float32") for count in counts]), self._hear, self._counts)
-        if implicit.is_graph() and self.unconverged == "warn" and not self.is_watched:
+        derivatives.tell(ops.stack([ops.cast(count, "float32") for count in counts]), self._hear, self._counts)
+        if derivatives.is_graph() and self.unconverged == "warn" and not self.is_watched:
             self.is_watched = True
             warnings.warn(
                 f"`{self.name}` is compiled into a TensorFlow graph, which cannot warn where it does not converge. "

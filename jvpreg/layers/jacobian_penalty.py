@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import keras
 from keras import ops, tree
 
-from jvpreg import checks, replicas, seeds
-from jvpreg.engine import keras_private
-from jvpreg.freeze import linearize
-from jvpreg.inputs import call_signature
+from jvpreg.common import checks, keras_private, replicas, seeds
+from jvpreg.engine.inputs import call_signature
+from jvpreg.products import linearize
 from jvpreg.regularizers.base import JacobianRegularizer
+from jvpreg.regularizers.capabilities import carried_variable
 from jvpreg.regularizers.checks import check_dependence, check_fit, check_inputs, check_regularizers
-from jvpreg.regularizers.serving import carried_variable, serve
+from jvpreg.regularizers.serving import serve
 from jvpreg.rules.registry import register_wrapper
 
 

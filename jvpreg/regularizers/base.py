@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from jvpreg import checks
+from jvpreg.common import checks
 
 
 @dataclass(frozen=True)

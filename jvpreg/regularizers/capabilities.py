@@ -1,6 +1,9 @@
 """What a Jacobian regularizer can do beside looking along directions: each is a base class to add."""
 
 from collections.abc import Mapping
+from typing import Any
+
+import keras
 
 from jvpreg.linearization import Linearization
 from jvpreg.regularizers.base import JacobianRegularizer, Seen
@@ -103,3 +106,21 @@ class Constrains:
     def measure(self, seen: Seen) -> dict:
         """A scalar for each of `measures`, by its name."""
         return {}
+
+
+def carried_name(name: str) -> str:
+    """The name of the variable that a regularizer carries, by its own name: of no slash, which would be a folder."""
+    return f"carried_{name.replace('/', '>')}"
+
+
+def carried_variable(regularizer: JacobianRegularizer, outputs, seed: int) -> dict[str, Any] | None:
+    """The arguments of the `keras.Variable` that a regularizer carries, for outputs `(B, …)`; None if it carries none.
+
+    What the replicas of `tf.distribute` assign to it is the same.
+    """
+    if not isinstance(regularizer, Carries) or (shape := regularizer.carried_shape(outputs)) is None:
+        return None
+    zeros = regularizer.carried_start == "zeros"
+    start = keras.initializers.Zeros() if zeros else keras.initializers.RandomNormal(stddev=1.0, seed=seed)
+    options = {"trainable": False, "autocast": False, "aggregation": "only_first_replica"}
+    return {"initializer": start, "shape": shape, "name": carried_name(regularizer.name), **options}

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import keras
 
-from jvpreg import checks
-from jvpreg.inputs import graph_of
+from jvpreg.common import checks
+from jvpreg.engine.inputs import graph_of
 from jvpreg.linearization import Linearization
 from jvpreg.regularizers.base import JacobianRegularizer
 from jvpreg.regularizers.capabilities import Carries, Constrains, Looks, Scheduled, Searches

@@ -3,7 +3,8 @@
 import keras
 from keras import ops, tree
 
-from jvpreg import checks, probes
+from jvpreg import probes
+from jvpreg.common import checks
 from jvpreg.estimators.fixed_point import frozen_fixed_point
 from jvpreg.estimators.norms import squared_norm
 from jvpreg.regularizers.base import JacobianRegularizer

@@ -6,9 +6,10 @@ from typing import Literal
 import keras
 from keras import ops, tree
 
-from jvpreg import checks, probes
+from jvpreg import probes
+from jvpreg.attribution.decomposition import as_cotangent, class_cotangent
+from jvpreg.common import checks
 from jvpreg.estimators.norms import squared_norm
-from jvpreg.full_jacobian import as_cotangent, class_cotangent
 from jvpreg.regularizers.base import JacobianRegularizer
 from jvpreg.regularizers.capabilities import Looks
 

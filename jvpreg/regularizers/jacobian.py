@@ -5,8 +5,8 @@ from typing import Literal
 import keras
 from keras import ops
 
-from jvpreg import checks
 from jvpreg import probes as probes_module
+from jvpreg.common import checks
 from jvpreg.estimators.norms import squared_norm
 from jvpreg.regularizers.base import JacobianRegularizer
 

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops, tree
 
-from jvpreg.finite import finite_examples, nan_unless
-from jvpreg.freeze import linearize
+from jvpreg.engine.finite import finite_examples, nan_unless
 from jvpreg.linearization import Linearization
+from jvpreg.products import linearize
 from jvpreg.regularizers.base import JacobianRegularizer, Seen
 from jvpreg.regularizers.capabilities import Carries, Looks, Scheduled, Searches
 
@@ -93,7 +93,7 @@ class Outcome:
 
 
 class Served(NamedTuple):
-    """What came of R regularizers over the examples that they saw, as `jvpreg.replicas.combine` takes it.
+    """What came of R regularizers over the examples that they saw, as `jvpreg.common.replicas.combine` takes it.
 
     Attributes:
         means: of the penalties, `(R,)`.
@@ -182,24 +182,6 @@ class Serving:
 def weighted_mean(penalty, weights):
     """As Keras reduces a loss: the weighted sum over the number of examples."""
     return ops.mean(penalty if weights is None else penalty * ops.cast(weights, penalty.dtype))
-
-
-def carried_name(name: str) -> str:
-    """The name of the variable that a regularizer carries, by its own name: of no slash, which would be a folder."""
-    return f"carried_{name.replace('/', '>')}"
-
-
-def carried_variable(regularizer: JacobianRegularizer, outputs, seed: int) -> dict[str, Any] | None:
-    """The arguments of the `keras.Variable` that a regularizer carries, for outputs `(B, …)`; None if it carries none.
-
-    What the replicas of `tf.distribute` assign to it is the same.
-    """
-    if not isinstance(regularizer, Carries) or (shape := regularizer.carried_shape(outputs)) is None:
-        return None
-    zeros = regularizer.carried_start == "zeros"
-    start = keras.initializers.Zeros() if zeros else keras.initializers.RandomNormal(stddev=1.0, seed=seed)
-    options = {"trainable": False, "autocast": False, "aggregation": "only_first_replica"}
-    return {"initializer": start, "shape": shape, "name": carried_name(regularizer.name), **options}
 
 
 def packed(inputs: list):

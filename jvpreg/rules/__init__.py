@@ -5,24 +5,22 @@
 activations, a file a family: importing this package registers them.
 """
 
-from jvpreg.folding import each_probe
 from jvpreg.rules import (
     activations,
     attention,
     convolution,
     core,
-    elementwise,
     merging,
     normalization,
     ops,
     pooling,
     recurrent,
-    reducing,
     regularization,
     reshaping,
 )
 from jvpreg.rules.contract import Affine, ChannelScale, Context, Declined, Gate, Pushed, Pushforward
 from jvpreg.rules.families import each_input, gate, identity, linear, scale
+from jvpreg.rules.folding import each_probe
 from jvpreg.rules.registry import find_rule, register_elementwise, register_rule
 
 __all__ = [
@@ -39,7 +37,6 @@ __all__ = [
     "core",
     "each_input",
     "each_probe",
-    "elementwise",
     "find_rule",
     "gate",
     "identity",
@@ -49,7 +46,6 @@ __all__ = [
     "ops",
     "pooling",
     "recurrent",
-    "reducing",
     "register_elementwise",
     "register_rule",
     "regularization",

@@ -10,11 +10,11 @@ import keras
 import numpy as np
 from keras import activations, layers, ops
 
-from jvpreg.examples import besides, kept
-from jvpreg.folding import fold, unfold
 from jvpreg.rules.contract import Declined, Gate, Pushforward
 from jvpreg.rules.core import sum_of_products
+from jvpreg.rules.examples import besides, kept
 from jvpreg.rules.families import gate, identity, scale, scale_by
+from jvpreg.rules.folding import fold, unfold
 from jvpreg.rules.registry import find_rule, register_elementwise, register_rule
 
 SELU_SCALE = 1.0507009873554804934193349852946

@@ -6,8 +6,8 @@ import keras
 import numpy as np
 from keras import ops
 
-from jvpreg.eager import shape_of
-from jvpreg.engine.keras_private import nn
+from jvpreg.common.eager import shape_of
+from jvpreg.common.keras_private import nn
 from jvpreg.rules.contract import Declined, Pushforward
 from jvpreg.rules.registry import register_rule
 
@@ -17,6 +17,22 @@ def _usual_scale(size: int) -> float:
     if keras.backend.backend() == "tensorflow":
         return float(np.float32(1) / np.sqrt(np.float32(size)))
     return 1 / math.sqrt(size)
+
+
+def _mask(operation, mask, shape: tuple, heads: int, groups: int):
+    """Which logits count, to be broadcast to their shape `(B, M, G, T, S)`; None if all do."""
+    if operation.is_causal:
+        rows, columns = shape[-2:]
+        kept = ops.arange(rows)[:, None] >= ops.arange(columns)
+        mask = kept if mask is None else ops.logical_and(kept, mask)
+    if mask is None:
+        return None
+    mask = ops.cast(mask, "bool")
+    if len(mask.shape) != 4:
+        return mask
+    if mask.shape[1] == 1:
+        return ops.expand_dims(mask, 2)
+    return ops.reshape(mask, (-1, heads, groups, *shape_of(mask)[2:]))
 
 
 @register_rule(nn.DotProductAttention)
@@ -37,18 +53,8 @@ def dot_product_attention(operation, query, key, value, context, bias=None, mask
 
     logits = scale * ops.einsum("btmgh,bsmh->bmgts", grouped(query), key)
     given = mask is not None
-    if operation.is_causal:
-        rows, columns = shape_of(logits)[-2:]
-        kept = ops.arange(rows)[:, None] >= ops.arange(columns)
-        mask = kept if mask is None else ops.logical_and(kept, mask)
+    mask = _mask(operation, mask, shape_of(logits), key.shape[2], groups)
     if mask is not None:
-        mask = ops.cast(mask, "bool")
-        if len(mask.shape) == 4:
-            mask = (
-                ops.expand_dims(mask, 2)
-                if mask.shape[1] == 1
-                else ops.reshape(mask, (-1, key.shape[2], groups, *shape_of(mask)[2:]))
-            )
         logits = ops.where(mask, logits, -1e30 if keras.backend.standardize_dtype(logits.dtype) != "float16" else -6e4)
     probabilities = ops.softmax(logits)
 

@@ -18,8 +18,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from jvpreg import checks
-from jvpreg.folding import each_probe, folded, with_probe_axis
+from jvpreg.common import checks
+from jvpreg.rules.folding import each_probe, folded, with_probe_axis
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Pushforward:
         examples: `"apart"`: an example's tangent depends on that example alone, and stays on the first axis.
             `"coupled"`: it depends on other examples. `"moved"`: the residuals do not have the examples in their order,
             so they cannot be cut. Or `examples(*places) -> place`, where the examples are in the output, by where they
-            are in the inputs: see `jvpreg.examples`.
+            are in the inputs: see `jvpreg.rules.examples`.
         takes_none: whether the function takes None for a tangent that is zero; otherwise it gets zeros.
         finite: whether finite inputs give finite outputs; not if the operation divides, or pads with −∞.
 
@@ -261,3 +261,17 @@ class Declined(Exception):  # noqa: N818 -- no error: the engine has other ways
     def __init__(self, reason: str, to_autodiff: bool = False):
         super().__init__(reason)
         self.to_autodiff = to_autodiff
+
+
+def checked_pair(returned, name: str, operation) -> tuple:
+    """What a rule returned, which must be an output with its pushforward, or with None if no tangent passes."""
+    pair = isinstance(returned, tuple) and len(returned) == 2
+    if not pair or not (returned[1] is None or isinstance(returned[1], Pushforward)):
+        received = (
+            [type(part).__name__ for part in returned] if isinstance(returned, tuple) else type(returned).__name__
+        )
+        raise TypeError(
+            f"The rule of `{name}` ({type(operation).__name__}) returned something else than it must. Expected "
+            f"(y, Pushforward), (y, None) or an Affine. Received: {received}"
+        )
+    return returned

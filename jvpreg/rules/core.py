@@ -2,9 +2,9 @@
 
 from keras import layers, ops
 
-from jvpreg.engine import keras_private
-from jvpreg.examples import besides
+from jvpreg.common import keras_private
 from jvpreg.rules.contract import Affine
+from jvpreg.rules.examples import besides
 from jvpreg.rules.families import gate, identity
 from jvpreg.rules.registry import register_rule
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from keras import ops
 
-from jvpreg.eager import cast
-from jvpreg.examples import kept
-from jvpreg.folding import as_batch, folded
+from jvpreg.common.eager import cast
 from jvpreg.rules.contract import Gate, Pushforward
+from jvpreg.rules.examples import kept
+from jvpreg.rules.folding import as_batch, folded
 
 
 def linear(function: Callable) -> Pushforward:

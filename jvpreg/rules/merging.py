@@ -4,9 +4,9 @@ from functools import reduce
 
 from keras import layers, ops
 
-from jvpreg.folding import as_batch
 from jvpreg.rules.contract import Gate, Pushforward
 from jvpreg.rules.families import linear
+from jvpreg.rules.folding import as_batch
 from jvpreg.rules.registry import register_rule
 
 

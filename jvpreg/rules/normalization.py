@@ -5,14 +5,14 @@ import math
 import keras
 from keras import layers, ops
 
-from jvpreg.eager import cast, shape_of
-from jvpreg.engine import keras_private
-from jvpreg.engine.keras_private import nn
-from jvpreg.examples import along, besides
-from jvpreg.folding import as_batch, fold, unfold
+from jvpreg.common import keras_private
+from jvpreg.common.eager import cast, shape_of
+from jvpreg.common.keras_private import nn
 from jvpreg.rules.contract import ChannelScale, Declined, Pushforward
 from jvpreg.rules.core import sum_of_products
+from jvpreg.rules.examples import along, besides
 from jvpreg.rules.families import each_input
+from jvpreg.rules.folding import as_batch, fold, unfold
 from jvpreg.rules.registry import register_rule
 
 
@@ -74,7 +74,12 @@ def batch_normalization(layer, x, context, mask=None):
         facts = {"slope": vector, "axis": channel, "offset": offset, "weights": weights}
         return y, ChannelScale(lambda tangent, x: push(tangent), original, **facts)
 
-    standardized = standardize(x)
+    return y, _coupled(layer, x, slope, standardize(x), mask)
+
+
+def _coupled(layer, x, slope, standardized, mask) -> Pushforward:
+    """Of a batch normalization whose statistics move with every example."""
+    dtype, channel = x.dtype, layer.axis % len(x.shape)
     # Every axis of a tangent (P, B, …) but the probes and the channels.
     reduced = [axis + 1 for axis in range(len(x.shape)) if axis != channel]
 
@@ -96,7 +101,7 @@ def batch_normalization(layer, x, context, mask=None):
         (layer.beta, lambda u, standardized, *kept: _along(layer.axis, ops.cast(u, dtype), x)),
     ]
     kept = [] if mask is None else [ops.broadcast_to(ops.expand_dims(ops.cast(mask, "bool"), -1), ops.shape(x))]
-    return y, Pushforward(push_coupled, standardized, *kept, weights=weights, examples="coupled")
+    return Pushforward(push_coupled, standardized, *kept, weights=weights, examples="coupled")
 
 
 def _batch_moments(layer, x, context, mask):

@@ -6,9 +6,9 @@ import math
 
 from keras import layers, ops
 
-from jvpreg.folding import as_batch, fold, unfold
 from jvpreg.rules.contract import Gate, Pushforward
 from jvpreg.rules.families import linear
+from jvpreg.rules.folding import as_batch, fold, unfold
 from jvpreg.rules.registry import register_rule
 
 

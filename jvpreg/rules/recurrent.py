@@ -12,10 +12,10 @@ from typing import Any
 import keras
 from keras import layers, ops, tree
 
-from jvpreg.engine import keras_private
-from jvpreg.folding import align
+from jvpreg.common import keras_private
 from jvpreg.rules.cells import SplitCell, WholeCell, cell_of
-from jvpreg.rules.contract import Declined, Gate, Pushed
+from jvpreg.rules.contract import Declined, Gate, Pushed, Pushforward
+from jvpreg.rules.folding import align
 from jvpreg.rules.registry import register_rule
 
 
@@ -29,22 +29,8 @@ from jvpreg.rules.registry import register_rule
     layers.ConvLSTM3D,
 )
 def recurrent(layer, sequences, context, initial_state=None, mask=None):
-    if layer.stateful:
-        raise NotImplementedError(
-            f"`{layer.path}` is stateful: its output depends on earlier batches, which a Jacobian at `x` leaves out. "
-            "Set `stateful=False`, and pass the state as an input."
-        )
-    if mask is not None and layer.unroll and layer.zero_output_for_mask:
-        raise Declined("an unrolled loop, whose masked outputs are another thing on each backend")
+    _check(layer, context, mask)
     cell = layer.cell
-    if context.batch_statistics != "moving" and any(
-        isinstance(part, keras.layers.BatchNormalization) and part.trainable
-        for part in keras_private.layers_within(cell)
-    ):
-        raise NotImplementedError(
-            f"The cell of `{layer.path}` has batch normalization, whose statistics would be those of each step. "
-            'Linearize with `batch_statistics="moving"`, or set `trainable = False` on it.'
-        )
     given = initial_state is not None
     states = initial_state if given else layer.get_initial_state(batch_size=ops.shape(sequences)[0])
     states = list(states) if isinstance(states, (list, tuple)) else [states]
@@ -56,14 +42,6 @@ def recurrent(layer, sequences, context, initial_state=None, mask=None):
     dropped = context.training and any(getattr(c, "dropout", 0) or getattr(c, "recurrent_dropout", 0) for c in cells)
     num_given = loop.num_states if given else 0
 
-    def finish(last, outputs, axis: int):
-        """Steps (T, …) as the layer returns them, along `axis` or the last of them; and the states if it does."""
-        y = ops.moveaxis(outputs, 0, axis) if layer.return_sequences else outputs[-1]
-        return (y, *last[: loop.num_states]) if layer.return_state else y
-
-    def finish_primal(last, outputs):
-        return tree.map_structure(lambda y: ops.cast(y, layer.compute_dtype), finish(last, outputs, axis=1))
-
     # Drawn once, and not within the scan.
     with keras_private.dropout_masks(layer, cell, loop.steps[0], states):
         if companions is not None:
@@ -72,29 +50,45 @@ def recurrent(layer, sequences, context, initial_state=None, mask=None):
                 y = layer.call(sequences, states if given else None, mask, training=context.training)
                 return y, Pushed(None, variables)
             (last, outputs), (last_images, images) = both
-            return finish_primal(last, outputs), Pushed(finish(last_images, images, axis=2), variables)
+            return loop.finish_primal(last, outputs), Pushed(loop.finish(last_images, images, axis=2), variables)
         frozen, y, last, (outputs, *residuals) = loop.freeze()
+    pushforward = _pushforward(loop, frozen, residuals, y, num_given, dropped)
+    return loop.finish_primal(last, outputs), pushforward
 
-    def scan(x_tangents, state_tangents, residuals, weights=()) -> tuple[list, Any]:
-        """The tangents of the last states and of all outputs (T, P, …), from those of the inputs and first states."""
 
-        def push(carried, now):
-            # One step's residuals as they are when nothing is stacked, with an axis for the probes.
-            x, now = now if x_tangents is not None else (None, now)
-            now = [ops.expand_dims(residual, 0) for residual in now]
-            frozen_now, kept = now[: len(frozen.residuals)], now[len(frozen.residuals) :]
-            images = frozen.function(x, *carried[: loop.num_states], *frozen_now)
-            image, *following = _plus_parts(images, weights, frozen_now)
-            image, following = loop.hold(image, following, carried, kept)
-            return following, [image]
+def _check(layer, context, mask) -> None:
+    """Raises where the layer has no Jacobian at `x`, or none that the rule can give."""
+    if layer.stateful:
+        raise NotImplementedError(
+            f"`{layer.path}` is stateful: its output depends on earlier batches, which a Jacobian at `x` leaves out. "
+            "Set `stateful=False`, and pass the state as an input."
+        )
+    if mask is not None and layer.unroll and layer.zero_output_for_mask:
+        raise Declined("an unrolled loop, whose masked outputs are another thing on each backend")
+    if context.batch_statistics != "moving" and any(
+        isinstance(part, keras.layers.BatchNormalization) and part.trainable
+        for part in keras_private.layers_within(layer.cell)
+    ):
+        raise NotImplementedError(
+            f"The cell of `{layer.path}` has batch normalization, whose statistics would be those of each step. "
+            'Linearize with `batch_statistics="moving"`, or set `trainable = False` on it.'
+        )
 
-        inputs = residuals if x_tangents is None else (x_tangents, residuals)
-        like = ops.zeros((*ops.shape(state_tangents[0])[:2], *y.shape[1:]), y.dtype)
-        last, (outputs,) = _scan(push, loop.start(state_tangents, like), inputs, [like])
-        return last, outputs
 
+def _pushforward(loop: "_Loop", frozen: Pushforward, residuals: Sequence, y, num_given: int, dropped: bool) -> Gate:
+    """The scan of linear maps.
+
+    Args:
+        loop: the steps and what they carry on.
+        frozen: the pushforward of one step.
+        residuals: its residuals, of all steps.
+        y: the output of a step.
+        num_given: how many of the states are inputs of the layer.
+        dropped: whether dropout masks, which are the same in each step, belong to examples of the whole batch.
+    """
+    scan = functools.partial(_push_steps, loop, frozen, y)
     counting = loop.inputs[1:]  # which steps do
-    residuals = [*residuals, *counting, *([sequences] if loop.cell.entering else [])]
+    residuals = [*residuals, *counting, *([loop.sequences] if loop.cell.entering else [])]
     batch_axes = [*(axis + 1 for axis in frozen.batch_axes), *[1] * len(counting), *([0] if loop.cell.entering else [])]
 
     def stacked(arguments) -> list:
@@ -106,19 +100,19 @@ def recurrent(layer, sequences, context, initial_state=None, mask=None):
         probes, batch, *_ = next(ops.shape(t) for t in (tangent, *state_tangents) if t is not None)
         first = loop.first_tangents(probes, batch, state_tangents)
         entering = None if tangent is None else loop.cell.push_entering(loop.in_order(tangent, 1))
-        return finish(*scan(entering, first, stacked(arguments[num_given:])), axis=2)
+        return loop.finish(*scan(entering, first, stacked(arguments[num_given:])), axis=2)
 
     def part_of(part, is_entering: bool):
         def push_weight(u, *residuals):
-            batch = ops.shape(residuals[0])[1 + batch_axes[0]] if residuals else ops.shape(sequences)[0]
+            batch = ops.shape(residuals[0])[1 + batch_axes[0]] if residuals else ops.shape(loop.sequences)[0]
             first = loop.first_tangents(ops.shape(u)[0], batch)
             entering = part(u, loop.in_order(residuals[-1][0], 0)) if is_entering else None
-            return finish(*scan(entering, first, stacked(residuals), [] if is_entering else [(part, u)]), axis=2)
+            return loop.finish(*scan(entering, first, stacked(residuals), [] if is_entering else [(part, u)]), axis=2)
 
         return push_weight
 
     parts = [(v, part_of(part, True)) for v, part in loop.cell.entering]
-    return finish_primal(last, outputs), Gate(
+    return Gate(
         push,
         *residuals,
         masks=[*frozen.masks, *[None] * (len(residuals) - len(frozen.masks))],
@@ -127,6 +121,27 @@ def recurrent(layer, sequences, context, initial_state=None, mask=None):
         examples="coupled" if dropped else frozen.examples,
         takes_none=True,
     )
+
+
+def _push_steps(
+    loop: "_Loop", frozen: Pushforward, y, x_tangents, state_tangents: list, residuals: list, weights=()
+) -> tuple[list, Any]:
+    """The tangents of the last states and of all outputs (T, P, …), from those of the inputs and first states."""
+
+    def push(carried, now):
+        # One step's residuals as they are when nothing is stacked, with an axis for the probes.
+        x, now = now if x_tangents is not None else (None, now)
+        now = [ops.expand_dims(residual, 0) for residual in now]
+        frozen_now, kept = now[: len(frozen.residuals)], now[len(frozen.residuals) :]
+        images = frozen.function(x, *carried[: loop.num_states], *frozen_now)
+        image, *following = _plus_parts(images, weights, frozen_now)
+        image, following = loop.hold(image, following, carried, kept)
+        return following, [image]
+
+    inputs = residuals if x_tangents is None else (x_tangents, residuals)
+    like = ops.zeros((*ops.shape(state_tangents[0])[:2], *y.shape[1:]), y.dtype)
+    last, (outputs,) = _scan(push, loop.start(state_tangents, like), inputs, [like])
+    return last, outputs
 
 
 class _Loop:
@@ -140,6 +155,7 @@ class _Loop:
         cell: its cell, as `cell_of` has it.
 
     Attributes:
+        sequences: the layer's input, (B, T, …).
         steps: (T, B, …), in the order in which they are taken.
         inputs: the steps as the cell takes them, and which of them count if that is known.
         flat_states: the first states.
@@ -148,7 +164,9 @@ class _Loop:
 
     def __init__(self, layer, sequences, states: list, mask, cell: WholeCell | SplitCell):
         self.cell = cell
+        self.sequences = sequences
         self.states = states
+        self._layer = layer
         self.flat_states = tree.flatten(states)
         self.num_states = len(self.flat_states)
         self._backwards, self._zero_output_for_mask = layer.go_backwards, layer.zero_output_for_mask
@@ -160,6 +178,16 @@ class _Loop:
         self._returned_state = None
         if keras.backend.backend() == "jax" and not layer.unroll:
             self._returned_state = self.num_states - len(tree.flatten(states[-1])) if tree.is_nested(states[0]) else 0
+
+    def finish(self, last: Sequence, outputs, axis: int):
+        """Steps (T, …) as the layer returns them, along `axis` or the last of them; and the states if it does."""
+        y = ops.moveaxis(outputs, 0, axis) if self._layer.return_sequences else outputs[-1]
+        return (y, *last[: self.num_states]) if self._layer.return_state else y
+
+    def finish_primal(self, last: Sequence, outputs):
+        """What the layer returns."""
+        dtype = self._layer.compute_dtype
+        return tree.map_structure(lambda y: ops.cast(y, dtype), self.finish(last, outputs, axis=1))
 
     def in_order(self, tensor, axis: int):
         """(B, T, …) as steps (T, B, …), or (P, B, T, …) as (T, P, B, …): the time is the second axis from `axis`."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from jvpreg import checks
+from jvpreg.common import checks
 from jvpreg.rules.families import scale, scale_by
 
 

@@ -184,7 +184,7 @@ def linearizations(monkeypatch):
         calls.append((x.shape[0], kwargs.get("training", False)))
         return jvpreg.linearize(model, x, **kwargs)
 
-    for module in ("penalized_model", "regularizers.serving"):
+    for module in ("training.penalized_model", "regularizers.serving"):
         monkeypatch.setattr(f"jvpreg.{module}.linearize", linearize)
     return calls
 

@@ -173,7 +173,7 @@ def test_each_network_runs_once_and_is_pulled_back_once(monkeypatch):
     original = jvpreg.linearization.transpose
     x, y = batch()
     distiller = distill(all_losses(), run_eagerly=keras.backend.backend() != "jax")
-    for module in ("penalized_model", "distillation.distiller"):
+    for module in ("training.penalized_model", "distillation.distiller"):
         monkeypatch.setattr(f"jvpreg.{module}.linearize", linearize)
     monkeypatch.setattr("jvpreg.linearization.transpose", transpose)
     moving = numpy(distiller.student.get_layer("norm2").moving_mean) + 0

@@ -25,7 +25,7 @@ def test_it_trains_as_with_the_teacher_beside_it(target, monkeypatch):
         runs.append(model.name)
         return jvpreg.linearize(model, *args, **kwargs)
 
-    for module in ("penalized_model", "distillation.distiller"):
+    for module in ("training.penalized_model", "distillation.distiller"):
         monkeypatch.setattr(f"jvpreg.{module}.linearize", linearize)
     fit = {"epochs": 3, "batch_size": 2, "verbose": 0, "shuffle": True}
     histories = []

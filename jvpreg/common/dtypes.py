@@ -1,0 +1,27 @@
+"""Which dtypes have tangents, and which of several holds them all."""
+
+import keras
+from keras import ops
+
+
+def as_floats(tensors: list) -> list:
+    """Inputs or outputs, whole numbers as floats: tangents and probes can be like them, and count for nothing."""
+    return [x if has_tangents(x) else ops.cast(x, keras.config.floatx()) for x in tensors]
+
+
+def has_tangents(tensor) -> bool:
+    """Whether a tensor holds real or complex numbers, which can have a tangent."""
+    return keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype)) or is_complex(tensor)
+
+
+def is_complex(tensor) -> bool:
+    """Whether a tensor holds complex numbers."""
+    return "complex" in keras.backend.standardize_dtype(tensor.dtype)
+
+
+def widest_dtype(tensors: list) -> str:
+    """The dtype of one vector of all their entries, which rounds those of none of them: float32 at least."""
+    dtypes = [keras.backend.standardize_dtype(x.dtype) for x in tensors if has_tangents(x)]
+    complex_dtypes = [dtype for dtype in dtypes if "complex" in dtype]
+    # With 32 bits, Keras makes one of 64 of a complex number of 128.
+    return max(complex_dtypes, key=len) if complex_dtypes else keras.backend.result_type("float32", *dtypes)

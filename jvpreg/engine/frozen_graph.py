@@ -1,0 +1,295 @@
+"""A graph frozen at `x`: its nodes in the order in which they ran, and the tangent pass over them."""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from typing import Any
+
+from keras import ops
+
+from jvpreg.common.eager import shape_of
+from jvpreg.engine.kernel_scaling import with_scaled_kernel
+from jvpreg.engine.node import Node, Value, pull_node, push_node, zero_tangents
+from jvpreg.rules.contract import Affine, ChannelScale, Gate
+from jvpreg.rules.examples import FIRST, GONE, MIXED, Place, makes_rows
+
+
+class FrozenGraph:
+    """Nodes, and where tangents enter and leave them.
+
+    Args:
+        nodes: in the order in which they ran.
+        inputs: values of the graph's inputs.
+        outputs: values of its outputs.
+        variables: variables that operations take as an input, each with the value that stands for it.
+    """
+
+    def __init__(
+        self,
+        nodes: Sequence[Node],
+        inputs: Sequence[Value],
+        outputs: Sequence[Value],
+        variables: Sequence[tuple[Any, Value]],
+    ):
+        self.nodes = list(nodes)
+        self.inputs = list(inputs)
+        self.outputs = list(outputs)
+        self.variables = list(variables)
+
+    @functools.cached_property
+    def places(self) -> dict[int, Place]:
+        """Where the examples are in each value that a tangent of an input can reach, by its slot."""
+        places = {value.slot: FIRST for value in self.inputs if value.batched}
+        for node in self.nodes:
+            given = [places.get(value.slot) for value in node.inputs]
+            if node.pushforward is not None and any(place is not None for place in given):
+                after = MIXED if MIXED in given else node.examples_after(given)
+                places |= {value.slot: MIXED if after.mixed else after for value in node.outputs}
+        return places
+
+    @functools.cached_property
+    def locations(self) -> dict[int, Place]:
+        """Where the examples are in each value that follows from them, by its slot, though no tangent may reach it.
+
+        Here `mixed` does not matter: a row of what is frozen belongs to an example, whichever it depends on.
+        """
+        locations: dict[int, Place] = {}
+        for node in self.nodes:
+            given = [locations.get(value.slot, FIRST) if value.batched else None for value in node.inputs]
+            given = [None if place == GONE else place for place in given]
+            if any(value.batched for value in node.inputs):
+                unknown = MIXED if MIXED in given or makes_rows(node.operation) else GONE
+                after = node.examples_after(given) if any(given) and MIXED not in given else unknown
+                locations |= {value.slot: after for value in node.outputs}
+        return locations
+
+    @property
+    def couples_examples(self) -> bool:
+        """Whether one example's tangent depends on another's, or the outputs have them on another axis."""
+        ends = [self.places.get(value.slot, FIRST) for value in self.outputs]
+        return MIXED in self.places.values() or any(place != FIRST for place in ends)
+
+    @property
+    def moving(self) -> list[Node]:
+        """The nodes that cannot be cut by examples, though these are apart: what is frozen has them elsewhere."""
+        pairs = [pair for pair in zip(self.nodes, self._cuttable, strict=True) if not pair[1]]
+        return [node for node, _ in pairs if any(value.slot in self._reached for value in node.outputs)]
+
+    @functools.cached_property
+    def _cuttable(self) -> list[bool]:
+        """Whether each node can be cut by examples."""
+        return [node.can_be_cut(self.locations, self._reached) for node in self.nodes]
+
+    @functools.cached_property
+    def _reached(self) -> set[int]:
+        """The slots of the values that a tangent of an input or of a weight can reach."""
+        reached = {value.slot for value in [*self.inputs, *(value for _, value in self.variables)]}
+        for node in self.nodes:
+            if node.pushforward and (node.pushforward.variables or any(v.slot in reached for v in node.inputs)):
+                reached |= {value.slot for value in node.outputs}
+        return reached
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether no output depends on an input, as far as tangents know: by integers nothing has a derivative."""
+        reached = {value.slot for value in self.inputs if value.has_tangents}
+        for node in self.nodes:
+            if node.pushforward is not None and any(value.slot in reached for value in node.inputs):
+                reached.update(value.slot for value in node.outputs if value.has_tangents)
+        return not any(value.slot in reached for value in self.outputs)
+
+    @property
+    def weights(self) -> list:
+        """The variables that can be perturbed, in the order of their first use."""
+        owned = [variable for node in self.nodes if node.pushforward for variable in node.pushforward.variables]
+        found = {id(variable): variable for variable in [v for v, _ in self.variables] + owned}
+        return list(found.values())
+
+    def take(self, indices) -> "FrozenGraph":
+        """The graph for the examples at `indices` only."""
+        pairs = zip(self.nodes, self._cuttable, strict=True)
+        nodes = [node.take(indices, self.locations) if cuttable else node for node, cuttable in pairs]
+        return FrozenGraph(nodes, self.inputs, self.outputs, self.variables)
+
+    def push(
+        self,
+        tangents: Sequence,
+        batch: Any = None,
+        *,
+        taps: Mapping[str, Any] | None = None,
+        weights: Mapping[int, Any] | None = None,
+        residuals: Iterator | None = None,
+        scaled_kernels: bool = True,
+    ) -> list:
+        """The tangent pass.
+
+        Args:
+            tangents: one for each input, `(P, B, …)`; None for zero.
+            batch: B, where the graph is that of a part of a batch; None for the whole batch, whose shapes are known.
+            taps: tangents added at nodes' outputs, by name.
+            weights: tangents `(P, …)` of variables, by their `id`.
+            residuals: other residuals for the nodes, in their order, with the probe axis and but for those that are
+                constant; by default their own.
+            scaled_kernels: whether to multiply the slope of a `ChannelScale` into the kernel of the `Affine` before it;
+                off for the transpose, where that is slower under XLA.
+
+        Returns:
+            A tangent for each output; None where it is zero.
+        """
+        taps, weights = taps or {}, weights or {}
+        given = [*tangents, *taps.values(), *weights.values()]
+        count = next(shape_of(t)[0] for t in given if t is not None)
+        leading = (count, None, None) if batch is None else (count, batch, self.places)
+        pairs = zip(self.inputs, tangents, strict=True)
+        slots = {value.slot: tangent if value.has_tangents else None for value, tangent in pairs}
+        slots |= {value.slot: weights[id(variable)] for variable, value in self.variables if id(variable) in weights}
+        nodes = self._with_scaled_kernels(leading) if scaled_kernels and not (taps or weights) else self.nodes
+        last_use = {value.slot: i for i, node in enumerate(nodes) for value in node.inputs}
+        kept = {value.slot for value in self.outputs}
+        for i, node in enumerate(nodes):
+            own = None
+            if residuals is not None and node.pushforward is not None:
+                own = [
+                    ops.expand_dims(residual, 0) if node.is_constant(residual) else next(residuals)
+                    for residual in node.pushforward.residuals
+                ]
+            images = push_node(node, [slots.get(value.slot) for value in node.inputs], weights, leading, own)
+            for j, name in enumerate(node.output_names):
+                image = images[j] if images else None
+                if name in taps:
+                    image = taps[name] if image is None else image + taps[name]
+                slots[node.outputs[j].slot] = image
+            for value in node.inputs:
+                if last_use[value.slot] == i and value.slot not in kept:
+                    slots.pop(value.slot, None)
+        return [slots.get(value.slot) for value in self.outputs]
+
+    def pull(self, cotangents: Sequence, change: Callable[[Node, list], list], batch: Any = None) -> list:
+        """The transpose of the tangent pass node by node, where what comes back to each is changed.
+
+        Args:
+            cotangents: one for each output, `(P, B, …)`; None for zero.
+            change: a function `(node, cotangents) -> cotangents` of the node's outputs; None for zero.
+            batch: as `push` takes it.
+
+        Returns:
+            A cotangent for each input; None where it is zero.
+        """
+        count = next(shape_of(c)[0] for c in cotangents if c is not None)
+        leading = (count, None, None) if batch is None else (count, batch, self.places)
+        arriving: dict[int, Any] = {}
+
+        def arrive(values, cotangents):
+            for value, cotangent in zip(values, cotangents, strict=True):
+                if cotangent is not None:
+                    known = arriving.get(value.slot)
+                    arriving[value.slot] = cotangent if known is None else known + cotangent
+
+        arrive(self.outputs, cotangents)
+        for node in reversed(self.nodes):
+            found = [arriving.pop(value.slot, None) for value in node.outputs]
+            if node.pushforward is not None and any(cotangent is not None for cotangent in found):
+                arrive(*pull_node(node, change(node, found), leading))
+        return [arriving.get(value.slot) for value in self.inputs]
+
+    @functools.cached_property
+    def _scaled_afterwards(self) -> list[tuple[int, int]]:
+        """The places of nodes whose output goes into one other only, which multiplies its channels; and of that one."""
+        uses = Counter(value.slot for values in (*(n.inputs for n in self.nodes), self.outputs) for value in values)
+        kinds = [(i, node, node.pushforward) for i, node in enumerate(self.nodes)]
+        made_at = {node.outputs[0].slot: i for i, node, kind in kinds if isinstance(kind, Affine) and kind.scaled}
+        scaling = [(node.inputs[0].slot, i) for i, node, kind in kinds if isinstance(kind, ChannelScale)]
+        return [(made_at[slot], i) for slot, i in scaling if slot in made_at and uses[slot] == 1]
+
+    def _with_scaled_kernels(self, leading) -> list[Node]:
+        """The nodes, with the slopes of batch normalizations in the kernels before them where that costs less."""
+        nodes = list(self.nodes)
+        for i, j in self._scaled_afterwards:
+            nodes[i], nodes[j] = with_scaled_kernel(nodes[i], nodes[j], leading)
+        return nodes
+
+    def intercepts(self, names: Container[str] | None = None) -> dict[str, Any]:
+        """`y − pushforward(x)` at every output of the nodes of these names, or of every node, by name.
+
+        Where the rule knows it, nothing is pushed. Where it is infinite, it is 0: what follows drops the entry (as a
+        maximum drops −∞ that was padded), or the graph's output is infinite itself.
+        """
+        finite = self._finite_slots
+        made = [value for node in self.nodes for value in node.outputs]
+        # What has no tangent (an index, a comparison) has no intercept, nor has what follows from weights alone.
+        fed = {value.slot for value in [*self.inputs, *made] if value.batched and value.has_tangents}
+        result = {}
+        for node in self.nodes:
+            if names is not None and not any(name in names for name in node.output_names):
+                continue
+            if not any(value.slot in fed for value in node.outputs):
+                continue
+            known = None if node.pushforward is None else node.pushforward.intercept
+            if known is not None:
+                ((name, value),) = zip(node.output_names, node.outputs, strict=True)
+                result[name] = ops.broadcast_to(ops.cast(known, value.primal.dtype), ops.shape(value.primal))
+                continue
+            # A constant among a node's inputs has no tangent: what it adds belongs to the intercept.
+            fed_in = [v.primal if v.slot in finite else _finite_part(v.primal) for v in node.inputs]
+            pairs = zip(fed_in, node.inputs, strict=True)
+            tangents = [ops.expand_dims(primal, 0) if v.slot in fed else None for primal, v in pairs]
+            images = push_node(node, tangents, {}, (1, None, None))
+            for j, (name, value) in enumerate(zip(node.output_names, node.outputs, strict=True)):
+                if value.slot in fed:
+                    added = value.primal if not images else value.primal - images[j][0]
+                    result[name] = added if value.slot in finite else _finite_part(added)
+        return result
+
+    @functools.cached_property
+    def _finite_slots(self) -> set[int]:
+        """Of values that are known to be finite: not what follows from a constant, of which nothing is known."""
+        finite = {value.slot for value in [*self.inputs, *(value for _, value in self.variables)]}
+        for node in self.nodes:
+            makes_finite = node.pushforward is None or node.pushforward.finite
+            if makes_finite and all(value.slot in finite for value in node.inputs):
+                finite |= {value.slot for value in node.outputs}
+        return finite
+
+    def as_pushforward(self) -> Gate:
+        """The whole graph as the pushforward of one operation, with the residuals and masks of all its nodes."""
+        found = [
+            (residual, axis, mask)
+            for node in self.nodes
+            if (frozen := node.pushforward) is not None
+            for residual, axis, mask in zip(frozen.residuals, frozen.batch_axes, frozen.masks, strict=True)
+            if not node.is_constant(residual)
+        ]
+        residuals, axes = [residual for residual, *_ in found], [axis for _, axis, _ in found]
+        count = len(self.inputs)
+
+        def push_all(tangents, leading, residuals, weights=None):
+            images = self.push(tangents, leading[1], residuals=iter(residuals), weights=weights)
+            pairs = zip(images, self.outputs, strict=True)
+            filled = [zero_tangents(leading, v) if t is None else t for t, v in pairs]
+            return filled[0] if len(filled) == 1 else tuple(filled)
+
+        def push(*arguments):
+            tangents = arguments[:count]
+            probes, batch, *_ = next(ops.shape(tangent) for tangent in tangents if tangent is not None)
+            return push_all(tangents, (probes, None if self.couples_examples else batch, None), arguments[count:])
+
+        def part(tangent, *residuals, key):
+            batch = None if self.couples_examples or not residuals else ops.shape(residuals[0])[1 + axes[0]]
+            return push_all([None] * count, (ops.shape(tangent)[0], batch, None), residuals, {key: tangent})
+
+        parts = [(variable, functools.partial(part, key=id(variable))) for variable in self.weights]
+        return Gate(
+            push,
+            *residuals,
+            masks=[mask for *_, mask in found],
+            weights=parts,
+            batch_axes=axes,
+            examples="coupled" if self.couples_examples else "moved" if self.moving else "apart",
+            takes_none=True,
+            finite=all(value.slot in self._finite_slots for value in self.outputs),
+        )
+
+
+def _finite_part(tensor):
+    """A tensor, with 0 where it is infinite or not a number."""
+    return ops.where(ops.isfinite(tensor), tensor, 0.0)

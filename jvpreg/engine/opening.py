@@ -1,0 +1,208 @@
+"""A layer's `call` as a graph of smaller operations, by a call with symbols for its tensors."""
+
+import contextlib
+import re
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import keras
+from keras import ops, tree
+
+from jvpreg.common import keras_private
+from jvpreg.common.keras_private import core, numpy_ops
+from jvpreg.engine import masks
+from jvpreg.engine.arguments import (
+    autocast,
+    input_dtype,
+    kind_of,
+    symbol_of,
+)
+from jvpreg.engine.inputs import call_signature
+from jvpreg.rules.contract import Declined
+from jvpreg.rules.registry import find_rule
+
+CONTROL_FLOW = (
+    core.AssociativeScan,
+    core.Cond,
+    core.ForiLoop,
+    core.Map,
+    core.Scan,
+    core.Switch,
+    core.VectorizedMap,
+    core.WhileLoop,
+)
+
+
+def open_up(layer, args: tuple, kwargs: dict, training: bool) -> tuple[keras.Function, list]:
+    """A layer's `call`, or a function, as a graph of smaller operations: by a call with symbols for its tensors.
+
+    Args:
+        layer: the layer or function.
+        args: its arguments, with a `Value` for each tensor.
+        kwargs: its keyword arguments.
+        training: the mode in which the layers in it run.
+
+    Returns:
+        The graph, and the layer's own variables that are its last inputs.
+
+    Raises:
+        Exception: whatever a call raises when it is given symbols for tensors.
+    """
+    if is_bare(layer):
+        raise NotImplementedError("the operation has no rule")
+    dtype = input_dtype(layer)
+
+    def symbol(value):
+        return symbol_of(autocast(value, dtype))
+
+    # With symbols for its own weights too, what is made of them is part of the graph.
+    owned = {key: value for key, value in _attributes(layer).items() if isinstance(value, keras.Variable)}
+    with _seeds_put_back(layer) as put_back:
+        try:
+            with _symbols_for_weights(layer, owned, dtype) as weights:
+                symbols, inputs = masks.symbols(args, kwargs, symbol)
+                graph = keras_private.function([*inputs, *weights], _call(layer, symbols, dtype, training))
+        except Exception:
+            # A call that reads `weight.value`, or assigns to it.
+            put_back()
+            owned = {}
+            symbols, inputs = masks.symbols(args, kwargs, symbol)
+            graph = keras_private.function(inputs, _call(layer, symbols, dtype, training))
+        check_operations(graph)
+    return graph, list(owned.values())
+
+
+def _call(layer, symbols, dtype, training: bool):
+    """The symbolic outputs of a layer's own `call`, and the masks that it left on them: see `masks.left_on`."""
+    args, kwargs = symbols
+    if not isinstance(layer, keras.Layer):
+        return masks.left_on(layer(*args, **kwargs))
+    # What Keras passes itself, whether a call takes it or not.
+    takes = call_signature(layer).parameters
+    kwargs = {key: value for key, value in kwargs.items() if key not in ("training", "mask") or key in takes}
+    if "training" in takes:
+        kwargs["training"] = training
+    with keras_private.within_call(layer, training):
+        losses = len(layer.losses)
+        with keras_private.weights_cast_to(dtype), warnings.catch_warnings():
+            # Keras says so when the model itself runs.
+            warnings.filterwarnings("ignore", ".*does not support masking")
+            outputs = layer.call(*args, **kwargs)
+    leaves = tree.flatten(outputs)
+    if not leaves or not all(isinstance(leaf, keras.KerasTensor) for leaf in leaves):
+        raise NotImplementedError("its `call` returns something else than tensors")
+    if len(layer.losses) != losses:
+        keras_private.clear_losses(layer)
+        raise NotImplementedError("its `call` adds a loss")
+    return masks.left_on(outputs)
+
+
+def check_operations(graph: keras.Function) -> None:
+    """Raises where a call that was traced cannot be run operation by operation.
+
+    A trace that succeeds proves nothing: Keras only asks operations for the shapes of their outputs.
+    """
+    for operation in graph.operations:
+        if isinstance(operation, CONTROL_FLOW):
+            # What its functions close over, the symbols of the trace among it, is in no argument.
+            raise NotImplementedError(f"its `call` has control flow (`keras.ops.{kind_of(operation)}`)")
+        args, kwargs = keras_private.last_call(operation)
+        if isinstance(operation, numpy_ops.GetItem) and any(map(_has_symbol, tree.flatten((args, kwargs)))):
+            raise NotImplementedError("its `call` slices by a tensor")
+        if not is_bare(operation):
+            continue
+        if any(isinstance(leaf, keras.KerasTensor) for leaf in tree.flatten(list(vars(operation).values()))):
+            # Of the trace: it is no input of the operation, which would compute with the symbol itself.
+            raise NotImplementedError(f"its `call` gives `{kind_of(operation)}` a tensor in place of a constant")
+        if find_rule(operation) is None:
+            # Not by what the operation knows of its own shapes: by its `call`, as it will run.
+            keras.Operation.compute_output_spec(operation, *args, **kwargs)
+
+
+def _has_symbol(leaf) -> bool:
+    bounds = (leaf.start, leaf.stop, leaf.step) if isinstance(leaf, slice) else ()
+    return any(isinstance(bound, keras.KerasTensor) for bound in bounds)
+
+
+def reason_of(error: Exception) -> str:
+    """Why an operation is left to autodiff, in one line: what the engine says, or where its `call` failed."""
+    if isinstance(error, (NotImplementedError, Declined)) and str(error):
+        return str(error).splitlines()[0]
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not any(part in LIBRARIES for part in Path(frame.filename).parts)]
+    named = [frame for frame in own if not Path(frame.filename).name.startswith("__autograph")]
+    where = f", line {named[-1].lineno} of {Path(named[-1].filename).name}" if named else ""
+    said = re.split(r"\n|(?<=\w)\.(?= |$)", str(error).strip())[0]
+    return f"its `call` does not take symbols for tensors ({type(error).__name__}{said and f': {said}'}{where})"
+
+
+LIBRARIES = {"site-packages", Path(__file__).parents[1].name}
+"""Folders whose files are not the user's."""
+
+
+@contextlib.contextmanager
+def calls_forgotten(operation):
+    """A context after which the layers within an operation know nothing of the symbols that they were called with.
+
+    Keras keeps each call with symbols on the layer, and with it all that came before: after a thousand steps, a
+    thousand graphs with the tensors that are constants in them.
+    """
+    held = [value for value in _attributes(operation).values() if isinstance(value, keras.Operation)]
+    calls = [nodes for one in (*layers_in(operation), *held) for nodes in keras_private.recorded_calls(one)]
+    counts = [len(nodes) for nodes in calls]
+    try:
+        yield
+    finally:
+        for nodes, count in zip(calls, counts, strict=True):
+            del nodes[count:]
+
+
+@contextlib.contextmanager
+def _seeds_put_back(layer):
+    """A context in which a layer may draw random numbers, of which it has drawn none if it fails.
+
+    It gives a function that takes back what was drawn so far, for another try.
+    """
+    weights = {id(variable) for variable in layer.weights} if isinstance(layer, keras.Layer) else set()
+    known = layer.variables if isinstance(layer, keras.Layer) else []
+    seeds = [variable for variable in known if id(variable) not in weights]
+    before = [ops.convert_to_tensor(variable) + 0 for variable in seeds]
+
+    def put_back():
+        for variable, value in zip(seeds, before, strict=True):
+            variable.assign(value)
+
+    try:
+        yield put_back
+    except Exception:
+        put_back()
+        raise
+
+
+@contextlib.contextmanager
+def _symbols_for_weights(layer, owned: dict[str, Any], dtype):
+    """A context in which a layer's attributes hold symbols in place of the weights that it owns."""
+    with keras_private.weights_cast_to(dtype):
+        symbols = {key: symbol_of(ops.convert_to_tensor(variable.value)) for key, variable in owned.items()}
+    try:
+        # Past the layer's own `__setattr__`, which would track them.
+        _attributes(layer).update(symbols)
+        yield list(symbols.values())
+    finally:
+        _attributes(layer).update(owned)
+
+
+def layers_in(operation) -> list[keras.Layer]:
+    """The layers that an operation holds, if it is a layer, and those in them."""
+    return keras_private.layers_within(operation, itself=False) if isinstance(operation, keras.Layer) else []
+
+
+def _attributes(layer) -> dict[str, Any]:
+    return vars(layer) if isinstance(layer, keras.Layer) else {}
+
+
+def is_bare(operation) -> bool:
+    """Whether it is an operation of `keras.ops`, with nothing in it to open up."""
+    return isinstance(operation, keras.Operation) and not isinstance(operation, keras.Layer)

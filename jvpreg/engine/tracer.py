@@ -1,0 +1,391 @@
+"""The walk over a Keras graph: it runs every operation's rule once and records the frozen nodes in order."""
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops, tree
+
+from jvpreg.common import keras_private
+from jvpreg.common.eager import leaves_of, map_leaves
+from jvpreg.engine import masks
+from jvpreg.engine.arguments import (
+    as_taken,
+    autocast,
+    computed_in,
+    input_dtype,
+    kind_of,
+    map_arguments,
+    parameters_of,
+)
+from jvpreg.engine.autodiff import LeftToAutodiff, fall_back
+from jvpreg.engine.companions import Companions
+from jvpreg.engine.frozen_graph import FrozenGraph
+from jvpreg.engine.inputs import call_signature, flatten_inputs, graph_of
+from jvpreg.engine.naming import OUTSIDE, Names, Scope
+from jvpreg.engine.node import Node, Value
+from jvpreg.engine.opening import (
+    calls_forgotten,
+    is_bare,
+    layers_in,
+    open_up,
+    reason_of,
+)
+from jvpreg.engine.paths import is_graph, join, stable_name
+from jvpreg.rules.contract import Affine, Context, Declined, Pushed, checked_pair
+from jvpreg.rules.families import identity
+from jvpreg.rules.registry import find_rule, missing_rule_error, unwrap
+
+
+@dataclass
+class Tracer:
+    """Runs a model once, rule by rule, and records its nodes in the order in which they ran.
+
+    Attributes:
+        context: what rules are told.
+        nodes: what was recorded.
+        variables: variables that operations took as an input, each with its value.
+        fallbacks: the nodes that were left to autodiff, by name.
+        companions: tangents that go through the model while it runs, if there are any.
+        root: the model that runs, whose name is part of no path.
+        fallback: `"error"` if an operation without a rule that cannot be opened up is an error; otherwise it is left to
+            the backend's autodiff.
+    """
+
+    context: Context
+    companions: Companions | None = None
+    root: Any = None
+    fallback: str = "allow"
+    nodes: list[Node] = field(default_factory=list)
+    variables: list[tuple[Any, Value]] = field(default_factory=list)
+    fallbacks: dict[str, LeftToAutodiff] = field(default_factory=dict)
+    num_slots: int = 0
+    _names: Names = field(init=False)
+    # The layer that is being opened up, and the dtype to which it casts its weights.
+    _weight_dtype: str | None = None
+    _opened: Any = None
+
+    def __post_init__(self):
+        self._names = Names(self.root)
+        # What goes along with an operation's inputs does not with those of the operations within it.
+        self.context = replace(self.context, along=Context.along, weights={})
+
+    def value(self, primal, batched: bool = True) -> Value:
+        """A new value with a slot of its own."""
+        self.num_slots += 1
+        return Value(primal, self.num_slots - 1, batched)
+
+    def masked(self, primal, mask) -> Value:
+        """A new value under a mask, which is a tensor or None."""
+        return self.value(primal).with_mask(None if mask is None else self.value(mask))
+
+    def run(self, operation, *args, scope: Scope = OUTSIDE, kind: str | None = None, **kwargs):
+        """Runs one operation on `Value`s: by its rule, or opened up into smaller ones, or else by autodiff."""
+        operation = unwrap(operation)
+        if is_graph(operation):
+            inner = scope if operation is self.root else self._names.scope(operation, scope, kind)
+            return self._run_model(operation, args[0] if args else kwargs["inputs"], inner, kwargs.get("mask"))
+        return self._run_named(
+            operation, args, kwargs, self._names.unique(self._names.scope(operation, scope, kind).name)
+        )
+
+    def _run_named(self, operation, args, kwargs, name: str):
+        if getattr(operation, "quantization_mode", None) is not None:
+            raise NotImplementedError(
+                f"`{name}` is quantized ({operation.quantization_mode}), and a rounded layer has no useful Jacobian. "
+                "Linearize the model before it is quantized."
+            )
+        if isinstance(operation, keras.Layer):
+            kwargs = masks.fill_in(operation, args, kwargs)
+        return self._with_masks(operation, args, kwargs, self._run_operation(operation, args, kwargs, name))
+
+    def _run_operation(self, operation, args, kwargs, name: str):
+        rule = find_rule(operation)
+        if rule is not None:
+            try:
+                return self._run_rule(rule, operation, args, kwargs, name)
+            except Declined as declined:
+                if declined.to_autodiff or is_bare(operation):
+                    return self._run_by_autodiff(operation, args, kwargs, name, declined)
+        with calls_forgotten(operation):
+            try:
+                graph, weights = open_up(operation, args, kwargs, self.context.training)
+            except keras_private.MissingKerasNameError:
+                raise
+            except Exception as error:  # Whatever a call of one's own raises when it is given symbols for tensors.
+                return self._run_by_autodiff(operation, args, kwargs, name, error)
+            return self._run_opened(graph, weights, operation, args, kwargs, name)
+
+    def _run_model(self, model, inputs, scope: Scope, mask=None):
+        if mask is not None:
+            pairs = zip(tree.flatten(inputs), tree.flatten(mask), strict=True)
+            given = [
+                x.with_mask(m if isinstance(m, Value) else self.value(m)) if m is not None else x for x, m in pairs
+            ]
+            inputs = tree.pack_sequence_as(inputs, given)
+        if isinstance(model, keras.Sequential):
+            value = inputs
+            for layer in model.layers:
+                value = self.run(layer, value, scope=scope)
+            return value
+        outputs = self._walk(model, flatten_inputs(model, inputs, "inputs"), scope)
+        # A model with one output returns it bare, as Keras does.
+        return outputs[0] if isinstance(outputs, (list, tuple)) and len(outputs) == 1 else outputs
+
+    def _walk(self, graph, values: list, scope: Scope, opened: bool = False):
+        def bind(operation):
+            # Opened up anew each time, an operation is numbered anew by Keras: it goes by its kind.
+            kind = (stable_name if isinstance(operation, keras.Layer) else kind_of)(operation) if opened else None
+
+            def run(*args, **kwargs):
+                with self._training(kwargs.get("training") if opened else None):
+                    return self.run(operation, *args, scope=scope, kind=kind, **kwargs)
+
+            return run
+
+        return keras_private.run_graph(graph, values, bind)
+
+    @contextlib.contextmanager
+    def _training(self, training):
+        """Within it, layers run in the mode that a call within a layer's `call` asks for, if it does."""
+        outer = self.context
+        if training is not None and bool(training) != outer.training:
+            of_batch = "frozen" if outer.batch_statistics == "moving" else outer.batch_statistics
+            statistics = of_batch if training else "moving"
+            self.context = replace(outer, training=bool(training), batch_statistics=statistics)
+        try:
+            yield
+        finally:
+            self.context = outer
+
+    def _run_rule(self, rule, operation, args, kwargs, name: str):
+        args, kwargs = self._as_values(operation, args, kwargs)
+        taken = parameters_of(rule.function)
+        args, kwargs = as_taken(operation, args, kwargs, taken)
+        given, kwargs = masks.split(operation, args, kwargs, taken)
+        if not all(key in taken for key in given):
+            raise NotImplementedError(
+                f"`{name}` is called with a mask, which its rule does not take. Multiply by the mask before the layer, "
+                "or leave it out."
+            )
+        args, kwargs = map_arguments(lambda leaf: computed_in(operation, leaf), args, kwargs)
+        values, args, kwargs = self._primals(operation, args, kwargs)
+        kwargs |= {key: map_leaves(masks.primal_of, mask) for key, mask in given.items()}
+        kwargs = {key: value for key, value in kwargs.items() if key != "training" and value is not None}
+        context = replace(self.context, linearize=functools.partial(self._run_inner, values))
+        if self.companions is not None:
+            context = self.companions.context(context, values)
+        returned = rule.function(operation, *args, context=context, **kwargs)
+        primal, pushforward, image = self._carry_out(returned, values, name, operation)
+        outputs = self._record(name, operation, values, primal, pushforward, image)
+        activation = getattr(operation, rule.activation) if rule.activation else None
+        if activation is not None and activation is not keras.activations.linear:
+            outputs = self._run_activation(activation, outputs, f"{name}/activation")
+        _record_activity_loss(operation, outputs)
+        return outputs
+
+    def _carry_out(self, returned, values: Sequence[Value], name: str, operation) -> tuple:
+        """The output, the pushforward, and the output's tangent if it is known already, of what a rule returned."""
+        if not isinstance(returned, Affine):
+            primal, pushforward = checked_pair(returned, name, operation)
+            return primal, pushforward, pushforward.image if isinstance(pushforward, Pushed) else None
+        if self.companions is None:
+            return returned.with_bias(returned.linear_part(returned.residuals[0])), returned, None
+        y, image = self.companions.run(returned, values)
+        return y, returned, image
+
+    def _run_inner(self, known: Sequence[Value], operation, *inputs, **kwargs):
+        """What a rule asks for by `context.linearize`: another operation, as one pushforward.
+
+        Tangents are those of the `inputs`, which keep the masks that they have among the `known` values.
+        """
+        inner = Tracer(self.context, fallback=self.fallback, fallbacks=self.fallbacks)
+        carried = {id(value.primal): value.mask.primal for value in known if value.mask is not None}
+        values = tree.map_structure(lambda tensor: inner.masked(tensor, carried.get(id(tensor))), inputs)
+        kwargs = tree.map_structure(lambda x: inner.value(x) if ops.is_tensor(x) and len(x.shape) else x, kwargs)
+        outputs = inner.run(operation, *values, **kwargs)
+        graph = inner.frozen(tree.flatten(values), tree.flatten(outputs))
+        return tree.map_structure(lambda value: value.primal, outputs), graph.as_pushforward()
+
+    def frozen(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> FrozenGraph:
+        """What was recorded, from `inputs` to `outputs`."""
+        return FrozenGraph(self.nodes, inputs, outputs, self.variables)
+
+    def _run_opened(self, graph, weights, layer, args, kwargs, name: str):
+        dtype = input_dtype(layer)
+        values = masks.values_among(args, kwargs)
+        outer = self._weight_dtype, self._opened
+        self._weight_dtype, self._opened = dtype, layer
+        try:
+            scope = self._names.within(layer, name)
+            inputs = [*(self._cast(value, dtype, scope) for value in values), *map(self._weight, weights)]
+            outputs, left = self._walk(graph, inputs, scope, opened=True)
+        finally:
+            self._weight_dtype, self._opened = outer
+        outputs = tree.map_structure(lambda y, mask: y.with_mask(y.mask if mask is y else mask), outputs, left)
+        _record_activity_loss(layer, outputs)
+        return outputs
+
+    def _cast(self, value: Value, dtype, scope: Scope) -> Value:
+        """The value in the dtype in which a layer sees its input (mixed precision)."""
+        primal = autocast(value, dtype)
+        if primal is value.primal or primal.dtype == value.primal.dtype:
+            return value
+        name = self._names.unique(join(scope.name, "/", "cast"))
+        cast = self._record(name, ops.cast, [replace(value, primal=primal)], primal, identity())
+        return cast.with_mask(value.mask)
+
+    def _run_by_autodiff(self, operation, args, kwargs, name: str, error: Exception):
+        masked = any(value.mask is not None for value in masks.values_among(args))
+        if masked and layers_in(operation) and not any("mask" in key for key in kwargs):
+            raise NotImplementedError(
+                f"`{name}` is left to autodiff, and the layers in it would not see the mask of its input. Let its "
+                "`call` take `mask` and pass it on, or multiply by the mask before the layer."
+            )
+        args, kwargs = self._as_values(operation, args, kwargs)
+        values, args, kwargs = self._primals(operation, args, kwargs)
+        if isinstance(operation, keras.Layer) and "training" in call_signature(operation).parameters:
+            kwargs["training"] = self.context.training
+        primal, pushforward = fall_back(operation, args, kwargs, [value.primal for value in values])
+        if pushforward is not None:
+            if self.fallback == "error":
+                raise missing_rule_error(operation, name, reason_of(error)) from error
+            expected = isinstance(error, Declined) and error.to_autodiff
+            self.fallbacks[name] = LeftToAutodiff(type(operation).__name__, reason_of(error), expected)
+        return self._record(name, operation, values, primal, pushforward)
+
+    def _primals(self, operation, args, kwargs):
+        """The `Value`s among the arguments as the operation sees them, and the arguments with their primals."""
+        dtype = input_dtype(operation)
+        values: list[Value] = []
+
+        def primal(leaf):
+            if not isinstance(leaf, Value):
+                return leaf
+            values.append(leaf if dtype is None else replace(leaf, primal=autocast(leaf, dtype)))
+            return values[-1].primal
+
+        return values, *map_arguments(primal, args, kwargs)
+
+    def _with_masks(self, operation, args, kwargs, outputs):
+        """The outputs with the masks that Keras leaves on them."""
+        if not isinstance(operation, keras.Layer):
+            # A tensor that is passed on as it is keeps what Keras wrote on it.
+            kept = {id(value.primal): value.mask for value in masks.values_among(args, kwargs)}
+            return map_leaves(lambda y: y.with_mask(y.mask or kept.get(id(y.primal))), outputs)
+        if not operation.supports_masking:
+            return outputs
+        first, mask = masks.first_argument(operation, args, kwargs), kwargs.get("mask")
+        previous = masks.masks_of(first) if mask is None else mask
+        if type(operation).compute_mask is keras.Layer.compute_mask and not masks.any_of(previous):
+            return outputs
+        values, (inputs,), _ = self._primals(operation, (first,), {})
+        batched = any(value.batched for value in values)
+        return masks.on_outputs(operation, inputs, previous, outputs, lambda mask: self.value(mask, batched))
+
+    def _as_values(self, operation, args, kwargs):
+        """The weights and constants among an operation's inputs as values too; no tangent ever reaches a constant."""
+
+        def convert(leaf):
+            if isinstance(leaf, Value):
+                return leaf
+            if isinstance(leaf, keras.Variable):
+                return self._weight(leaf)
+            layer = isinstance(operation, keras.Layer)
+            # What NumPy has of no more than Python's precision is a number (`np.float64`), the rest is as a tensor.
+            if isinstance(leaf, (np.ndarray, np.generic)) and not isinstance(leaf, float) and not layer:
+                leaf = ops.convert_to_tensor(leaf)
+            if not ops.is_tensor(leaf) or (layer and not len(leaf.shape)):
+                return leaf
+            batched = [value.primal for value in masks.values_among(args, kwargs) if value.batched]
+            if not layer or not batched:
+                return self.value(leaf, batched=False)
+            # For a layer one row stands for the batch: tangents of different batch sizes could not be folded alike.
+            row = leaf.shape[0] == 1
+            return self.value(ops.broadcast_to(leaf, (ops.shape(batched[0])[0], *leaf.shape[1:])) if row else leaf)
+
+        return map_arguments(convert, args, kwargs)
+
+    def _weight(self, variable) -> Value:
+        """The value of a weight that an operation takes as an input: the same one at each use in one dtype."""
+        with keras_private.weights_cast_to(self._weight_dtype):
+            primal = ops.convert_to_tensor(variable.value)
+        for known, value in self.variables:
+            if known is variable and value.primal.dtype == primal.dtype:
+                return value
+        value = self.value(primal, batched=False)
+        self.variables.append((variable, value))
+        if self.companions is not None:
+            self.companions.enter_weight(variable, value)
+        return value
+
+    def _run_activation(self, activation, value: Value, name: str) -> Value:
+        return self._run_named(activation, (value,), {}, name)
+
+    def _record(self, name, operation, inputs: Sequence[Value], primal, pushforward, image=None):
+        batched = any(value.batched for value in inputs)
+        outputs = map_leaves(lambda leaf: self.value(leaf, batched), primal)
+        examples = pushforward.examples if pushforward is not None and callable(pushforward.examples) else None
+        if pushforward is not None and not any(value.has_tangents for value in leaves_of(outputs)):
+            pushforward = None
+        layer = operation if isinstance(operation, keras.Layer) else self._opened
+        path = self._names.by_attributes(name)
+        ends = tuple(inputs), tuple(leaves_of(outputs))
+        node = Node(name, operation, *ends, pushforward, layer, examples, path)
+        self.nodes.append(node)
+        if self.companions is not None:
+            self.companions.push(node, image)
+        return outputs
+
+
+def freeze(operation, *inputs, context: Context) -> tuple:
+    """An operation's outputs, and the operation frozen at `inputs` as one pushforward."""
+    return Tracer(context)._run_inner((), operation, *inputs)
+
+
+def trace(
+    model,
+    x,
+    inputs: Sequence,
+    context: Context,
+    companions: Companions | None = None,
+    fallback: str = "allow",
+) -> tuple[Tracer, list[Value], Any]:
+    """Runs `model` once on the flat list of `inputs` `(B, …)`, which the user gave as the structure `x`.
+
+    Returns:
+        The tracer with its nodes, the values of the inputs, and the output values in the model's own structure.
+    """
+    batch = ops.shape(inputs[0])[0] if len(inputs[0].shape) else None
+    tracer = Tracer(replace(context, batch=batch), companions, model, fallback)
+    given = [keras_private.get_mask(leaf) for leaf in flatten_inputs(model, x, "x")]
+    values = [tracer.masked(tensor, mask) for tensor, mask in zip(inputs, given, strict=True)]
+    if companions is not None:
+        companions.enter(values)
+    if is_graph(model):
+        arguments = values if len(values) > 1 else values[0]
+    else:
+        graph = graph_of(model)
+        arguments = tree.pack_sequence_as(x if graph is None else keras_private.input_structure(graph), values)
+    if not isinstance(model, keras.Layer):
+        return tracer, values, tracer.run(model, arguments)
+    with keras_private.within_call(model):
+        outputs = tracer.run(model, arguments, kind=None if find_rule(model) else stable_name(model))
+    for value in tree.flatten(outputs):
+        if value.mask is not None:
+            # A loss weighs by it.
+            keras_private.set_mask(value.primal, value.mask.primal)
+    return tracer, values, outputs
+
+
+def _record_activity_loss(operation, outputs) -> None:
+    """What `Layer.__call__` does with an activity regularizer: its loss a batch, divided by the batch's size."""
+    regularizer = getattr(operation, "activity_regularizer", None)
+    if regularizer is not None:
+        primal = leaves_of(outputs)[0].primal
+        loss = regularizer(primal)
+        operation.add_loss(loss / ops.cast(ops.shape(primal)[0], loss.dtype))

@@ -1,0 +1,213 @@
+"""Derivatives of what was solved for and not computed step by step: the backend's part, and the pushforward of it."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import ops
+
+from jvpreg.common import replicas
+from jvpreg.engine.transpose import transpose
+from jvpreg.rules.contract import Gate, Pushforward
+
+
+def solve(matvec: Callable, rhs, rmatvec: Callable, loop: Callable):
+    """The solution of `w = rhs + A w`, differentiable to any order in `rhs` and in all that `A` is made of.
+
+    Args:
+        matvec: `A w`, linear, for w like `rhs`.
+        rhs: any tensor.
+        rmatvec: `Aᵀ v`.
+        loop: `loop(matvec, rhs) -> w`, which is not differentiated.
+    """
+    return _SOLVE[keras.backend.backend()](matvec, rhs, rmatvec, loop)
+
+
+def at_fixed_point(value, points: list, function: Callable, pull: Callable, loop: Callable):
+    """A fixed point `z = f(z)` that was found, differentiable to any order in all that f is made of.
+
+    Args:
+        value: z.
+        points: the tensors that f is made of.
+        function: `function(points, z) -> f(z)`.
+        pull: `pull(z, v) -> u` with `u = v + ∂f(z)ᵀ u`; on JAX it is not used.
+        loop: as in `solve`.
+    """
+    if keras.backend.backend() == "jax":
+        import jax
+
+        def tangent_solve(linear, rhs):
+            return solve(lambda w: linear(w) + w, -rhs, lambda v: v, loop)
+
+        return jax.lax.custom_root(lambda z: function(points, z) - z, value, lambda _, z: z, tangent_solve)
+
+    return _ATTACH[keras.backend.backend()](value, points, function, pull)
+
+
+def _solve_attached(matvec, rhs, rmatvec, loop):
+    with unrecorded():
+        value = ops.stop_gradient(loop(matvec, ops.stop_gradient(rhs)))
+    image = rhs + matvec(value)
+    attach = _ATTACH[keras.backend.backend()]
+    return attach(value, [image], lambda points, _: points[0], lambda _, v: solve(rmatvec, v, matvec, loop))
+
+
+def _solve_jax(matvec, rhs, rmatvec, loop):
+    import jax
+
+    def iterate(operator, rhs):
+        return loop(lambda w: w - operator(w), rhs)
+
+    return jax.lax.custom_linear_solve(lambda w: w - matvec(w), rhs, iterate, iterate)
+
+
+# `value` as a tensor whose gradient goes to `points`: for a cotangent v it is that of `⟨function(points, value), u⟩`
+# with `u = pull(value, v)`; by copies of the points, for the value may depend on the points too.
+
+
+def _attach_tensorflow(value, points, function, pull):
+    import tensorflow as tf
+
+    @tf.custom_gradient
+    def attached(*points):
+        def backward(v):
+            u = pull(result, v)
+            copies = [tf.identity(point) for point in points]
+            with tf.GradientTape(watch_accessed_variables=False) as tape:
+                tape.watch(copies)
+                image = function(copies, result)
+            return tape.gradient(image, copies, u, unconnected_gradients=tf.UnconnectedGradients.ZERO)
+
+        return tf.identity(value), backward
+
+    result = attached(*map(tf.convert_to_tensor, points))
+    return result
+
+
+def _attach_torch(value, points, function, pull):
+    import torch
+
+    class Attached(torch.autograd.Function):
+        @staticmethod
+        def forward(context, *points):
+            result = value.clone()
+            # Saved as Torch wants it and not closed over: a graph that holds itself is never freed.
+            context.save_for_backward(result, *points)
+            return result
+
+        @staticmethod
+        def backward(context, v):
+            result, *points = context.saved_tensors
+            u = pull(result, v)
+            again = torch.is_grad_enabled()
+            with torch.enable_grad():
+                copies = [point.view_as(point) if again else point.detach() for point in points]
+                wanted = [copy for copy, needed in zip(copies, context.needs_input_grad, strict=True) if needed]
+                if not again:
+                    for copy in wanted:
+                        copy.requires_grad_()
+                image = function(copies, result if again else result.detach())
+                found = torch.autograd.grad(image, wanted, u, create_graph=again, allow_unused=True)
+            remaining = iter(found)
+            return tuple(next(remaining) if needed else None for needed in context.needs_input_grad)
+
+    return Attached.apply(*points)
+
+
+_SOLVE = {"tensorflow": _solve_attached, "torch": _solve_attached, "jax": _solve_jax}
+_ATTACH = {"tensorflow": _attach_tensorflow, "torch": _attach_torch}
+
+
+def unrecorded():
+    """A context in which Torch records nothing for backpropagation; other backends do not, of what is stopped."""
+    if keras.backend.backend() != "torch":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.no_grad()
+
+
+def tell(counts, hear: Callable, variable) -> None:
+    """Hands counts to `hear(counts, at_once)` as an array; in a TensorFlow graph they are added to a variable instead.
+
+    `at_once` says that this is within the call; on JAX a compiled function calls back when it runs.
+    """
+    if is_graph():
+        # Of several replicas the variable is the mean.
+        variable.assign(variable + replicas.number() * counts)
+        return
+    if keras.backend.backend() == "jax":
+        import jax
+
+        if isinstance(counts, jax.core.Tracer):
+            jax.debug.callback(lambda counts: hear(counts, False), counts)
+            return
+    hear(ops.convert_to_numpy(counts), True)
+
+
+def is_graph() -> bool:
+    """Whether this is a TensorFlow graph, which cannot call back."""
+    if keras.backend.backend() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    return not tf.executing_eagerly()
+
+
+def wait() -> None:
+    """Waits for what JAX still has to call back."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        jax.effects_barrier()
+
+
+class ImplicitPushforward(Gate):
+    """The pushforward of a fixed point `z = f(x, z)`: `w = ∂ₓf u + ∂_z f w`, solved for each tangent.
+
+    Args:
+        z: the fixed point, `(B, …)`.
+        cell: f frozen at `(x, z)`, whose tangents are those of x and z.
+        loop: as in `solve`.
+    """
+
+    def __init__(self, z, cell: Pushforward, loop: Callable):
+        self.cell = cell
+        self.loop = loop
+        super().__init__(
+            lambda u, _, *residuals: self._close(cell.function(u, None, *residuals), residuals),
+            z,
+            *cell.residuals,
+            masks=[None, *cell.masks],
+            weights=[(variable, self._part(part)) for variable, part in cell.weights],
+            batch_axes=[0, *cell.batch_axes],
+            examples=cell.examples,
+        )
+
+    def state_product(self, tangents):
+        """`∂_z f w` at the fixed point, for tangents `(P, B, …)` like z: one product, nothing is solved."""
+        return self.cell.function(None, tangents, *self.broadcast_residuals()[1:])
+
+    def _part(self, part: Callable) -> Callable:
+        def along(u, z, *residuals):
+            # What a part returns need only broadcast.
+            image = part(u, *residuals) + ops.zeros((u.shape[0], *ops.shape(z)[1:]), z.dtype)
+            return self._close(image, residuals)
+
+        return along
+
+    def _close(self, rhs, residuals) -> Any:
+        return close(self.cell, rhs, residuals, self.loop)
+
+
+def close(cell: Pushforward, rhs, residuals, loop: Callable, transposed: bool = False):
+    """`w = rhs + ∂_z f w`, or `w = rhs + ∂_z fᵀ w`, for a frozen cell with its residuals `(1, B, …)`."""
+
+    def matvec(w):
+        return cell.function(None, w, *residuals)
+
+    def rmatvec(v):
+        return transpose(lambda inputs: [matvec(*inputs)], [ops.zeros_like(v)], [v])[0]
+
+    return solve(rmatvec, rhs, matvec, loop) if transposed else solve(matvec, rhs, rmatvec, loop)

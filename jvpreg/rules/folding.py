@@ -1,0 +1,78 @@
+"""The axis of the probes: in front of the batch, folded into it, and as what is frozen has it."""
+
+from collections.abc import Callable
+
+import keras
+from keras import ops, tree
+
+from jvpreg.common.eager import shape_of
+
+
+def fold(tangent):
+    """(P, B, …) to (P·B, …)."""
+    shape = shape_of(tangent)
+    static = isinstance(shape[1], int)
+    return ops.reshape(tangent, (shape[0] * shape[1] if static else -1, *shape[2:]))
+
+
+def unfold(tangent, num_probes):
+    """(P·B, …) to (P, B, …)."""
+    shape = shape_of(tangent)
+    static = isinstance(shape[0], int)
+    return ops.reshape(tangent, (num_probes, shape[0] // num_probes if static else -1, *shape[1:]))
+
+
+def with_probe_axis(residual):
+    """(B, …) to (1, B, …)."""
+    if keras.backend.backend() != "tensorflow" or len(residual.shape) == 0:
+        return ops.expand_dims(residual, 0)
+    # Reshaped, as by `unfold`: the optimizer of TensorFlow's graphs takes out what one reshape undoes of another.
+    return unfold(residual, 1)
+
+
+def as_batch(function: Callable, tangent, *residuals):
+    """`function` of a tangent `(P, B, …)` and residuals `(1, B, …)`, to which the number of axes in front is the same.
+
+    In TensorFlow it takes them folded, as a convolution takes tangents, so that nothing is reshaped between the two.
+    """
+    several = residuals and tangent.shape[0] != 1
+    if keras.backend.backend() != "tensorflow" or several or any(len(t.shape) < 2 for t in (tangent, *residuals)):
+        return function(tangent, *residuals)
+    return unfold(function(fold(tangent), *map(fold, residuals)), shape_of(tangent)[0])
+
+
+def align(tangent, rank: int):
+    """A tangent (P, …) with axes of size 1 after the probes until it has `rank` axes, as its primal broadcasts."""
+    missing = rank - len(tangent.shape)
+    if missing <= 0:
+        return tangent
+    shape = shape_of(tangent)
+    return ops.reshape(tangent, (shape[0], *[1] * missing, *shape[1:]))
+
+
+def folded(function: Callable) -> Callable:
+    """A linear `function` of one `(N, …)` tensor or more to one, example by example, as a map of `(P, B, …)`."""
+
+    def push(*tangents):
+        num_probes = shape_of(tangents[0])[0]
+        return unfold(function(*(fold(tangent) for tangent in tangents)), num_probes)
+
+    return push
+
+
+def each_probe(function: Callable) -> Callable:
+    """A linear `function` of tensors of any axes to one or to a tuple of them, as a map of `(P, …)` to `(P, …)`.
+
+    For operations whose first axis need not be the batch, so that probes cannot be folded into it.
+    """
+
+    def push(*tangents):
+        num_probes = tangents[0].shape[0]
+        if num_probes is None:
+            return ops.map(lambda rows: function(*rows), tangents)
+        if num_probes == 1:
+            return tree.map_structure(lambda image: ops.expand_dims(image, 0), function(*(t[0] for t in tangents)))
+        images = [function(*rows) for rows in zip(*map(ops.unstack, tangents), strict=True)]
+        return tree.map_structure(lambda *rows: ops.stack(rows), *images)
+
+    return push

@@ -1,0 +1,173 @@
+"""Operations that move entries about, sum them, or leave some out: linear in one input."""
+
+import cmath
+
+import numpy as np
+from keras import ops, tree
+
+from jvpreg.common.eager import cast as convert
+from jvpreg.common.keras_private import core, image, nn, numpy_ops
+from jvpreg.rules.contract import Declined, Pushforward
+from jvpreg.rules.examples import along, broadcast, indexed, joined, kept, looked_up, reshaped
+from jvpreg.rules.families import each_input
+from jvpreg.rules.folding import align, each_probe
+from jvpreg.rules.registry import register_rule
+
+
+def is_finite_number(operand) -> bool:
+    return isinstance(operand, (int, float, complex)) and cmath.isfinite(operand)
+
+
+@register_rule(
+    numpy_ops.Cumsum,
+    numpy_ops.Diagonal,
+    numpy_ops.Diff,
+    numpy_ops.ExpandDims,
+    numpy_ops.Flip,
+    numpy_ops.Mean,
+    numpy_ops.Moveaxis,
+    numpy_ops.Ravel,
+    numpy_ops.Repeat,
+    numpy_ops.Roll,
+    numpy_ops.Rot90,
+    numpy_ops.Squeeze,
+    numpy_ops.Sum,
+    numpy_ops.Swapaxes,
+    numpy_ops.Tile,
+    numpy_ops.Transpose,
+    numpy_ops.Tril,
+    numpy_ops.Triu,
+    numpy_ops.Copy,
+    nn.AveragePool,
+    nn.AdaptiveAveragePool,
+    image.Resize,
+)
+def linear(operation, x, context):
+    push = each_probe(operation.call)
+    return operation.call(x), Pushforward(push, examples=along(operation, x.shape))
+
+
+@register_rule(numpy_ops.Reshape)
+def reshape(operation, x, context):
+    shape = list(operation.newshape)
+    # A call that reads off its batch must not fix it: the tangents may be those of a part of the batch.
+    if shape and shape[0] == x.shape[0] and -1 not in shape:
+        shape[0] = -1
+    # Not by the operation itself, which on TensorFlow holds None for a batch that is not known.
+    push = each_probe(lambda tangent: ops.reshape(tangent, shape))
+    return ops.reshape(x, shape), Pushforward(push, examples=reshaped(x.shape, shape))
+
+
+@register_rule(numpy_ops.BroadcastTo)
+def broadcast_to(operation, x, context):
+    # A call that reads off a batch that is not known, as for a token at the head of each sequence, has None for it.
+    after = broadcast(len(x.shape), len(operation.shape))
+    rank, shape = len(operation.shape), tuple(context.batch if size is None else size for size in operation.shape)
+
+    def push(tangent):
+        tangent = align(tangent, rank + 1)
+        kept = shape[0] == x.shape[0] and len(x.shape) == rank
+        return ops.broadcast_to(tangent, (*ops.shape(tangent)[: 2 if kept else 1], *shape[1 if kept else 0 :]))
+
+    return ops.broadcast_to(x, shape), Pushforward(push, examples=lambda place: after(place, None))
+
+
+@register_rule(core.Cast, core.ConvertToTensor)
+def cast(operation, x, context):
+    return operation.call(x), Pushforward(operation.call, examples=kept)
+
+
+@register_rule(numpy_ops.Pad)
+def pad(operation, x, context, constant_values=None):
+    if ops.is_tensor(constant_values):
+        return _pad_with_a_tensor(operation, x, constant_values)
+    push = each_probe(operation.call)
+    finite = constant_values is None or is_finite_number(constant_values)
+    return operation.call(x, constant_values), Pushforward(push, examples=along(operation, x.shape), finite=finite)
+
+
+def _pad_with_a_tensor(operation, x, value):
+    """A constant that may have a tangent itself. Not by the operation, which on Torch takes a number."""
+    if len(value.shape):
+        raise Declined("several constants")
+
+    def outside(x):
+        return ops.cast(operation.call(ops.zeros_like(x), 1), "bool")
+
+    def by_input(tangent, x):
+        return each_probe(operation.call)(tangent)
+
+    def by_value(tangent, x):
+        return ops.where(outside(x[0]), align(convert(tangent, x.dtype), len(x.shape)), 0.0)
+
+    y = ops.where(outside(x), convert(value, x.dtype), operation.call(x))
+    push = each_input(by_input, by_value)
+    return y, Pushforward(push, x, takes_none=True, examples=along(operation, x.shape))
+
+
+@register_rule(numpy_ops.GetItem)
+def get_item(operation, x, key, context):
+    # A key may hold tensors, which are inputs too.
+    held = [leaf for leaf in tree.flatten(key) if ops.is_tensor(leaf)]
+
+    def push(tangent, *others):
+        frozen = (index[0] for index in others[len(held) :])
+        now = tree.map_structure(lambda leaf: next(frozen) if ops.is_tensor(leaf) else leaf, key)
+        return each_probe(lambda row: operation.call(row, now))(tangent)
+
+    return operation.call(x, key), Pushforward(push, *held, examples=indexed(key, len(x.shape)))
+
+
+@register_rule(numpy_ops.Split)
+def split(operation, x, context):
+    axis = operation.axis % len(x.shape) - len(x.shape)  # where a probe axis does not shift it
+
+    def push(tangent):
+        return tuple(ops.split(tangent, operation.indices_or_sections, axis=axis))
+
+    return tuple(operation.call(x)), Pushforward(push, examples=along(operation, x.shape))
+
+
+@register_rule(core.Unstack)
+def unstack(operation, x, context):
+    axis = operation.axis % len(x.shape) - len(x.shape)
+
+    def push(tangent):
+        return tuple(ops.unstack(tangent, operation.num, axis=axis))
+
+    return tuple(operation.call(x)), Pushforward(push, examples=along(operation, x.shape))
+
+
+@register_rule(numpy_ops.Take, numpy_ops.TakeAlongAxis)
+def take(operation, x, indices, context):
+    after = looked_up(operation, x, len(indices.shape) if ops.is_tensor(indices) else np.ndim(indices))
+    if not ops.is_tensor(indices):
+        fixed = each_probe(lambda row: operation.call(row, indices))
+        return operation.call(x, indices), Pushforward(fixed, examples=after)
+    push = each_input(lambda t, indices: each_probe(lambda row: operation.call(row, indices[0]))(t), None)
+    return operation.call(x, indices), Pushforward(push, indices, takes_none=True, examples=after)
+
+
+@register_rule(numpy_ops.Concatenate, numpy_ops.Stack, numpy_ops.Hstack, numpy_ops.Vstack)
+def join(operation, tensors, context):
+    push = each_probe(lambda *rows: operation.call(list(rows)))
+    with_axis = isinstance(operation, (numpy_ops.Concatenate, numpy_ops.Stack)) and operation.axis is not None
+    if with_axis:
+        rank = len(tensors[0].shape) + isinstance(operation, numpy_ops.Stack)
+        axis = operation.axis % rank - rank
+        put = ops.stack if isinstance(operation, numpy_ops.Stack) else ops.concatenate
+
+        def push(*tangents):
+            # What has no tangent, such as a token for each example, is zero for those of a part of a batch too.
+            given = next(t for t in tangents if t is not None)
+            leading = ops.shape(given)[: 1 if axis == -rank else 2]
+            pairs = zip(tangents, tensors, strict=True)
+            return put([_zeros_like(x, leading) if t is None else t for t, x in pairs], axis=axis)
+
+    after = joined(operation, tensors[0])
+    return operation.call(tensors), Pushforward(push, examples=after, takes_none=with_axis)
+
+
+def _zeros_like(x, leading: tuple):
+    """The zero tangent of x, whose first axes, that of the probes before them, are `leading`."""
+    return ops.zeros((*leading, *ops.shape(x)[len(leading) - 1 :]), x.dtype)

@@ -1,0 +1,231 @@
+"""Operations of several inputs: the sum of one linear map for each input that has a tangent."""
+
+import functools
+import string
+from collections.abc import Callable
+from typing import Any
+
+from keras import ops
+
+from jvpreg.common.dtypes import is_complex
+from jvpreg.common.eager import cast as convert
+from jvpreg.common.keras_private import nn, numpy_ops
+from jvpreg.rules.contract import Declined, Gate, Pushforward
+from jvpreg.rules.examples import broadcast, kept, multiplied
+from jvpreg.rules.families import each_input, identity, scale
+from jvpreg.rules.folding import align, each_probe, fold, folded, unfold
+from jvpreg.rules.ops.elementwise import large, scale_to_the_end, without_infinity
+from jvpreg.rules.ops.moving import is_finite_number
+from jvpreg.rules.registry import register_rule
+
+
+def _is_number(operand) -> bool:
+    return isinstance(operand, (int, float, complex))
+
+
+def _like(operand, tangent):
+    """An operand, frozen as it is given, in the dtype of what it is multiplied with."""
+    return operand if _is_number(operand) else convert(operand, tangent.dtype)
+
+
+def _partials(operands, parts: list[Callable], y, *residuals, finite: bool = True, gates: bool = False) -> Pushforward:
+    """The pushforward of an operation of two broadcast operands, as one map `part(tangent, *residuals)` for each.
+
+    The residuals are the operands themselves, or have the output's shape; or they are the masks of one that `gates`. A
+    number among the operands has no tangent.
+    """
+    rank = len(y.shape)
+    dtype = y.dtype if is_complex(y) else None  # which real tangents are made to have
+    kept = [residual for residual in residuals if not _is_number(residual)]
+    # Where a tangent may be smaller than the output, it is spread over it.
+    smaller = any(not _is_number(a) and tuple(a.shape) != tuple(y.shape) for a in operands)
+
+    def of_values(part):
+        def push(tangent, *frozen):
+            remaining, tangent = iter(frozen), align(tangent, rank + 1)
+            values = [residual if _is_number(residual) else next(remaining) for residual in residuals]
+            return part(convert(tangent, dtype or tangent.dtype), *values)
+
+        return push
+
+    total = each_input(*(of_values(part) for part, a in zip(parts, operands, strict=True) if not _is_number(a)))
+
+    def push(*arguments):
+        image = total(*arguments)
+        return ops.add(image, ops.zeros_like(arguments[-1], dtype=image.dtype)) if smaller else image
+
+    finite = finite and all(is_finite_number(a) for a in operands if _is_number(a))
+    after = broadcast(*(len(operand.shape) for operand in operands if not _is_number(operand)))
+    facts: dict[str, Any] = {"takes_none": True, "finite": finite, "examples": after}
+    if gates:
+        facts["masks"] = [*(lambda mask: mask for _ in kept), *([None] if smaller else [])]
+    return (Gate if gates else Pushforward)(push, *kept, *([y] if smaller else []), **facts)
+
+
+@register_rule(numpy_ops.Add, numpy_ops.Subtract)
+def add(operation, a, b, context):
+    sign = 1 if isinstance(operation, numpy_ops.Add) else -1
+    y = operation.call(a, b)
+    return y, _partials((a, b), [lambda t: t, lambda t: sign * t], y)
+
+
+@register_rule(numpy_ops.Multiply)
+def multiply(operation, a, b, context):
+    y = operation.call(a, b)
+    return y, _partials((a, b), [lambda t, a, b: t * _like(b, t), lambda t, a, b: t * _like(a, t)], y, a, b)
+
+
+@register_rule(numpy_ops.Divide, numpy_ops.TrueDivide)
+def divide(operation, a, b, context):
+    y = operation.call(a, b)
+    if _is_number(b):
+        return y, _partials((a, b), [lambda t, b, y: t / b, lambda t, b, y: -t * y / b], y, b, y)
+    if is_complex(y):
+        raise Declined("a quotient of complex numbers")
+
+    def inverse(b, tangent):
+        """Of 0 a very large number, by which a tangent of zero stays zero."""
+        b = _like(b, tangent)
+        return ops.where(b == 0, large(tangent.dtype), 1 / ops.where(b == 0, ops.ones_like(b), b))
+
+    quotient = without_infinity(operation.call(a, ops.where(b == 0, ops.ones_like(b), b)))
+    parts = [lambda t, b, y: t * inverse(b, t), lambda t, b, y: -t * y * inverse(b, t)]
+    return y, _partials((a, b), parts, y, b, quotient, finite=False)
+
+
+@register_rule(numpy_ops.Power)
+def power(operation, a, b, context):
+    y = operation.call(a, b)
+    if is_complex(y):
+        raise Declined("a power of complex numbers")
+    base = ops.cast(a, y.dtype)
+    if _is_number(b):
+        return y, _power_of_a_number(operation, base, b)
+    exponent = ops.cast(b, y.dtype)
+    # base ** (exponent − 1) is not asked for where it is 0⁰, or infinite.
+    infinite = ops.logical_and(base == 0, exponent < 1)
+    constant = ops.logical_or(exponent == 0, exponent == 1)
+    by_base = exponent * operation.call(ops.where(ops.logical_or(infinite, constant), 1.0, base), exponent - 1)
+    by_base = ops.where(infinite, by_base * large(y.dtype), by_base)
+    positive = ops.where(base > 0, base, 1.0)
+    by_exponent = operation.call(positive, exponent) * ops.log(positive)
+    parts = [lambda t, by_base, by_exponent: t * by_base, lambda t, by_base, by_exponent: t * by_exponent]
+    return y, _partials((a, b), parts, y, by_base, by_exponent, finite=False)
+
+
+def _power_of_a_number(operation, base, exponent) -> Pushforward:
+    """The pushforward of `base ** exponent` for a number: 0 and 1 are no powers of the base, nor 2 one of its slope."""
+    if exponent == 0:
+        return Pushforward(ops.zeros_like, examples=kept)
+    if exponent == 1:
+        return identity()
+    if exponent == 2:
+        return scale(2 * base)
+    if exponent > 2:
+        return scale(exponent * operation.call(base, exponent - 1))
+    inside = base != 0 if exponent == int(exponent) else base > 0
+    if exponent < 1:
+        return scale_to_the_end(base, lambda x: exponent * operation.call(x, exponent - 1), inside, 1.0)
+    slope = exponent * operation.call(ops.where(inside, base, 1.0), exponent - 1)
+    return scale(ops.where(inside, slope, 0.0))
+
+
+@register_rule(numpy_ops.Maximum, numpy_ops.Minimum)
+def select(operation, a, b, context):
+    y = operation.call(a, b)
+    # A tie goes to the first operand. In the dtype of the output, to which a number is rounded.
+    better = ops.greater_equal if isinstance(operation, numpy_ops.Maximum) else ops.less_equal
+    first = ops.broadcast_to(better(ops.cast(a, y.dtype), ops.cast(b, y.dtype)), ops.shape(y))
+    parts = [lambda t, first: ops.where(first, t, 0.0), lambda t, first: ops.where(first, 0.0, t)]
+    return y, _partials((a, b), parts, y, first, gates=True)
+
+
+@register_rule(numpy_ops.Logaddexp)
+def logaddexp(operation, a, b, context):
+    y = operation.call(a, b)
+    share = ops.sigmoid(ops.where(ops.equal(a, b), ops.zeros_like(y), a - b))  # equal ones may be infinite
+    return y, _partials((a, b), [lambda t, share: t * share, lambda t, share: t * (1 - share)], y, share)
+
+
+@register_rule(numpy_ops.Arctan2)
+def arctan2(operation, a, b, context):
+    """The angle of (b, a), which has no direction at the origin: its slope there is 0."""
+    y = operation.call(a, b)
+    # In units of the larger of the two, whose square may be no number any more.
+    largest = ops.stop_gradient(ops.maximum(ops.abs(a), ops.abs(b)))
+    unit = ops.where(largest > 0, largest, 1.0)
+    x, z = b / unit, a / unit
+    squared = x * x + z * z
+    inverse = 1 / ops.where(squared > 0, squared, 1.0)
+    parts = [lambda t, by_a, by_b: t * by_a, lambda t, by_a, by_b: t * by_b]
+    return y, _partials((a, b), parts, y, x * inverse / unit, -z * inverse / unit)
+
+
+@register_rule(numpy_ops.Heaviside)
+def heaviside(operation, a, b, context):
+    """A step, whose value at 0 is b; Torch knows no derivative of it."""
+    y = operation.call(a, b)
+    at_step = ops.broadcast_to(ops.equal(a, 0), ops.shape(y))
+    return y, _partials((a, b), [lambda t, at: ops.zeros_like(t), lambda t, at: ops.where(at, t, 0.0)], y, at_step)
+
+
+@register_rule(numpy_ops.Where)
+def where(operation, condition, a, b, context):
+    y = operation.call(condition, a, b)
+    chosen = ops.broadcast_to(ops.cast(condition, "bool"), ops.shape(y))
+    parts = [lambda t, c: ops.zeros_like(t), lambda t, c: ops.where(c, t, 0.0), lambda t, c: ops.where(c, 0.0, t)]
+    return y, _partials((condition, a, b), parts, y, chosen, gates=True)
+
+
+@register_rule(numpy_ops.Matmul, numpy_ops.Einsum, numpy_ops.Tensordot, numpy_ops.Dot)
+def contract(operation, *operands, context):
+    """A product of tensors, linear in each of them while the others are frozen."""
+    ranks = [len(operand.shape) for operand in operands]
+
+    def part(i, tangent, *residuals):
+        """The product with a tangent in place of operand `i`; where that can be, of all probes at once."""
+        before, after = ([operand[0] for operand in others] for others in (residuals[:i], residuals[i + 1 :]))
+
+        def product(tangent, call=operation.call):
+            return call(*before, tangent, *after)
+
+        if tangent.shape[0] == 1:
+            return each_probe(product)(tangent)
+        probed = _probed(operation.subscripts, i) if isinstance(operation, numpy_ops.Einsum) else None
+        if probed is not None:
+            return product(tangent, functools.partial(ops.einsum, probed))
+        if isinstance(operation, numpy_ops.Matmul) and min(ranks) >= 2:
+            if i == 0 and ranks[1] == 2:  # rows times a matrix
+                return unfold(product(fold(tangent)), ops.shape(tangent)[0])
+            return product(align(tangent, max(ranks) + 1))
+        return each_probe(product)(tangent)
+
+    push = each_input(*(functools.partial(part, i) for i in range(len(operands))))
+    after = multiplied(operation, ranks)
+    return operation.call(*operands), Pushforward(push, *operands, takes_none=True, examples=after)
+
+
+def _probed(subscripts: str, i: int) -> str | None:
+    """Subscripts with one more index, of operand `i` and of the result; None where they leave the result to be told."""
+    operands, arrow, result = subscripts.replace(" ", "").partition("->")
+    if not arrow or "." in subscripts:
+        return None
+    probes = next(letter for letter in string.ascii_letters if letter not in subscripts)
+    given = operands.split(",")
+    given[i] = probes + given[i]
+    return f"{','.join(given)}->{probes}{result}"
+
+
+@register_rule(nn.Conv, nn.DepthwiseConv, nn.ConvTranspose)
+def convolution(operation, x, kernel, context):
+    call = operation.call
+    if isinstance(operation, nn.ConvTranspose):
+        # Not by the operation itself, whose `call` gives its arguments in another order than they are taken.
+        names = ("strides", "padding", "output_padding", "data_format", "dilation_rate")
+        call = functools.partial(ops.conv_transpose, **{name: getattr(operation, name) for name in names})
+
+    push = each_input(
+        lambda t, x, kernel: folded(lambda t: call(t, kernel[0]))(t),
+        lambda t, x, kernel: each_probe(lambda u: call(x[0], u))(t),
+    )
+    return call(x, kernel), Pushforward(push, x, kernel, takes_none=True)

@@ -1,0 +1,114 @@
+"""The operations of `keras.ops` that reduce axes to a number, or divide by one: extrema, deviations and norms."""
+
+import keras
+from keras import ops
+
+from jvpreg.common.dtypes import is_complex
+from jvpreg.common.keras_private import linalg, math_ops, nn, numpy_ops
+from jvpreg.rules.contract import Declined, Pushforward
+from jvpreg.rules.examples import along
+from jvpreg.rules.registry import register_rule
+
+
+def _reduced_axes(operation, x) -> list[int]:
+    """The axes that are reduced, counted from the end, where a probe axis does not shift them."""
+    axis = operation.axis
+    axes = range(len(x.shape)) if axis is None else [axis] if isinstance(axis, int) else axis
+    return [a % len(x.shape) - len(x.shape) for a in axes]
+
+
+@register_rule(numpy_ops.Max, numpy_ops.Amax, numpy_ops.Min, numpy_ops.Amin)
+def extremum(operation, x, context):
+    axes = _reduced_axes(operation, x)
+    y = operation.call(x)
+    wide = y if operation.keepdims else ops.expand_dims(y, sorted(axes))
+    winners = ops.cast(ops.equal(x, wide), x.dtype)
+    # Among equals the tangent is the mean, as the backends' gradients have it.
+    # With an `initial` one that none of them reaches, there is no winner.
+    shares = winners / ops.maximum(ops.sum(winners, axis=axes, keepdims=True), 1)
+
+    def push(tangent, shares):
+        return ops.sum(shares * tangent, axis=axes, keepdims=operation.keepdims)
+
+    return y, Pushforward(push, shares, examples=along(operation, x.shape))
+
+
+@register_rule(numpy_ops.Var, numpy_ops.Std)
+def variance(operation, x, context):
+    if is_complex(x):
+        raise Declined("a variance of complex numbers")
+    axes = _reduced_axes(operation, x)
+    y = operation.call(x)
+    centered = x - ops.mean(x, axis=axes, keepdims=True)
+    factor = 2.0
+    if isinstance(operation, numpy_ops.Std):
+        # The slope at equal numbers is 0. Not by y, whose own slope there is infinite.
+        centered, factor = _unit(centered, axes, ops.mean), 1.0
+
+    def push(tangent, centered):
+        return factor * ops.mean(centered * tangent, axis=axes, keepdims=operation.keepdims)
+
+    return y, Pushforward(push, centered, examples=along(operation, x.shape))
+
+
+def _unit(x, axes, reduce):
+    """x divided by the root of the sum or mean of its squares; 0 where that is 0, and with it x.
+
+    In units of its largest entry, and in 32 bits at least: in 16, a square of 300 is infinite, and one of 1e-4 zero.
+    """
+    wide = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
+    largest = ops.stop_gradient(ops.max(ops.abs(wide), axis=axes, keepdims=True))
+    scaled = wide / ops.where(largest > 0, largest, 1.0)
+    squared = reduce(ops.square(scaled), axis=axes, keepdims=True)
+    return ops.cast(scaled * ops.rsqrt(ops.where(squared > 0, squared, 1.0)), x.dtype)
+
+
+@register_rule(linalg.Norm)
+def norm(operation, x, context):
+    """The root of the sum of squares, with a slope of 0 at 0."""
+    if is_complex(x):
+        raise Declined("a norm of complex numbers")
+    of_vector = operation.axis is not None and len(operation.axis) == 1
+    if not (operation.ord in (None, "fro") or (operation.ord == 2 and of_vector)):
+        raise Declined("a norm that is not the root of the sum of squares")
+    axes = _reduced_axes(operation, x)
+    unit = _unit(x, axes, ops.sum)
+
+    def push(tangent, unit):
+        return ops.sum(unit * tangent, axis=axes, keepdims=operation.keepdims)
+
+    # Not by the operation itself, which on JAX takes no list of axes.
+    y = ops.norm(x, operation.ord, operation.axis and tuple(operation.axis), operation.keepdims)
+    return y, Pushforward(push, unit, examples=along(operation, x.shape))
+
+
+@register_rule(math_ops.Logsumexp)
+def logsumexp(operation, x, context):
+    axes = _reduced_axes(operation, x)
+    y = operation.call(x)
+    wide = y if operation.keepdims else ops.expand_dims(y, sorted(axes))
+
+    def push(tangent, shares):
+        return ops.sum(shares * tangent, axis=axes, keepdims=operation.keepdims)
+
+    # Where all are −∞, no share of the sum moves it.
+    shares = ops.exp(ops.where(ops.isfinite(wide), x - wide, -float("inf")))
+    return y, Pushforward(push, shares, examples=along(operation, x.shape), finite=False)
+
+
+@register_rule(nn.Normalize)
+def normalize(operation, x, context):
+    """`x / max(‖x‖₂, ε)`."""
+    if operation.order != 2:
+        raise Declined("a norm of another order than 2")
+    axes = _reduced_axes(operation, x)
+    floor = keras.config.epsilon() if operation.epsilon is None else operation.epsilon
+    squares = ops.sum(ops.square(x), axis=axes, keepdims=True)
+    inverse = ops.rsqrt(ops.maximum(squares, floor**2))
+    y = operation.call(x)
+    above = ops.cast(squares > floor**2, x.dtype)
+
+    def push(tangent, y, inverse, above):
+        return inverse * (tangent - above * y * ops.sum(y * tangent, axis=axes, keepdims=True))
+
+    return y, Pushforward(push, y, inverse, above, examples=along(operation, x.shape))

@@ -1,0 +1,1 @@
+"""`JacobianModel`: training with penalties on the Jacobian, through plain `compile` and `fit`."""

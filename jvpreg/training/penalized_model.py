@@ -1,0 +1,210 @@
+"""`PenalizedModel`: what a model that is trained with penalties does in a step, whatever the penalties are."""
+
+import keras
+from keras import ops, tree
+
+from jvpreg.common import checks, keras_private, seeds
+from jvpreg.products import linearize
+from jvpreg.regularizers.checks import check_dependence
+from jvpreg.regularizers.serving import packed
+from jvpreg.training.steps import Step, SteppedModel
+from jvpreg.training.trackers import PenaltyTracker, StopAtNonFinitePenalty
+from jvpreg.training.weighting import (
+    check_labels_beside,
+    compiled_labels,
+    compiled_weights,
+    given_weights,
+    own_keys,
+)
+
+
+class PenalizedModel(SteppedModel):
+    """Computes just what its base computes, and in a step adds penalties to the loss: a base class.
+
+    In a step with penalties `call` linearizes the base at the batch instead of running it. That run serves the outputs,
+    the loss as Keras computes it, and every penalty: the linearization goes to `compute_loss` in the `current_step`,
+    and from there to `penalty`. A subclass overrides that, `has_penalties` and `penalty_metrics`; and `base_inputs`, if
+    it is given more than the base takes.
+
+    Args:
+        base: a Keras model.
+        seed: of random directions.
+        **kwargs: of `keras.Model`: `name`.
+
+    Attributes:
+        base: the model.
+        seed: the same.
+        training_seed: a `keras.random.SeedGenerator`, from which training draws.
+        evaluation_seed: another one for evaluation: validating must not change what is trained.
+
+    Raises:
+        ValueError: `base` is not a model.
+    """
+
+    def __init__(self, base: keras.Model, seed: int | None = None, **kwargs):
+        if not isinstance(base, keras.Model) or isinstance(base, PenalizedModel):
+            raise checks.invalid("base", "a plain Keras model", base)
+        # `base` casts its own inputs; a second cast here would round what it is given.
+        super().__init__(**{"autocast": False, "dtype": base.dtype_policy, **kwargs})
+        self.base = base
+        self.seed = checks.seed("seed", seed, optional=True)
+        if hasattr(base, "output_names"):
+            # By these, Keras finds the losses, metrics and weights of several outputs, and names what it logs.
+            self.output_names = base.output_names
+        self.training_seed = seeds.generator(self.seed, 0)
+        self.evaluation_seed = seeds.generator(self.seed, 1)
+        self.built = base.built
+
+    @property
+    def penalty_metrics(self) -> list[keras.metrics.Metric]:
+        """All metrics of penalties. `fit` stops where one that is a `PenaltyTracker` is not finite."""
+        raise NotImplementedError(f"{type(self).__name__} must override `penalty_metrics`.")
+
+    def penalty(self, step: Step, labels, sample_weight, training: bool):
+        """The penalties of a step, a scalar that the loss gains; `penalty_metrics` are updated.
+
+        Args:
+            step: with its inputs, and the linearization of the base at them.
+            labels: those given to `fit`, `(B, …)`, or None.
+            sample_weight: as Keras hands it to a step, a structure like that of the labels, or None.
+            training: whether it is a step of training, which is to be counted: see `run_when_due`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must override `penalty(self, step, …)`.")
+
+    def symbolic_inputs(self):
+        """What the base takes, with batches of any size; None where it is not known yet."""
+        if getattr(self.base, "inputs", None):
+            return packed(list(self.base.inputs))
+        shapes = (self.base.get_build_config() or {}).get("input_shape") if self.base.built else None
+        # A subclassed model says no more than the shapes.
+        return tree.map_shape_structure(lambda shape: keras.KerasTensor((None, *shape[1:])), shapes) if shapes else None
+
+    def call(self, inputs, training=None):
+        """What the base model computes; inside a step with penalties, by way of its linearization."""
+        x, step = self.base_inputs(inputs), self.current_step
+        symbolic = any(isinstance(leaf, keras.KerasTensor) for leaf in tree.flatten(x))
+        if step is None or not step.penalized or symbolic or self.is_plain(step):
+            return self.base(x, training=training)
+        linearization = linearize(self.base, x, training=bool(training), xla=bool(self.jit_compile))
+        check_dependence(self.jacobian_regularizers, linearization, self.base)
+        step.inputs, step.linearization = inputs, linearization
+        return linearization.outputs
+
+    def base_inputs(self, inputs):
+        """The base's inputs, of what this model is given; by default all of it."""
+        return inputs
+
+    def compute_output_shape(self, input_shape):
+        """The base model's."""
+        return self.base.compute_output_shape(input_shape)
+
+    def fit(self, x=None, y=None, batch_size=None, epochs=1, verbose="auto", callbacks=None, **kwargs):
+        """As `keras.Model.fit`.
+
+        Raises:
+            FloatingPointError: a penalty was not finite in an epoch; the error names it and the step.
+            ValueError: there are weights and no labels, without which Keras would drop them.
+        """
+        if self.has_penalties:
+            check_labels_beside(kwargs.get("sample_weight"), y)
+            given = [kwargs.get(name) for name in ("sample_weight", "class_weight", "validation_split")]
+            weights = given_weights(y, own_keys(self.jacobian_regularizers), *given)
+            kwargs |= dict(zip(("sample_weight", "class_weight"), weights, strict=True))
+        trackers = [metric for metric in self.penalty_metrics if isinstance(metric, PenaltyTracker)]
+        if trackers:
+            watch = StopAtNonFinitePenalty(trackers)
+            # First in line: an epoch that went wrong must not be saved as a checkpoint.
+            if isinstance(callbacks, keras.callbacks.CallbackList):
+                watch.set_model(self)
+                others = [c for c in callbacks.callbacks if not isinstance(c, StopAtNonFinitePenalty)]
+                callbacks.callbacks = [watch, *others]
+            else:
+                callbacks = [watch, *tree.flatten(callbacks or [])]
+        return super().fit(x, y, batch_size, epochs, verbose, callbacks, **kwargs)
+
+    def evaluate(self, x=None, y=None, batch_size=None, verbose="auto", sample_weight=None, **kwargs):
+        """As `keras.Model.evaluate`.
+
+        Raises:
+            ValueError: there are weights and no labels.
+        """
+        if self.has_penalties:
+            check_labels_beside(sample_weight, y)
+        return super().evaluate(x, y, batch_size, verbose, sample_weight, **kwargs)
+
+    def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
+        """As Keras'."""
+        weights = given_weights(y, own_keys(self.jacobian_regularizers), sample_weight, class_weight)
+        return super().train_on_batch(x, y, *weights, return_dict)
+
+    def get_metrics_result(self):
+        """As Keras', without the penalties in an evaluation that leaves them out."""
+        results = super().get_metrics_result()
+        if self.current_step is not None and not self.current_step.penalized:
+            ours = {metric.name for metric in self.penalty_metrics}
+            results = {k: v for k, v in results.items() if k not in ours}
+        return results
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """The loss as compiled, plus the penalties of the step."""
+        step = self.current_step
+        linearized = step is not None and step.linearization is not None
+        if self.loss is None and not self.losses and self.has_penalties:
+            # Penalties alone: Keras would have nothing to compute. Not every step need have them.
+            trained_on = any(one.scheduled or one.strength for one in self.jacobian_regularizers)
+            always = linearized and self.jacobian_interval == 1 and trained_on
+            loss = ops.zeros(()) if always else _differentiable_zero(y_pred)
+        else:
+            labels, weights = self._compiled(y, sample_weight)
+            loss = super().compute_loss(x, labels, y_pred, weights, training=training)
+        if step is None or step.linearization is None:
+            if step is not None and step.penalized and self.is_plain(step):
+                self.steps_taken.assign(self.steps_taken + 1)
+            return loss
+        penalty = self.penalty(step, y, sample_weight, training)
+        step.linearization = None  # Another loss within the step would count its penalties again.
+        # The losses of replicas are summed: each is given its share.
+        return loss + ops.cast(keras_private.additional_loss(self, penalty), loss.dtype)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        """As Keras', with the labels and weights that are the loss's."""
+        labels, weights = self._compiled(y, sample_weight)
+        return super().compute_metrics(x, labels, y_pred, weights)
+
+    def _compiled(self, labels, sample_weight) -> tuple:
+        """The labels and weights without those that are a regularizer's own."""
+        own = own_keys(self.jacobian_regularizers)
+        return compiled_labels(labels, own, alone=self.loss is None), compiled_weights(sample_weight, own)
+
+    def export(self, *args, **kwargs):
+        """As `keras.Model.export`, of the base, which computes the same."""
+        inputs = self.symbolic_inputs()
+        if inputs is not None:
+            self.base(inputs)  # In `fit` it was linearized, and Keras exports only what was called.
+        self.base.export(*args, **kwargs)
+
+    def save_own_variables(self, store):
+        """Keras does not save the state of seeds; with it, a resumed run draws what it would have drawn."""
+        super().save_own_variables(store)
+        for i, state in enumerate(self.seed_states()):
+            store[f"seed_{i}"] = ops.convert_to_numpy(state)
+
+    def load_own_variables(self, store):
+        """Loads what `save_own_variables` stored."""
+        store = {key: store[key] for key in store.keys()}  # noqa: SIM118 -- an h5 store has no __iter__
+        # A base with more or less dropout has other seeds: those that are there are assigned.
+        stored = {key: store.pop(key) for key in list(store) if key.startswith("seed_")}
+        for i, state in enumerate(self.seed_states()):
+            if f"seed_{i}" in stored:
+                state.assign(stored[f"seed_{i}"])
+        super().load_own_variables(store)
+
+    def seed_states(self) -> list:
+        """The states of the model's seeds and of its base's (dropout): variables that Keras does not call weights."""
+        weights = {id(weight) for weight in self.weights}
+        return [variable for variable in self.variables if id(variable) not in weights]
+
+
+def _differentiable_zero(outputs):
+    """The sum of no example: it has a gradient, without which Torch takes no step, and reads no number."""
+    return sum(ops.sum(ops.cast(y[:0], keras.config.floatx())) for y in tree.flatten(outputs))

@@ -1,0 +1,426 @@
+"""What a layer's own `call` may hold: keyword tensors, control flow, whole and complex numbers, weights alone."""
+
+import keras
+import numpy as np
+import pytest
+from compare import assert_close, normal, numpy
+from keras import layers, ops
+
+import jvpreg
+from jvpreg.common.keras_private import recorded_calls
+from jvpreg.engine.transpose import transpose
+
+pytestmark = pytest.mark.filterwarnings("ignore:Some nodes of")
+
+
+class Call(layers.Layer):
+    """A layer of one function of its input and its weight (3, 3)."""
+
+    def __init__(self, function, **kwargs):
+        super().__init__(**kwargs)
+        self.function = function
+
+    def build(self, shape):
+        self.w = self.add_weight(shape=(3, 3), initializer="glorot_uniform")
+
+    def call(self, x):
+        return self.function(x, self.w)
+
+    def compute_output_shape(self, shape):
+        return keras.KerasTensor(shape).shape
+
+
+def check_call(function, x, weight=True, dtype="float64"):
+    """Values, and products by both passes, against what the layer computes and its finite differences."""
+    exact, near, step = {"float64": (1e-12, 1e-7, 1e-5), "float32": (1e-6, 2e-3, 1e-2)}[dtype]
+    layer = Call(function, dtype=dtype)
+    x, u = x.astype(dtype), normal(*x.shape, seed=1).astype(dtype)
+    call = layer(ops.convert_to_tensor(x))
+    lin = jvpreg.linearize(layer, x)
+    assert_close(lin.outputs, call, exact)
+    slope = (numpy(layer(x + step * u)) - numpy(layer(x - step * u))) / (2 * step)
+    assert_close(lin.jvp(u), slope, near)
+    y, ju = jvpreg.jvp(layer, x, u)
+    assert_close(y, call, exact)
+    assert_close(ju, slope, near)
+    v = normal(*slope.shape, seed=2).astype(dtype)
+    np.testing.assert_allclose(np.sum(numpy(lin.vjp(v)) * u), np.sum(slope * v), rtol=100 * near, atol=near)
+    if weight:
+        before, moved = numpy(layer.w), normal(3, 3, seed=3)
+        values = []
+        for sign in (1, -1):
+            layer.w.assign(before + sign * step * moved)
+            values.append(numpy(layer(x)))
+        layer.w.assign(before)
+        slope = (values[0] - values[1]) / (2 * step)
+        assert np.abs(slope).max() > 1e-3
+        assert_close(lin.jvp(weights=[(layer.w, moved)]), slope, 1e-7)
+    return lin
+
+
+def scanned(x, w):
+    return ops.scan(lambda z, row: (ops.tanh(ops.matmul(z, w) + row + x[:, 0]), row), x[:, 0], ops.moveaxis(x, 1, 0))[0]
+
+
+# Each closes over the input, the weight, or both; `map` and `scan` go along the first axis.
+CONTROL_FLOW = {
+    "fori_loop": lambda x, w: ops.fori_loop(0, 3, lambda i, z: ops.tanh(ops.matmul(z, w) + x), ops.zeros_like(x)),
+    "while_loop": lambda x, w: ops.while_loop(
+        lambda i, z: i < 3,
+        lambda i, z: (i + 1, ops.tanh(ops.matmul(z, w) + x)),
+        (0, ops.zeros_like(x)),
+        maximum_iterations=5,
+    )[1],
+    "cond": lambda x, w: ops.cond(ops.sum(x * x) > 0, lambda: ops.sin(ops.matmul(x, w)), lambda: 2.0 * x),
+    "switch": lambda x, w: ops.switch(1, [lambda z: 2.0 * z, lambda z: ops.matmul(z * x, w)], x),
+    "map": lambda x, w: ops.map(lambda row: ops.matmul(row, w) * ops.sum(x[0]), x),
+    "vectorized_map": lambda x, w: ops.vectorized_map(lambda row: ops.tanh(ops.matmul(row, w)) * x[0, 0], x),
+    "associative_scan": lambda x, w: ops.associative_scan(lambda a, b: a * b * w[0, 0], x, axis=1),
+    "a loop from constants": lambda x, w: ops.fori_loop(
+        0, 2, lambda i, z: ops.tanh(ops.matmul(z, w) + x), ops.zeros((2, 3), dtype="float64")
+    ),
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kind", CONTROL_FLOW)
+def test_control_flow(kind):
+    if kind == "while_loop" and keras.backend.backend() == "jax":
+        pytest.skip("JAX has no reverse mode through a while loop")
+    if kind == "associative_scan" and keras.backend.backend() == "torch":
+        pytest.skip("Keras computes it in 32 bits there, too few for finite differences")
+    lin = check_call(CONTROL_FLOW[kind], normal(2, 3))
+    # On Torch a loop that begins with numbers runs while it is traced.
+    assert all(reason.startswith("Call: its `call` ") for reason in lin.fallbacks.values())
+    assert lin.fallbacks or (kind == "a loop from constants" and keras.backend.backend() == "torch")
+
+
+@pytest.mark.usefixtures("float64")
+def test_control_flow_in_training():
+    """The penalty's step in the compiled function, against the same layer written out."""
+
+    def loop(x, w):
+        return ops.fori_loop(0, 3, lambda i, z: ops.tanh(ops.matmul(z, w) + x), ops.zeros_like(x))
+
+    def written_out(x, w):
+        z = ops.zeros_like(x)
+        for _ in range(3):
+            z = ops.tanh(ops.matmul(z, w) + x)
+        return z
+
+    x, found = normal(4, 3), []
+    for function in (loop, written_out):
+        keras.utils.set_random_seed(0)
+        model = jvpreg.JacobianModel(keras.Sequential([keras.Input((3,)), Call(function)]), seed=0)
+        model.compile(keras.optimizers.SGD(0.1), "mse", jacobian_regularizers=[jvpreg.regularizers.JacobianNorm(0.1)])
+        history = model.fit(x, x, batch_size=4, epochs=2, verbose=0).history
+        found.append((history["frobenius_norm_squared"], model.base.get_weights()))
+    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-8)
+    assert_close(found[0][1], found[1][1], 1e-8)
+
+
+def complex_product(x, w):
+    z = ops.cast(x, "complex64") * (1 + 2j)
+    return ops.real(z * ops.conj(z) * 1j - 0.5j * z) + ops.imag(ops.exp(z))
+
+
+COMPLEX = {
+    "python numbers": complex_product,
+    "a number before it": lambda x, w: ops.imag(1j * ops.cast(x, "complex64") + 2j),
+    "absolute value": lambda x, w: ops.absolute(ops.cast(x, "complex64") + 1j * ops.cast(x * x, "complex64")),
+    "back to a real number": lambda x, w: x * ops.real(ops.cast(x, "complex64") / (1 + 1j)),
+}
+
+
+@pytest.mark.parametrize("kind", COMPLEX)
+def test_complex_numbers(kind):
+    # Of 64 bits: of 128, a Python number is of 64 for Keras and of 128 for a tensor of TensorFlow's.
+    check_call(COMPLEX[kind], 0.5 * normal(2, 3), weight=False, dtype="float32")
+
+
+def test_pairs_as_complex_numbers():
+    layer = Call(lambda x, w: ops.view_as_real(ops.view_as_complex(ops.reshape(x, (-1, 3, 2))) * (1 + 2j)))
+    x, u = normal(2, 6).astype("float32"), normal(2, 6, seed=1).astype("float32")
+    expected = layer(ops.convert_to_tensor(u))  # It is linear.
+    lin = jvpreg.linearize(layer, x)
+    assert_close(lin.jvp(u), expected, 1e-5)
+    assert_close(lin.outputs, layer(x), 1e-5)
+
+
+# Operations of which something has no tangent: predicates, indices, counts.
+WITHOUT_TANGENT = {
+    "isnan": lambda x, w: ops.where(ops.isnan(x), 0.0, x * x),
+    "isinf": lambda x, w: ops.where(ops.isinf(x), x, x * x),
+    "logical_xor": lambda x, w: ops.where(ops.logical_xor(x > 0.5, x < -0.5), x, x * x),
+    "top_k": lambda x, w: ops.top_k(x, 2)[0],
+    "rows of a weight by top_k": lambda x, w: ops.take(w, ops.top_k(x, 2)[1], axis=0) * ops.top_k(x, 2)[0][..., None],
+    "a column by argsort": lambda x, w: ops.take_along_axis(x, ops.argsort(x, axis=1), axis=1) ** 2,
+    "count_nonzero": lambda x, w: x * ops.cast(ops.count_nonzero(x > 0), "float64"),
+    "floor_divide": lambda x, w: x * (x // 0.3),
+    "searchsorted": lambda x, w: x * ops.cast(ops.searchsorted(ops.sort(w[0]), x[0]), "float64"),
+    "a slice by a shape": lambda x, w: x[:, : ops.shape(x)[1] - 1] ** 2,
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kind", WITHOUT_TANGENT)
+def test_what_is_no_real_number_has_no_tangent(kind):
+    check_call(WITHOUT_TANGENT[kind], normal(2, 3), weight=False)
+
+
+# An argument that an operation keeps as an attribute, and not as an input. What Keras itself takes there differs.
+TENSORS_AS_CONSTANTS = {
+    "clip": lambda x, w: ops.clip(x, ops.mean(x, axis=1, keepdims=True), 1.0),
+    "clip by a weight": lambda x, w: ops.clip(ops.matmul(x, w), w[0, 0], w[0, 0] + 1.0),
+    "roll": lambda x, w: ops.roll(x, ops.cast(ops.argmax(x[0]), "int32"), axis=1) ** 2,
+    "squareplus": lambda x, w: ops.squareplus(ops.matmul(x, w), w[0, 0] ** 2),
+    "threshold of relu": lambda x, w: keras.activations.relu(ops.matmul(x, w), threshold=w[0, 0] ** 2),
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kind", TENSORS_AS_CONSTANTS)
+def test_a_tensor_in_place_of_a_constant_is_left_to_autodiff(kind):
+    lin = check_call(TENSORS_AS_CONSTANTS[kind], normal(2, 3), weight=kind in ("clip by a weight", "squareplus"))
+    operation = "re_lu" if "relu" in kind else kind.split()[0]
+    told = f"Call: its `call` gives `{operation}` a tensor in place of a constant"
+    assert list(lin.fallbacks.values()) == [told]
+
+
+PADDED = {
+    "a mean": lambda x, w: ops.pad(x * x, [[0, 0], [1, 2]], constant_values=ops.mean(x)),
+    "an infinite one": lambda x, w: ops.max(ops.pad(x, [[0, 0], [1, 2]], constant_values=ops.min(x) - INF), axis=1),
+    "a fixed one": lambda x, w: ops.pad(x, [[0, 0], [1, 0]], constant_values=ops.convert_to_tensor(2.0, x.dtype)) ** 2,
+    "of a weight": lambda x, w: ops.pad(ops.matmul(x, w), [[0, 0], [1, 2]], constant_values=ops.sum(w * w)),
+}
+INF = float("inf")
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kind", PADDED)
+def test_padding_by_a_tensor(kind):
+    if kind == "of a weight" and keras.backend.backend() == "torch":
+        pytest.skip("Keras itself takes none there")
+    lin = check_call(PADDED[kind], normal(2, 3), weight=kind == "of a weight")
+    assert not lin.fallbacks
+
+
+# What has a rule for some of its arguments: why it has none for these.
+DECLINED = {
+    "norm": (lambda x: ops.norm(x, ord=1, axis=-1), "a norm that is not the root of the sum of squares"),
+    "normalize": (lambda x: ops.normalize(x, order=3, axis=-1), "a norm of another order than 2"),
+    "absolute": (lambda x: ops.abs(ops.cast(x, "complex64")), "it is of complex numbers"),
+}
+
+
+@pytest.mark.parametrize("kind", DECLINED)
+def test_the_reason_of_a_rule_that_declines_is_told(kind):
+    if kind == "norm" and keras.backend.backend() == "jax":
+        pytest.skip("Keras' operation takes no axis in a graph on JAX")
+    function, reason = DECLINED[kind]
+    x = normal(2, 3).astype("float32")
+    layer = Call(lambda x, w: function(x), name="layer")
+    layer(x)
+    lin = jvpreg.linearize(layer, x)
+    assert lin.fallbacks == {kind: f"{kind.capitalize()}: {reason}"}
+    with pytest.raises(NotImplementedError, match=rf"`{kind}` \({kind.capitalize()}\) has .* rule \({reason}\)"):
+        jvpreg.linearize(layer, x, fallback="error")
+
+
+@ops.custom_gradient
+def squared(x):
+    def grad(*arguments, upstream=None):
+        return 2 * x * (arguments[-1] if upstream is None else upstream)
+
+    return x * x, grad
+
+
+def moved(images):
+    transform = np.array([[1.0, 0.1, 0.2, 0.1, 0.9, 0.2, 0.0, 0.0]] * 2, "float32")
+    return ops.image.affine_transform(images, ops.convert_to_tensor(transform))
+
+
+# On Torch, the first is opened up as any other function.
+WITHOUT_FORWARD_MODE = {
+    "a gradient of one's own": (squared, (2, 3)),
+    "an affine transform": (moved, (2, 4, 4, 1)),
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_FORWARD_MODE)
+def test_where_a_backend_has_no_forward_mode(kind):
+    """Both products, against differences."""
+    function, shape = WITHOUT_FORWARD_MODE[kind]
+    x, u = normal(*shape).astype("float32"), normal(*shape, seed=1).astype("float32")
+    layer = Call(lambda x, w: function(x))
+    layer(x)
+    lin = jvpreg.linearize(layer, x, fallback="allow")
+    assert lin.fallbacks or (function is squared and keras.backend.backend() == "torch")
+    slope = (numpy(layer(x + 1e-2 * u)) - numpy(layer(x - 1e-2 * u))) / 2e-2
+    assert_close(lin.jvp(u), slope, 1e-3)
+    v = normal(*slope.shape, seed=2)
+    if function is moved and keras.backend.backend() == "tensorflow":
+        pytest.skip("its gradient of an affine transform is no transpose, but what the inverse one makes")
+    np.testing.assert_allclose(np.sum(numpy(lin.vjp(v)) * u), np.sum(slope * v), rtol=1e-3)
+
+
+def test_a_penalty_without_forward_mode():
+    """‖d (s x)² / dx · u‖² is 4 s⁴ x² u², whose slope along s is 16 s³ x² u²: the square has a gradient of its own."""
+    model = keras.Sequential([keras.Input((3,)), Scaled(), Call(lambda x, w: squared(x))])
+    x, u = normal(2, 3).astype("float32"), normal(2, 3, seed=1).astype("float32")
+    model(x)
+    (scale, *_) = model.trainable_variables
+    scale.assign(1.5)
+
+    def penalty(inputs):
+        with keras.StatelessScope(state_mapping=[(scale, inputs[0])]):
+            return [ops.sum(ops.square(jvpreg.linearize(model, x, fallback="allow").jvp(u)))]
+
+    (slope,) = transpose(penalty, [ops.convert_to_tensor(scale) + 0], [ops.ones(())])
+    np.testing.assert_allclose(numpy(slope), 16 * 1.5**3 * np.sum((x * u) ** 2), rtol=1e-5)
+
+
+class Scaled(layers.Layer):
+    def build(self, shape):
+        self.scale = self.add_weight(shape=(), initializer="ones")
+
+    def call(self, x):
+        return self.scale * x
+
+
+# What Keras fills in, or does, in the function and not in the operation that a trace leaves.
+FILLED_IN = {
+    "conv_transpose": lambda x, w: ops.conv_transpose(x[:, :, None], w[:, :2, None], strides=2),
+    "conv_transpose, same": lambda x, w: ops.conv_transpose(x[:, :, None], w[:, :2, None], strides=2, padding="same"),
+    "conv": lambda x, w: ops.conv(x[:, :, None], w[:2, None, :2]),
+    "softmax over two axes": lambda x, w: ops.softmax(x[:, :, None] * w, axis=(1, 2)),
+    "log_softmax over two axes": lambda x, w: ops.log_softmax(x[:, :, None] * w, axis=(1, 2)),
+    "norm": lambda x, w: ops.norm(ops.matmul(x, w), axis=-1, keepdims=True) * x,
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kind", FILLED_IN)
+def test_arguments_that_keras_fills_in(kind):
+    check_call(FILLED_IN[kind], normal(2, 3))
+
+
+class Keywords(layers.Layer):
+    """Its keyword tensors stand in no order of the alphabet, one among them in a dict."""
+
+    def call(self, scale=None, base=None, others=None):
+        return ops.tanh(scale) * 2.0 + base * others["z"] - ops.sin(others["a"])
+
+
+class Calling(layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = Keywords(dtype=self.dtype_policy)
+
+    def call(self, x):
+        return self.inner(scale=x, base=ops.square(x), others={"z": x + 1.0, "a": 3.0 * x})
+
+
+@pytest.mark.usefixtures("float64")
+def test_keyword_tensors_keep_their_names():
+    x, u = normal(2, 3), normal(2, 3, seed=1)
+    layer = Calling(dtype="float64")
+    lin = jvpreg.linearize(keras.Sequential([keras.Input((3,)), layer]), x)
+    assert_close(lin.outputs, 2 * np.tanh(x) + x**2 * (x + 1) - np.sin(3 * x), 1e-12)
+    assert_close(lin.jvp(u), u * (2 / np.cosh(x) ** 2 + 3 * x**2 + 2 * x - 3 * np.cos(3 * x)), 1e-12)
+
+
+class Attending(layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.attention = layers.MultiHeadAttention(2, 4)
+
+    def call(self, x):
+        mask = ops.tile(ops.expand_dims(x[:, :, 0] > -1.0, 1), (1, 5, 1))
+        return self.attention(query=x, value=ops.flip(x, axis=1), key=x * x, attention_mask=mask)
+
+
+@pytest.mark.usefixtures("float64")
+def test_attention_by_keywords():
+    """Its outputs are those of Keras, with the scale that TensorFlow rounds to 32 bits.
+
+    On JAX Keras takes the softmax in 32 bits, and the rule does not: there it is the more exact one.
+    """
+    x, u = normal(2, 5, 8), normal(2, 5, 8, seed=1)
+    model = keras.Sequential([keras.Input((5, 8)), Attending()])
+    lin = jvpreg.linearize(model, x, fallback="error")
+    on_jax = keras.backend.backend() == "jax"
+    assert_close(lin.outputs, model(x), 1e-7 if on_jax else 1e-13)
+    step = 1e-2 if on_jax else 1e-5
+    slope = (numpy(model(x + step * u)) - numpy(model(x - step * u))) / (2 * step)
+    assert_close(lin.jvp(u), slope, 1e-3 if on_jax else 1e-7)
+
+
+class Latents(layers.Layer):
+    def build(self, shape):
+        self.w = self.add_weight(shape=(1, 3))
+
+    def call(self, x):
+        return ops.repeat(self.w, ops.shape(x)[0], axis=0)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    "after", [layers.Dense(5, name="on_latents"), layers.LayerNormalization()], ids=["bias", "norm"]
+)
+def test_a_node_that_sees_weights_alone_has_no_intercept(after):
+    x = keras.Input((4,))
+    hidden = layers.Dense(5)(after(Latents()(x))) * layers.Dense(5)(x)
+    model = keras.Model(x, layers.Dense(2)(ops.tanh(hidden)))
+    full = jvpreg.full_jacobian(model, normal(3, 4))
+    assert np.abs(numpy(full.completeness_error())).max() < 1e-12
+    assert after.name not in full.bias_jacobians
+
+
+def test_augmentation_is_left_to_autodiff_without_a_word(recwarn):
+    images = normal(2, 4, 4, 3).astype("float32")
+    model = keras.Sequential([keras.Input((4, 4, 3)), layers.RandomFlip(seed=1), layers.Flatten(), layers.Dense(2)])
+    lin = jvpreg.linearize(model, images, training=True)
+    assert not [warning for warning in recwarn if "autodiff" in str(warning.message)]
+    assert list(lin.fallbacks) == ["random_flip"]
+    # It moves pixels about: linear, so the same as what it makes of the images.
+    flipped = lin.block("random_flip")
+    assert_close(flipped.jvp(images), flipped.outputs, 1e-6)
+    assert jvpreg.linearize(model, images).fallbacks == {}
+
+
+class Noisy(layers.Layer):
+    """Draws random numbers, in a way that can be traced or in one that cannot."""
+
+    def __init__(self, traced):
+        super().__init__()
+        self.traced, self.seed, self.dense = traced, keras.random.SeedGenerator(1), layers.Dense(3)
+
+    def build(self, shape):
+        self.dense.build(shape)
+
+    def call(self, x):
+        noise = keras.random.normal((4, 3), dtype=x.dtype, seed=self.seed)
+        if not self.traced:
+            assert not isinstance(x, keras.KerasTensor)
+        return self.dense(x * noise)
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_a_call_that_draws_random_numbers_draws_them_once(traced):
+    layer, other, x = Noisy(traced), Noisy(traced), normal(4, 3)
+    called = layer(x)
+    other.build((None, 3))
+    other.dense.set_weights(layer.dense.get_weights())
+    assert_close(jvpreg.linearize(other, x).outputs, called)
+    np.testing.assert_array_equal(numpy(other.seed.state), numpy(layer.seed.state))
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_what_a_layer_was_opened_with_is_not_kept(traced):
+    layer, x = Noisy(traced), normal(4, 3)
+    layer(x)
+    known = [len(calls) for calls in recorded_calls(layer.dense)]
+    for _ in range(3):
+        jvpreg.linearize(layer, x)
+    assert [len(calls) for calls in recorded_calls(layer.dense)] == known
