@@ -3,12 +3,11 @@
 JAX ends a process at once, by an abort in a thread of its own, when another host is lost or none answers. So a host
 works in a second process, and the one that was started waits for it and tells in a sentence what became of it.
 
-    run(config)                    the process that was started
-      python -m experiments.hosts  the process that works
-        join, begin, end           what the hosts do together, each of them in this order
+    run(config)                           the process that was started
+      python -m experiments.host_process  the process that works
+        join, begin, end                  what the hosts do together, each of them in this order
 """
 
-import contextlib
 import io
 import json
 import os
@@ -18,17 +17,15 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
-import traceback
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import yaml
 
 from experiments import files
 from experiments.config import HostsConfig, TrainConfig, as_plain_dict
-from experiments.errors import ExperimentError, without_traceback
+from experiments.errors import ExperimentError
 from experiments.run_folder import RunFolder, differences
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +55,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
         paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         # It ends when its standard input does, and so when this process is killed.
         worker = subprocess.Popen(
-            [sys.executable, "-m", "experiments.hosts", name],
+            [sys.executable, "-m", "experiments.host_process", name],
             env={**os.environ, "PYTHONPATH": paths},
             stdin=subprocess.PIPE,
         )
@@ -150,6 +147,11 @@ def exchange(word: bytes) -> list[bytes]:
     return [row.tobytes()[:size] for row, size in zip(multihost_utils.process_allgather(padded), sizes, strict=True)]
 
 
+def have_begun() -> bool:
+    """Whether the hosts have agreed to train."""
+    return bool(_words.get("begun"))
+
+
 def begin(folder: RunFolder, **word: Any) -> dict[str, Any]:
     """Agree to train, which each host does once; the others get the state of host 0's run in their folders.
 
@@ -193,7 +195,7 @@ def packed(folder: RunFolder) -> bytes:
 
 def end(result: dict[str, Any]) -> dict[str, Any]:
     """Wait for all, and for the result of host 0, which alone has one."""
-    if not _words.get("begun"):  # the run was finished
+    if not have_begun():  # the run was finished
         begin(RunFolder(Path()), result=result)
     return json.loads(exchange(json.dumps(result).encode())[0])
 
@@ -208,85 +210,3 @@ def part_of_batches(config: HostsConfig, count: int, batch_size: int) -> np.ndar
     """The indices of this host's examples, of so many that are taken in batches."""
     batches = [np.arange(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     return np.concatenate([batch[part(config, len(batch))] for batch in batches])
-
-
-def main(name: str) -> NoReturn:
-    """The process that works; it leaves the outcome in the folder `name`."""
-    from experiments.__main__ import STUDIES, parse, terminate
-
-    folder = Path(name)
-    quiet(folder / LOG)
-    threading.Thread(target=end_with_input, daemon=True).start()
-    signal.signal(signal.SIGTERM, terminate)
-    _, config = parse("python -m experiments", STUDIES, ["train", f"--config={folder / CONFIG}"])
-    status = 2
-    outcome: dict[str, Any] = {}
-    try:
-        outcome = {"result": worked(config, folder)}
-        status = 0
-    except Exception as error:
-        message = without_traceback(error)
-        if message is None and is_loss(error):
-            message = lost(config.hosts)
-        if message is None:
-            traceback.print_exc()
-            message = "this is an error in the code; see above."
-        outcome = {"error": message}
-    except KeyboardInterrupt:
-        pass
-    files.write_json(folder / OUTCOME, outcome)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)  # JAX would wait for hosts that may be gone
-
-
-def worked(config: TrainConfig, folder: Path) -> dict[str, Any]:
-    """Join the others, train, and part from them."""
-    import jax
-
-    from experiments.train import train
-
-    join(config)
-    (folder / JOINED).touch()
-    try:
-        result = train(config)
-    except Exception as error:
-        message = without_traceback(error)
-        if message is not None and not _words.get("begun"):
-            begin(RunFolder(Path()), error=message)  # raises it here too
-        raise
-    result = end(result)
-    jax.distributed.shutdown()
-    return result
-
-
-def is_loss(error: BaseException | None) -> bool:
-    """Whether the reason of an error is that another host is gone."""
-    while error is not None:
-        if any(name in str(error) for name in ("Gloo", "NCCL", "coordination")):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def quiet(log: Path) -> None:
-    """Let Python write to the standard error, and send what libraries write there into a file."""
-    visible = os.dup(2)
-    with log.open("wb") as file:
-        os.dup2(file.fileno(), 2)
-    sys.stderr = os.fdopen(visible, "w", buffering=1)
-
-
-def end_with_input() -> None:
-    """End this process when its standard input ends."""
-    with contextlib.suppress(OSError):
-        while os.read(0, 1):
-            pass
-    os._exit(2)
-
-
-if __name__ == "__main__":
-    # By its name, so that `train` finds the same module.
-    from experiments import hosts
-
-    hosts.main(*sys.argv[1:])
