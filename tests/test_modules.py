@@ -1,0 +1,35 @@
+"""The rooms of the package: names of modules are not hidden, files and functions are short."""
+
+import ast
+import importlib
+import pkgutil
+import types
+from pathlib import Path
+
+import pytest
+
+import jvpreg
+
+PACKAGE = Path(jvpreg.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
+LINES, LINES_OF_A_FUNCTION = 400, 60
+AT_THE_ROOT = {"__init__", "clone", "linearization", "probes", "products", "tangent_model", "testing"}
+
+
+@pytest.mark.parametrize("name", [module.name for module in pkgutil.walk_packages([str(PACKAGE)], "jvpreg.")])
+def test_a_module_is_not_hidden_by_what_its_package_exports(name):
+    parent, _, own = name.rpartition(".")
+    importlib.import_module(name)
+    assert isinstance(getattr(importlib.import_module(parent), own), types.ModuleType)
+
+
+def test_few_modules_are_at_the_root():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == AT_THE_ROOT
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_files_and_functions_are_short(path):
+    text = path.read_text()
+    assert text.count("\n") <= LINES
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    assert not [node.name for node in functions if node.end_lineno - node.lineno >= LINES_OF_A_FUNCTION]
