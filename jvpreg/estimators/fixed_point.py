@@ -5,6 +5,7 @@ from keras import ops
 from jvpreg import probes
 from jvpreg.common import checks
 from jvpreg.engine.finite import finite_examples
+from jvpreg.engine.paths import is_within
 from jvpreg.estimators.operator import Operator, by_example
 from jvpreg.estimators.result import Estimate
 from jvpreg.estimators.spectrum import top_eigenvalues
@@ -66,10 +67,11 @@ def frozen_fixed_point(linearization: Linearization, layer: str | None) -> Impli
     if not isinstance(linearization, Linearization):
         raise checks.invalid("linearization", "what `jvpreg.linearize` returns", linearization)
     checks.text("layer", layer, optional=True)
-    pairs = [(node.name, node.pushforward) for node in linearization.nodes]
-    known = {name: pushforward for name, pushforward in pairs if isinstance(pushforward, ImplicitPushforward)}
-    found = [pushforward for name, pushforward in known.items() if layer in (None, name)]
+    pairs = [(node, node.pushforward) for node in linearization.nodes]
+    solved = [(node, frozen) for node, frozen in pairs if isinstance(frozen, ImplicitPushforward)]
+    found = [frozen for node, frozen in solved if layer is None or is_within(node.name, layer) or node.path == layer]
     if len(found) != 1:
-        expected = f"the path of a FixedPoint layer of the model, one of {list(known)}, or None where there is one"
+        known = [node.name for node, _ in solved]
+        expected = f"the path of a FixedPoint layer of the model, one of {known}, or None where there is one"
         raise checks.invalid("layer", expected, layer)
     return found[0]

@@ -23,6 +23,7 @@ from experiments.config import (
     WandbConfig,
     as_plain_dict,
 )
+from experiments.distill import DistillConfig
 from experiments.regularization.config import RegularizationConfig
 from tests.experiments import kills
 
@@ -61,7 +62,24 @@ STUDIES = {
         ),
         "",
     ),
+    "distill": (
+        "distill",
+        DistillConfig(
+            student=VGG,
+            methods=["full-Jacobian + attention"],
+            examples_per_class=[1],
+            seeds=[0],
+            stages=[1],
+            steps=3,
+            batch_size=8,
+            evaluations=1,
+            probed=4,
+        ),
+        "",
+    ),
 }
+TEACHER = "dropout"
+"""The study whose model is the teacher in `distill`."""
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +98,8 @@ class Trials:
 
     def run(self, name, folder, **kill):
         study, config, regularizers = STUDIES[name]
+        if study == "distill":
+            config = dataclasses.replace(config, teacher=str(self.whole(TEACHER)[0]))
         settings = folder.with_suffix(".yaml")
         settings.write_text(yaml.safe_dump(as_plain_dict(config)))
         words = [study, f"--config={settings}", f"--folder={folder}"]

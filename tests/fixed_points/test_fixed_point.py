@@ -162,3 +162,24 @@ def test_expansive_linear_systems(float64):
     assert_close(found.value, expected, 1e-6)
     assert numpy(found.converged).all()
     assert not numpy(find("picard").converged).any()
+
+
+def test_a_layer_by_its_attribute():
+    class Network(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.solved = FixedPoint(linear_cell(), name="equilibrium")
+
+        def call(self, x):
+            return self.solved(x)
+
+    network, x = Network(), normal(2, 3)
+    network(x)
+    lin = jvpreg.linearize(network, x)
+    values = [
+        numpy(jvpreg.estimators.fixed_point_spectral_radius(lin, layer).value)
+        for layer in (None, "equilibrium", "solved")
+    ]
+    np.testing.assert_array_equal(values[1:], values[:1] * 2)
+    with pytest.raises(ValueError, match=r"`layer`. Expected .* one of \['equilibrium'\]"):
+        jvpreg.estimators.fixed_point_spectral_radius(lin, "other")
