@@ -212,6 +212,7 @@ class _Case:
             id(variable) for variable in self._stateless(self.values, lambda: self._linearize(self.inputs).weights)
         }
         indices = [i for i, variable in enumerate(self.variables) if id(variable) in known]
+        self._check_no_weight_is_missing(known)
         if not indices:
             return
         count = len(indices)
@@ -234,7 +235,15 @@ class _Case:
 
             return self._stateless(values, run)
 
-        received = [_numpy(leaf) for leaf in compiled(products)(self.values, self.inputs, u, tangents)]
+        try:
+            received = [_numpy(leaf) for leaf in compiled(products)(self.values, self.inputs, u, tangents)]
+        except Exception as error:
+            error.add_note(
+                f"{self._name}: this was raised by a part of its weights. Each takes a tangent of the weight, "
+                "`(P, *weight.shape)` (of an `Affine` `(*weight.shape)`), and residuals `(1, B, …)`; "
+                "`jvpreg.rules.align` gives a tangent the axes that it lacks."
+            )
+            raise
         for k, (i, tangent) in enumerate(zip(indices, moved, strict=True)):
             pair = []
             for sign in (1, -1):
@@ -252,6 +261,19 @@ class _Case:
             [leaf[-1] for leaf in received],
             [np.sum(leaf[:-1], axis=0) for leaf in received],
         )
+
+    def _check_no_weight_is_missing(self, known: set[int]) -> None:
+        """Raises if the output depends on a trainable weight that has no part in the rule."""
+        for i, variable in enumerate(self.variables):
+            if not variable.trainable or id(variable) in known:
+                continue
+            moved = [value + STEP if j == i else value for j, value in enumerate(self.values)]
+            outputs = tree.flatten(self._stateless(moved, lambda: self.reference(*self.inputs)))
+            pairs = zip(outputs, self.outputs, strict=True)
+            assert all(np.array_equal(_numpy(y), _numpy(before)) for y, before in pairs), (
+                f"{self._name}: the output depends on `{variable.path}`, and the pushforward has no part for it. "
+                "Expected a pair `(variable, part)` among its `weights`."
+            )
 
     def check_penalty_gradient(self, compiled: Callable) -> None:
         """The gradient of `mean ‖J u‖²` by inputs and weights, along random directions, by finite differences."""

@@ -45,7 +45,7 @@ def test_every_regularizer_and_loss_has_a_row():
     exported = [getattr(module, name) for module in (regularizers, constraints) for name in module.__all__]
     kinds = (regularizers.JacobianRegularizer, *ENFORCEMENTS)
     names = {c.__name__ for c in exported if inspect.isclass(c) and issubclass(c, kinds) and c not in BASES}
-    assert names == set(distributed.ROWS)
+    assert names == set(distributed.ROWS), "each needs a row in tests/distributed.py"
     losses = [getattr(distillation, name) for name in distillation.__all__]
     names = {c.__name__ for c in losses if issubclass(c, distillation.MatchingLoss) and c not in BASES}
-    assert names == set(distributed.LOSSES)
+    assert names == set(distributed.LOSSES), "each needs a row in tests/distributed.py"

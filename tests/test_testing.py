@@ -21,7 +21,7 @@ class Curve(layers.Layer):
         return ops.tanh(x * ops.cast(self.w, x.dtype))
 
 
-def check(primal=None, slope=None, push=None, residual=True, **arguments):
+def check(primal=None, slope=None, push=None, residual=True, partless=False, **arguments):
     """`check_rule` of a rule that is right but for what is given.
 
     Args:
@@ -29,6 +29,7 @@ def check(primal=None, slope=None, push=None, residual=True, **arguments):
         slope: what it takes for the derivative, of x, w and y.
         push: what its pushforward does with a tangent and the slope.
         residual: whether the slope is a residual, and not closed over.
+        partless: whether it has no part for the weight.
         **arguments: of `check_rule`.
     """
     primal = primal or (lambda y: y)
@@ -40,8 +41,10 @@ def check(primal=None, slope=None, push=None, residual=True, **arguments):
         w = ops.cast(layer.w, x.dtype)
         y = ops.tanh(x * w)
         s = slope(x, w, y)
-        pushforward = jvpreg.rules.Pushforward(push, s) if residual else jvpreg.rules.Pushforward(lambda t: push(t, s))
-        return primal(y), pushforward
+        parts = [] if partless else [(layer.w, lambda u, *_: jvpreg.rules.align(u, len(x.shape) + 1) * x * (1 - y**2))]
+        if residual:
+            return primal(y), jvpreg.rules.Pushforward(push, s, weights=parts)
+        return primal(y), jvpreg.rules.Pushforward(lambda t: push(t, s), weights=parts)
 
     jvpreg.testing.check_rule(Curve(name="curve"), (4,), **arguments)
 
@@ -95,6 +98,23 @@ def test_slope_of_the_wrong_weight():
 def test_tangent_in_lower_precision():
     with fails("the pullback, against autodiff"):
         check(push=lambda tangent, slope: ops.cast(tangent * slope, "float32"))
+
+
+def test_a_weight_without_a_part():
+    with pytest.raises(AssertionError, match=r"output depends on `.*w`, and the pushforward has no part for it"):
+        check(partless=True)
+
+
+def test_an_error_in_a_part_of_a_weight_names_the_rule():
+    @jvpreg.register_rule(Curve)
+    def rule(layer, x, context):
+        y = layer.call(x)
+        slope = (1 - y**2) * layer.w
+        return y, jvpreg.rules.scale(slope, weights=[(layer.w, lambda u, slope: u[..., :3] * slope)])
+
+    with pytest.raises(Exception) as caught:  # noqa: PT011 -- the backend's own, with a note
+        jvpreg.testing.check_rule(Curve(name="curve"), (4,))
+    assert "rule of `curve` (Curve): this was raised by a part of its weights" in caught.value.__notes__[0]
 
 
 def test_tangent_of_the_wrong_shape():

@@ -35,7 +35,10 @@ class Quadrature(NamedTuple):
     coarser: Any = None
 
     def sums(self, function: Callable):
-        """`Σ_i f(λ_i)` over the spectrum, as each of the P vectors has it: `(P, B)`."""
+        """`Σ_i f(λ_i)` over the spectrum, as each of the P vectors has it: `(P, B)`.
+
+        `function` gets the nodes, which are over the unit: of `JᵀJ` they are `(σ / unit)²`. The caller scales back.
+        """
         # A node without weight stands for nothing, and may be where f is infinite.
         counts = self.weights > 0
         values = ops.where(counts, function(ops.where(counts, self.nodes, 1.0)), 0.0)

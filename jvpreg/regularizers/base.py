@@ -94,6 +94,10 @@ class JacobianRegularizer:
         snake_case = re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
         self.name = checks.text("name", name, optional=True) or self.default_name or snake_case
 
+    def check(self, inputs, outputs) -> None:
+        """Raises a ValueError where it does not fit a model of such inputs and outputs, `(B, …)`, at `compile`."""
+        return
+
     def directions(self, inputs, labels, seed):
         """Directions `(P, B, …)` like `inputs`, to be pushed forward; or None.
 

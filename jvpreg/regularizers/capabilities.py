@@ -95,10 +95,6 @@ class Constrains:
 
     measures: Mapping[str, str] = {}
 
-    def check(self, inputs, outputs) -> None:
-        """Raises a ValueError where it does not fit a model of such inputs and outputs, `(B, …)`, at `compile`."""
-        return
-
     def contradicts(self, other: JacobianRegularizer) -> str | None:
         """In what the two cannot both hold, in words; None if they can, as far as can be told beforehand."""
         return None

@@ -46,8 +46,7 @@ def check_regularizers(regularizers, argument: str) -> tuple[JacobianRegularizer
 def check_fit(regularizers: Sequence[JacobianRegularizer], inputs, outputs) -> None:
     """Raises a ValueError where one does not fit a model of such inputs and outputs, `(B, …)`."""
     for regularizer in regularizers:
-        if isinstance(regularizer, Constrains):
-            regularizer.check(inputs, outputs)
+        regularizer.check(inputs, outputs)
 
 
 def check_inputs(regularizers: Sequence[JacobianRegularizer], model) -> None:

@@ -17,10 +17,11 @@ from jvpreg.rules import (
     recurrent,
     regularization,
     reshaping,
+    softmax,
 )
 from jvpreg.rules.contract import Affine, ChannelScale, Context, Declined, Gate, Pushed, Pushforward
 from jvpreg.rules.families import each_input, gate, identity, linear, scale
-from jvpreg.rules.folding import each_probe
+from jvpreg.rules.folding import align, each_probe
 from jvpreg.rules.registry import find_rule, register_elementwise, register_rule
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Pushed",
     "Pushforward",
     "activations",
+    "align",
     "attention",
     "convolution",
     "core",
@@ -51,4 +53,5 @@ __all__ = [
     "regularization",
     "reshaping",
     "scale",
+    "softmax",
 ]

@@ -11,11 +11,11 @@ import numpy as np
 from keras import activations, layers, ops
 
 from jvpreg.rules.contract import Declined, Gate, Pushforward
-from jvpreg.rules.core import sum_of_products
 from jvpreg.rules.examples import besides, kept
 from jvpreg.rules.families import gate, identity, scale, scale_by
 from jvpreg.rules.folding import fold, unfold
 from jvpreg.rules.registry import find_rule, register_elementwise, register_rule
+from jvpreg.rules.softmax import from_end
 
 SELU_SCALE = 1.0507009873554804934193349852946
 SELU_ALPHA = 1.6732632423543772848170429916717
@@ -263,63 +263,9 @@ def sparse_plus(x, y):
 # Activations that mix the entries of one axis.
 
 
-def _from_end(axis, x):
-    """`axis`, or each of a tuple, counted from the end, where the leading probe axis of a tangent does not shift it."""
-    if isinstance(axis, (list, tuple)):
-        return tuple(_from_end(each, x) for each in axis)
-    return axis if axis < 0 else axis - len(x.shape)
-
-
-@register_rule(activations.softmax)
-def softmax(function, x, context, axis=-1):
-    y = function(x, axis=axis)
-    return y, _softmax_pushforward(y, _from_end(axis, x), context)
-
-
-def _softmax_pushforward(y, axes, context) -> Pushforward:
-    def push(tangent, y):
-        return y * (tangent - sum_of_products(y, tangent, axes, context))
-
-    return Pushforward(push, y, examples=besides(axes, len(y.shape)))
-
-
-@register_rule(activations.log_softmax)
-def log_softmax(function, x, context, axis=-1):
-    y = function(x, axis=axis)
-    axis = _from_end(axis, x)
-
-    def push(tangent, probabilities):
-        return tangent - sum_of_products(probabilities, tangent, axis, context)
-
-    return y, Pushforward(push, ops.exp(y), examples=besides([axis], len(x.shape)))
-
-
-@register_rule(activations.sparsemax)
-def sparsemax(function, x, context, axis=-1):
-    """The derivative of what Keras computes, `max(x − τ, 0)`.
-
-    Keras takes τ from the sum of all the partial sums of the k supporting entries in descending order, where
-    Martins & Astudillo (2016) take the last one; so an entry of rank r enters τ with the weight (k − r) / k, not 1/k.
-    """
-    axis = _from_end(axis, x)
-    y = function(x, axis=axis)
-    ranks = ops.argsort(ops.argsort(-x, axis=axis), axis=axis)
-    descending = ops.flip(ops.sort(x, axis=axis), axis=axis)
-    position = ops.cast(ops.argsort(ops.argsort(-descending, axis=axis), axis=axis), x.dtype)
-    supporting = descending - (ops.cumsum(descending, axis=axis) - 1) / (position + 1) > 0
-    size = ops.sum(ops.cast(supporting, x.dtype), axis=axis, keepdims=True)
-    weights = ops.relu(size - ops.cast(ranks, x.dtype)) / size
-
-    def push(tangent, kept, weights):
-        return ops.where(kept, tangent - ops.sum(weights * tangent, axis=axis, keepdims=True), 0.0)
-
-    masks = [lambda kept: kept, None]
-    return y, Gate(push, y > 0, weights, masks=masks, examples=besides([axis], len(x.shape)))
-
-
 @register_rule(activations.glu)
 def glu(function, x, context, axis=-1):
-    axis = _from_end(axis, x)
+    axis = from_end(axis, x)
     value, logit = ops.split(x, 2, axis=axis)
     gate = ops.sigmoid(logit)
 
@@ -383,10 +329,3 @@ def prelu(layer, x, context):
         return ops.expand_dims(u, 1) * ops.minimum(x, 0)
 
     return layer.call(x), Gate(push, x, masks=[lambda x: x > 0], weights=[(layer.alpha, part)])
-
-
-@register_rule(layers.Softmax)
-def softmax_layer(layer, x, context, mask=None):
-    # What is masked is 0 in the output, and with it every tangent there.
-    y = layer.call(x, mask=mask)
-    return y, _softmax_pushforward(y, _from_end(layer.axis, x), context)

@@ -4,7 +4,7 @@ An operation with weights in which it is linear is an `Affine`, of `jvpreg.rules
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from keras import ops
@@ -29,16 +29,20 @@ def identity() -> Pushforward:
     return Pushforward(lambda tangent: tangent, examples=kept)
 
 
-def scale(slope, finite: bool = True) -> Pushforward:
+def scale(slope, *frozen, weights: Iterable[tuple[Any, Callable]] = (), finite: bool = True) -> Pushforward:
     """The pushforward of a smooth elementwise operation; `slope` is its derivative at `x`, `(B, …)`.
 
-    `finite` is as of `Pushforward`.
+    Args:
+        slope: the derivative by x.
+        *frozen: what the parts of weights need besides, `(B, …)`.
+        weights: as of `Pushforward`: a pair for each weight, whose part takes `(tangent, slope, *frozen)`.
+        finite: as of `Pushforward`.
     """
 
-    def push(tangent, slope):
+    def push(tangent, slope, *_):
         return as_batch(ops.multiply, tangent, cast(slope, tangent.dtype))
 
-    return Pushforward(push, slope, examples=kept, finite=finite)
+    return Pushforward(push, slope, *frozen, weights=weights, examples=kept, finite=finite)
 
 
 def scale_by(slope: Callable, kernel: Callable, *frozen) -> Pushforward:
