@@ -2,7 +2,7 @@
 
 `contract` is what a rule returns and what it is told; `families` are the words in which most rules are written;
 `registry` knows which operation has which rule. The other modules are the rules of Keras' layers, operations and
-activations, a file a family: importing this package registers them.
+activations, one file for each family: importing this package registers them.
 """
 
 from jvpreg.rules import (

@@ -22,7 +22,7 @@ SELU_ALPHA = 1.6732632423543772848170429916717
 
 
 def _torch_kernel(name: str):
-    """Torch's own gradient of an activation, as one operation; None on other backends, and for ONNX, which has none."""
+    """The gradient of an activation as one operation of Torch; None on other backends, and for ONNX, which has none."""
     if keras.backend.backend() != "torch":
         return None
     import torch
@@ -30,12 +30,12 @@ def _torch_kernel(name: str):
     return None if torch.onnx.is_in_onnx_export() else getattr(torch.ops.aten, name)
 
 
-# Piecewise-linear activations: a mask, one byte an element, is all that is frozen, but for ReLU where a backend has a
-# kernel for it.
+# Piecewise-linear activations freeze a mask alone, one byte an element. ReLU freezes its output instead if the backend
+# has a kernel for its gradient.
 
 
 def _slope_in_use(function, x, **kwargs):
-    """The negative slope that the backend multiplies by: TensorFlow's kernel rounds it to float32."""
+    """The negative slope as the backend uses it: TensorFlow's kernel rounds it to float32."""
     return -function(-ops.ones((), x.dtype), **kwargs)
 
 
@@ -45,9 +45,9 @@ def linear(function, x, context):
 
 
 def _by_kernel(slope, y) -> Gate:
-    """Slope 1 where the output `y` of ReLU is positive, and `slope` (0 or more) elsewhere, by the backend's gradient.
+    """Slope 1 where the output `y` of ReLU is positive, otherwise `slope` (0 or more), by the backend's gradient.
 
-    Selects are slow in a plain TensorFlow graph and on Torch, as `benchmark layers` shows. All that is frozen is what
+    Selects are slow in a plain TensorFlow graph and on Torch, as `benchmark layers` shows. Only `y` is frozen, which
     plain training keeps as well.
     """
 
@@ -64,15 +64,15 @@ def _by_kernel(slope, y) -> Gate:
         return Gate(push_by_torch, y, masks=[mask], examples=kept)
     import tensorflow as tf
 
-    slope = float(np.float32(slope))  # as the kernel of the layer itself has it
+    slope = float(np.float32(slope))  # rounded as by the layer's own kernel
 
     def push(tangent, y):
         y = tf.stop_gradient(y)
         if tangent.shape[0] != 1:
-            # As in TensorFlow's own gradient, an infinite tangent becomes NaN, and not 0, where it is dropped.
+            # A tangent that is dropped becomes NaN, not 0, if it is infinite: so does TensorFlow's own gradient.
             kept = tf.cast(mask(y), tangent.dtype)
             return tangent * (slope + (1 - slope) * kept if slope else kept)
-        # Reshaped, as around a convolution: the graph's optimizer takes out what one undoes of the other.
+        # Reshaped, as around a convolution: the graph's optimizer removes two reshapes that undo each other.
         both = {"gradients": fold(tangent), "features": fold(y)}
         image = tf.raw_ops.LeakyReluGrad(**both, alpha=slope) if slope else tf.raw_ops.ReluGrad(**both)
         return unfold(image, 1)
@@ -198,7 +198,7 @@ def selu(x, y):
 
 @register_rule(activations.silu)
 def silu(function, x, context):
-    gate = ops.sigmoid(x)  # once for both, which TensorFlow's graphs do not find out
+    gate = ops.sigmoid(x)  # for both: TensorFlow's graphs would not share it by themselves
     y = x * gate
     return y, scale(gate + y * (1 - gate))
 
@@ -213,7 +213,7 @@ def gelu(function, x, context, approximate=False):
     if context.plain_graph and not approximate:
         import tensorflow as tf
 
-        below = 0.5 * tf.math.erfc(-_gelu_root() * x)  # once for both, as TensorFlow's own has it
+        below = 0.5 * tf.math.erfc(-_gelu_root() * x)  # for both, and as TensorFlow's own GELU computes it
         return x * below, scale(below + x * _gelu_density(x))
     return function(x, approximate=approximate), scale(_gelu_slope(x, approximate))
 
@@ -232,7 +232,7 @@ def _gelu_density(x):
 
 
 def _gelu_root() -> float:
-    """√½, as the backend has it: TensorFlow rounds it to float32."""
+    """√½ as the backend uses it: TensorFlow rounds it to float32."""
     root = math.sqrt(1 / 2)
     return float(np.float32(root)) if keras.backend.backend() == "tensorflow" else root
 
@@ -278,7 +278,7 @@ def glu(function, x, context, axis=-1):
     )
 
 
-# The same as layers.
+# The same activations as layers.
 
 
 @register_rule(layers.Activation)

@@ -1,4 +1,4 @@
-"""Attention. The layers are opened up into their projections, and this operation between them."""
+"""Attention. The layers are opened up into their projections and this operation between them."""
 
 import math
 
@@ -13,7 +13,7 @@ from jvpreg.rules.registry import register_rule
 
 
 def _usual_scale(size: int) -> float:
-    """`1 / √size`, as Keras has it: on TensorFlow it is rounded to 32 bits, whatever it is multiplied with."""
+    """`1 / √size` as Keras computes it: TensorFlow rounds it to float32, whatever the dtype of the logits."""
     if keras.backend.backend() == "tensorflow":
         return float(np.float32(1) / np.sqrt(np.float32(size)))
     return 1 / math.sqrt(size)
@@ -65,11 +65,11 @@ def dot_product_attention(operation, query, key, value, context, bias=None, mask
     y = merged(ops.einsum("bmgts,bsmh->btmgh", probabilities, value))
     residuals = [query, key, value, probabilities, y]
     if given:
-        # Where all of a row is masked, the probabilities are equal and constant.
+        # If a whole row is masked, its probabilities are equal and constant.
         residuals.append(ops.where(mask, probabilities, 0))
 
     def push(query_tangent, key_tangent, value_tangent, *others):
-        # Before the residuals comes the tangent of a mask, which is None.
+        # A mask is an input too: its tangent, which is None, comes before the residuals.
         query, key, value, probabilities, y, *_ = others[-len(residuals) :]
         moving = others[-1] if given else probabilities
         images = []
@@ -80,7 +80,7 @@ def dot_product_attention(operation, query, key, value, context, bias=None, mask
             moved.append(ops.einsum("btmgh,pbsmh->pbmgts", grouped(query[0]), key_tangent))
         if moved:
             weighted = moving * (scale * sum(moved[1:], moved[0]))
-            # The values' products and, by a column of ones, the sums of what weighs them.
+            # A column of ones beside the values: the same product then gives the sums of the weights too.
             ones = ops.ones_like(value[0, ..., :1])
             summed = ops.einsum("pbmgts,bsmh->pbtmgh", weighted, ops.concatenate([value[0], ones], axis=-1))
             images.append(summed[..., :-1] - summed[..., -1:] * grouped(y))

@@ -1,8 +1,8 @@
 """The cell of a recurrent layer: what is done to each step's input, and what is done to the states.
 
-Keras' own cells are taken apart where XLA does not compile. What they do to the input is affine and the same at every
-step, so it is done for all steps at once. What is left of a step is one product with the last output, and slopes, of
-which few are frozen. (XLA fuses the operations of a step as they are, and takes its products from the cache.)
+Without XLA, Keras' own cells are split in two. Their map of the input is affine and the same at every step, so it is
+computed for all steps at once. What is left of a step is one product with the last output, and few frozen slopes.
+(XLA fuses the operations of a whole cell, and reads its products from the cache.)
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +18,8 @@ class WholeCell:
     """A cell that runs at each step as it is, by its own rule or opened up.
 
     Attributes:
-        entering: pairs of a weight and `part(u, steps)`: what its tangent `(P, …)` adds to what is taken, as
-            (T, P, B, …).
+        entering: a pair for each weight with which `enter` multiplies: the weight, and `part(u, steps)`, the tangent
+            `(T, P, B, …)` of what `enter` returns, for a tangent `u` `(P, …)` of the weight.
     """
 
     entering: Sequence[tuple[Any, Callable]] = ()
@@ -32,16 +32,16 @@ class WholeCell:
         return steps
 
     def push_entering(self, tangents):
-        """What becomes of tangents (T, P, B, …) of the inputs there."""
+        """The tangents of what `enter` returns, from those of the inputs, (T, P, B, …)."""
         return tangents
 
     def step(self, x, states) -> tuple[tuple, Pushforward]:
-        """The output and the states of one step; and the pushforward, of tangents of x, of each state, to theirs."""
+        """The output and the new states of one step, and the step's pushforward from tangents of x and the states."""
         return self._run(self._cell, x, states)
 
 
 class SplitCell:
-    """As `WholeCell`, for one of Keras' own, whose product with the input is taken of all steps at once."""
+    """One of Keras' own cells, as `WholeCell`, but with the product with the input computed for all steps at once."""
 
     def __init__(self, cell, dtype):
         self._cell = cell
@@ -54,7 +54,7 @@ class SplitCell:
         entered = _product(steps, self._kernel)
         if self._bias is None:
             return entered
-        # That of a GRU has a row for the input and one for the states.
+        # The bias of a GRU has a row for the input and one for the states.
         return entered + (self._bias if len(self._bias.shape) == 1 else self._bias[0])
 
     def push_entering(self, tangents):
@@ -62,7 +62,7 @@ class SplitCell:
         return _product(tangents, self._kernel)
 
     def step(self, x, states) -> tuple[tuple, Pushforward]:
-        """The rest of a step."""
+        """The rest of a step, once its input has entered."""
         return _STEPS[type(self._cell)](self._cell, x, *states, self._recurrent_kernel, self._bias)
 
     def _push_kernel(self, u, steps):
@@ -74,9 +74,9 @@ class SplitCell:
 
 
 def cell_of(layer, context: Context, dtype) -> WholeCell | SplitCell:
-    """The cell of a recurrent layer; in two parts where that is faster, and nothing speaks against it.
+    """The cell of a recurrent layer, split where that is faster.
 
-    That would be dropout, a precision of its own, or an activation without a derivative.
+    It is not split if it has dropout, a precision of its own, or an activation without a derivative.
     """
     cell = layer.cell
     dropped = context.training and any(getattr(cell, name, 0) for name in ("dropout", "recurrent_dropout"))
@@ -103,19 +103,19 @@ def _activate(function, x) -> tuple:
 
 
 def _product(tensor, kernel):
-    """The product of a tensor (…, D) with (D, E), as one of matrices."""
+    """The product of a tensor (…, D) with a matrix (D, E), computed as a product of two matrices."""
     flat = ops.matmul(ops.reshape(tensor, (-1, kernel.shape[0])), kernel)
     return ops.reshape(flat, (*ops.shape(tensor)[:-1], kernel.shape[1]))
 
 
 def _arriving(x, h, kernel):
-    """The tangent before the activations: of what entered, or None, and of the last output."""
+    """The tangent before the activations, from that of what entered (None for zero) and that of the last output."""
     arrived = _product(h, kernel)
     return arrived if x is None else x + arrived
 
 
 def _parts(cell, h, push: Callable) -> list:
-    """Of the recurrent kernel and the bias, which move what comes before the activations; `push` goes on from there."""
+    """The parts of the recurrent kernel and the bias: `push` takes their tangents on, from before the activations."""
 
     def along_kernel(u, *residuals):
         return push(ops.matmul(residuals[-1], ops.cast(u, h.dtype)), *residuals)

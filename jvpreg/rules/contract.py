@@ -107,7 +107,7 @@ class Pushforward:
 
     @property
     def intercept(self) -> Any:
-        """What the operation adds to its linear part if the kind knows it; if None, the engine finds it from `y`."""
+        """What the operation adds to its linear part; None if only the engine can tell, by comparing with `y`."""
         return None
 
     @property
@@ -255,7 +255,7 @@ class Declined(Exception):  # noqa: N818 -- no error: the engine has other ways
 
     Args:
         reason: why.
-        to_autodiff: whether autodiff is what should serve it, so that nobody needs to be told.
+        to_autodiff: whether autodiff is the right way for the operation, so that no message is needed.
     """
 
     def __init__(self, reason: str, to_autodiff: bool = False):

@@ -10,8 +10,8 @@ from jvpreg.rules.registry import register_rule
 def _affine(layer, x, convolve, parts, scale):
     """`convolve(x, *kernels)` with a bias.
 
-    `parts` are the pairs `(variable, part(u, x))` of the kernels; `scale(slope)` are the kernels by which the channels
-    of the output come out multiplied by a slope (C,).
+    `parts` are the pairs `(variable, part(u, x))` of the kernels; `scale(slope)` returns the kernels with which the
+    channels of the output are multiplied by a slope (C,).
     """
     channels_first = layer.data_format == "channels_first"
 
@@ -28,7 +28,7 @@ def _affine(layer, x, convolve, parts, scale):
 
 
 def _causal(layer, x):
-    """The input as the convolution is to see it, and the padding that is left to do."""
+    """The input, padded if the convolution is causal, and the padding that the operation itself has to do."""
     if layer.padding != "causal":
         return x, layer.padding
     (kernel_size,), (dilation,) = layer.kernel_size, layer.dilation_rate

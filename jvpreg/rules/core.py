@@ -1,4 +1,4 @@
-"""Dense, and the layers that pass their input on, or what is not masked of it."""
+"""Dense, and the layers that pass on their input, or its steps that are not masked."""
 
 from keras import layers, ops
 
@@ -25,7 +25,7 @@ def sum_of_products(frozen, tangent, axes, context):
     """`Σ frozen · tangent` over `axes`, counted from the end and kept, of `(1, B, …)` and `(P, B, …)`."""
     axes = [axes] if isinstance(axes, int) else list(axes)
     if axes == [-1] and context.under_xla:
-        # On a processor, XLA sums a product that has an axis for the probes much slower than it takes a dot.
+        # On a CPU, XLA sums a product with a probe axis much more slowly than it computes a dot product.
         return ops.expand_dims(ops.einsum("...i,p...i->p...", frozen[0], tangent), -1)
     return ops.sum(frozen * tangent, axis=axes, keepdims=True)
 

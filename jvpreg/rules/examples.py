@@ -1,4 +1,4 @@
-"""Where the examples of a batch are: which axis of a value is theirs, after which operations, and where they mix."""
+"""Where the examples of a batch are: which axis of a value is theirs after each operation, and where they mix."""
 
 import math
 import string
@@ -14,7 +14,7 @@ from jvpreg.common.keras_private import Operations, core, image, linalg, math_op
 class Place(NamedTuple):
     """The axis of the examples in a value, of size `before · B · after`: other axes may be merged into it.
 
-    `mixed` is whether an entry depends on other examples than the one in whose row it is.
+    `mixed` is whether an entry depends on other examples than that of its own row.
     """
 
     axis: int
@@ -25,20 +25,20 @@ class Place(NamedTuple):
 
 FIRST = Place(0)
 MIXED = Place(-1, mixed=True)
-"""Of a value in which the examples are nowhere to be found, or of which it is not known where."""
+"""The place in a value that holds no example, or whose examples are at an unknown axis."""
 GONE = Place(-2, mixed=True)
-"""Of a value without an axis for the examples, which it was reduced over: it is the same for all of them."""
+"""The place in a value that was reduced over its examples: it has no axis for them, and is the same for all."""
 
 
 def kept(*places: Place | None) -> Place:
-    """The place of all inputs that have examples, of an operation entry by entry; None: of a weight or constant."""
+    """The place after an entrywise operation: that of all inputs that have examples; None is a weight or constant."""
     known = [place for place in places if place is not None]
     where = {place._replace(mixed=False) for place in known}
     return where.pop()._replace(mixed=any(place.mixed for place in known)) if len(where) == 1 else MIXED
 
 
 class broadcast:  # noqa: N801 -- called like the functions beside it
-    """As `kept`, of inputs of these ranks that are broadcast to the largest."""
+    """As `kept`, for inputs of these ranks, which are broadcast to the largest."""
 
     def __init__(self, *ranks: int):
         self.ranks = ranks
@@ -50,7 +50,7 @@ class broadcast:  # noqa: N801 -- called like the functions beside it
 
 
 def besides(axes, rank: int) -> Callable:
-    """As `kept`, of an operation along these axes: examples on one of them are mixed."""
+    """As `kept`, for an operation along these axes: it mixes examples that lie along one of them."""
     axes = [axis % rank for axis in tree.flatten(axes)]
 
     def after(*places):
@@ -61,7 +61,7 @@ def besides(axes, rank: int) -> Callable:
 
 
 def _classes(operations: Operations, names: str) -> tuple[type, ...]:
-    """Those that this version of Keras has."""
+    """The classes of these names that this version of Keras has."""
     return tuple(vars(operations)[name] for name in names.split() if name in vars(operations))
 
 
@@ -79,7 +79,7 @@ _ENTRYWISE = (
     ),
 )
 _LEADING = {
-    # The least rank with which the first axis is one of a batch.
+    # The lowest rank at which the first axis is that of a batch.
     3: (
         *_classes(nn, "AdaptiveAveragePool AdaptiveMaxPool AveragePool Fold MaxPool"),
         *_classes(linalg, "Cholesky CholeskyInverse Det Eig Eigh Inv LuFactor Pinv Qr SVD"),
@@ -99,7 +99,7 @@ _LEADING = {
 
 
 def of_class(operation, shapes: Sequence[tuple]) -> Callable:
-    """Where the examples are after an operation that no rule speaks for, on inputs of these shapes, by its class."""
+    """Where the examples are after an operation whose rule does not say so, by its class and its inputs' shapes."""
     if isinstance(operation, keras.Layer) or type(operation).__module__.split(".")[0] != "keras":
         # A layer, or somebody's own operation or function, is taken to work example by example.
         return lambda *places: place if (place := kept(*places))._replace(mixed=False) == FIRST else MIXED
@@ -135,7 +135,7 @@ _REDUCES = (
 
 
 def along(operation, shape: tuple) -> Callable:
-    """Where the examples are after an operation along axes of tensors of this shape, by where they are in them."""
+    """Where the examples are after an operation that works along axes of tensors of this shape."""
     rank = len(shape)
 
     def after(*places):
@@ -209,7 +209,7 @@ def _order(operation, rank: int) -> list[int]:
 
 
 def _axes(operation, rank: int) -> list[int]:
-    """The axes along which it works; no axis means all of them, or the flat tensor."""
+    """The axes along which an operation works; no axis means all of them, or the flat tensor."""
     if isinstance(operation, numpy_ops.Pad):
         widths = tree.flatten(operation.pad_width)
         pairs = [widths[i : i + 2] for i in range(0, len(widths), 2)] if len(widths) == 2 * rank else [widths] * rank
@@ -221,7 +221,7 @@ def _axes(operation, rank: int) -> list[int]:
     if isinstance(operation, numpy_ops.Copy):
         return []
     if not given:
-        # All but the first of a batch; nothing is known of others.
+        # All but the first axis of a batch; all axes if it is not known that there is a batch.
         batch = any(isinstance(operation, classes) and rank >= least for least, classes in _LEADING.items())
         return list(range(int(batch), rank))
     if any(axes is None for axes in given):
@@ -243,7 +243,7 @@ def reshaped(before, after) -> Callable:
             left, right = _product(after[:axis]), _product(after[axis + 1 :])
             if left and right and leading % left == 0 and trailing % right == 0:
                 found.append(Place(axis, leading // left, trailing // right))
-        # With axes of size 1 there may be several: that of the examples alone, if there is one.
+        # Axes of size 1 may leave several: the axis of the examples alone comes first.
         return min(found, key=lambda place: (place.before * place.after, place.axis), default=MIXED)
 
     return place_after
@@ -254,14 +254,14 @@ def _product(sizes) -> int | None:
 
 
 def moves_examples(before, after) -> bool:
-    """Whether a reshape makes another axis of that of the examples, as far as the sizes `(B, …)` are known."""
+    """Whether a reshape moves the examples to another axis, as far as the sizes `(B, …)` are known."""
     sizes = [*before[1:], *after[1:]]
     known = all(isinstance(size, int) and size != -1 for size in sizes)
     return known and math.prod(before[1:]) != math.prod(after[1:])
 
 
 def indexed(key, rank: int) -> Callable:
-    """Where the examples are after `x[key]`: taken from as they are, an axis is a whole slice."""
+    """Where the examples are after `x[key]`. They stay together if the key takes a whole slice of their axis."""
     keys = list(key) if isinstance(key, (tuple, list)) else [key]
     simple = all(entry is None or entry is Ellipsis or isinstance(entry, (int, slice)) for entry in keys)
     taken = sum(isinstance(entry, (int, slice)) for entry in keys)
@@ -286,7 +286,7 @@ def indexed(key, rank: int) -> Callable:
             axis += 1
 
     def after(place, *of_key):
-        if not simple:  # A key of tensors moves axes about as NumPy does, but for a first one.
+        if not simple:  # Tensors in a key move axes by NumPy's rules, but leave a first axis that is taken whole.
             first_is_whole = keys[0] is Ellipsis or (isinstance(keys[0], slice) and keys[0] == slice(None))
             if place is None:
                 return MIXED if first_is_whole else kept(*of_key)
@@ -346,10 +346,10 @@ def _letters(operation, ranks: list[int]) -> tuple[list[str], str]:
 
 
 def cuts(operation) -> bool:
-    """Whether an operation on the examples of a part of the batch, wherever they are, is what it is on all of them."""
+    """Whether an operation does the same to a part of the batch as to all of it, on whichever axis the examples are."""
     return not isinstance(operation, (numpy_ops.Reshape, numpy_ops.BroadcastTo))
 
 
 def makes_rows(operation) -> bool:
-    """Whether an operation may make a row for each example of what is the same for all of them."""
+    """Whether an operation may make rows for the examples out of a value that is the same for all of them."""
     return isinstance(operation, (numpy_ops.Reshape, numpy_ops.BroadcastTo, numpy_ops.Repeat, numpy_ops.Tile))

@@ -46,12 +46,12 @@ def scale(slope, *frozen, weights: Iterable[tuple[Any, Callable]] = (), finite: 
 
 
 def scale_by(slope: Callable, kernel: Callable, *frozen) -> Pushforward:
-    """As `scale`, where the backend has one operation for the product.
+    """As `scale`, if the backend has one operation for the product.
 
     Args:
-        slope: `slope(*frozen) -> (1, B, …)`, by which several tangents are multiplied: it is made once for all.
+        slope: `slope(*frozen) -> (1, B, …)`, the slope; several tangents share it.
         kernel: `kernel(tangent, *frozen)`, the product for one tangent (1, B, …).
-        *frozen: what the slope follows from, `(B, …)`.
+        *frozen: what the slope is computed from, `(B, …)`.
     """
 
     def push(tangent, *frozen):
@@ -73,8 +73,8 @@ def gate(mask, slope: Any = 1, otherwise: Any = 0) -> Gate:
         return 0.0 if known == 0 else tangent if known == 1 else number * tangent
 
     def push(tangent, mask):
-        # A select, not a product with a cast mask: half the time of a ResNet-50 JVP in a TensorFlow graph. A kernel of
-        # the backend's, where there is one, takes less still.
+        # A select, not a product with a cast mask: it takes half the time of a ResNet-50 JVP in a TensorFlow graph. If
+        # the backend has a kernel for it, that takes less still.
         return ops.where(mask, times(slope, tangent), times(otherwise, tangent))
 
     return Gate(push, mask, examples=kept)

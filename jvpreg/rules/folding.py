@@ -1,4 +1,4 @@
-"""The axis of the probes: in front of the batch, folded into it, and as what is frozen has it."""
+"""The probe axis: in front of the batch, folded into it, and of size 1 before what is frozen."""
 
 from collections.abc import Callable
 
@@ -26,14 +26,14 @@ def with_probe_axis(residual):
     """(B, …) to (1, B, …)."""
     if keras.backend.backend() != "tensorflow" or len(residual.shape) == 0:
         return ops.expand_dims(residual, 0)
-    # Reshaped, as by `unfold`: the optimizer of TensorFlow's graphs takes out what one reshape undoes of another.
+    # Reshaped, as by `unfold`: the optimizer of TensorFlow's graphs removes two reshapes that undo each other.
     return unfold(residual, 1)
 
 
 def as_batch(function: Callable, tangent, *residuals):
-    """`function` of a tangent `(P, B, …)` and residuals `(1, B, …)`, to which the number of axes in front is the same.
+    """`function` of a tangent `(P, B, …)` and residuals `(1, B, …)`; it takes any number of leading axes.
 
-    In TensorFlow it takes them folded, as a convolution takes tangents, so that nothing is reshaped between the two.
+    On TensorFlow it gets them folded, as a convolution does, so that no reshape stands between the two.
     """
     several = residuals and tangent.shape[0] != 1
     if keras.backend.backend() != "tensorflow" or several or any(len(t.shape) < 2 for t in (tangent, *residuals)):
@@ -42,7 +42,7 @@ def as_batch(function: Callable, tangent, *residuals):
 
 
 def align(tangent, rank: int):
-    """A tangent (P, …) with axes of size 1 after the probes until it has `rank` axes, as its primal broadcasts."""
+    """A tangent (P, …) with axes of size 1 after the probes, up to `rank`, so that it broadcasts as its primal does."""
     missing = rank - len(tangent.shape)
     if missing <= 0:
         return tangent
@@ -61,7 +61,7 @@ def folded(function: Callable) -> Callable:
 
 
 def each_probe(function: Callable) -> Callable:
-    """A linear `function` of tensors of any axes to one or to a tuple of them, as a map of `(P, …)` to `(P, …)`.
+    """A linear `function` of tensors of any shape, to one tensor or a tuple, as a map of `(P, …)` to `(P, …)`.
 
     For operations whose first axis need not be the batch, so that probes cannot be folded into it.
     """

@@ -27,7 +27,7 @@ def _tangents_same_rank(tangents):
 
 
 def _spread_masks(inputs, masks):
-    """The masks (B, T) over the inputs (B, T, …), None where Keras sees none: it loses those of a lower rank."""
+    """The masks (B, T), broadcast to the inputs (B, T, …); None for inputs of a lower rank: Keras drops their masks."""
     rank = max(len(x.shape) for x in inputs)
     return [
         None if mask is None or len(x.shape) < rank else ops.broadcast_to(ops.expand_dims(mask, -1), ops.shape(x))
@@ -73,7 +73,7 @@ def _select(inputs, masks, better):
     winners = []
     for x, kept in zip(rest, kept_in_rest, strict=True):
         wins = better(x, best)
-        # What counts wins against what is masked.
+        # An entry that is not masked wins against one that is.
         wins = wins if kept_in_best is None else ops.logical_or(wins, ops.logical_not(kept_in_best))
         wins = wins if kept is None else ops.logical_and(wins, kept)
         kept_in_best = None if kept is None or kept_in_best is None else ops.logical_or(kept_in_best, kept)

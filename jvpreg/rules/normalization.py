@@ -45,7 +45,7 @@ def batch_normalization(layer, x, context, mask=None):
     offset = -mean * slope if beta is None else beta - mean * slope
     vector, channel = slope, layer.axis % len(x.shape)
     slope, offset = _along(layer.axis, slope, x), _along(layer.axis, offset, x)
-    if keras.backend.backend() == "torch":  # which has a kernel for it
+    if keras.backend.backend() == "torch":  # which has a kernel for batch normalization
         y = ops.batch_normalization(x, mean, variance, layer.axis, offset=beta, scale=gamma, epsilon=layer.epsilon)
     else:
         y = x * slope + offset
@@ -78,7 +78,7 @@ def batch_normalization(layer, x, context, mask=None):
 
 
 def _coupled(layer, x, slope, standardized, mask) -> Pushforward:
-    """Of a batch normalization whose statistics move with every example."""
+    """The pushforward of a batch normalization whose statistics move with every example."""
     dtype, channel = x.dtype, layer.axis % len(x.shape)
     # Every axis of a tangent (P, B, …) but the probes and the channels.
     reduced = [axis + 1 for axis in range(len(x.shape)) if axis != channel]
@@ -86,7 +86,7 @@ def _coupled(layer, x, slope, standardized, mask) -> Pushforward:
     def average(tangent, kept):
         if not kept:
             return ops.mean(tangent, axis=reduced, keepdims=True)
-        # As Keras: it adds an epsilon to the number of steps that count.
+        # As Keras: it adds an epsilon to the number of steps that are not masked.
         count = ops.sum(ops.cast(kept[0], dtype), axis=reduced, keepdims=True) + keras.config.epsilon()
         return ops.sum(ops.where(kept[0], tangent, 0.0), axis=reduced, keepdims=True) / count
 
@@ -149,20 +149,20 @@ def _standardized(x, axes, epsilon, center: bool):
 
 
 def _push_standardized(tangent, y, slope, axes, center: bool, context, unit=1.0):
-    """The tangent of what is standardized and then multiplied.
+    """The tangent of `scale · standardized(x)`.
 
     Args:
-        tangent: of the input, (P, B, …).
-        y: what is standardized, or in another unit, in which it is centered and divided by no deviation.
-        slope: the inverse of the deviation, and what it is multiplied by.
-        axes: that it is standardized over, counted from the end.
-        center: whether it is centered.
+        tangent: of x, (P, B, …).
+        y: the standardized x; or x in another `unit`, centered and not yet divided by its deviation.
+        slope: the scale divided by the deviation.
+        axes: the axes over which x is standardized, counted from the end.
+        center: whether the mean is subtracted.
         context: see `Context`.
         unit: the square of the factor that makes y standardized.
     """
     count = math.prod(shape_of(y)[axis] for axis in axes)
     count = count if isinstance(count, int) else ops.cast(count, y.dtype)
-    # As sums of few large tensors: y has a mean of zero, so that tangents need not be centered first.
+    # Few sums of large tensors: y has a mean of zero, so that tangents need not be centered first.
     image = slope * tangent - y * (slope * (unit * sum_of_products(y, tangent, axes, context) / count))
     return image - slope * _mean(tangent, axes, context) if center else image
 

@@ -25,7 +25,7 @@ def average_pooling(layer, x, context):
 
 @register_rule(layers.GlobalAveragePooling1D)
 def average_of_steps(layer, x, context, mask=None):
-    """The mean over the steps that count."""
+    """The mean over the steps that are not masked."""
     if mask is None:
         return average_pooling(layer, x, context)
     steps = 1 if layer.data_format == "channels_last" else 2
@@ -42,9 +42,9 @@ def average_of_steps(layer, x, context, mask=None):
 def max_pooling(layer, x, context):
     """The running maximum over the entries of each window, in row-major order: a tie goes to the first entry.
 
-    The primal is computed so too, not by `ops.max_pool`: the masks come for free, and the gradient is a select,
-    which under XLA is several times faster than the gradient of the backends' own max pooling. Not so in a plain
-    TensorFlow graph, whose kernels find the winners of x again at each push, and are still the faster ones.
+    The primal is computed in the same way, not by `ops.max_pool`: the masks come for free, and the gradient is a
+    select. Under XLA that is several times faster than the gradient of the backends' own max pooling. A plain
+    TensorFlow graph uses TensorFlow's kernels instead: they find the winners again at each push, and are faster.
     """
     if context.plain_graph and _tiles_the_input(layer, x):
         return layer.call(x), Pushforward(functools.partial(_push_by_average, layer), x)
@@ -59,7 +59,7 @@ def max_pooling(layer, x, context):
     def push(tangent, *masks):
         num_probes = ops.shape(tangent)[0]
         entries = _window_entries(layer, fold(tangent), outside=0.0)
-        if tangent.shape[0] == 1:  # without an axis for them, which XLA would move about in the gradient
+        if tangent.shape[0] == 1:  # without the probe axis, which XLA would transpose in the gradient
             masks = tuple(map(fold, masks))
         else:
             entries = [unfold(entry, num_probes) for entry in entries]
@@ -72,7 +72,7 @@ def max_pooling(layer, x, context):
 
 
 def _tiles_the_input(layer, x) -> bool:
-    """Whether each entry is in one window at most, and each window full."""
+    """Whether each entry is in at most one window, and each window is full."""
     if layer.strides != layer.pool_size:
         return False
     sizes = [x.shape[axis] for axis in _spatial_axes(layer, x)]
@@ -84,8 +84,8 @@ def _tiles_the_input(layer, x) -> bool:
 def _is_smaller(y, x) -> bool:
     """Whether the output is known to have fewer entries than the input.
 
-    TensorFlow's kernel of the gradient's gradient writes over what it reads where the two are of one size, and returns
-    zeros.
+    If both have the same size, TensorFlow's kernel for the gradient of the gradient overwrites what it reads, and
+    returns zeros.
     """
     sizes = zip(y.shape[1:], x.shape[1:], strict=True)
     return any(isinstance(after, int) and isinstance(before, int) and after < before for after, before in sizes)
@@ -94,8 +94,8 @@ def _is_smaller(y, x) -> bool:
 def _push_by_average(layer, tangent, x):
     """The tangents `(P, B, …)` at the winners of `x` `(1, B, …)`, in TensorFlow, where windows do not overlap.
 
-    The gradient of the maxima's sum is 1 at the winners and 0 elsewhere: what a window holds of it, times the tangent,
-    is summed by average pooling.
+    The gradient of the sum of all maxima is 1 at the winners and 0 elsewhere. It is multiplied by the tangent, and
+    average pooling sums each window.
     """
     import tensorflow as tf
 
@@ -113,9 +113,9 @@ def _push_by_average(layer, tangent, x):
 
 
 def _push_by_kernel(layer, shape, tangent, x):
-    """The tangents `(P, B, …)` at the winners of `x` `(1, B, …)`, by the kernel that TensorFlow has for it.
+    """The tangents `(P, B, …)` at the winners of `x` `(1, B, …)`, by TensorFlow's kernel.
 
-    That is the kernel of the gradient's gradient, by a cotangent of the output, `(P·B, *shape)`.
+    That is the kernel for the gradient of the gradient; it takes cotangents of the output, `(P·B, *shape)`.
     """
     import tensorflow as tf
 
@@ -170,8 +170,8 @@ def _fit(x, axis: int, size, needed, outside: float):
 def _tiles(x, axes, counts, windows) -> list:
     """The entries of windows that do not overlap, by reshape and unstack.
 
-    The gradient of an unstack is a stack; that of a strided slice pads with zeros, which outside XLA, where
-    nothing fuses the padding away, costs more than the rest of the pooling.
+    The gradient of an unstack is a stack; that of a strided slice pads with zeros. Outside XLA nothing fuses this
+    padding with other operations, and it costs more than the rest of the pooling.
     """
     shape = list(ops.shape(x))
     tiled = shape[: axes[0]]
@@ -209,7 +209,7 @@ def global_max_pooling(layer, x, context):
         order = ops.arange(ops.shape(entries)[axis], dtype="int32")
         return order if positions_last else ops.expand_dims(order, -1)
 
-    # Not by `ops.argmax`: on TensorFlow it is made of bits, for which LiteRT has no operation.
+    # Not by `ops.argmax`: on TensorFlow it uses bitwise operations, which LiteRT does not have.
     entries = flatten(x, 1)
     largest = ops.equal(entries, ops.max(entries, axis=axis, keepdims=True))
     last = ops.shape(entries)[axis] - 1

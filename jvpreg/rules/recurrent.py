@@ -37,7 +37,7 @@ def recurrent(layer, sequences, context, initial_state=None, mask=None):
     companions = context.along(sequences, *(tree.flatten(states) if given else []))
     states = tree.map_structure(lambda state: ops.cast(state, cell.compute_dtype), states)
     loop = _Loop(layer, sequences, states, mask, cell_of(layer, context, cell.compute_dtype))
-    # A cell's dropout masks are constants of it, and so not cut with the examples.
+    # Dropout masks of a cell are constants for its rule, so they would not be cut with the examples.
     cells = [cell, *getattr(cell, "cells", [])]
     dropped = context.training and any(getattr(c, "dropout", 0) or getattr(c, "recurrent_dropout", 0) for c in cells)
     num_given = loop.num_states if given else 0
@@ -57,14 +57,14 @@ def recurrent(layer, sequences, context, initial_state=None, mask=None):
 
 
 def _check(layer, context, mask) -> None:
-    """Raises where the layer has no Jacobian at `x`, or none that the rule can give."""
+    """Raises if the layer has no Jacobian at `x`, or none that the rule can give."""
     if layer.stateful:
         raise NotImplementedError(
             f"`{layer.path}` is stateful: its output depends on earlier batches, which a Jacobian at `x` leaves out. "
             "Set `stateful=False`, and pass the state as an input."
         )
     if mask is not None and layer.unroll and layer.zero_output_for_mask:
-        raise Declined("an unrolled loop, whose masked outputs are another thing on each backend")
+        raise Declined("an unrolled loop, whose masked outputs differ from backend to backend")
     if context.batch_statistics != "moving" and any(
         isinstance(part, keras.layers.BatchNormalization) and part.trainable
         for part in keras_private.layers_within(layer.cell)
@@ -87,7 +87,7 @@ def _pushforward(loop: "_Loop", frozen: Pushforward, residuals: Sequence, y, num
         dropped: whether dropout masks, which are the same in each step, belong to examples of the whole batch.
     """
     scan = functools.partial(_push_steps, loop, frozen, y)
-    counting = loop.inputs[1:]  # which steps do
+    counting = loop.inputs[1:]  # which steps count
     residuals = [*residuals, *counting, *([loop.sequences] if loop.cell.entering else [])]
     batch_axes = [*(axis + 1 for axis in frozen.batch_axes), *[1] * len(counting), *([0] if loop.cell.entering else [])]
 
@@ -129,7 +129,7 @@ def _push_steps(
     """The tangents of the last states and of all outputs (T, P, …), from those of the inputs and first states."""
 
     def push(carried, now):
-        # One step's residuals as they are when nothing is stacked, with an axis for the probes.
+        # The residuals of one step get an axis for the probes, as its pushforward expects.
         x, now = now if x_tangents is not None else (None, now)
         now = [ops.expand_dims(residual, 0) for residual in now]
         frozen_now, kept = now[: len(frozen.residuals)], now[len(frozen.residuals) :]
@@ -145,7 +145,7 @@ def _push_steps(
 
 
 class _Loop:
-    """What a recurrent layer does with its cell: what its steps take, and what they carry on.
+    """The loop of a recurrent layer over its cell: the inputs of its steps, and the states that they carry.
 
     Args:
         layer: the layer.
@@ -180,7 +180,7 @@ class _Loop:
             self._returned_state = self.num_states - len(tree.flatten(states[-1])) if tree.is_nested(states[0]) else 0
 
     def finish(self, last: Sequence, outputs, axis: int):
-        """Steps (T, …) as the layer returns them, along `axis` or the last of them; and the states if it does."""
+        """The outputs (T, …) as the layer returns them: all along `axis`, or the last; and the states if it does."""
         y = ops.moveaxis(outputs, 0, axis) if self._layer.return_sequences else outputs[-1]
         return (y, *last[: self.num_states]) if self._layer.return_state else y
 
@@ -195,19 +195,19 @@ class _Loop:
         return ops.flip(steps, axis=0) if self._backwards else steps
 
     def start(self, states: list, zeros) -> list:
-        """What is carried into the first step: the states, and under a mask what a masked step returns."""
+        """What is carried into the first step: the states, and under a mask also what a masked step returns."""
         masked = len(self.inputs) > 1
         return states + ([zeros if self._returned_state is None else states[self._returned_state]] if masked else [])
 
     def first_tangents(self, probes, batch, given: Sequence = ()) -> list:
-        """The tangents of the first states, `(P, B, …)`, of which some or none are given."""
+        """The tangents of the first states, `(P, B, …)`: those that are given, otherwise zeros."""
         first = [ops.zeros((probes, batch, *state.shape[1:]), state.dtype) for state in self.flat_states]
         for i, tangent in enumerate(given):
             first[i] = first[i] if tangent is None else ops.cast(tangent, first[i].dtype)
         return first
 
     def hold(self, y, following: list, carried: list, kept: list) -> tuple:
-        """What a step returns and carries on: a masked example keeps its states, and returns what it did, or zeros.
+        """What a step returns and carries on. A masked example keeps its states and its last output (or zeros).
 
         `kept` holds which examples count in the step; without a mask it is empty.
         """
@@ -229,7 +229,7 @@ class _Loop:
             The pushforward of one step; the output of the first step; what is carried at the end; and, with the steps
             as the first axis, the outputs and the residuals of all steps.
         """
-        # The first step, outside the scan: the maps of its nodes are those of every step, with other residuals.
+        # The first step runs outside the scan. Every step has the maps of its nodes, with residuals of its own.
         (y, _), frozen = self.cell.step(self.inputs[0][0], self.states)
 
         def step(carried, now):
@@ -248,8 +248,8 @@ class _Loop:
             context: see `Context`; its `weights` move too.
 
         Returns:
-            The variables that can have tangents; and what is carried at the end and the outputs of all steps, beside
-            the same of the tangents, or None if nothing moves.
+            The variables that can have tangents, and two pairs: the last carry with the outputs of all steps, and the
+            tangents of both; None in place of the pairs if nothing moves.
         """
         (y, _), first = self.cell.step(self.inputs[0][0], self.states)  # only shapes and variables matter
         variables = [variable for variable, _ in self.cell.entering] + first.variables
@@ -286,7 +286,7 @@ class _Loop:
 
 
 def _plus_parts(images: Sequence, weights: Sequence[tuple], residuals: Sequence) -> list:
-    """The tangents that a cell returns, with what weights add to them: pairs of a `part` and the weight's tangent."""
+    """The tangents that a cell returns, plus those of its weights, which are pairs of a `part` and a tangent."""
     for part, u in weights:
         images = [a + align(b, len(a.shape)) for a, b in zip(images, part(u, *residuals), strict=True)]
     return list(images)
@@ -294,9 +294,9 @@ def _plus_parts(images: Sequence, weights: Sequence[tuple], residuals: Sequence)
 
 @register_rule(layers.Bidirectional)
 def bidirectional(layer, sequences, context, mask=None):
-    """As the layer's own call, but for the kernels that run both directions at once, which nothing can open up."""
+    """As the layer's own call, but without the kernels that run both directions at once and cannot be opened up."""
     if layer.return_state:
-        raise Declined("states that are returned")
+        raise Declined("it returns its states")
 
     def call(sequences, mask=None):
         forward, backward = (half(sequences, mask=mask) for half in (layer.forward_layer, layer.backward_layer))
@@ -317,7 +317,7 @@ def _scan(step, carried, inputs, like: list):
 
     import tensorflow as tf
 
-    # On TensorFlow, Keras' scan takes outputs only that are like what is carried, and has no gradient under XLA.
+    # On TensorFlow, Keras' scan takes only outputs with the shapes of the carry, and has no gradient under XLA.
     first = tuple(tree.flatten(carried)), tuple(ops.zeros_like(y) for y in like)
 
     def both(pair, x):

@@ -13,7 +13,7 @@ from jvpreg.rules.families import scale, scale_by
 
 @dataclass(frozen=True)
 class Rule:
-    """A registered rule.
+    """A rule that is registered.
 
     Attributes:
         function: the rule itself.
@@ -125,8 +125,8 @@ def register_elementwise(*operations, kernel: Callable | None = None) -> Callabl
 
     Args:
         *operations: functions of `keras.activations`, or your own.
-        kernel: returns `kernel(tangent, y)`, what one tangent becomes, where the derivative follows from y alone and
-            the backend has one operation for it; or None where it has not.
+        kernel: returns `kernel(tangent, y)`, the product of one tangent and the slope, if the derivative follows from y
+            alone and the backend has one operation for the product; otherwise it returns None.
     """
 
     if not operations or not all(callable(operation) for operation in operations):

@@ -1,4 +1,4 @@
-"""What acts in training only. The dropout family draws once, for the primal and all of its tangents."""
+"""Layers that act in training only. The dropout family draws once, for the primal and all of its tangents."""
 
 import math
 
@@ -13,8 +13,8 @@ from jvpreg.rules.registry import register_rule
 def _drop(layer, x, noise_shape):
     if layer.rate == 1:
         return ops.zeros_like(x), gate(ops.zeros_like(x, dtype="bool"))
-    # Dropping out ones shows what Keras would multiply by, drawn from this seed. Frozen as it is: a mask of a byte an
-    # element would be a quarter of it, but takes two or three passes where one product is enough.
+    # Dropout of ones shows the factors by which Keras would multiply with this seed. The factors are frozen: a mask
+    # of one byte an element would be a quarter of them, but takes two or three passes instead of one product.
     factor = keras.random.dropout(ops.ones_like(x), layer.rate, noise_shape, layer.seed_generator)
     return x * factor, scale(factor)
 
@@ -100,6 +100,6 @@ def activity_regularization(layer, x, context):
 )
 def augmentation(layer, x, context):
     if context.training:
-        # Nearly all are piecewise linear in the images, some draw anew: what autodiff sees is what there is.
+        # Nearly all are piecewise linear in the images, and some draw again when they run again: left to autodiff.
         raise Declined("it transforms its images at random", to_autodiff=True)
     return x, identity()

@@ -9,7 +9,7 @@ from jvpreg.rules.registry import register_rule
 
 
 def from_end(axis, x):
-    """`axis`, or each of a tuple, counted from the end, where the leading probe axis of a tangent does not shift it."""
+    """`axis`, or each axis of a tuple, counted from the end, so that the probe axis of a tangent does not shift it."""
     if isinstance(axis, (list, tuple)):
         return tuple(from_end(each, x) for each in axis)
     return axis if axis < 0 else axis - len(x.shape)

@@ -209,7 +209,7 @@ def test_padding_by_a_tensor(kind):
 DECLINED = {
     "norm": (lambda x: ops.norm(x, ord=1, axis=-1), "a norm that is not the root of the sum of squares"),
     "normalize": (lambda x: ops.normalize(x, order=3, axis=-1), "a norm of another order than 2"),
-    "absolute": (lambda x: ops.abs(ops.cast(x, "complex64")), "it is of complex numbers"),
+    "absolute": (lambda x: ops.abs(ops.cast(x, "complex64")), "its input is complex"),
 }
 
 

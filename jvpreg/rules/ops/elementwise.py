@@ -41,7 +41,7 @@ def elementwise(operation, x, context):
     return y, scale(SLOPES[type(operation)](x, y), finite=not isinstance(operation, OVERFLOWING))
 
 
-# The operations whose slope is infinite at an end of their domain: the slope, where it is finite, and a point there.
+# Operations whose slope is infinite at an end of their domain: the slope, where it is finite, and a point inside.
 ENDS: dict[type, tuple[Callable, Callable, float]] = {
     numpy_ops.Reciprocal: (lambda x: -ops.square(ops.reciprocal(x)), lambda x: x != 0, 1.0),
     numpy_ops.Sqrt: (lambda x: 0.5 / ops.sqrt(x), lambda x: x > 0, 1.0),
@@ -65,19 +65,19 @@ def elementwise_with_ends(operation, x, context):
 
 
 def _decline_complex(operation, x) -> None:
-    """Leaves complex numbers to autodiff: an absolute value has no slope, and no logarithm an end, among them."""
+    """Leaves complex numbers to autodiff: there `abs` has no slope, and the domain of a logarithm has no end."""
     if is_complex(x) and not isinstance(operation, (numpy_ops.Negative, numpy_ops.Square)):
-        raise Declined("it is of complex numbers")
+        raise Declined("its input is complex")
 
 
 def scale_to_the_end(x, slope: Callable, inside, point: float) -> Pushforward:
-    """Multiplies by `slope(x)`: infinite where not `inside`, and then of the sign that it has at a `point`."""
+    """Multiplies by `slope(x)`; where not `inside`, by a `large` number with the sign of the slope at `point`."""
     finite = slope(ops.where(inside, x, point))
     return scale(ops.where(inside, finite, ops.sign(finite) * large(x.dtype)), finite=False)
 
 
 def large(dtype) -> float:
-    """What stands for infinity in a slope, since 0 times infinity is NaN: 0 comes from a branch that is not taken."""
+    """A number in place of an infinite slope: infinity times the zero tangent of an untaken branch would be NaN."""
     return {"float16": 1e4, "float64": 1e300}.get(keras.backend.standardize_dtype(dtype), 1e37)
 
 

@@ -50,17 +50,17 @@ def linear(operation, x, context):
 @register_rule(numpy_ops.Reshape)
 def reshape(operation, x, context):
     shape = list(operation.newshape)
-    # A call that reads off its batch must not fix it: the tangents may be those of a part of the batch.
+    # If a call reads the batch size off its input, the shape must not fix it: tangents may be of a part of the batch.
     if shape and shape[0] == x.shape[0] and -1 not in shape:
         shape[0] = -1
-    # Not by the operation itself, which on TensorFlow holds None for a batch that is not known.
+    # Not by the operation itself: on TensorFlow it holds None for a batch size that is not known.
     push = each_probe(lambda tangent: ops.reshape(tangent, shape))
     return ops.reshape(x, shape), Pushforward(push, examples=reshaped(x.shape, shape))
 
 
 @register_rule(numpy_ops.BroadcastTo)
 def broadcast_to(operation, x, context):
-    # A call that reads off a batch that is not known, as for a token at the head of each sequence, has None for it.
+    # If a call reads a batch size that is not known (to put a token before each sequence), the shape has None for it.
     after = broadcast(len(x.shape), len(operation.shape))
     rank, shape = len(operation.shape), tuple(context.batch if size is None else size for size in operation.shape)
 
@@ -87,7 +87,7 @@ def pad(operation, x, context, constant_values=None):
 
 
 def _pad_with_a_tensor(operation, x, value):
-    """A constant that may have a tangent itself. Not by the operation, which on Torch takes a number."""
+    """Padding with a constant that may have a tangent. On Torch the operation itself takes only a number."""
     if len(value.shape):
         raise Declined("several constants")
 
@@ -120,7 +120,7 @@ def get_item(operation, x, key, context):
 
 @register_rule(numpy_ops.Split)
 def split(operation, x, context):
-    axis = operation.axis % len(x.shape) - len(x.shape)  # where a probe axis does not shift it
+    axis = operation.axis % len(x.shape) - len(x.shape)  # so that a probe axis does not shift it
 
     def push(tangent):
         return tuple(ops.split(tangent, operation.indices_or_sections, axis=axis))
@@ -158,7 +158,7 @@ def join(operation, tensors, context):
         put = ops.stack if isinstance(operation, numpy_ops.Stack) else ops.concatenate
 
         def push(*tangents):
-            # What has no tangent, such as a token for each example, is zero for those of a part of a batch too.
+            # An input without a tangent (a token for each example) gets zeros for as many examples as the others.
             given = next(t for t in tangents if t is not None)
             leading = ops.shape(given)[: 1 if axis == -rank else 2]
             pairs = zip(tangents, tensors, strict=True)
@@ -169,5 +169,5 @@ def join(operation, tensors, context):
 
 
 def _zeros_like(x, leading: tuple):
-    """The zero tangent of x, whose first axes, that of the probes before them, are `leading`."""
+    """The zero tangent of x; `leading` are its first axes, the probes before those of x."""
     return ops.zeros((*leading, *ops.shape(x)[len(leading) - 1 :]), x.dtype)

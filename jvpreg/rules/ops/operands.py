@@ -24,20 +24,20 @@ def _is_number(operand) -> bool:
 
 
 def _like(operand, tangent):
-    """An operand, frozen as it is given, in the dtype of what it is multiplied with."""
+    """An operand as it is given, in the dtype of the tangent that it is multiplied with."""
     return operand if _is_number(operand) else convert(operand, tangent.dtype)
 
 
 def _partials(operands, parts: list[Callable], y, *residuals, finite: bool = True, gates: bool = False) -> Pushforward:
     """The pushforward of an operation of two broadcast operands, as one map `part(tangent, *residuals)` for each.
 
-    The residuals are the operands themselves, or have the output's shape; or they are the masks of one that `gates`. A
-    number among the operands has no tangent.
+    The residuals are the operands, or have the output's shape; if `gates`, they are masks. A number among the operands
+    has no tangent.
     """
     rank = len(y.shape)
-    dtype = y.dtype if is_complex(y) else None  # which real tangents are made to have
+    dtype = y.dtype if is_complex(y) else None  # to which real tangents are cast
     kept = [residual for residual in residuals if not _is_number(residual)]
-    # Where a tangent may be smaller than the output, it is spread over it.
+    # A tangent that is smaller than the output is broadcast to it.
     smaller = any(not _is_number(a) and tuple(a.shape) != tuple(y.shape) for a in operands)
 
     def of_values(part):
@@ -84,7 +84,7 @@ def divide(operation, a, b, context):
         raise Declined("a quotient of complex numbers")
 
     def inverse(b, tangent):
-        """Of 0 a very large number, by which a tangent of zero stays zero."""
+        """`1 / b`; a very large number in place of 1 / 0, so that a tangent of zero stays zero."""
         b = _like(b, tangent)
         return ops.where(b == 0, large(tangent.dtype), 1 / ops.where(b == 0, ops.ones_like(b), b))
 
@@ -102,7 +102,7 @@ def power(operation, a, b, context):
     if _is_number(b):
         return y, _power_of_a_number(operation, base, b)
     exponent = ops.cast(b, y.dtype)
-    # base ** (exponent − 1) is not asked for where it is 0⁰, or infinite.
+    # base ** (exponent − 1) is not computed where it is 0⁰ or infinite.
     infinite = ops.logical_and(base == 0, exponent < 1)
     constant = ops.logical_or(exponent == 0, exponent == 1)
     by_base = exponent * operation.call(ops.where(ops.logical_or(infinite, constant), 1.0, base), exponent - 1)
@@ -114,7 +114,7 @@ def power(operation, a, b, context):
 
 
 def _power_of_a_number(operation, base, exponent) -> Pushforward:
-    """The pushforward of `base ** exponent` for a number: 0 and 1 are no powers of the base, nor 2 one of its slope."""
+    """The pushforward of `base ** exponent` for a number. Exponents 0 and 1, and 2 in the slope, need no power."""
     if exponent == 0:
         return Pushforward(ops.zeros_like, examples=kept)
     if exponent == 1:
@@ -149,7 +149,7 @@ def logaddexp(operation, a, b, context):
 
 @register_rule(numpy_ops.Arctan2)
 def arctan2(operation, a, b, context):
-    """The angle of (b, a), which has no direction at the origin: its slope there is 0."""
+    """The angle of (b, a). At the origin, where it is not defined, its slope is 0."""
     y = operation.call(a, b)
     # In units of the larger of the two, whose square may be no number any more.
     largest = ops.stop_gradient(ops.maximum(ops.abs(a), ops.abs(b)))
@@ -163,7 +163,7 @@ def arctan2(operation, a, b, context):
 
 @register_rule(numpy_ops.Heaviside)
 def heaviside(operation, a, b, context):
-    """A step, whose value at 0 is b; Torch knows no derivative of it."""
+    """A step with the value b at 0. Torch has no derivative of it."""
     y = operation.call(a, b)
     at_step = ops.broadcast_to(ops.equal(a, 0), ops.shape(y))
     return y, _partials((a, b), [lambda t, at: ops.zeros_like(t), lambda t, at: ops.where(at, t, 0.0)], y, at_step)
@@ -183,7 +183,7 @@ def contract(operation, *operands, context):
     ranks = [len(operand.shape) for operand in operands]
 
     def part(i, tangent, *residuals):
-        """The product with a tangent in place of operand `i`; where that can be, of all probes at once."""
+        """The product with a tangent in place of operand `i`; of all probes at once if that is possible."""
         before, after = ([operand[0] for operand in others] for others in (residuals[:i], residuals[i + 1 :]))
 
         def product(tangent, call=operation.call):
@@ -206,7 +206,7 @@ def contract(operation, *operands, context):
 
 
 def _probed(subscripts: str, i: int) -> str | None:
-    """Subscripts with one more index, of operand `i` and of the result; None where they leave the result to be told."""
+    """Subscripts with a probe index on operand `i` and on the result; None if they do not name the result."""
     operands, arrow, result = subscripts.replace(" ", "").partition("->")
     if not arrow or "." in subscripts:
         return None
@@ -220,7 +220,7 @@ def _probed(subscripts: str, i: int) -> str | None:
 def convolution(operation, x, kernel, context):
     call = operation.call
     if isinstance(operation, nn.ConvTranspose):
-        # Not by the operation itself, whose `call` gives its arguments in another order than they are taken.
+        # Not by the operation itself: its `call` passes its arguments on in the wrong order.
         names = ("strides", "padding", "output_padding", "data_format", "dilation_rate")
         call = functools.partial(ops.conv_transpose, **{name: getattr(operation, name) for name in names})
 

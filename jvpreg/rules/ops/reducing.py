@@ -11,7 +11,7 @@ from jvpreg.rules.registry import register_rule
 
 
 def _reduced_axes(operation, x) -> list[int]:
-    """The axes that are reduced, counted from the end, where a probe axis does not shift them."""
+    """The axes that are reduced, counted from the end, so that a probe axis does not shift them."""
     axis = operation.axis
     axes = range(len(x.shape)) if axis is None else [axis] if isinstance(axis, int) else axis
     return [a % len(x.shape) - len(x.shape) for a in axes]
@@ -24,7 +24,7 @@ def extremum(operation, x, context):
     wide = y if operation.keepdims else ops.expand_dims(y, sorted(axes))
     winners = ops.cast(ops.equal(x, wide), x.dtype)
     # Among equals the tangent is the mean, as the backends' gradients have it.
-    # With an `initial` one that none of them reaches, there is no winner.
+    # If no entry reaches `initial`, there is no winner.
     shares = winners / ops.maximum(ops.sum(winners, axis=axes, keepdims=True), 1)
 
     def push(tangent, shares):
@@ -42,7 +42,7 @@ def variance(operation, x, context):
     centered = x - ops.mean(x, axis=axes, keepdims=True)
     factor = 2.0
     if isinstance(operation, numpy_ops.Std):
-        # The slope at equal numbers is 0. Not by y, whose own slope there is infinite.
+        # The slope at equal numbers is 0. It is not computed from y, whose own slope there is infinite.
         centered, factor = _unit(centered, axes, ops.mean), 1.0
 
     def push(tangent, centered):
@@ -52,9 +52,9 @@ def variance(operation, x, context):
 
 
 def _unit(x, axes, reduce):
-    """x divided by the root of the sum or mean of its squares; 0 where that is 0, and with it x.
+    """x divided by the root of the sum or mean of its squares; 0 where that root is 0, since x is too.
 
-    In units of its largest entry, and in 32 bits at least: in 16, a square of 300 is infinite, and one of 1e-4 zero.
+    In units of its largest entry, in float32 at least: in 16 bits, a square of 300 is infinite, one of 1e-4 zero.
     """
     wide = ops.cast(x, keras.backend.result_type(x.dtype, "float32"))
     largest = ops.stop_gradient(ops.max(ops.abs(wide), axis=axes, keepdims=True))
@@ -77,7 +77,7 @@ def norm(operation, x, context):
     def push(tangent, unit):
         return ops.sum(unit * tangent, axis=axes, keepdims=operation.keepdims)
 
-    # Not by the operation itself, which on JAX takes no list of axes.
+    # Not by the operation itself: on JAX it takes no list of axes.
     y = ops.norm(x, operation.ord, operation.axis and tuple(operation.axis), operation.keepdims)
     return y, Pushforward(push, unit, examples=along(operation, x.shape))
 
@@ -91,7 +91,7 @@ def logsumexp(operation, x, context):
     def push(tangent, shares):
         return ops.sum(shares * tangent, axis=axes, keepdims=operation.keepdims)
 
-    # Where all are −∞, no share of the sum moves it.
+    # If all entries are −∞, every share is 0.
     shares = ops.exp(ops.where(ops.isfinite(wide), x - wide, -float("inf")))
     return y, Pushforward(push, shares, examples=along(operation, x.shape), finite=False)
 

@@ -32,5 +32,5 @@ from jvpreg.rules.registry import register_rule
     numpy_ops.ZerosLike,
 )
 def constant(operation, *inputs, context, **kwargs):
-    """Piecewise constant, or by intent without a derivative."""
+    """Piecewise constant, or meant to have no derivative."""
     return operation.call(*inputs, **kwargs), None
