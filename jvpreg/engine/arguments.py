@@ -26,13 +26,13 @@ def parameters_of(function) -> list[str]:
 
 
 def map_arguments(function, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Arguments with `function` of each leaf, which sees them in their order: that of a dict's keys is another one."""
+    """The arguments with `function` of each leaf, called in their order: the keys of a dict are not sorted."""
     positional = tuple(map_leaves(function, argument) for argument in args)
     return positional, {name: map_leaves(function, argument) for name, argument in kwargs.items()}
 
 
 def as_taken(operation, args: tuple, kwargs: dict, taken: list[str]) -> tuple[tuple, dict]:
-    """The arguments in the order of a rule's parameters, from the second on by the names that the call has for them."""
+    """The arguments in the order of a rule's parameters; after the first, by the names of the call's parameters."""
     if isinstance(operation, keras.Layer):
         names = list(call_signature(operation).parameters)[1 : len(args)]
         named = {name: value for name, value in zip(names, args[1:], strict=False) if name in taken}
@@ -54,21 +54,21 @@ def input_dtype(operation) -> str | None:
 
 
 def autocast(value: Value, dtype):
-    """The primal value as a layer sees it that casts to a dtype; None if it does not cast."""
+    """A primal value as a layer sees it that casts its inputs to `dtype` (None: it does not cast)."""
     own = keras.backend.standardize_dtype(value.primal.dtype)
     kept = dtype in (None, own) or not keras.backend.is_float_dtype(own)
     return value.primal if kept else ops.cast(value.primal, dtype)
 
 
 def computed_in(operation, leaf):
-    """An argument as a layer of Keras' computes with it: whole numbers as floats, unless it returns whole numbers."""
+    """An argument as a layer of Keras computes with it: integers become floats, unless the layer returns integers."""
     whole = isinstance(leaf, Value) and not leaf.has_tangents
     if not whole or not isinstance(operation, keras.Layer) or type(operation).__module__.split(".")[0] != "keras":
         return leaf
     symbol = symbol_of(leaf.primal)
     try:
         computed = operation.compute_output_spec(symbol)
-    except Exception:  # Of several inputs: merged, whole numbers stay whole, or meet floats.
+    except Exception:  # A layer of several inputs: merged integers stay integers, or meet floats.
         return leaf
     floats = has_tangents(leaves_of(computed)[0])
     return replace(leaf, primal=ops.cast(leaf.primal, operation.compute_dtype)) if floats else leaf

@@ -19,7 +19,7 @@ from jvpreg.rules.folding import each_probe
 def fall_back(operation, args, kwargs, primals: Sequence):
     """An operation's output, and its pushforward by autodiff, which runs the operation again for each probe.
 
-    None in place of the pushforward if nothing of it can have a tangent.
+    The pushforward is None if no output can have a tangent.
 
     Args:
         operation: a layer or operation.
@@ -29,13 +29,13 @@ def fall_back(operation, args, kwargs, primals: Sequence):
     """
     variables = list(operation.variables) if isinstance(operation, keras.Layer) else []
     trainable = [variable for variable in variables if variable.trainable]
-    # Seeds and statistics, which the primal pass is about to change, as every repetition must find them again; and
-    # weights, since a scope within the one of a step on JAX does not see its values.
+    # The primal pass is about to change seeds and statistics, which every repetition must find as they are now. Weights
+    # too: on JAX, a scope within that of a step does not see the step's values.
     state = [(v, ops.convert_to_tensor(v) + 0) for v in variables]
     found = {id(tensor) for tensor in primals}
     outputs = operation(*args, **kwargs)
     flat = tree.flatten(outputs)
-    # What has no tangent (an index, a comparison) is no business of autodiff's, which refuses it on JAX.
+    # Outputs that have no tangent (an index, a comparison) are hidden from autodiff, which refuses them on JAX.
     moved_outputs = [i for i, y in enumerate(flat) if has_tangents(y)]
 
     def run(tensors, weights=()):
@@ -80,7 +80,7 @@ def fall_back(operation, args, kwargs, primals: Sequence):
 
 def _jvp(function, primals: Sequence, tangents: Sequence) -> tuple:
     if keras.backend.backend() != "tensorflow":
-        # Torch has no forward mode for some operations, and neither has what defines its own gradient, on JAX as well.
+        # Some operations have no forward mode on Torch; those that define their own gradient have none on JAX either.
         with contextlib.suppress(NotImplementedError, RuntimeError, TypeError):
             return tuple(ops.jvp(function, tuple(primals), tuple(tangents))[1])
     # By reverse mode twice: TensorFlow's forward mode fails on loops in a graph, and on what it maps over rows.
@@ -99,7 +99,7 @@ class LeftToAutodiff:
     Attributes:
         kind: the class of its operation.
         reason: in words.
-        expected: whether it is meant to be, and nobody needs to be told.
+        expected: whether autodiff is the right way for the node, so that no message is needed.
     """
 
     kind: str

@@ -59,7 +59,7 @@ class Companions:
         tangents = [self._seen(value) for value in inputs]
 
         def along(*primals):
-            # Several inputs may be one tensor, with a tangent each: they are asked for in their order.
+            # The same tensor may be several inputs, with a tangent for each: they are matched in their order.
             left = [(value.primal, tangent) for value, tangent in zip(inputs, tangents, strict=True)]
             found = []
             for x in primals:

@@ -1,7 +1,7 @@
 """Which examples of a batch are finite, and NaN in place of what is computed for the others.
 
-A nonlinearity may hide from the Jacobian that its input is not a number: the slope of ReLU there is 0. So what is
-computed from a Jacobian is not known where an input or an output is not finite, though it may be finite itself.
+The Jacobian may be finite where the input is not: the slope of ReLU at NaN is 0. So whatever is computed from the
+Jacobian becomes NaN for an example whose input or output is not finite.
 """
 
 import math

@@ -49,9 +49,9 @@ class FrozenGraph:
 
     @functools.cached_property
     def locations(self) -> dict[int, Place]:
-        """Where the examples are in each value that follows from them, by its slot, though no tangent may reach it.
+        """Where the examples are in each value that depends on them, by its slot, even if no tangent reaches it.
 
-        Here `mixed` does not matter: a row of what is frozen belongs to an example, whichever it depends on.
+        Here `mixed` does not matter: a row of what is frozen belongs to one example, whatever else it depends on.
         """
         locations: dict[int, Place] = {}
         for node in self.nodes:
@@ -71,7 +71,7 @@ class FrozenGraph:
 
     @property
     def moving(self) -> list[Node]:
-        """The nodes that cannot be cut by examples, though these are apart: what is frozen has them elsewhere."""
+        """The nodes that cannot be cut by example although no examples mix: what is frozen has them on another axis."""
         pairs = [pair for pair in zip(self.nodes, self._cuttable, strict=True) if not pair[1]]
         return [node for node, _ in pairs if any(value.slot in self._reached for value in node.outputs)]
 
@@ -91,7 +91,7 @@ class FrozenGraph:
 
     @property
     def is_constant(self) -> bool:
-        """Whether no output depends on an input, as far as tangents know: by integers nothing has a derivative."""
+        """Whether no output depends on an input by a tangent: integers have no derivative."""
         reached = {value.slot for value in self.inputs if value.has_tangents}
         for node in self.nodes:
             if node.pushforward is not None and any(value.slot in reached for value in node.inputs):
@@ -125,11 +125,11 @@ class FrozenGraph:
 
         Args:
             tangents: one for each input, `(P, B, …)`; None for zero.
-            batch: B, where the graph is that of a part of a batch; None for the whole batch, whose shapes are known.
+            batch: B if the graph is that of a part of a batch; None for the whole batch, whose shapes are known.
             taps: tangents added at nodes' outputs, by name.
             weights: tangents `(P, …)` of variables, by their `id`.
-            residuals: other residuals for the nodes, in their order, with the probe axis and but for those that are
-                constant; by default their own.
+            residuals: residuals in place of the nodes' own, in the order of the nodes, with the probe axis, and
+                without those that are constant.
             scaled_kernels: whether to multiply the slope of a `ChannelScale` into the kernel of the `Affine` before it;
                 off for the transpose, where that is slower under XLA.
 
@@ -165,7 +165,7 @@ class FrozenGraph:
         return [slots.get(value.slot) for value in self.outputs]
 
     def pull(self, cotangents: Sequence, change: Callable[[Node, list], list], batch: Any = None) -> list:
-        """The transpose of the tangent pass node by node, where what comes back to each is changed.
+        """The transpose of the tangent pass, node by node, with `change` applied to the cotangents of each node.
 
         Args:
             cotangents: one for each output, `(P, B, …)`; None for zero.
@@ -194,7 +194,7 @@ class FrozenGraph:
 
     @functools.cached_property
     def _scaled_afterwards(self) -> list[tuple[int, int]]:
-        """The places of nodes whose output goes into one other only, which multiplies its channels; and of that one."""
+        """Pairs of places: an affine node, and the node that alone takes its output and multiplies its channels."""
         uses = Counter(value.slot for values in (*(n.inputs for n in self.nodes), self.outputs) for value in values)
         kinds = [(i, node, node.pushforward) for i, node in enumerate(self.nodes)]
         made_at = {node.outputs[0].slot: i for i, node, kind in kinds if isinstance(kind, Affine) and kind.scaled}
@@ -211,8 +211,8 @@ class FrozenGraph:
     def intercepts(self, names: Container[str] | None = None) -> dict[str, Any]:
         """`y − pushforward(x)` at every output of the nodes of these names, or of every node, by name.
 
-        Where the rule knows it, nothing is pushed. Where it is infinite, it is 0: what follows drops the entry (as a
-        maximum drops −∞ that was padded), or the graph's output is infinite itself.
+        Nothing is pushed if the rule knows the intercept. An infinite one counts as 0: either a later node drops the
+        entry (as a maximum drops padded −∞), or the graph's output is infinite itself.
         """
         finite = self._finite_slots
         made = [value for node in self.nodes for value in node.outputs]
@@ -242,7 +242,7 @@ class FrozenGraph:
 
     @functools.cached_property
     def _finite_slots(self) -> set[int]:
-        """Of values that are known to be finite: not what follows from a constant, of which nothing is known."""
+        """The slots of values that are known to be finite. A constant, and what follows from it, may not be."""
         finite = {value.slot for value in [*self.inputs, *(value for _, value in self.variables)]}
         for node in self.nodes:
             makes_finite = node.pushforward is None or node.pushforward.finite

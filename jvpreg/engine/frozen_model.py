@@ -29,13 +29,13 @@ class FrozenModel:
         graph: the frozen graph.
         inputs: as below.
         outputs: as below.
-        flatten: takes a structure like `x`, and what the caller calls it, and returns its leaves.
+        flatten: `flatten(structure, argument)` returns the leaves of a structure like `x`; errors name the argument.
         fallbacks: as below.
 
     Attributes:
-        inputs: the model's inputs, a flat list of `(B, …)`, whole numbers as floats. By whole numbers (token ids,
-            lengths, masks) nothing has a derivative: their tangents and gradients count as zero beside those of other
-            inputs, and are an error alone. Bytes, as of images, stand for real numbers.
+        inputs: the model's inputs, a flat list of `(B, …)`, integers as floats. Integers (token ids, lengths, masks)
+            have no derivative: beside other inputs their tangents and gradients are zero, and alone they are an error.
+            Bytes stand for real numbers, as in images.
         outputs: `f(x)`, `(B, …)`, in the model's own structure; the primal pass ran once to get it.
         nodes: the frozen nodes, in the order in which they ran.
         fallbacks: a dict from the name of each node that was left to the backend's autodiff to the reason.
@@ -49,12 +49,12 @@ class FrozenModel:
         self.fallbacks = dict(fallbacks or {})
         self._graph = graph
         self._flatten_inputs = flatten
-        # How a part of a batch gets its intercepts: from the whole.
+        # A part of a batch cuts its intercepts out of those of the whole.
         self._whole: Callable[[Sequence[str] | None], dict[str, Any]] | None = None
 
     @property
     def given_inputs(self) -> list:
-        """The inputs of the whole batch as layers take them, a flat list: those of `inputs`, whole numbers as such."""
+        """The inputs of the whole batch as layers take them, a flat list: as `inputs`, but integers stay integers."""
         return [value.primal for value in self._graph.inputs]
 
     @property
@@ -64,7 +64,7 @@ class FrozenModel:
 
     @property
     def is_constant(self) -> bool:
-        """Whether the Jacobian is zero whatever the weights, since the outputs depend on integers alone, say."""
+        """Whether the Jacobian is zero whatever the weights are, for example if all inputs are integers."""
         return self._graph.is_constant
 
     @property
@@ -79,15 +79,15 @@ class FrozenModel:
 
     @property
     def _part_size(self):
-        """How many examples there are here, of a part of a batch; None for the whole batch."""
+        """The number of examples if this is a part of a batch; None for the whole batch."""
         return None if self._whole is None else ops.shape(self.inputs[0])[0]
 
     @property
     def intercepts(self) -> dict[str, Any]:
-        """What each node adds beside its linear part: `c = y − pushforward(x)`, a dict from node name to `(B, …)`.
+        """What each node adds to its linear part: `c = y − pushforward(x)`, a dict from node name to `(B, …)`.
 
-        The bias of an affine layer, the implicit bias of batch normalization, `σ(x) − σ'(x)·x` of a smooth
-        activation. Pushed to the output from where they arise, they sum with `J x` to `f(x)`.
+        It is the bias of an affine layer, the implicit bias of batch normalization, `σ(x) − σ'(x)·x` of a smooth
+        activation. Each is pushed from its node to the output; with `J x` they then sum to `f(x)`.
 
         Reference: Srinivas & Fleuret, "Full-Jacobian Representation of Neural Networks", section 3.2.
         """
@@ -102,7 +102,7 @@ class FrozenModel:
         return self._graph.intercepts(nodes) if self._whole is None else self._whole(nodes)
 
     def node_outputs(self, layers: Sequence[str] | None = None) -> dict[str, Any]:
-        """What the nodes returned that a tangent can be added to, a dict from name to `(B, …)`.
+        """The outputs of nodes to which a tangent can be added, a dict from name to `(B, …)`.
 
         Args:
             layers: paths of layers or blocks, as `block` takes them; all nodes by default.
@@ -116,7 +116,7 @@ class FrozenModel:
         return {name: value.primal for name, value in found.items() if value.batched and value.has_tangents}
 
     def shape_at(self, name: str, batch=None) -> tuple:
-        """The shape of a node's output for a batch of so many examples; by default for as many as there are here.
+        """The shape of a node's output for a batch of this size; by default for as many examples as there are here.
 
         Raises:
             ValueError: there is no such output.
@@ -129,12 +129,12 @@ class FrozenModel:
     def by_example(self, name: str, tensor, probed: bool = False):
         """A tensor like a node's output, with the axis of the examples first: `(B, …)`.
 
-        Within a `TimeDistributed` layer, or between a transpose and the one that undoes it, the first axis of a node's
-        output is another one. Where other axes were merged with that of the examples, they are apart again after it.
+        Within a `TimeDistributed` layer, or between a transpose and the one that undoes it, the examples of a node's
+        output are on another axis. If other axes were merged into it, they are separated again and come after it.
 
         Args:
             name: of the node's output.
-            tensor: such as a gradient at it, or its intercept.
+            tensor: for example the gradient at the output, or its intercept.
             probed: whether it has a leading axis for the probes, which stays the first.
 
         Raises:
@@ -171,33 +171,33 @@ class FrozenModel:
 
         Raises:
             ValueError: the linearization couples the examples of the batch, or moves them to another axis; or the
-                indices are none.
+                indices are not such a vector.
         """
         if self.couples_examples:
             raise ValueError(
                 "A linearization that couples the examples of a batch cannot be cut: each example's tangent depends on "
                 'the whole batch. Use `batch_statistics="frozen"` or "moving", and no operation that mixes examples; '
-                "of `after` and `block`, name a layer that has the examples on its first axis."
+                "with `after` and `block`, name a layer that has the examples on its first axis."
             )
         moving = [node.name for node in self._graph.moving]
         if moving:
             raise ValueError(
                 "A linearization that moves the examples of a batch from its first axis cannot be cut where something "
-                "is frozen. Reshape to (batch, ...), and not to (-1, ...) with other axes in it, and transpose back "
-                f"before other operations. Received: `{moving[0]}`."
+                "is frozen. Reshape to (batch, ...), not to (-1, ...), which may merge other axes into the first, and "
+                f"transpose back before other operations. Received: `{moving[0]}`."
             )
         given = indices
         indices = checks.tensor("indices", indices)
         if len(indices.shape) != 1 or "int" not in keras.backend.standardize_dtype(indices.dtype):
             raise ValueError(
-                "Invalid value for argument `indices`. Expected a vector (N,) of integers, places of examples. "
+                "Invalid value for argument `indices`. Expected a vector (N,) of integers, the indices of examples. "
                 f"Received: shape {tuple(indices.shape)} of {keras.backend.standardize_dtype(indices.dtype)}."
             )
         batch = self.inputs[0].shape[0]
-        if not ops.is_tensor(given) and isinstance(batch, int):  # A step's own are tensors, which are not read.
+        if not ops.is_tensor(given) and isinstance(batch, int):  # A step has tensors, whose values are not read.
             known = np.asarray(given)
             if not known.size or known.min() < -batch or known.max() >= batch:
-                raise checks.invalid("indices", f"indices of a batch of {batch}, one at least", given)
+                raise checks.invalid("indices", f"at least one index of a batch of {batch}", given)
             indices = ops.convert_to_tensor(known % batch)
 
         def cut(tensor):
@@ -219,13 +219,13 @@ class FrozenModel:
         return part
 
     def after(self, layer: str) -> Self:
-        """The Jacobian of the outputs with respect to what a layer returned, at the same `x`. Nothing is run again.
+        """The Jacobian of the outputs with respect to a layer's output, at the same `x`. Nothing is run again.
 
         Args:
             layer: the path of a layer, or of a block of them, as `nodes` has it.
 
         Returns:
-            A `Linearization` from the layer's output to the model's. What goes around the layer is held constant.
+            A `Linearization` from the layer's output to the model's. Paths that bypass the layer are held constant.
 
         Raises:
             ValueError: there is no such layer, or it has several outputs.
@@ -273,7 +273,7 @@ class FrozenModel:
             layer: the path of a layer, or of a block of them, as `jvpreg.layer_paths` has it, or by attributes alone.
             argument: what the caller calls the path, for the error.
             expected: what the caller expects, in words.
-            owner: whose argument it is, where its name alone does not tell.
+            owner: whose argument it is, if its name alone does not tell.
 
         Raises:
             ValueError: there is no such layer.

@@ -49,8 +49,8 @@ def flatten_inputs(model, structure, argument: str) -> list:
 def standardize_inputs(model, x) -> list:
     """The model's inputs as a flat list of tensors, in the order of `model.inputs`.
 
-    Bytes become floats, since those of an image stand for real numbers, and no float rounds them. Other whole numbers
-    stay as they are: floats would round token ids, and nothing has a derivative by them.
+    Bytes become floats: those of an image stand for real numbers, and any float type holds them exactly. Other integers
+    stay as they are: floats would round token ids, and integers have no derivative anyway.
 
     Raises:
         ValueError: a shape does not fit.
@@ -92,7 +92,7 @@ def standardize_inputs(model, x) -> list:
 
 
 def check_moving(tangents: list, inputs: list, argument: str) -> None:
-    """Raises where tangents, None for zero, are those of whole numbers alone.
+    """Raises if every tangent belongs to an input of integers; None is a zero tangent.
 
     Args:
         tangents: one for each input.
@@ -106,9 +106,9 @@ def check_moving(tangents: list, inputs: list, argument: str) -> None:
     if given and not any(map(has_tangents, given)):
         dtypes = ", ".join(sorted({keras.backend.standardize_dtype(x.dtype) for x in given}))
         raise ValueError(
-            f"Invalid value for argument `{argument}`. Expected real numbers: nothing has a derivative by integers. "
+            f"Invalid value for argument `{argument}`. Expected real numbers: integers have no derivative. "
             f"Received: an input of integers ({dtypes}). If they stand for real numbers, give the model floats; if "
-            'they are token ids, look behind the embedding, as by `linearize(model, x).after("embedding")`.'
+            'they are token ids, start after the embedding, as by `linearize(model, x).after("embedding")`.'
         )
 
 
@@ -119,9 +119,9 @@ def graph_of(model):
 
 
 def call_signature(layer: keras.Layer) -> inspect.Signature:
-    """The signature of a layer's `call`, without `self`. Each is read once, which takes longer than a small layer."""
+    """The signature of a layer's `call`, without `self`. It is read once: that takes longer than a small layer."""
     function = getattr(layer.call, "__func__", None)
-    if function is None:  # A function that is an attribute of this layer alone.
+    if function is None:  # The function is an attribute of this layer object alone.
         return inspect.signature(layer.call)
     known = _SIGNATURES.get(function)
     if known is None:
@@ -130,7 +130,7 @@ def call_signature(layer: keras.Layer) -> inspect.Signature:
 
 
 def _adjust_rank(tensor, expected):
-    """As Keras: a last axis of size 1 may be left out, or be too many."""
+    """As Keras: a last axis of size 1 may be missing, or be one too many."""
     if len(tensor.shape) == len(expected) - 1 and expected[-1] == 1:
         return ops.expand_dims(tensor, -1)
     if len(tensor.shape) == len(expected) + 1 and tensor.shape[-1] == 1:

@@ -1,4 +1,4 @@
-"""The slopes of batch normalizations, taken up by the kernels before them."""
+"""Folds the slopes of batch normalizations into the kernels before them."""
 
 import math
 from dataclasses import replace
@@ -7,14 +7,14 @@ from jvpreg.engine.node import Node
 from jvpreg.rules.contract import Affine, ChannelScale
 
 USUAL_BATCH = 32
-"""Keras' own default, for a batch of a size that is not known."""
+"""The size to assume for a batch of unknown size: Keras' own default."""
 
 
 def with_scaled_kernel(node: Node, scaling: Node, leading: tuple) -> tuple[Node, Node]:
-    """A node with the channels of its output multiplied as a second one does, and the second one, which passes them on.
+    """The node with the slope of `scaling` in its kernels, and `scaling` as a node that passes its input on.
 
-    Where the kernels have fewer numbers than the tangents between the two: else, and where it cannot be done, as they
-    are. What it saves is a pass over the tangents, and two over them in the gradient.
+    Both are returned as they are if they cannot be changed so, or if the kernels have more numbers than the tangents
+    between the two. What is saved is a pass over the tangents, and two over them in the gradient.
     """
     linear, slope, (value,) = node.pushforward, scaling.pushforward, node.outputs
     assert isinstance(linear, Affine)

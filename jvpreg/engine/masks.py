@@ -15,7 +15,7 @@ from jvpreg.engine.node import Value
 def fill_in(layer: keras.Layer, args: tuple, kwargs: dict) -> dict:
     """A layer's keyword arguments with the masks that Keras takes from its inputs; masks that are given win.
 
-    That is `mask` if one argument holds tensors, and else `<argument>_mask` for each that does.
+    That is `mask` if one argument holds tensors, otherwise `<argument>_mask` for each that does.
     """
     given = _bind(layer, args, kwargs)
     tensors = [name for name, value in given.items() if _holds_tensors(value)]
@@ -28,7 +28,7 @@ def fill_in(layer: keras.Layer, args: tuple, kwargs: dict) -> dict:
 def split(layer, args: tuple, kwargs: dict, taken: Container[str]) -> tuple[dict, dict]:
     """The masks among a layer's keyword arguments, and the others. `taken`: the names of its rule's parameters.
 
-    A rule may take `mask` where the layer's call does not: merging layers look for masks on their inputs.
+    A rule may take `mask` even if the layer's call does not: merging layers look for masks on their inputs.
     """
     if not isinstance(layer, keras.Layer):
         return {}, kwargs
@@ -44,9 +44,9 @@ def on_outputs(layer: keras.Layer, inputs, previous, outputs, new_value: Callabl
     """The outputs with the masks that Keras leaves on them.
 
     Args:
-        layer: which says by `compute_mask` what becomes of a mask.
+        layer: its `compute_mask` says what becomes of a mask.
         inputs: primal values of its first argument.
-        previous: the masks that it was given, or else those of its first argument.
+        previous: the masks that it was given, otherwise those of its first argument.
         outputs: its output values.
         new_value: makes a value of a new mask.
     """
@@ -57,7 +57,7 @@ def on_outputs(layer: keras.Layer, inputs, previous, outputs, new_value: Callabl
     if masks is None:
         return outputs
     known = {id(mask.primal): mask for mask in tree.flatten(previous) if isinstance(mask, Value)}
-    # As Keras: what is beyond the shorter list has no mask.
+    # As Keras: outputs beyond the shorter list have no mask.
     for i, mask in enumerate(tree.flatten(masks)[: len(values)]):
         if mask is not None and values[i].mask is None:
             values[i] = values[i].with_mask(known.get(id(mask)) or new_value(ops.convert_to_tensor(mask)))
@@ -65,9 +65,9 @@ def on_outputs(layer: keras.Layer, inputs, previous, outputs, new_value: Callabl
 
 
 def values_among(*arguments) -> list[Value]:
-    """The values among arguments, in the order in which `map_leaves` comes to them, and after them their masks."""
+    """The values among arguments, in the order in which `map_leaves` visits them, and then their masks."""
     leaves: list[Value] = []
-    # Not `tree.flatten`: it sorts the keys of a dict, which on Torch `map_leaves` takes as they were put in.
+    # Not `tree.flatten`: it sorts the keys of a dict, and on Torch `map_leaves` does not.
     map_leaves(lambda leaf: leaves.append(leaf) if isinstance(leaf, Value) else None, arguments)
     return leaves + list({leaf.mask.slot: leaf.mask for leaf in leaves if leaf.mask is not None}.values())
 
@@ -85,7 +85,7 @@ def symbols(args: tuple, kwargs: dict, make: Callable) -> tuple[Any, list]:
 
 
 def left_on(outputs) -> list:
-    """The symbols that a call returned, and the masks that it left on them: where there is none, the symbol itself."""
+    """The symbols that a call returned, and the masks that it left on them; a symbol itself stands for no mask."""
 
     def mask_of(symbol):
         mask = get_mask(symbol)

@@ -17,7 +17,7 @@ def materialize(inputs: list, outputs: list, push: Callable, pull: Callable, chu
         outputs: tensors `(B, …)` like those that it returns.
         push: the map, of tangents `(P, B, …)`.
         pull: its transpose.
-        chunk_size: how many products are made at once.
+        chunk_size: how many products are computed at once.
 
     Returns:
         `(B, *output, *input)`; for several outputs or inputs, a list over outputs of lists over inputs.

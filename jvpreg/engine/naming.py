@@ -11,10 +11,10 @@ from jvpreg.rules.registry import find_rule
 
 @dataclass(frozen=True)
 class Scope:
-    """What is being run, for the names of what runs in it.
+    """The operation that runs, as a place for the names of what runs in it.
 
     Attributes:
-        name: as its nodes have it: `encoder:1` at the second use.
+        name: as the nodes in it have it: `encoder:1` at the second use.
         path: as `layer_paths` has it: `encoder`.
     """
 
@@ -23,11 +23,11 @@ class Scope:
 
 
 OUTSIDE = Scope()
-"""Of the model itself."""
+"""The scope of the model itself."""
 
 
 class Names:
-    """What everything is called that runs in a model.
+    """The names of everything that runs in a model.
 
     Args:
         root: the model that runs, whose name is part of no path.
@@ -49,7 +49,7 @@ class Names:
             path = join(scope.path, "/", own)
             if isinstance(operation, keras.Layer):
                 self._names[id(operation)] = path
-        # Where a layer runs for the second time, so do those in it. One that is shared belongs where it was found.
+        # If a layer runs a second time, so do the layers in it. A shared layer belongs to the place where it was found.
         within = bool(scope.path) and is_within(path, scope.path)
         return Scope(scope.name + path[len(scope.path) :] if within else path, path)
 
@@ -65,13 +65,13 @@ class Names:
         return scope
 
     def by_attributes(self, name: str) -> str:
-        """How attributes reach what has a name."""
+        """A name with attributes in place of the names that the user gave to layers."""
         named = [known for known in self._attributes if name.startswith(known) and name[len(known) :][:1] in "./:"]
         longest = max(named, key=len, default="")
         return self._attributes.get(longest, "") + name[len(longest) :]
 
     def unique(self, name: str) -> str:
-        """The name, with the number of its use from the second on: `name:1`."""
+        """The name, with the number of its use from the second use on: `name:1`."""
         uses = self._uses.get(name, 0)
         self._uses[name] = uses + 1
         return f"{name}:{uses}" if uses else name

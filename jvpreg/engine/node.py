@@ -22,7 +22,7 @@ class Value:
     Attributes:
         primal: `(B, …)`, or any shape if it is not batched.
         slot: of its tangent, `(P, *primal.shape)`.
-        batched: whether it follows from an input of the graph; else it is a weight, a constant, or made of them.
+        batched: whether it follows from an input of the graph; otherwise it is a weight, a constant, or made of them.
         mask: which of its steps count, `(B, T)`, as Keras carries it along with a tensor; it has no tangent.
     """
 
@@ -37,7 +37,7 @@ class Value:
 
     @functools.cached_property
     def has_tangents(self) -> bool:
-        """Whether it holds real or complex numbers: what is whole or true or false has no tangent."""
+        """Whether it holds real or complex numbers: integers and booleans have no tangent."""
         return has_tangents(self.primal)
 
 
@@ -54,8 +54,8 @@ class Node:
         pushforward: the frozen operation; None if no tangent passes through it (an argmax, a comparison).
         layer: the operation itself, or the layer within whose call it was found when that was opened up; None for a
             function or operation of the model's own graph.
-        examples: as its pushforward's, of one that has been dropped since its outputs have no tangents.
-        path: the name, by attributes where the user has named a layer in a subclassed model.
+        examples: as in the pushforward, for the case that this was dropped since the outputs have no tangents.
+        path: the name, with attributes in place of the names that the user gave to layers of a subclassed model.
     """
 
     name: str
@@ -101,18 +101,18 @@ class Node:
         return replace(self, pushforward=self.pushforward.map_residuals(cut))
 
     def is_constant(self, residual) -> bool:
-        """Whether a residual is the same for all examples: a weight or constant, or of a node that takes only them."""
+        """Whether a residual is the same for all examples: a weight or constant, or made of these alone."""
         batched = any(value.batched for value in self.inputs)
         return not batched or any(residual is value.primal for value in self.inputs if not value.batched)
 
     def is_whole(self, residual, locations: Mapping[int, Place]) -> bool:
-        """Whether a residual has no axis of the examples: it was reduced over it, or is to be broadcast along it."""
+        """Whether a residual has no axis for the examples: it was reduced over it, or will be broadcast along it."""
         if self._is_entrywise:
             return not self._is_aligned(residual)
         return any(residual is value.primal for value in self.inputs if locations.get(value.slot) == GONE)
 
     def can_be_cut(self, locations: Mapping[int, Place], reached: Container[int]) -> bool:
-        """Whether what is frozen can be cut by examples along its first axis, or need not be.
+        """Whether what is frozen can be cut by example along its first axis, or need not be cut.
 
         Args:
             locations: of the graph: see `FrozenGraph.locations`.
@@ -127,10 +127,10 @@ class Node:
         frozen = [residual for residual in self.pushforward.residuals if not self.is_constant(residual)]
         if all(place == FIRST for place in where.values()):
             return True
-        # Of an input that no tangent reaches, zeros are made, in its whole shape.
+        # An input that no tangent reaches gets zeros, in its whole shape.
         if not frozen and cuts(self.operation) and all(value.slot in reached for value in self.inputs):
             return True
-        # What is the same for all examples stays whole, if it can be told which it is.
+        # A residual that is the same for all examples stays whole, if it can be told from the others.
         known = [v.primal for v in self.inputs if where.get(v.slot) in (FIRST, GONE)]
         known += [v.primal for v in self.outputs]
         told = self._is_entrywise or all(any(residual is primal for primal in known) for residual in frozen)
@@ -143,7 +143,7 @@ class Node:
         return after is kept or isinstance(after, broadcast)
 
     def _is_aligned(self, residual) -> bool:
-        """Whether a residual of an operation entry by entry has the axes of the output, that of the examples too."""
+        """Whether a residual of an entrywise operation has the axes of the output, that of the examples included."""
         output = self.outputs[0].primal
         return len(residual.shape) == len(output.shape) and residual.shape[0] == output.shape[0]
 
@@ -202,7 +202,7 @@ def pull_node(node: Node, cotangents: Sequence, leading: tuple) -> tuple[list[Va
         cotangents: one for each of its outputs; None for zero.
         leading: as `push_node` takes it.
     """
-    # An input that it takes twice has the sum of both.
+    # An input that the node takes twice gets the sum of both cotangents.
     inputs = list({value.slot: value for value in node.inputs if value.batched and value.has_tangents}.values())
     if not inputs:
         return [], []
@@ -219,7 +219,7 @@ def pull_node(node: Node, cotangents: Sequence, leading: tuple) -> tuple[list[Va
 
 
 def tangent_shape(leading, value: Value) -> tuple:
-    """Of a value's tangents, for `leading` = (P, B, places): B is None for the whole batch, whose shapes are known."""
+    """The shape of a value's tangents. `leading` = (P, B, places): B is None for the whole batch, of known shapes."""
     probes, batch, places = leading
     shape = shape_of(value.primal)
     if batch is None or not value.batched:
@@ -229,7 +229,7 @@ def tangent_shape(leading, value: Value) -> tuple:
 
 
 def _checked(node: Node, tangent, leading, value: Value):
-    """The tangent in the dtype of its output, once it has its shape."""
+    """The tangent in the dtype of its output. Raises if it does not have the output's shape."""
     expected, received = tangent_shape(leading, value), tuple(tangent.shape)
     pairs = zip(expected, received, strict=False)
     if len(expected) != len(received) or any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs):
@@ -242,13 +242,13 @@ def _checked(node: Node, tangent, leading, value: Value):
 
 
 def _spread(tangent, leading, value: Value):
-    """A weight's part, which need only broadcast, with all of its axes."""
+    """A weight's part, broadcast to the shape of the output's tangent."""
     shape = tangent_shape(leading, value)
     return ops.broadcast_to(align(tangent, len(shape)), shape)
 
 
 def zero_tangents(leading, value: Value):
-    """Zero tangents of a value, in floats where it has none of its own."""
+    """Zero tangents of a value; in floats if the value has no tangents."""
     return ops.zeros(tangent_shape(leading, value), value.primal.dtype if value.has_tangents else None)
 
 

@@ -57,7 +57,7 @@ def open_up(layer, args: tuple, kwargs: dict, training: bool) -> tuple[keras.Fun
     def symbol(value):
         return symbol_of(autocast(value, dtype))
 
-    # With symbols for its own weights too, what is made of them is part of the graph.
+    # Its own weights get symbols too, so that the graph holds what is computed from them.
     owned = {key: value for key, value in _attributes(layer).items() if isinstance(value, keras.Variable)}
     with _seeds_put_back(layer) as put_back:
         try:
@@ -65,7 +65,7 @@ def open_up(layer, args: tuple, kwargs: dict, training: bool) -> tuple[keras.Fun
                 symbols, inputs = masks.symbols(args, kwargs, symbol)
                 graph = keras_private.function([*inputs, *weights], _call(layer, symbols, dtype, training))
         except Exception:
-            # A call that reads `weight.value`, or assigns to it.
+            # The call reads `weight.value`, or assigns to it: the weights stay constants.
             put_back()
             owned = {}
             symbols, inputs = masks.symbols(args, kwargs, symbol)
@@ -79,7 +79,7 @@ def _call(layer, symbols, dtype, training: bool):
     args, kwargs = symbols
     if not isinstance(layer, keras.Layer):
         return masks.left_on(layer(*args, **kwargs))
-    # What Keras passes itself, whether a call takes it or not.
+    # Keras passes these itself, whether a call takes them or not.
     takes = call_signature(layer).parameters
     kwargs = {key: value for key, value in kwargs.items() if key not in ("training", "mask") or key in takes}
     if "training" in takes:
@@ -87,7 +87,7 @@ def _call(layer, symbols, dtype, training: bool):
     with keras_private.within_call(layer, training):
         losses = len(layer.losses)
         with keras_private.weights_cast_to(dtype), warnings.catch_warnings():
-            # Keras says so when the model itself runs.
+            # Keras warns of it when the model itself runs.
             warnings.filterwarnings("ignore", ".*does not support masking")
             outputs = layer.call(*args, **kwargs)
     leaves = tree.flatten(outputs)
@@ -100,13 +100,13 @@ def _call(layer, symbols, dtype, training: bool):
 
 
 def check_operations(graph: keras.Function) -> None:
-    """Raises where a call that was traced cannot be run operation by operation.
+    """Raises if a call that was traced cannot be run operation by operation.
 
     A trace that succeeds proves nothing: Keras only asks operations for the shapes of their outputs.
     """
     for operation in graph.operations:
         if isinstance(operation, CONTROL_FLOW):
-            # What its functions close over, the symbols of the trace among it, is in no argument.
+            # Its functions close over values, symbols of the trace among them, that are in no argument.
             raise NotImplementedError(f"its `call` has control flow (`keras.ops.{kind_of(operation)}`)")
         args, kwargs = keras_private.last_call(operation)
         if isinstance(operation, numpy_ops.GetItem) and any(map(_has_symbol, tree.flatten((args, kwargs)))):
@@ -114,10 +114,10 @@ def check_operations(graph: keras.Function) -> None:
         if not is_bare(operation):
             continue
         if any(isinstance(leaf, keras.KerasTensor) for leaf in tree.flatten(list(vars(operation).values()))):
-            # Of the trace: it is no input of the operation, which would compute with the symbol itself.
+            # A symbol of the trace that is no input: the operation would compute with the symbol itself.
             raise NotImplementedError(f"its `call` gives `{kind_of(operation)}` a tensor in place of a constant")
         if find_rule(operation) is None:
-            # Not by what the operation knows of its own shapes: by its `call`, as it will run.
+            # By its `call`, as it will run, and not by what the operation says of its shapes.
             keras.Operation.compute_output_spec(operation, *args, **kwargs)
 
 
@@ -144,10 +144,10 @@ LIBRARIES = {"site-packages", Path(__file__).parents[1].name}
 
 @contextlib.contextmanager
 def calls_forgotten(operation):
-    """A context after which the layers within an operation know nothing of the symbols that they were called with.
+    """A context after which the layers within an operation have forgotten the calls with symbols.
 
-    Keras keeps each call with symbols on the layer, and with it all that came before: after a thousand steps, a
-    thousand graphs with the tensors that are constants in them.
+    Keras records each such call on the layer, together with the graph before it: after a thousand steps there would
+    be a thousand graphs, with the tensors that are constants in them.
     """
     held = [value for value in _attributes(operation).values() if isinstance(value, keras.Operation)]
     calls = [nodes for one in (*layers_in(operation), *held) for nodes in keras_private.recorded_calls(one)]
@@ -161,9 +161,9 @@ def calls_forgotten(operation):
 
 @contextlib.contextmanager
 def _seeds_put_back(layer):
-    """A context in which a layer may draw random numbers, of which it has drawn none if it fails.
+    """A context in which a layer may draw random numbers. If it fails, the layer's seeds are put back.
 
-    It gives a function that takes back what was drawn so far, for another try.
+    It gives a function that puts them back at once, for another try.
     """
     weights = {id(variable) for variable in layer.weights} if isinstance(layer, keras.Layer) else set()
     known = layer.variables if isinstance(layer, keras.Layer) else []
@@ -187,7 +187,7 @@ def _symbols_for_weights(layer, owned: dict[str, Any], dtype):
     with keras_private.weights_cast_to(dtype):
         symbols = {key: symbol_of(ops.convert_to_tensor(variable.value)) for key, variable in owned.items()}
     try:
-        # Past the layer's own `__setattr__`, which would track them.
+        # Not by the layer's own `__setattr__`, which would track them.
         _attributes(layer).update(symbols)
         yield list(symbols.values())
     finally:

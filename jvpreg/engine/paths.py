@@ -1,8 +1,8 @@
 """Paths of layers: what a layer is called in a model's frozen graph, in logs and in arguments.
 
 A functional or Sequential model calls its layers by their names, which its summary shows: `dense_3`, and within a model
-in it `encoder/dense_3`. A layer with a `call` of its own has attributes: `encoder.conv1`, `blocks.0.conv`. Keras' own
-names would number its layers by how many the process has made, and differ from one model to the next.
+in it `encoder/dense_3`. The paths within a subclassed layer are attributes: `encoder.conv1`, `blocks.0.conv`. Keras'
+own names count the layers of the whole process, so they differ from one model of a class to the next.
 """
 
 import difflib
@@ -21,13 +21,13 @@ def layer_paths(model) -> dict[str, keras.Layer]:
     """The layers of a model by their paths, which every argument that names a layer takes.
 
     Args:
-        model: a Keras model or layer. What a `JacobianModel` wraps stands for it.
+        model: a Keras model or layer; for a `JacobianModel`, the paths are those of the model in it.
 
     Returns:
         A dict from path to layer, a layer before those in it. In a subclassed model or layer, a path is what one writes
-        to reach the layer (`"blocks.0.conv"` for `model.blocks[0].conv`), unless the user has named the layer: the name
-        then ends its path, and the attributes are taken too. In a functional or Sequential model it is the layer's
-        name. A layer that is found twice has its first path.
+        to reach the layer: `"blocks.0.conv"` for `model.blocks[0].conv`. If the user has named the layer, its path ends
+        in this name instead, and arguments accept both. In a functional or Sequential model the path is the layer's
+        name. A layer that is found twice has the path where it was found first.
 
     Raises:
         ValueError: `model` is no Keras model or layer.
@@ -56,8 +56,8 @@ def walk(owner, name: str = "", path: str = "") -> Iterator[tuple[str, str, kera
 
     Args:
         owner: a model or layer.
-        name: what it is called; nothing if it is the model.
-        path: how attributes reach it.
+        name: its path so far; empty for the model itself.
+        path: the same by attributes alone.
     """
     yield from _walk(owner, name, path, not is_graph(owner), {id(owner)})
 
@@ -79,7 +79,7 @@ def _walk(owner, name: str, path: str, by_attributes: bool, seen: set[int]):
 
 
 def join(owner: str, mark: str, own: str) -> str:
-    """The path of what is called so within an owner, which may be the model itself."""
+    """The path of a layer within its owner; in the model itself, it is the layer's own name."""
     return f"{owner}{mark}{own}" if owner else own
 
 
@@ -90,7 +90,7 @@ def is_graph(operation) -> bool:
 
 
 def is_made_up(layer) -> bool:
-    """Whether Keras made the name of a layer, from its class."""
+    """Whether Keras made up the name of a layer, from its class."""
     return re.fullmatch(rf"{keras_private.name_of_class(type(layer).__name__)}(_\d+)?", layer.name) is not None
 
 
@@ -100,7 +100,7 @@ def stable_name(layer) -> str:
 
 
 def _attributes_of(owner) -> list[tuple[str, keras.Layer]]:
-    """The layers that one holds, with the attributes that hold them, in the order in which Keras came to know them."""
+    """The layers that a layer or model holds, each with its attribute, in the order in which Keras tracked them."""
     if is_graph(owner):
         return [(f"layers.{i}", layer) for i, layer in enumerate(owner.layers)]
     attributes = keras_private.attributes(owner)
@@ -122,7 +122,7 @@ def _within(value, path: str = "") -> Iterator[tuple[str, keras.Layer]]:
 
 
 def is_within(name: str, path: str) -> bool:
-    """Whether a name is that of a path, or of something in it."""
+    """Whether a name is a path, or lies within it."""
     return name == path or name.startswith((f"{path}/", f"{path}."))
 
 
@@ -130,11 +130,11 @@ def unknown(argument: str, path: str, known: Sequence[str], what: str, owner: st
     """The error for a path that is none of those known.
 
     Args:
-        argument: its name, as its caller writes it.
+        argument: the argument's name, as its caller writes it.
         path: what was received.
         known: the paths that exist.
-        what: was expected, in words.
-        owner: whose argument it is, where the name alone does not tell.
+        what: what was expected, in words.
+        owner: whose argument it is, if its name alone does not tell.
     """
     shown = list(known[:MOST_LISTED])
     more = f" and {len(known) - len(shown)} more (see `jvpreg.layer_paths`)" if len(known) > len(shown) else ""

@@ -40,12 +40,12 @@ def standardize_tangents(flat: list, like: list, names: list[tuple[str, str]]) -
 
 
 def each_name(name: str, like_name: str, count: int) -> list[tuple[str, str]]:
-    """The names of `count` tensors, for an error: of several it tells which one."""
+    """The names of `count` tensors for an error, which tells the tensor if there are several."""
     return [(name, like_name if count == 1 else f"{like_name} (tensor {i})") for i in range(count)]
 
 
 def check_count(flat: list, like: list, name: str, like_name: str) -> None:
-    """Raises unless there is a vector, or None, for each of `like`, and one at least."""
+    """Raises unless there is a tensor, or None, for each of `like`, and at least one tensor."""
     if len(flat) != len(like):
         raise ValueError(
             f"Invalid value for argument `{name}`. Expected {len(like)} tensor(s), one for each of {like_name}. "
@@ -65,13 +65,13 @@ def flatten_tangents(model, x, u, name: str = "u") -> list:
 
 
 def flatten_like(given, like, name: str, like_name: str = "the outputs") -> list:
-    """The leaves of a structure like that of `like`, in their order; None in place of a part is zero.
+    """The leaves of a structure like that of `like`, in the same order; None in place of a part is zero.
 
     Raises:
         ValueError: it has other keys, or another number of parts.
     """
     arranged = _arranged(given, like, name, like_name)
-    # In place of one tensor, a list of numbers is one too.
+    # Where `like` is one tensor, a list of numbers is one tensor too.
     return tree.flatten(arranged) if isinstance(like, (dict, list, tuple)) else [arranged]
 
 
@@ -139,12 +139,12 @@ def weight_tangents(pairs: Sequence[tuple[Any, Any]], known: Sequence) -> list[t
 
 
 def zeros(num_probes, like):
-    """Zero tangents `(P, B, …)` of `like` (B, …), in floats where it has none of its own."""
+    """Zero tangents `(P, B, …)` of `like` (B, …); in floats if `like` holds integers."""
     return ops.zeros((num_probes, *ops.shape(like)), dtype=like.dtype if has_tangents(like) else None)
 
 
 def pack_products(products: list, structure, probed: bool):
-    """Flat products `(P, B, …)` as users get them: in a structure, in float32 at least, without P if they gave none."""
+    """Flat products `(P, B, …)` as users get them: in a structure, in float32 at least, without P if none was given."""
     return tree.pack_sequence_as(structure, [at_least_float32(p if probed else p[0]) for p in products])
 
 

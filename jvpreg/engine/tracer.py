@@ -71,7 +71,7 @@ class Tracer:
 
     def __post_init__(self):
         self._names = Names(self.root)
-        # What goes along with an operation's inputs does not with those of the operations within it.
+        # Tangents go along with the inputs of an operation, not with those of the operations within it.
         self.context = replace(self.context, along=Context.along, weights={})
 
     def value(self, primal, batched: bool = True) -> Value:
@@ -84,7 +84,7 @@ class Tracer:
         return self.value(primal).with_mask(None if mask is None else self.value(mask))
 
     def run(self, operation, *args, scope: Scope = OUTSIDE, kind: str | None = None, **kwargs):
-        """Runs one operation on `Value`s: by its rule, or opened up into smaller ones, or else by autodiff."""
+        """Runs one operation on `Value`s: by its rule, otherwise opened up into smaller ones, otherwise by autodiff."""
         operation = unwrap(operation)
         if is_graph(operation):
             inner = scope if operation is self.root else self._names.scope(operation, scope, kind)
@@ -116,7 +116,7 @@ class Tracer:
                 graph, weights = open_up(operation, args, kwargs, self.context.training)
             except keras_private.MissingKerasNameError:
                 raise
-            except Exception as error:  # Whatever a call of one's own raises when it is given symbols for tensors.
+            except Exception as error:  # A user's call may raise anything when it is given symbols for tensors.
                 return self._run_by_autodiff(operation, args, kwargs, name, error)
             return self._run_opened(graph, weights, operation, args, kwargs, name)
 
@@ -138,7 +138,7 @@ class Tracer:
 
     def _walk(self, graph, values: list, scope: Scope, opened: bool = False):
         def bind(operation):
-            # Opened up anew each time, an operation is numbered anew by Keras: it goes by its kind.
+            # Keras numbers the operations anew at each opening, so a node is named by its kind.
             kind = (stable_name if isinstance(operation, keras.Layer) else kind_of)(operation) if opened else None
 
             def run(*args, **kwargs):
@@ -151,7 +151,7 @@ class Tracer:
 
     @contextlib.contextmanager
     def _training(self, training):
-        """Within it, layers run in the mode that a call within a layer's `call` asks for, if it does."""
+        """A context in which layers run in the mode that a layer's `call` asked for, if it did."""
         outer = self.context
         if training is not None and bool(training) != outer.training:
             of_batch = "frozen" if outer.batch_statistics == "moving" else outer.batch_statistics
@@ -189,7 +189,7 @@ class Tracer:
         return outputs
 
     def _carry_out(self, returned, values: Sequence[Value], name: str, operation) -> tuple:
-        """The output, the pushforward, and the output's tangent if it is known already, of what a rule returned."""
+        """From what a rule returned: the output, the pushforward, and the output's tangent if it is known already."""
         if not isinstance(returned, Affine):
             primal, pushforward = checked_pair(returned, name, operation)
             return primal, pushforward, pushforward.image if isinstance(pushforward, Pushed) else None
@@ -199,7 +199,7 @@ class Tracer:
         return y, returned, image
 
     def _run_inner(self, known: Sequence[Value], operation, *inputs, **kwargs):
-        """What a rule asks for by `context.linearize`: another operation, as one pushforward.
+        """Another operation as one pushforward: what `context.linearize` is in a rule.
 
         Tangents are those of the `inputs`, which keep the masks that they have among the `known` values.
         """
@@ -274,7 +274,7 @@ class Tracer:
     def _with_masks(self, operation, args, kwargs, outputs):
         """The outputs with the masks that Keras leaves on them."""
         if not isinstance(operation, keras.Layer):
-            # A tensor that is passed on as it is keeps what Keras wrote on it.
+            # A tensor that is passed on as it is keeps its mask.
             kept = {id(value.primal): value.mask for value in masks.values_among(args, kwargs)}
             return map_leaves(lambda y: y.with_mask(y.mask or kept.get(id(y.primal))), outputs)
         if not operation.supports_masking:
@@ -288,7 +288,7 @@ class Tracer:
         return masks.on_outputs(operation, inputs, previous, outputs, lambda mask: self.value(mask, batched))
 
     def _as_values(self, operation, args, kwargs):
-        """The weights and constants among an operation's inputs as values too; no tangent ever reaches a constant."""
+        """Weights and constants among an operation's inputs become values too; no tangent ever reaches a constant."""
 
         def convert(leaf):
             if isinstance(leaf, Value):
@@ -296,7 +296,7 @@ class Tracer:
             if isinstance(leaf, keras.Variable):
                 return self._weight(leaf)
             layer = isinstance(operation, keras.Layer)
-            # What NumPy has of no more than Python's precision is a number (`np.float64`), the rest is as a tensor.
+            # A NumPy scalar such as `np.float64` that Python takes for a float counts as a number, not as a tensor.
             if isinstance(leaf, (np.ndarray, np.generic)) and not isinstance(leaf, float) and not layer:
                 leaf = ops.convert_to_tensor(leaf)
             if not ops.is_tensor(leaf) or (layer and not len(leaf.shape)):
@@ -304,14 +304,14 @@ class Tracer:
             batched = [value.primal for value in masks.values_among(args, kwargs) if value.batched]
             if not layer or not batched:
                 return self.value(leaf, batched=False)
-            # For a layer one row stands for the batch: tangents of different batch sizes could not be folded alike.
+            # In a layer one row may stand for the batch: it is repeated, so that all tangents have one batch size.
             row = leaf.shape[0] == 1
             return self.value(ops.broadcast_to(leaf, (ops.shape(batched[0])[0], *leaf.shape[1:])) if row else leaf)
 
         return map_arguments(convert, args, kwargs)
 
     def _weight(self, variable) -> Value:
-        """The value of a weight that an operation takes as an input: the same one at each use in one dtype."""
+        """The value of a weight that an operation takes as an input: the same one at each use with the same dtype."""
         with keras_private.weights_cast_to(self._weight_dtype):
             primal = ops.convert_to_tensor(variable.value)
         for known, value in self.variables:
@@ -377,13 +377,13 @@ def trace(
         outputs = tracer.run(model, arguments, kind=None if find_rule(model) else stable_name(model))
     for value in tree.flatten(outputs):
         if value.mask is not None:
-            # A loss weighs by it.
+            # The loss weighs by the mask.
             keras_private.set_mask(value.primal, value.mask.primal)
     return tracer, values, outputs
 
 
 def _record_activity_loss(operation, outputs) -> None:
-    """What `Layer.__call__` does with an activity regularizer: its loss a batch, divided by the batch's size."""
+    """Adds an activity loss, as `Layer.__call__` does: the loss of the batch, divided by the batch's size."""
     regularizer = getattr(operation, "activity_regularizer", None)
     if regularizer is not None:
         primal = leaves_of(outputs)[0].primal

@@ -28,7 +28,7 @@ def _tensorflow(function, inputs, cotangents):
     gradients = tape.gradient(
         outputs, inputs, output_gradients=cotangents, unconnected_gradients=tf.UnconnectedGradients.ZERO
     )
-    # Of rows that were looked up, TensorFlow has the slices of the gradient.
+    # For rows that were looked up, TensorFlow returns the gradient as slices.
     return [tf.convert_to_tensor(gradient) for gradient in gradients]
 
 
@@ -42,10 +42,10 @@ def _jax(function, inputs, cotangents):
 def _torch(function, inputs, cotangents):
     import torch
 
-    # A penalty in training differentiates what comes out once more; probes and evaluation run under `no_grad`.
+    # A penalty in training differentiates the result once more; probes and evaluation run under `no_grad`.
     differentiated = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Where they follow from weights, as the point of `autodiff` does, a gradient goes on through what comes out.
+        # Inputs that follow from weights stay connected to them: the result is differentiated by the weights too.
         inputs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in inputs]
         outputs = function(inputs)
         # An output that no input reaches has no graph, and a zero transpose.

@@ -182,7 +182,7 @@ def test_embedding_has_tangents_of_its_table_only(float64, make):
     table = layer.trainable_variables[0]
     moved = normal(2, *table.shape)
     np.testing.assert_array_equal(numpy(lin.jvp(weights=[(table, moved)])), moved[:, words])
-    with pytest.raises(ValueError, match="nothing has a derivative by integers"):
+    with pytest.raises(ValueError, match="integers have no derivative"):
         lin.jvp(np.ones(words.shape))
 
 
