@@ -1,12 +1,12 @@
 """The clone of Balestriero & Baraniuk (2021) in its literal form, for networks written by hand in `keras.ops`.
 
-A batch `h` is a concatenation `[x, u_1 … u_P, 0]` of parts of B examples: `((P+2)·B, …)`. What is affine takes it as it
-is. A nonlinearity takes its state (a mask, a winner, statistics) from the part of `x` and applies it to all parts. The
-network of both is `f_x`, the clone of `f` at `x`, and `J u = f_x(u) − f_x(0)`.
+A batch `h` is a concatenation `[x, u_1 … u_P, 0]` of parts of B examples: `((P+2)·B, …)`. Affine operations take it as
+it is. A nonlinearity takes its state (a mask, a winner, statistics) from the part of `x` and applies it to all parts.
+The network of both is `f_x`, the clone of `f` at `x`, and `J u = f_x(u) − f_x(0)`.
 
 `num_probes` is P throughout, or None for one direction without a probe axis. No autodiff, no graph and no rule is
-needed. Where there is a Keras model, `jvpreg.linearize` is better: it runs P + 1 examples for each of `x`, not P + 2,
-and loses no digits to a difference of outputs.
+needed. For a Keras model `jvpreg.linearize` is better: it runs P + 1 examples for each of `x`, not P + 2, and loses
+no digits to a difference of outputs.
 
 Reference: Balestriero & Baraniuk (2021), "Fast Jacobian-Vector Product for Deep Networks", section 3 and appendix F.
 Equation 10 is meant as `f(x) − f_x(x − u)`; the difference that is taken here is that of appendix G.
@@ -123,7 +123,7 @@ def max_pool(h, pool_size, strides=None, padding: str = "valid", data_format=Non
         lengths.append((count - 1) * stride + 1)
         missing = max(lengths[-1] + window - 1 - size, 0)
         widths[axis] = (missing // 2, missing - missing // 2)
-    # The same in every part: only what wins for `x` is ever read.
+    # The same in every part: only the winners in the part of `x` are ever read.
     parts = ops.pad(parts, widths, constant_values=-float("inf"))
 
     def entry(offsets):

@@ -28,12 +28,12 @@ from jvpreg.rules.examples import MIXED
 
 
 class Linearization(FrozenModel):
-    """A model frozen at `x`: `u ↦ J u`, `v ↦ Jᵀ v`, and what `f(x)` has beside `J x`. Made by `linearize`.
+    """A model frozen at `x`: `u ↦ J u`, `v ↦ Jᵀ v`, and what `f(x)` adds to `J x`. Made by `linearize`.
 
     Attributes:
-        inputs: the model's inputs, a flat list of `(B, …)`, whole numbers as floats. By whole numbers (token ids,
-            lengths, masks) nothing has a derivative: their tangents and gradients count as zero beside those of other
-            inputs, and are an error alone. Bytes, as of images, stand for real numbers.
+        inputs: the model's inputs, a flat list of `(B, …)`, integers as floats. Integers (token ids, lengths, masks)
+            have no derivative: beside other inputs their tangents and gradients are zero, and alone they are an error.
+            Bytes stand for real numbers, as in images.
         outputs: `f(x)`, `(B, …)`, in the model's own structure; the primal pass ran once to get it.
         nodes: the frozen nodes, in the order in which they ran.
         fallbacks: a dict from the name of each node that was left to the backend's autodiff to the reason.
@@ -52,8 +52,8 @@ class Linearization(FrozenModel):
             taps: tangents added at the outputs of nodes, a dict from a name that `node_outputs` has.
 
         Returns:
-            `J u + d/dε f(x; W + ε U)`, and what the taps become, like the outputs, with a leading probe axis if `u`
-            has one. In float32 at least.
+            `J u + d/dε f(x; W + ε U)`, plus the pushforward of the taps; like the outputs, with a leading probe axis if
+            `u` has one. In float32 at least.
 
         Raises:
             ValueError: a shape does not fit, or a weight is not one of the model's.
@@ -112,7 +112,7 @@ class Linearization(FrozenModel):
         return self.gradients(v, nodes=[])[0]
 
     def modified_vjp(self, v, change: Callable[[Node, list], list]):
-        """The pullback node by node, the last node first, where what comes back to each node is changed.
+        """The pullback node by node, the last node first, with `change` applied to the cotangents of each node.
 
         Args:
             v: a cotangent, as `vjp` takes it.
@@ -154,12 +154,12 @@ class Linearization(FrozenModel):
         check_moving(tangents, [value.primal for value in self._graph.inputs], argument)
 
     def gradients(self, v, nodes: Sequence[str] | None = None, with_inputs: bool = True) -> tuple[Any, dict[str, Any]]:
-        """`Jᵀ v`, and the gradient of `vᵀ f` at the outputs of nodes, all in one backward pass.
+        """`Jᵀ v`, and the gradient of `vᵀ f` with respect to the outputs of nodes, all in one backward pass.
 
         Args:
             v: a cotangent, as `vjp` takes it.
             nodes: names of nodes, as `intercepts` has them; all of those by default.
-            with_inputs: if not, what is before the nodes costs nothing.
+            with_inputs: whether to compute `Jᵀ v`; otherwise the layers before the nodes cost nothing.
 
         Returns:
             What `vjp` returns (None without the inputs), and a dict from node name to the gradient, like the node's
@@ -223,7 +223,7 @@ class Linearization(FrozenModel):
         Args:
             v: a cotangent, as `vjp` takes it.
             nodes: names of nodes, as `intercepts` has them; all of those by default.
-            with_inputs: if not, what is before the nodes costs nothing.
+            with_inputs: whether to compute `Jᵀ v`; otherwise the layers before the nodes cost nothing.
 
         Returns:
             What `vjp` returns (None without the inputs), and a dict from node name to the bias-Jacobian, like the
@@ -254,14 +254,14 @@ class Linearization(FrozenModel):
         return at_inputs, found
 
     def gains(self, u) -> dict[str, Any]:
-        """How much longer each node makes the tangent that comes to it, on the way of `J u` through the model.
+        """By how much each node stretches the tangent that comes to it, when `J u` goes through the model.
 
         Args:
             u: a tangent like `x`, or with a leading probe axis, as `jvp` takes it.
 
         Returns:
             A dict from node name to `‖out‖ / ‖in‖`, `(P,)`, each norm over all inputs or outputs of the node and the
-            whole batch; 0 where nothing comes in. Nodes that no tangent can reach are left out.
+            whole batch; 0 for a node to which a zero tangent comes. Nodes that no tangent can reach are left out.
 
         Raises:
             ValueError: a shape does not fit.
@@ -284,7 +284,7 @@ class Linearization(FrozenModel):
         return gains
 
     def tangents_by_slot(self, u) -> dict[int, Any]:
-        """The tangents `(P, B, …)` that `J u` passes on its way, by the `slot` of the values of `nodes`.
+        """The tangents `(P, B, …)` inside the model from `u` to `J u`, by the `slot` of the values of `nodes`.
 
         Args:
             u: a tangent like `x`, or with a leading probe axis, as `jvp` takes it.
@@ -307,10 +307,10 @@ class Linearization(FrozenModel):
         return {value.slot: tangent for value, tangent in values if tangent is not None}
 
     def jacobian(self, chunk_size: int = 64):
-        """The whole Jacobian of each example, one chunk of rows or of columns after the other, whichever are fewer.
+        """The whole Jacobian of each example, computed in chunks of rows or of columns, whichever are fewer.
 
         Args:
-            chunk_size: how many products are made at once, which bounds the memory: that of as many tangent passes.
+            chunk_size: how many products are computed at once; a smaller number takes less memory.
 
         Returns:
             `(B, *output, *input)`; for several outputs or inputs, a list over outputs of lists over inputs.
@@ -324,7 +324,7 @@ class Linearization(FrozenModel):
         if self.couples_examples:
             raise ValueError(
                 "A linearization that couples the examples of a batch has no Jacobian of each. Use "
-                '`batch_statistics="frozen"` or "moving", and no operation that mixes examples; of `after` and '
+                '`batch_statistics="frozen"` or "moving", and no operation that mixes examples; with `after` and '
                 "`block`, name a layer that has the examples on its first axis."
             )
         self._check_moving(self.inputs, "x")
@@ -333,7 +333,7 @@ class Linearization(FrozenModel):
     def affine_map(self, chunk_size: int = 64):
         """The slope `A = J` and the intercept `b = f(x) − J x` of each example.
 
-        Where the model is piecewise affine, `A x + b` is the model itself in the whole region that holds `x`.
+        If the model is piecewise affine, `A x + b` is the model itself in the whole region around `x`.
 
         Args:
             chunk_size: as in `jacobian`.
@@ -370,10 +370,10 @@ class Linearization(FrozenModel):
 
 
 def _norm(tangents: list):
-    """Of all entries of tangents `(P, …)` together, as `(P,)`."""
+    """The norm of all entries of tangents `(P, …)` together, `(P,)`."""
     flat = [at_least_float32(ops.reshape(t, (ops.shape(t)[0], -1))) for t in tangents]
     joined = flat[0] if len(flat) == 1 else ops.concatenate(flat, axis=-1)
-    # In units of the largest entry, whose square may be too large a number already.
+    # In units of the largest entry: its square may overflow.
     largest = ops.max(ops.abs(joined), axis=-1)
     unit = ops.where(largest > 0, largest, 1.0)
     return unit * ops.sqrt(ops.sum(ops.square(joined / ops.expand_dims(unit, -1)), axis=-1))

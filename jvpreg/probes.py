@@ -112,7 +112,7 @@ def _random(distribution: str, shape, dtype, seed):
         return getattr(keras.random, distribution)(shape, dtype=dtype, seed=seeds.independent(seed))
     import tensorflow as tf
 
-    # Left to itself, XLA takes Threefry on a CPU: 44 ms for the probes of 64 CIFAR images on two cores, and Philox 2.
+    # By itself, XLA uses Threefry on a CPU: 44 ms for the probes of 64 CIFAR images on two cores; Philox takes 2.
     state = seed.next() if isinstance(seed, keras.random.SeedGenerator) else tf.constant([seed, 0], "int64")
     state = tf.cast(tf.math.floormod(state, tf.int32.max - 1), "int32")
     return getattr(tf.random, f"stateless_{distribution}")(shape, state, dtype=dtype, alg="philox")
@@ -133,8 +133,8 @@ def _sphere(shape, dtype, seed):
 
 def _orthogonal(shape, dtype, seed):
     num_probes, batch, size = shape
-    # The Q of a Gaussian matrix is uniform over all rotations once R has a positive diagonal (Mezzadri, 2007);
-    # LAPACK's has signs of its own, and directions of a mean that is not zero.
+    # The Q of a Gaussian matrix is uniform over all rotations once R has a positive diagonal (Mezzadri, 2007).
+    # LAPACK gives R other signs, and then the directions have a mean that is not zero.
     columns, triangle = ops.qr(_gaussian((batch, size, num_probes), dtype, seed))
     columns = columns * ops.expand_dims(ops.sign(ops.diagonal(triangle, axis1=1, axis2=2)), 1)
     return math.sqrt(size) * ops.transpose(columns, (2, 0, 1))

@@ -56,19 +56,19 @@ def linearize(
         x: the model's input, `(B, …)`, or a structure of inputs such as the model takes.
         training: whether dropout is active and moving averages are updated (once, by this call).
         batch_statistics: what batch normalization uses. `"moving"`: its moving averages (the default when not
-            training). `"frozen"`: the statistics of this batch, held constant for the tangents but not for the
-            weights (the default in training). `"coupled"`: the same, moving with the batch: the true derivative of
-            the batch map, in which one example's tangent depends on the others'.
+            training). `"frozen"`: the statistics of this batch, constant for the tangents but not for the weights (the
+            default in training). `"coupled"`: the statistics of this batch, moving with it: the true derivative of the
+            batch map, in which one example's tangent depends on the other examples.
         fallback: what to do with an operation that has no rule and cannot be opened up. `"warn"`: leave that node to
             the backend's autodiff, and say so once; `"allow"`: say nothing; `"error"`: raise.
-        xla: whether this runs in a function that XLA compiles, if you know: in a plain TensorFlow graph (False) rules
-            then take TensorFlow's own kernels and what else is the fastest there. No result changes.
+        xla: whether XLA compiles the function in which this runs, if you know. If it is False, rules use TensorFlow's
+            own kernels in a graph, which are the fastest there. No result changes.
 
     Returns:
         A `Linearization`: `.outputs`, `.jvp(u)`, `.vjp(v)`, `.intercepts`, `.fallbacks`.
 
     Raises:
-        NotImplementedError: an operation has no rule, and `fallback` is `"error"`; or it can have none.
+        NotImplementedError: an operation has no rule and `fallback` is `"error"`; or no rule is possible.
         ValueError: an argument does not fit.
 
     Derivatives are those of the output as it is; a model that ends in softmax or sigmoid gets one warning, since
@@ -97,8 +97,8 @@ def linearize(
 def jvp(model, x, u, **kwargs):
     """`f(x)` and `J u`. Shapes and keyword arguments as in `linearize` and `Linearization.jvp`.
 
-    The tangents go through the model along with `x`: in one scan with a recurrent cell, and in the same call of a layer
-    where its weights are many and outnumber both, if all shapes are known.
+    The tangents go through the model along with `x`: in one scan with a recurrent cell, and in the same call of a
+    layer if all shapes are known and it has many weights, more than `x` and the tangents have entries.
 
     Example:
 
@@ -148,7 +148,7 @@ def weight_jvp(model, x, weights, **kwargs):
         raise checks.invalid("weights", "a tangent of one weight at least", weights)
     known = getattr(model, "variables", [])
     if not known or not all(isinstance(key, str) or any(key is variable for variable in known) for key, _ in pairs):
-        # Weights that the model does not track: which ones it uses is known once it has run.
+        # The model does not track all weights: which ones it uses is known once it has run.
         linearization = linearize(model, x, **kwargs)
         return linearization.outputs, linearization.jvp(weights=pairs)
     given = weight_tangents(pairs, known)
@@ -159,7 +159,7 @@ def weight_jvp(model, x, weights, **kwargs):
     variables = [variable for variable, _ in given]
     companions = Companions([None] * len(inputs), zip(variables, tangents, strict=True))
     graph, outputs, _ = _freeze(model, x, inputs, _linearize_options(**kwargs), companions)
-    # Raises for one that the model tracks, and that no tangent can have.
+    # Raises for a weight that the model tracks but does not differentiate by.
     weight_tangents([(variable, None) for variable in variables], graph.weights)
     return outputs, pack_products(companions.products(graph), outputs, probed)
 
@@ -210,7 +210,7 @@ def _freeze(
 
 
 def _checked_model(model):
-    """What a model computes, once it is known that it can."""
+    """The operation that a model really computes. Raises if the model is none, or is not built."""
     model = unwrap(model)
     if not isinstance(model, keras.Operation):
         raise checks.invalid("model", "a Keras model or layer", model)
@@ -223,7 +223,7 @@ def _checked_model(model):
 
 
 def _callers_level() -> int:
-    """The stack level, for a warning of the function that asks, of the first caller outside of this package."""
+    """The stack level of the first caller outside of this package, for a warning of the calling function."""
     frame, level = inspect.currentframe(), 0
     while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] == __package__:
         frame, level = frame.f_back, level + 1

@@ -15,11 +15,11 @@ from jvpreg.rules.registry import unwrap
 class TangentModel(keras.Model):
     """Maps `[x, u]` to `(f(x), J u)`, in inference: one forward pass, to save and to export as any model.
 
-    What `export` writes has the inputs `x` and `u`, or `x_name` and `u_name` for each `keras.Input` of several. It
-    holds no autodiff: an operation without a rule is an error.
+    An exported model has the inputs `x` and `u`, or `x_name` and `u_name` for each of several `keras.Input`s. It holds
+    no autodiff: an operation without a rule is an error.
 
     Args:
-        base: a Keras model, built; of a `JacobianModel`, the plain model in it. The weights are its own.
+        base: a Keras model, built; for a `JacobianModel`, the plain model in it. The weights are shared with it.
         **kwargs: of `keras.Model`: `name`.
 
     Raises:
@@ -39,7 +39,7 @@ class TangentModel(keras.Model):
         base = unwrap(base)
         if not isinstance(base, keras.Model) or isinstance(base, TangentModel) or not base.built:
             raise checks.invalid("base", "a Keras model, built", base)
-        # `base` casts its own inputs; a second cast here would round what it is given.
+        # `base` casts its own inputs; a second cast here would round them.
         super().__init__(**{"autocast": False, "dtype": base.dtype_policy, **kwargs})
         self.base = base
         # A base without a graph has no known inputs: Keras records those of the first call, for `export`.

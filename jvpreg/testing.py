@@ -14,7 +14,7 @@ from jvpreg.estimators.norms import squared_norm
 from jvpreg.linearization import Linearization
 from jvpreg.products import linearize
 
-# Of the differences, in float64. A penalty is larger than the products in it, so its rounding asks for a longer step.
+# The step of the differences, in float64. A penalty is larger than its products: its rounding needs a longer step.
 STEP = 1e-6
 PENALTY_STEP = 1e-5
 
@@ -39,19 +39,19 @@ def check_rule(
     batch; and the gradient of the penalty `‖J u‖²` by the input and the weights against central finite differences.
 
     Args:
-        layer: a layer, or a model, which is then taken as it is: its dtype must be float64. A layer is copied
-            through its config, in float64; its weights are drawn anew.
+        layer: a layer, which is copied through its config, in float64, with new random weights; or a model, which is
+            used as it is and must be of float64.
         input_shape: without the batch; a list of shapes for several inputs.
         batch_size: B.
         training: as in `linearize`.
         batch_statistics: as in `linearize`.
         jit: whether the engine runs compiled (XLA; `torch.compile`). The reference never does.
         reference: `reference(*inputs) -> outputs`, the map whose Jacobian is expected; by default the layer itself.
-        tolerance: relative, of all but the comparisons with finite differences, which are within 1e-6.
+        tolerance: the largest relative error. Only for finite differences it is always 1e-6.
         seed: of inputs, weights and directions.
 
     Raises:
-        AssertionError: the rule is wrong; the message says in what.
+        AssertionError: the rule is wrong; the message says which check failed.
         RuntimeError: the backend cannot compute in float64.
 
     Example:
@@ -134,7 +134,7 @@ class _Case:
         )
         self.reference = reference or self._call
         self.tolerance = tolerance
-        # Every evaluation starts from these, so that seeds and moving averages are the same in each.
+        # Every evaluation starts from these values, so that seeds and moving averages are the same in each.
         self.variables = list(layer.variables)
         self.values = [ops.stop_gradient(ops.copy(variable.value)) for variable in self.variables]
         self.u, self.w = ([self._draw(random, x) for x in inputs] for _ in range(2))
@@ -207,7 +207,7 @@ class _Case:
         assert len(jtv) == count
 
     def check_weights(self, compiled: Callable) -> None:
-        """The pushforward of each weight that the rules know, a probe each; of the input; and of all at once."""
+        """The pushforward of each weight that the rules know, one probe each; of the input; and of all at once."""
         known = {
             id(variable) for variable in self._stateless(self.values, lambda: self._linearize(self.inputs).weights)
         }
@@ -220,7 +220,7 @@ class _Case:
         moved = [random.normal(size=self.variables[i].shape) for i in indices]
 
         def probes(tangent, own: int):
-            """`tangent` in the probe that is its own, and in the last one."""
+            """The tangent in a probe of its own, and in the last probe, which has all of them."""
             stacked = np.zeros((count + 2, *np.shape(tangent)))
             stacked[own] = stacked[-1] = tangent
             return ops.convert_to_tensor(stacked)
@@ -253,7 +253,7 @@ class _Case:
                 pair.append([_numpy(leaf) for leaf in tree.flatten(outputs)])
             slopes = [(ahead - behind) / (2 * STEP) for ahead, behind in zip(*pair, strict=True)]
             name = f"the pushforward of {self.variables[i].path}, against finite differences"
-            # Differences of the outputs are no better than the outputs' own rounding over the step.
+            # Differences of the outputs are no better than the rounding of the outputs over the step.
             scale = _norm(slopes) + 1e-2 * _norm(self.outputs)
             self._compare(name, [leaf[k] for leaf in received], slopes, 1e-6, scale)
         self._compare(
@@ -314,7 +314,7 @@ class _Case:
                 [received],
                 [slope],
                 1e-6,
-                # Differences of a penalty are no better than its own rounding over the step.
+                # Differences of a penalty are no better than the rounding of the penalty over the step.
                 scale=abs(slope) + 1e-4 * (1e-3 + abs(along(0.0))),
             )
 
@@ -349,7 +349,7 @@ def _pack(leaves: list):
 
 def _numpy(tensor) -> np.ndarray:
     if isinstance(tensor, (float, np.ndarray, np.generic)):
-        # Not by way of a tensor: backends take a Python float as float32.
+        # Not by way of a tensor: backends convert a Python float to float32.
         return np.asarray(tensor)
     return np.asarray(ops.convert_to_numpy(ops.stop_gradient(ops.convert_to_tensor(tensor))))
 
