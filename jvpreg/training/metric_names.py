@@ -1,4 +1,4 @@
-"""Names in the logs: two metrics of one name would be one line there, and which of them it is would not be told."""
+"""Names in the logs. Two metrics of one name would share a line there, and nobody could tell them apart."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,16 +8,16 @@ from jvpreg.regularizers.base import JacobianRegularizer
 
 
 def reported_names(regularizers: Sequence[JacobianRegularizer]) -> list[str]:
-    """Of each regularizer its own, and those of what else it measures."""
+    """The name of each regularizer, and the names of what else it measures."""
     return [name for r in regularizers for name in (r.name, *(f"{r.name}/{measure}" for measure in r.measures))]
 
 
 def check_names(names: Sequence[str], output_names: Iterable[str], *args, **compiled) -> None:
-    """Raises a ValueError where what a model reports beside Keras has the name of something else in the logs.
+    """Raises a ValueError if a penalty or measure has the name of something else in the logs.
 
     Args:
-        names: of all that it reports of regularizers and matching losses.
-        output_names: those of the model's outputs, where it has several.
+        names: the names of all penalties and measures.
+        output_names: the names of the model's outputs, if it has several.
         *args: of `keras.Model.compile`.
         **compiled: of `keras.Model.compile`.
     """
@@ -37,8 +37,8 @@ def check_names(names: Sequence[str], output_names: Iterable[str], *args, **comp
             other = "what Keras reports of a validation" if name.startswith("val_") else f"the loss or metric `{name}`"
             raise ValueError(
                 "Invalid value for argument `name` of a Jacobian regularizer or a matching loss. "
-                'Expected a name other than "loss", than '
-                f'those of the metrics, and not one that begins with "val_". Received: name={name!r}, which would '
+                'Expected a name that is not "loss", is not the name of a metric, and does not begin with "val_". '
+                f"Received: name={name!r}, which would "
                 f"replace {other} in the logs"
             )
 

@@ -22,7 +22,7 @@ from jvpreg.training.weighting import compiled_labels, example_weights, own_keys
 
 @keras.saving.register_keras_serializable(package="jvpreg")
 class JacobianModel(PenalizedModel):
-    """Wraps a model so that `compile` takes Jacobian regularizers. It computes just what the model computes.
+    """Wraps a model so that `compile` takes Jacobian regularizers. Its outputs are those of the model.
 
     In a training step the model runs once, and that run serves the outputs, the loss and every penalty; batch
     statistics are updated once, dropout masks are shared. The weights are the model's own: `model.base` is the plain
@@ -30,7 +30,7 @@ class JacobianModel(PenalizedModel):
 
     Args:
         base: a Keras model; a subclassed one is opened up, see `jvpreg.linearize`.
-        seed: of the random directions.
+        seed: of the random directions; None for one that Keras draws.
         **kwargs: of `keras.Model`: `name`.
 
     Raises:
@@ -52,17 +52,17 @@ class JacobianModel(PenalizedModel):
     def __init__(self, base: keras.Model, seed: int | None = None, **kwargs):
         super().__init__(base, seed, **kwargs)
         self._trackers: list[PenaltyTracker] = []
-        # What the regularizers measure beside their penalties, in their order.
+        # What the regularizers measure beside their penalties, in the order of the regularizers.
         self._measures: list[MeasureTracker] = []
 
     def build(self, input_shape):
-        """Builds a base that was given no input shape, for batches of any size."""
+        """Builds the base, for batches of any size, if it was given no input shape."""
         if not self.base.built:
             self.base(tree.map_shape_structure(lambda shape: keras.KerasTensor((None, *shape[1:])), input_shape))
         self._build_carried(self.jacobian_regularizers, self._trackers)
 
     def _build_carried(self, regularizers: Sequence[JacobianRegularizer], trackers: Sequence[PenaltyTracker]) -> None:
-        """Variables for what regularizers carry from step to step, if the outputs' shape is known by now."""
+        """Makes the variables that regularizers carry from step to step, if the outputs' shape is known by now."""
         inputs = self.symbolic_inputs()
         if inputs is None:
             return
@@ -82,11 +82,11 @@ class JacobianModel(PenalizedModel):
 
     @property
     def penalty_metrics(self):
-        """One of each regularizer's penalty, in their order, and those of what they measure beside."""
+        """One metric for each regularizer's penalty, in their order, and then those of what else they measure."""
         return [*self._trackers, *self._measures]
 
     def reported_names(self, regularizers: Sequence[JacobianRegularizer]) -> list[str]:
-        """The names in the logs of what the model would report beside Keras with these regularizers."""
+        """The names that the model would add to Keras' own logs with these regularizers."""
         return reported_names(regularizers)
 
     def compile(
@@ -103,21 +103,21 @@ class JacobianModel(PenalizedModel):
         Args:
             *args: of `keras.Model.compile`.
             jacobian_regularizers: from `jvpreg.regularizers`, or your own; an empty list trains the plain model.
-            jacobian_interval: the penalties are computed every k-th step, times k: unbiased, and cheaper.
-            jacobian_fraction: the part of each batch, drawn at random, on which they are computed: unbiased too.
-            jacobian_evaluate: whether `evaluate` reports the penalties and counts them in its loss, as Keras does
-                with its own regularizers. If not, it costs nothing extra. `predict` never does.
+            jacobian_interval: k: every k-th step computes the penalties, times k. This is unbiased, and cheaper.
+            jacobian_fraction: the part of each batch, drawn at random, whose penalties are computed: unbiased too.
+            jacobian_evaluate: whether `evaluate` reports the penalties and adds them to its loss, as Keras does with
+                its own regularizers. If False, they cost `evaluate` nothing. `predict` never computes them.
             **kwargs: of `keras.Model.compile`.
 
         Raises:
             ValueError: an argument is out of its range, two regularizers share a name or contradict each other, or one
                 does not fit the model.
 
-        `sample_weight` and `class_weight` weigh an example's penalty as they weigh its loss. Of several outputs with
-        a weight each, an example has the mean, and so it has of weights `(B, T)` of steps in time; a regularizer with
-        labels of its own has their weight, where they are given one.
+        `sample_weight` and `class_weight` weigh an example's penalty as they weigh its loss. If several outputs, or
+        several steps in time, have weights of their own, the example's weight is their mean. A regularizer with its own
+        labels has the weight of these labels, if one is given.
 
-        What regularizers carry from step to step, multipliers and singular vectors, starts anew.
+        What regularizers carry from step to step (multipliers, singular vectors) starts anew.
         """
         regularizers = check_regularizers(jacobian_regularizers, "jacobian_regularizers")
         interval = checks.count("jacobian_interval", jacobian_interval)
@@ -128,12 +128,12 @@ class JacobianModel(PenalizedModel):
         trackers = [PenaltyTracker(regularizer.name) for regularizer in regularizers]
         self._build_carried(regularizers, trackers)
         super().compile(*args, **kwargs)
-        # Set only now: a call that is refused, by Keras too, leaves the penalties as they were.
+        # Set only now: if Keras or a check refuses this call, the penalties stay as they were.
         self.jacobian_regularizers = regularizers
         self.jacobian_interval = interval
         self.jacobian_fraction = fraction
         self.jacobian_evaluate = evaluate
-        # Cleared first: Keras would go on reporting what an earlier `compile` tracked.
+        # Cleared first: otherwise Keras goes on reporting what an earlier `compile` tracked.
         self._trackers.clear()
         self._trackers.extend(trackers)
         self._measures.clear()
@@ -160,7 +160,7 @@ class JacobianModel(PenalizedModel):
             model=self.base,
         )
         served, active, number = self.run_when_due(step, serving.run, serving.skip, training)
-        # Outside the conditional too, where replicas cannot wait for each other.
+        # Outside the conditional too: replicas cannot wait for each other inside it.
         means, counts, measured, sums = served
         whole = replicas.combine(means, counts, measured, serving.kinds, sums)
         for i, tracker in enumerate(self._trackers):
@@ -174,10 +174,10 @@ class JacobianModel(PenalizedModel):
         return factor * ops.sum(ops.stack(strengths) * whole.for_loss)
 
     def _draw_examples(self, size):
-        """Indices of a random part of the batch, rising, `(N,)`; on one of several replicas, of what it has of it."""
+        """Indices `(N,)`, rising, of a random part of the batch; a replica returns those of its own examples."""
         batch, start = replicas.part_of_batch(size)
         order = ops.argsort(keras.random.uniform((batch,), seed=self.training_seed))
-        # Less a little, so that 0.07 × 100 = 7.000000000000001 is 7.
+        # A little less, so that 0.07 × 100 = 7.000000000000001 gives 7.
         if isinstance(batch, int):
             count = max(1, math.ceil(self.jacobian_fraction * batch - 1e-3))
         else:
@@ -187,7 +187,7 @@ class JacobianModel(PenalizedModel):
         return replicas.chosen_here(ops.sort(order[:count]), size, start)
 
     def get_compile_config(self):
-        """As Keras', with the regularizers and how they are computed."""
+        """Keras' own, with the regularizers and how they are computed."""
         if not self.compiled:
             return super().get_compile_config()
         return {
@@ -217,7 +217,7 @@ class JacobianModel(PenalizedModel):
         return cls(**{**config, "base": base})
 
     def save_own_variables(self, store):
-        """As Keras', with the state of seeds, and what regularizers carry from step to step."""
+        """As Keras', and also stores the state of the seeds, and what regularizers carry from step to step."""
         super().save_own_variables(store)
         for tracker in self._trackers:
             if tracker.carried is not None:
@@ -226,7 +226,7 @@ class JacobianModel(PenalizedModel):
     def load_own_variables(self, store):
         """Loads what `save_own_variables` stored."""
         store = {key: store[key] for key in store.keys()}  # noqa: SIM118 -- an h5 store has no __iter__
-        # Of a model that was compiled otherwise, they are left.
+        # If the file is of a model with other regularizers, what is carried stays as it is.
         carried = {key: store.pop(key) for key in list(store) if key.startswith("carried_")}
         for tracker in self._trackers:
             value = carried.get(carried_name(tracker.name))
@@ -245,7 +245,7 @@ def _check_penalties_within(base, regularizers) -> None:
     inner = [block.name for block in blocks if block.regularizers]
     if regularizers and inner:
         raise ValueError(
-            f"`{base.name}` holds JacobianPenalty layers ({inner}), whose penalties a step that linearizes the whole "
-            "model would leave out. Expected either `jacobian_regularizers` or JacobianPenalty layers. Received both: "
+            f"`{base.name}` holds JacobianPenalty layers ({inner}). A step that linearizes the whole model would leave "
+            "out their penalties. Expected either `jacobian_regularizers` or JacobianPenalty layers. Received both: "
             "compile with `jacobian_regularizers=[]`, or take the blocks out of their JacobianPenalty."
         )

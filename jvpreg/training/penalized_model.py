@@ -1,4 +1,4 @@
-"""`PenalizedModel`: what a model that is trained with penalties does in a step, whatever the penalties are."""
+"""`PenalizedModel`: the training step of a model with penalties, whatever the penalties are."""
 
 import keras
 from keras import ops, tree
@@ -19,23 +19,23 @@ from jvpreg.training.weighting import (
 
 
 class PenalizedModel(SteppedModel):
-    """Computes just what its base computes, and in a step adds penalties to the loss: a base class.
+    """Base class: it computes what its base model computes, and its steps add penalties to the loss.
 
-    In a step with penalties `call` linearizes the base at the batch instead of running it. That run serves the outputs,
-    the loss as Keras computes it, and every penalty: the linearization goes to `compute_loss` in the `current_step`,
-    and from there to `penalty`. A subclass overrides that, `has_penalties` and `penalty_metrics`; and `base_inputs`, if
-    it is given more than the base takes.
+    In a step with penalties, `call` linearizes the base at the batch instead of running it. This one run serves the
+    outputs, the loss as Keras computes it, and every penalty: `compute_loss` finds the linearization in `current_step`,
+    and hands it to `penalty`. A subclass overrides `penalty`, `has_penalties` and `penalty_metrics`; and `base_inputs`,
+    if its own inputs are more than those of the base.
 
     Args:
         base: a Keras model.
-        seed: of random directions.
+        seed: of the random directions; None for one that Keras draws.
         **kwargs: of `keras.Model`: `name`.
 
     Attributes:
         base: the model.
-        seed: the same.
+        seed: the argument `seed`.
         training_seed: a `keras.random.SeedGenerator`, from which training draws.
-        evaluation_seed: another one for evaluation: validating must not change what is trained.
+        evaluation_seed: another one, for evaluation, so that validating does not change the training.
 
     Raises:
         ValueError: `base` is not a model.
@@ -44,12 +44,12 @@ class PenalizedModel(SteppedModel):
     def __init__(self, base: keras.Model, seed: int | None = None, **kwargs):
         if not isinstance(base, keras.Model) or isinstance(base, PenalizedModel):
             raise checks.invalid("base", "a plain Keras model", base)
-        # `base` casts its own inputs; a second cast here would round what it is given.
+        # `base` casts its own inputs; a second cast here would round them.
         super().__init__(**{"autocast": False, "dtype": base.dtype_policy, **kwargs})
         self.base = base
         self.seed = checks.seed("seed", seed, optional=True)
         if hasattr(base, "output_names"):
-            # By these, Keras finds the losses, metrics and weights of several outputs, and names what it logs.
+            # By these names Keras finds the losses, metrics and weights of several outputs, and names its logs.
             self.output_names = base.output_names
         self.training_seed = seeds.generator(self.seed, 0)
         self.evaluation_seed = seeds.generator(self.seed, 1)
@@ -57,30 +57,30 @@ class PenalizedModel(SteppedModel):
 
     @property
     def penalty_metrics(self) -> list[keras.metrics.Metric]:
-        """All metrics of penalties. `fit` stops where one that is a `PenaltyTracker` is not finite."""
+        """All metrics of penalties. `fit` stops if one of them that is a `PenaltyTracker` is not finite."""
         raise NotImplementedError(f"{type(self).__name__} must override `penalty_metrics`.")
 
     def penalty(self, step: Step, labels, sample_weight, training: bool):
-        """The penalties of a step, a scalar that the loss gains; `penalty_metrics` are updated.
+        """The penalties of a step, a scalar that is added to the loss. Also updates the `penalty_metrics`.
 
         Args:
-            step: with its inputs, and the linearization of the base at them.
+            step: the step, with the linearization of the base at its inputs.
             labels: those given to `fit`, `(B, …)`, or None.
             sample_weight: as Keras hands it to a step, a structure like that of the labels, or None.
-            training: whether it is a step of training, which is to be counted: see `run_when_due`.
+            training: whether this is a training step, to be counted: see `run_when_due`.
         """
         raise NotImplementedError(f"{type(self).__name__} must override `penalty(self, step, …)`.")
 
     def symbolic_inputs(self):
-        """What the base takes, with batches of any size; None where it is not known yet."""
+        """Inputs of the base for batches of any size; None if they are not known yet."""
         if getattr(self.base, "inputs", None):
             return packed(list(self.base.inputs))
         shapes = (self.base.get_build_config() or {}).get("input_shape") if self.base.built else None
-        # A subclassed model says no more than the shapes.
+        # A subclassed model knows only their shapes.
         return tree.map_shape_structure(lambda shape: keras.KerasTensor((None, *shape[1:])), shapes) if shapes else None
 
     def call(self, inputs, training=None):
-        """What the base model computes; inside a step with penalties, by way of its linearization."""
+        """The outputs of the base model; in a step with penalties, those of its linearization."""
         x, step = self.base_inputs(inputs), self.current_step
         symbolic = any(isinstance(leaf, keras.KerasTensor) for leaf in tree.flatten(x))
         if step is None or not step.penalized or symbolic or self.is_plain(step):
@@ -91,11 +91,11 @@ class PenalizedModel(SteppedModel):
         return linearization.outputs
 
     def base_inputs(self, inputs):
-        """The base's inputs, of what this model is given; by default all of it."""
+        """The part of this model's inputs that the base takes; by default all of it."""
         return inputs
 
     def compute_output_shape(self, input_shape):
-        """The base model's."""
+        """The output shape of the base model."""
         return self.base.compute_output_shape(input_shape)
 
     def fit(self, x=None, y=None, batch_size=None, epochs=1, verbose="auto", callbacks=None, **kwargs):
@@ -103,7 +103,7 @@ class PenalizedModel(SteppedModel):
 
         Raises:
             FloatingPointError: a penalty was not finite in an epoch; the error names it and the step.
-            ValueError: there are weights and no labels, without which Keras would drop them.
+            ValueError: there are weights but no labels: Keras would drop the weights.
         """
         if self.has_penalties:
             check_labels_beside(kwargs.get("sample_weight"), y)
@@ -113,7 +113,7 @@ class PenalizedModel(SteppedModel):
         trackers = [metric for metric in self.penalty_metrics if isinstance(metric, PenaltyTracker)]
         if trackers:
             watch = StopAtNonFinitePenalty(trackers)
-            # First in line: an epoch that went wrong must not be saved as a checkpoint.
+            # First in the list: an epoch that went wrong must not be saved as a checkpoint.
             if isinstance(callbacks, keras.callbacks.CallbackList):
                 watch.set_model(self)
                 others = [c for c in callbacks.callbacks if not isinstance(c, StopAtNonFinitePenalty)]
@@ -126,7 +126,7 @@ class PenalizedModel(SteppedModel):
         """As `keras.Model.evaluate`.
 
         Raises:
-            ValueError: there are weights and no labels.
+            ValueError: there are weights but no labels.
         """
         if self.has_penalties:
             check_labels_beside(sample_weight, y)
@@ -138,7 +138,7 @@ class PenalizedModel(SteppedModel):
         return super().train_on_batch(x, y, *weights, return_dict)
 
     def get_metrics_result(self):
-        """As Keras', without the penalties in an evaluation that leaves them out."""
+        """As Keras', but an evaluation that leaves out the penalties leaves out their metrics too."""
         results = super().get_metrics_result()
         if self.current_step is not None and not self.current_step.penalized:
             ours = {metric.name for metric in self.penalty_metrics}
@@ -150,7 +150,7 @@ class PenalizedModel(SteppedModel):
         step = self.current_step
         linearized = step is not None and step.linearization is not None
         if self.loss is None and not self.losses and self.has_penalties:
-            # Penalties alone: Keras would have nothing to compute. Not every step need have them.
+            # With penalties alone Keras would have nothing to compute, and a step may have none of them.
             trained_on = any(one.scheduled or one.strength for one in self.jacobian_regularizers)
             always = linearized and self.jacobian_interval == 1 and trained_on
             loss = ops.zeros(()) if always else _differentiable_zero(y_pred)
@@ -162,29 +162,29 @@ class PenalizedModel(SteppedModel):
                 self.steps_taken.assign(self.steps_taken + 1)
             return loss
         penalty = self.penalty(step, y, sample_weight, training)
-        step.linearization = None  # Another loss within the step would count its penalties again.
-        # The losses of replicas are summed: each is given its share.
+        step.linearization = None  # A second loss in the same step would count its penalties twice.
+        # The losses of replicas are summed, so each is given its share.
         return loss + ops.cast(keras_private.additional_loss(self, penalty), loss.dtype)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
-        """As Keras', with the labels and weights that are the loss's."""
+        """As Keras', with the labels and weights of the loss only."""
         labels, weights = self._compiled(y, sample_weight)
         return super().compute_metrics(x, labels, y_pred, weights)
 
     def _compiled(self, labels, sample_weight) -> tuple:
-        """The labels and weights without those that are a regularizer's own."""
+        """The labels and weights without those that a regularizer alone takes."""
         own = own_keys(self.jacobian_regularizers)
         return compiled_labels(labels, own, alone=self.loss is None), compiled_weights(sample_weight, own)
 
     def export(self, *args, **kwargs):
-        """As `keras.Model.export`, of the base, which computes the same."""
+        """As `keras.Model.export`, applied to the base, which computes the same."""
         inputs = self.symbolic_inputs()
         if inputs is not None:
-            self.base(inputs)  # In `fit` it was linearized, and Keras exports only what was called.
+            self.base(inputs)  # Keras exports only what was called, and `fit` linearized it instead.
         self.base.export(*args, **kwargs)
 
     def save_own_variables(self, store):
-        """Keras does not save the state of seeds; with it, a resumed run draws what it would have drawn."""
+        """As Keras', and also stores the state of the seeds, so that a resumed run draws as it would have drawn."""
         super().save_own_variables(store)
         for i, state in enumerate(self.seed_states()):
             store[f"seed_{i}"] = ops.convert_to_numpy(state)
@@ -192,7 +192,7 @@ class PenalizedModel(SteppedModel):
     def load_own_variables(self, store):
         """Loads what `save_own_variables` stored."""
         store = {key: store[key] for key in store.keys()}  # noqa: SIM118 -- an h5 store has no __iter__
-        # A base with more or less dropout has other seeds: those that are there are assigned.
+        # A base with more or less dropout has other seeds: those that both have are assigned.
         stored = {key: store.pop(key) for key in list(store) if key.startswith("seed_")}
         for i, state in enumerate(self.seed_states()):
             if f"seed_{i}" in stored:
@@ -200,11 +200,11 @@ class PenalizedModel(SteppedModel):
         super().load_own_variables(store)
 
     def seed_states(self) -> list:
-        """The states of the model's seeds and of its base's (dropout): variables that Keras does not call weights."""
+        """The states of the seeds of the model and of its base (dropout), which Keras does not count as weights."""
         weights = {id(weight) for weight in self.weights}
         return [variable for variable in self.variables if id(variable) not in weights]
 
 
 def _differentiable_zero(outputs):
-    """The sum of no example: it has a gradient, without which Torch takes no step, and reads no number."""
+    """A zero with a gradient, as Torch needs for a step: the sum over no examples, which reads no number."""
     return sum(ops.sum(ops.cast(y[:0], keras.config.floatx())) for y in tree.flatten(outputs))

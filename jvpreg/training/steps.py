@@ -1,4 +1,4 @@
-"""Steps with penalties and without: in which order they are taken, and what the parts of one share."""
+"""Steps with and without penalties: their order, and what the parts of one step share."""
 
 import contextlib
 import threading
@@ -15,14 +15,13 @@ from jvpreg.regularizers.base import JacobianRegularizer
 
 @dataclass
 class Step:
-    """A step of training or evaluation: what `train_step` or `test_step` begins, `call` fills, and `compute_loss` uses.
+    """A step of training or evaluation: `train_step` or `test_step` makes it, `call` fills it, `compute_loss` uses it.
 
     Attributes:
-        penalized: whether it is one in which the model has penalties; in training, not every such step may be due.
-        due: whether it has penalties by the model's interval, where the host knows it; otherwise None.
-        inputs: what `call` was given where it linearized the base.
-        linearization: of the base; None where the base itself was run.
-    """
+        penalized: whether the model may have penalties in this step; in training, they need not be due.
+        due: whether they are due by the model's interval, if the host knows; otherwise None.
+        inputs: the inputs of `call` at which the base was linearized.
+        linearization: of the base; None if the base itself was run."""
 
     penalized: bool
     due: bool | None = None
@@ -33,13 +32,13 @@ class Step:
 class Alternating:
     """A train function that runs `functions[True]` in every `interval`-th step, and `functions[False]` in the others.
 
-    The host counts the steps, so that it waits for the device in none of them. It asks how many were taken before its
-    first step, which comes after callbacks restored weights, and again after `recount`.
+    The host counts the steps itself, so that it never waits for the device. Before its first step, which comes after
+    callbacks have restored weights, and after each `recount`, it asks how many steps were taken.
 
     Args:
         functions: train functions, by whether a step has penalties.
         interval: of steps with penalties.
-        taken: how many steps were taken, from the arguments of a train function.
+        taken: returns the number of steps taken so far, from the arguments of a train function.
     """
 
     def __init__(self, functions: dict[bool, Callable], interval: int, taken: Callable[..., int]):
@@ -49,27 +48,27 @@ class Alternating:
         self._step: int | None = None
 
     def recount(self) -> None:
-        """States that the model's number of steps may no longer be the host's: weights were set or loaded."""
+        """Makes the host ask again for the number of steps, since weights were set or loaded."""
         self._step = None
 
     def __call__(self, *args):
         """Takes a step."""
         step = self._taken(*args) if self._step is None else self._step
         result = self._functions[step % self._interval == 0](*args)
-        self._step = step + 1  # Only now: at the end of the data there was no step.
+        self._step = step + 1  # Only now: the data may have ended without a step.
         return result
 
 
 class SteppedModel(keras.Model):
     """A model that counts its training steps, of which some have penalties.
 
-    A subclass overrides `has_penalties`, and asks in `call` and `compute_loss` for the `current_step`.
+    A subclass overrides `has_penalties`, and reads the `current_step` in `call` and `compute_loss`.
 
     Attributes:
         jacobian_regularizers: the penalties.
-        jacobian_interval: every how many training steps there are penalties.
-        jacobian_evaluate: whether there are in evaluation.
-        always_penalized: whether a training step has other penalties where those of the interval are not due.
+        jacobian_interval: k, if every k-th training step has the penalties.
+        jacobian_evaluate: whether evaluation has them.
+        always_penalized: whether training steps have other penalties even if those of the interval are not due.
         steps_taken: a variable, the number of training steps.
     """
 
@@ -89,12 +88,12 @@ class SteppedModel(keras.Model):
             name="jacobian_step",
             autocast=False,
         )
-        # tf.distribute runs a thread a replica, and Keras' own steps hand nothing from `call` to `compute_loss`.
+        # tf.distribute runs one thread for each replica. Keras' own steps hand nothing from `call` to `compute_loss`.
         self._of_thread = threading.local()
 
     @property
     def has_penalties(self) -> bool:
-        """Whether the model has any, so that a step with penalties is another one than Keras'."""
+        """Whether the model has any penalties, so that its steps differ from Keras' own."""
         raise NotImplementedError
 
     @property
@@ -104,40 +103,40 @@ class SteppedModel(keras.Model):
 
     @contextlib.contextmanager
     def _taking(self, step: Step):
-        """Within it, a step is taken."""
+        """A context in which this thread is taking a step."""
         before, self._of_thread.step = self.current_step, step
         try:
             yield
         except StopIteration:
-            # Not `from` it: a context manager hands on what it takes for the same error.
+            # Not `from` it: a context manager takes that for the error which it handed on.
             raise RuntimeError("A step raised StopIteration, which would end `fit` as if the data had run out.")  # noqa: B904
         finally:
             self._of_thread.step = before
 
     def is_plain(self, step: Step) -> bool:
-        """Whether a step is known to have no penalty, and the base model is the faster way to take it.
+        """Whether a step is known to have no penalty, and running the base model is the faster way to take it.
 
-        Under XLA and on JAX it is not: there the engine's max pooling has the cheaper gradient.
+        Under XLA and on JAX it is not faster: there the engine's max pooling has the cheaper gradient.
         """
         compiled_by_xla = keras.backend.backend() != "tensorflow" or self.jit_compile
         return step.due is False and not self.always_penalized and not compiled_by_xla
 
     def make_train_function(self, force=False):
-        """As Keras'. With an interval, a function for the steps with penalties and one for those without.
+        """As Keras'. With an interval, it makes one function for steps with penalties and one for steps without.
 
-        The choice is made on the host, which counts the steps itself: inside a compiled step it would be a
-        conditional, and XLA on CPU runs the convolutions of a branch several times slower. Where one function takes
-        several steps, where nothing is compiled, and on Torch, the conditional it is.
+        The host chooses between them, and counts the steps itself. Inside a compiled step the choice would be a
+        conditional, and XLA on CPU runs the convolutions of a branch several times more slowly. The conditional is used
+        if one function takes several steps, if nothing is compiled, and on Torch.
 
         Raises:
             ValueError: several replicas of `tf.distribute` would take several steps at once.
         """
         strategy = getattr(self, "distribute_strategy", None)  # a model has it on TensorFlow
         if self.steps_per_execution > 1 and strategy is not None and strategy.num_replicas_in_sync > 1:
-            # In Keras 3.15 any model fails so, at its first step: a placeholder of a conditional is fed nothing.
+            # In Keras 3.15 this fails for any model, at the first step: a placeholder of a conditional gets no value.
             raise ValueError(
-                "Invalid value for argument `steps_per_execution`. Expected 1, since Keras takes no more steps at once "
-                f"on several replicas of tf.distribute. Received: {self.steps_per_execution}."
+                "Invalid value for argument `steps_per_execution`. Expected 1, since Keras cannot take several steps "
+                f"at once on several replicas of tf.distribute. Received: {self.steps_per_execution}."
             )
         alone = self.run_eagerly or self.steps_per_execution > 1 or keras.backend.backend() == "torch"
         if not self.jacobian_regularizers or self.jacobian_interval == 1 or alone:
@@ -152,8 +151,8 @@ class SteppedModel(keras.Model):
             with self._taking(Step(self.has_penalties, due)):
                 return type(self).train_step(self, *args, **kwargs)
 
-        # There is no other way to have two: Keras compiles the attribute, and JAX has one program for a method, however
-        # often it is compiled.
+        # The only way to have two: Keras compiles this attribute, and JAX keeps one program for a method, however often
+        # it is compiled.
         self.train_step = train_step  # type: ignore[method-assign]
         try:
             super().make_train_function(force=True)
@@ -172,9 +171,9 @@ class SteppedModel(keras.Model):
             return super().test_step(*args, **kwargs)
 
     def steps_before(self, *args) -> int:
-        """How many training steps were taken, before a train function is run with `args`."""
+        """The number of training steps taken before a train function runs with `args`."""
         if keras.backend.backend() == "jax":
-            # Within `fit`, a variable holds nothing: its value is in the state that the step is given.
+            # Within `fit`, the variable is empty: its value is in the state that the step is given.
             place = [variable is self.steps_taken for variable in self.non_trainable_variables].index(True)
             return int(args[0][1][place])
         return int(ops.convert_to_numpy(self.steps_taken))
@@ -183,15 +182,15 @@ class SteppedModel(keras.Model):
         """Counts a training step, and computes its penalties if they are due.
 
         Args:
-            step: that is being taken.
+            step: the current step.
             compute: returns the penalties.
-            skip: returns zeros like them.
+            skip: returns zeros with the same structure.
             training: whether the step is one of training; in evaluation they are always due.
 
         Returns:
-            What `compute` or `skip` returned, which of them (1 or 0), and the number of the training step, from 1.
+            What `compute` or `skip` returned, 1 or 0 for which of them, and the number of the training step, from 1.
         """
-        # A sum, and so a tensor of its own: the variable's value would move with the assignment.
+        # A sum, and so a new tensor: the variable's own value would change with the assignment.
         number = self.steps_taken + 1
         if training:
             self.steps_taken.assign(number)
@@ -207,7 +206,7 @@ class SteppedModel(keras.Model):
             self.train_function.recount()
 
     def reset_metrics(self):
-        """As Keras', which does it before each epoch: what ran between two of them may have restored weights."""
+        """As Keras', which calls it before each epoch. A callback may have restored weights since the last one."""
         self._recount_steps()
         super().reset_metrics()
 

@@ -8,12 +8,12 @@ from keras import ops
 
 
 class MeasureTracker(keras.metrics.Metric):
-    """A number a step, put together over the steps in which it was computed.
+    """A number for each step, combined over the steps in which it was computed.
 
     Args:
         name: of the metric.
-        kind: `"mean"` over the examples, `"max"` or `"last"` over the steps; the latter two are of numbers that are
-            not negative. Under tf.distribute each replica is given those of the whole batch.
+        kind: `"mean"` over the examples, `"max"` over the steps, or `"last"`, the last step's. For `"max"` and `"last"`
+            numbers must not be negative. Under tf.distribute each replica is given the numbers of the whole batch.
     """
 
     def __init__(self, name: str, kind: str):
@@ -24,21 +24,21 @@ class MeasureTracker(keras.metrics.Metric):
         self.count = self.add_variable(shape=(), initializer="zeros", name="count")
 
     def update_state(self, value, active, batch):
-        """Adds a step's `value` over `batch` examples if `active` is 1, and not if it is 0."""
+        """Adds a step's `value` over `batch` examples if `active` is 1; does nothing if it is 0."""
         value, active = ops.cast(value, self.dtype), ops.cast(active, self.dtype)
         before = ops.convert_to_tensor(self.value)
         weight = active * ops.cast(batch, self.dtype)
         if self.kind == "mean":
             new = before + weight * value
         else:
-            # Not every backend's maximum tells of what is not a number.
+            # Not every backend's maximum of a number and NaN is NaN.
             largest = ops.where(ops.isnan(before + value), math.nan, ops.maximum(before, value))
             new = ops.where(active > 0, largest if self.kind == "max" else value, before)
         self.value.assign(new)
         self.count.assign(self.count + weight)
 
     def result(self):
-        """The number; NaN when it was computed in no step."""
+        """The number; NaN if no step computed it."""
         value, count = ops.convert_to_tensor(self.value), ops.convert_to_tensor(self.count)
         if self.kind == "mean":
             value = value / ops.where(count > 0, count, 1.0)
@@ -55,29 +55,29 @@ class PenaltyTracker(keras.metrics.Mean):
     def __init__(self, name: str):
         super().__init__(name=name)
         self.carried: Any = None
-        # Of the first replica: under tf.distribute, Keras would add up the replicas' steps, which are the same.
+        # Of the first replica: Keras would sum over the replicas, and all of them have the same step.
         self.failed_at = self.add_variable(
             shape=(), initializer="zeros", dtype="int32", aggregation="only_first_replica", name="failed_at"
         )
 
     def carry(self, arguments: dict[str, Any]) -> None:
         """Makes the variable `carried`."""
-        # Not by `add_variable`, whose variables are another one on each replica until they are read for the logs.
+        # Not by `add_variable`: its variables differ between replicas until they are read for the logs.
         self.carried = keras.Variable(**arguments)
 
     def reset_state(self):
-        """As Keras', but for what is carried."""
+        """As Keras', but keeps what is carried."""
         for variable in self.variables:
             if variable is not self.carried:
                 variable.assign(ops.zeros(variable.shape, dtype=variable.dtype))
 
     def update_state(self, mean, active, batch, step):
-        """Adds a step's `mean` over `batch` examples if `active` is 1, and not if it is 0.
+        """Adds a step's `mean` over `batch` examples if `active` is 1; does nothing if it is 0.
 
         `step` is the number of the training step, from 1, so that 0 says that nothing failed; None in evaluation.
         """
         weight = ops.cast(active, "float32") * ops.cast(batch, "float32")
-        # A mean that was not computed is 0, so the product with a weight of 0 is harmless.
+        # A mean that was not computed is 0, so that a weight of 0 is harmless.
         super().update_state(mean, sample_weight=weight)
         if step is not None:
             failed_at = ops.convert_to_tensor(self.failed_at)
@@ -85,12 +85,12 @@ class PenaltyTracker(keras.metrics.Mean):
             self.failed_at.assign(ops.where(first, ops.cast(step, "int32"), failed_at))
 
     def result(self):
-        """The mean; NaN, and not 0, when the penalty was computed in no step (an epoch shorter than the interval)."""
+        """The mean; NaN, not 0, if no step computed the penalty (an epoch shorter than the interval)."""
         return ops.where(ops.equal(self.count, 0), math.nan, super().result())
 
 
 class StopAtNonFinitePenalty(keras.callbacks.Callback):
-    """Raises at the end of an epoch in which a penalty was not finite: nothing is read in the steps themselves."""
+    """Raises at the end of an epoch in which a penalty was not finite, so that no step has to wait for its number."""
 
     def __init__(self, trackers: list[PenaltyTracker]):
         super().__init__()

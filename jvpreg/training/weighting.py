@@ -1,4 +1,4 @@
-"""How examples are weighed, and which labels and weights are the loss's and which a regularizer's own."""
+"""How examples are weighed, and which labels and weights belong to the loss and which to a regularizer alone."""
 
 from collections.abc import Collection, Iterable, Sequence
 
@@ -10,16 +10,16 @@ from jvpreg.regularizers.base import JacobianRegularizer
 
 
 def own_keys(regularizers: Sequence[JacobianRegularizer]) -> frozenset[str]:
-    """The keys of labels that are the regularizers' own."""
+    """The keys of the labels that belong to the regularizers alone."""
     return frozenset(key for regularizer in regularizers for key in regularizer.label_keys)
 
 
 def compiled_labels(labels, own: Collection[str], alone: bool = False):
-    """The labels without those that are a regularizer's own; what is left alone is no dict.
+    """The labels without those that belong to a regularizer alone; a single label that is left is returned by itself.
 
     Args:
         labels: those given to `fit`.
-        own: the keys that are a regularizer's own.
+        own: the keys of the labels that belong to a regularizer alone.
         alone: whether there may be no other labels.
 
     Raises:
@@ -36,7 +36,7 @@ def compiled_labels(labels, own: Collection[str], alone: bool = False):
 
 
 def compiled_weights(sample_weight, own: Collection[str]):
-    """The weights of the labels that are not a regularizer's own, in the structure of `compiled_labels`."""
+    """The weights of the labels of the loss, in the structure of `compiled_labels`."""
     return _without(sample_weight, own) if own and isinstance(sample_weight, dict) else sample_weight
 
 
@@ -46,12 +46,12 @@ def _without(structure: dict, own: Collection[str]):
 
 
 def example_weights(sample_weight, own: Collection[str] = (), keys: Iterable[str] = ()):
-    """One weight an example, `(B,)`; None where there are none.
+    """One weight for each example, `(B,)`; None if there are no weights.
 
     Args:
         sample_weight: as Keras hands them to a step: a tensor `(B, …)`, or a structure of them like the labels.
-        own: the keys of labels that are a regularizer's own.
-        keys: those of the regularizer whose penalty is weighed: their weights are its weights.
+        own: the keys of the labels that belong to a regularizer alone.
+        keys: the keys of the regularizer whose penalty is weighed: it has the weights of these labels.
 
     Without weights of its own, a regularizer has the mean of the other labels' weights; a missing weight counts as 1.
     Weights of parts of an example, of steps in time for instance, are averaged first, as the loss averages over the
@@ -72,7 +72,7 @@ def _of_examples(weights):
 
 
 def check_labels_beside(sample_weight, labels) -> None:
-    """Raises a ValueError where there are weights and no labels: Keras would drop them without a word."""
+    """Raises a ValueError if there are weights but no labels: Keras would drop the weights silently."""
     if sample_weight is not None and labels is None:
         raise ValueError(
             "Invalid value for argument `sample_weight`. Expected None where there are no labels `y`, without which "
@@ -83,8 +83,8 @@ def check_labels_beside(sample_weight, labels) -> None:
 def given_weights(labels, own: Collection[str], sample_weight, class_weight, validation_split=None) -> tuple:
     """`sample_weight` and `class_weight` as Keras can take them.
 
-    Keras weighs classes only where the labels are one tensor: where some are a regularizer's own, the classes are
-    those of the rest, and become weights of examples here.
+    Keras weighs classes only if the labels are one tensor. If some labels belong to a regularizer alone, the classes
+    are those of the other labels, and become weights of examples here.
 
     Raises:
         ValueError: the labels of the loss are several, or come in a dataset, or Keras is to split them.
@@ -94,8 +94,8 @@ def given_weights(labels, own: Collection[str], sample_weight, class_weight, val
     rest = None if labels is None else compiled_labels(labels, own)
     if rest is None or tree.is_nested(rest) or validation_split:
         raise ValueError(
-            "Invalid value for argument `class_weight`. Expected None where the labels of the loss, beside those of a "
-            "regularizer, are several, come in a dataset, or are split by `validation_split`. "
+            "Invalid value for argument `class_weight`. Expected None if the loss has several labels beside those of a "
+            "regularizer, or if labels come in a dataset or are split by `validation_split`. "
             f"Received: class_weight={class_weight!r}; give each example a `sample_weight` instead."
         )
     return _weights_of_classes(rest, class_weight), None
