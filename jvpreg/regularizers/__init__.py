@@ -1,4 +1,4 @@
-"""Jacobian regularizers: directions in which to look at the Jacobian, and a price for what is seen."""
+"""Jacobian regularizers: directions in which to look at the Jacobian, and a penalty for what is seen."""
 
 from jvpreg.regularizers.base import JacobianRegularizer, Seen
 from jvpreg.regularizers.capabilities import Carries, Constrains, Looks, Scheduled, Searches

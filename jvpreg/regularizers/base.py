@@ -19,14 +19,14 @@ class Seen:
         cotangents: the cotangents v, `(Q, B, …)`, or None.
         inputs: the model's inputs, `(B, …)`, a list if there are several.
         outputs: the model's outputs, `(B, …)`.
-        labels: the labels given to `fit`, or None. Those that are a regularizer's own are seen by those alone that have
-            labels of their own: they get the dict as it was given, the others what the loss gets.
+        labels: the labels given to `fit`, or None. A regularizer with labels of its own gets the dict as it was given;
+            the others get the labels of the loss.
         found: what `look` returned.
         carried: what the regularizer carries from step to step, or None.
         weights: the weight of each example in the loss, `(B,)`, or None: all are 1.
-        finite: whether the inputs and outputs of each example are finite, `(B,)`, or None: all are. What is measured
-            where they are not is not known, though the Jacobian may be finite: a slope of 0 hides what is no number.
-        computed: what its methods put here for each other.
+        finite: whether the inputs and outputs of each example are finite, `(B,)`, or None: all are. The Jacobian of
+            other examples means nothing, even if it is finite: the slope of ReLU at NaN is 0.
+        computed: a place in which its methods keep results for each other.
     """
 
     jvp: Any
@@ -48,24 +48,24 @@ class JacobianRegularizer:
 
     Override `directions` (for products `J u`), `cotangents` (for `Jᵀ v`), or both, and `penalty`; and `get_config`
     if `__init__` takes more arguments. The directions of all regularizers of a model go through one tangent pass.
-    Those that need more have one of these among their bases, before this one: `Looks` (at nodes, by products of its
-    own), `Carries` (a variable from step to step) or `Searches` (directions, from what it carries), `Scheduled`
-    (another strength in each step), `Constrains` (something that holds or does not).
+    A regularizer that needs more lists one of these as a base class, before this one: `Looks` (at nodes, by products
+    of its own), `Carries` (a variable from step to step), `Searches` (for directions, from what it carries),
+    `Scheduled` (another strength in each step), `Constrains` (something that holds or does not).
 
     Args:
-        strength: the penalty's weight in the loss, not negative: the loss gains `strength × mean(penalty)`. With 0 the
-            penalty is reported, and not trained on, unless it is `scheduled`.
+        strength: the penalty's weight in the loss, not negative: the loss gains `strength × mean(penalty)`. If it is 0,
+            the penalty is reported but not trained on, unless it is `scheduled`.
         name: of its metric; by default the class's name in snake case.
 
     Attributes:
         at: where it looks: `"data"`, or a function `(inputs, seed) -> points (N, …)`. Regularizers with equal
-            functions share the points and the one run of the model at them. The inputs are as the model's layers take
-            them: whole numbers, such as codes of categories, as such, and bytes as floats.
-        default_name: of its metric, which is the mean of its penalty over the examples, without its strength; the
-            class's name in snake case if it is empty.
-        label_keys: keys of a dict of labels that are its own, which neither the loss nor a metric gets to see.
-        measures: what it reports beside its penalty, see `Constrains`.
-        scheduled: whether its strength depends on the step, see `Scheduled`.
+            functions share the points and the one run of the model at them. The function gets the inputs as layers take
+            them: integers (codes of categories) as integers, bytes as floats.
+        default_name: the name of its metric, which is the mean of its penalty over the examples, without its strength;
+            if it is empty, the class's name in snake case.
+        label_keys: keys of a dict of labels that are its own: neither the loss nor a metric gets these labels.
+        measures: what it reports beside its penalty: see `Constrains`.
+        scheduled: whether its strength depends on the step: see `Scheduled`.
 
     Raises:
         ValueError: `strength` is negative or not finite.
@@ -95,14 +95,14 @@ class JacobianRegularizer:
         self.name = checks.text("name", name, optional=True) or self.default_name or snake_case
 
     def check(self, inputs, outputs) -> None:
-        """Raises a ValueError where it does not fit a model of such inputs and outputs, `(B, …)`, at `compile`."""
+        """Raises a ValueError, at `compile`, if it does not fit a model with such inputs and outputs, `(B, …)`."""
         return
 
     def directions(self, inputs, labels, seed):
         """Directions `(P, B, …)` like `inputs`, to be pushed forward; or None.
 
-        Draw random ones by `jvpreg.probes.draw`: a replica of `tf.distribute` then draws those that one device would
-        draw for its examples. What `keras.random` draws is the same on each replica.
+        Draw random ones by `jvpreg.probes.draw`: then each replica of `tf.distribute` draws for its examples what one
+        device would draw for them. `keras.random` draws the same on every replica.
         """
         return
 

@@ -1,4 +1,4 @@
-"""What a Jacobian regularizer can do beside looking along directions: each is a base class to add."""
+"""What a regularizer can do beside looking along directions. Each ability is a base class to add."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from jvpreg.regularizers.base import JacobianRegularizer, Seen
 
 
 class Looks:
-    """A regularizer that sees what is no product along directions or cotangents: at nodes, by products of its own.
+    """A regularizer that looks at more than products along directions or cotangents: at nodes, by products of its own.
 
     Example:
 
@@ -30,19 +30,19 @@ class Looks:
     """
 
     def draw(self, linearization: Linearization, inputs, seed):
-        """What `look` needs at random, for the examples of `inputs`, which may be a part of the batch."""
+        """The random numbers that `look` needs, for the examples of `inputs`, which may be a part of the batch."""
         return
 
     def look(self, linearization: Linearization, drawn, labels):
-        """Whatever else it wants to see, by products of its own: it becomes `seen.found`. `drawn` is from `draw`."""
+        """What the regularizer sees by products of its own; it becomes `seen.found`. `drawn` comes from `draw`."""
         raise NotImplementedError(f"{type(self).__name__} must override `look(self, linearization, drawn, labels)`.")
 
 
 class Carries:
-    """A regularizer that carries a variable from step to step, which is not trained, and saved with the model.
+    """A regularizer that carries a variable from step to step. It is not trained, and is saved with the model.
 
     Attributes:
-        carried_start: how it starts: `"normal"` or `"zeros"`.
+        carried_start: how the variable starts: `"normal"` or `"zeros"`.
     """
 
     carried_start = "normal"
@@ -52,18 +52,18 @@ class Carries:
         raise NotImplementedError(f"{type(self).__name__} must override `carried_shape(self, outputs)`.")
 
     def sums_shape(self, carried_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape of what `sums` returns; by default that of what is carried."""
+        """The shape of what `sums` returns; by default the shape of the variable."""
         return carried_shape
 
     def sums(self, seen: Seen, carried):
-        """What `carry` needs of the examples, a tensor of sums over them, once the products were seen.
+        """What `carry` needs of the examples: a tensor of sums over them, computed after the products.
 
         Under `tf.distribute` each replica sees some of the examples, and `carry` gets the sums over all.
         """
         raise NotImplementedError(f"{type(self).__name__} must override `sums(self, seen, carried)`.")
 
     def carry(self, carried, sums):
-        """What is carried to the next step. Where it is not finite, what was carried before is kept."""
+        """The variable's value for the next step. If it is not finite, the variable keeps its value."""
         raise NotImplementedError(f"{type(self).__name__} must override `carry(self, carried, sums)`.")
 
 
@@ -71,7 +71,7 @@ class Searches(Carries):
     """A regularizer that finds its directions from what it carries, in place of `directions` and `cotangents`."""
 
     def search(self, linearization: Linearization, carried):
-        """Directions `(P, B, …)` like the inputs; products with the Jacobian may be asked for, at their own cost."""
+        """Directions `(P, B, …)` like the inputs. It may compute products with the Jacobian, at their own cost."""
         raise NotImplementedError(f"{type(self).__name__} must override `search(self, linearization, carried)`.")
 
 
@@ -86,33 +86,33 @@ class Scheduled:
 
 
 class Constrains:
-    """A regularizer of something that holds or does not, and may not fit a model or another regularizer.
+    """A regularizer of something that holds or does not; it may not fit a model, or contradict another regularizer.
 
     Attributes:
-        measures: what it reports beside its penalty, by name, and how steps are put together: `"mean"`, `"max"` or
-            `"last"`.
+        measures: names of what it reports beside its penalty, and how the numbers of several steps are combined:
+            `"mean"`, `"max"` or `"last"`.
     """
 
     measures: Mapping[str, str] = {}
 
     def contradicts(self, other: JacobianRegularizer) -> str | None:
-        """In what the two cannot both hold, in words; None if they can, as far as can be told beforehand."""
+        """Why the two cannot both hold, in words; None if they can, as far as this is known beforehand."""
         return None
 
     def measure(self, seen: Seen) -> dict:
-        """A scalar for each of `measures`, by its name."""
+        """A scalar for each name in `measures`."""
         return {}
 
 
 def carried_name(name: str) -> str:
-    """The name of the variable that a regularizer carries, by its own name: of no slash, which would be a folder."""
+    """The name of the variable that a regularizer carries. It has no slash, which would make a folder in a file."""
     return f"carried_{name.replace('/', '>')}"
 
 
 def carried_variable(regularizer: JacobianRegularizer, outputs, seed: int) -> dict[str, Any] | None:
     """The arguments of the `keras.Variable` that a regularizer carries, for outputs `(B, …)`; None if it carries none.
 
-    What the replicas of `tf.distribute` assign to it is the same.
+    All replicas of `tf.distribute` assign the same value to it.
     """
     if not isinstance(regularizer, Carries) or (shape := regularizer.carried_shape(outputs)) is None:
         return None

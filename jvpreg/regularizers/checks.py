@@ -1,4 +1,4 @@
-"""Whether a list of regularizers can be trained with, alone and with a model."""
+"""Whether one can train with a list of regularizers, by itself and with a model."""
 
 import itertools
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from jvpreg.linearization import Linearization
 from jvpreg.regularizers.base import JacobianRegularizer
 from jvpreg.regularizers.capabilities import Carries, Constrains, Looks, Scheduled, Searches
 
-# What is asked of a regularizer of this kind alone.
+# Methods that only a regularizer with this base class is asked for.
 HOOKS: dict[str, type] = {"look": Looks, "carry": Carries, "search": Searches, "strength_at": Scheduled}
 
 
@@ -19,8 +19,8 @@ def check_regularizers(regularizers, argument: str) -> tuple[JacobianRegularizer
     """The regularizers as a tuple; None is an empty one.
 
     Raises:
-        ValueError: it is not a list of regularizers, one has a method that it would not be asked for, or two of them
-            contradict each other.
+        ValueError: it is not a list of regularizers; one has a method without the base class that asks for it; or two
+            of them contradict each other.
     """
     several = isinstance(regularizers, (list, tuple))
     if regularizers is not None and not (several and all(isinstance(r, JacobianRegularizer) for r in regularizers)):
@@ -44,13 +44,13 @@ def check_regularizers(regularizers, argument: str) -> tuple[JacobianRegularizer
 
 
 def check_fit(regularizers: Sequence[JacobianRegularizer], inputs, outputs) -> None:
-    """Raises a ValueError where one does not fit a model of such inputs and outputs, `(B, …)`."""
+    """Raises a ValueError if one does not fit a model with such inputs and outputs, `(B, …)`."""
     for regularizer in regularizers:
         regularizer.check(inputs, outputs)
 
 
 def check_inputs(regularizers: Sequence[JacobianRegularizer], model) -> None:
-    """Raises a ValueError where a graph says that it takes integers alone, and a regularizer looks along its inputs."""
+    """Raises a ValueError if a model takes integers only and a regularizer looks along its inputs."""
     graph = graph_of(model)
     dtypes = [] if graph is None else [keras.backend.standardize_dtype(tensor.dtype) for tensor in graph.inputs]
     # Bytes stand for the real numbers of an image.
@@ -59,14 +59,14 @@ def check_inputs(regularizers: Sequence[JacobianRegularizer], model) -> None:
 
 
 def check_dependence(regularizers: Sequence[JacobianRegularizer], linearization: Linearization, model) -> None:
-    """Raises a ValueError where the Jacobian is zero whatever the weights, and a regularizer looks at it."""
+    """Raises a ValueError if the Jacobian is zero whatever the weights are, and a regularizer looks at it."""
     if linearization.is_constant:
         _refuse_constant(regularizers, f"The outputs of `{model.name}` do not depend on an input of real numbers")
 
 
 def _refuse_constant(regularizers: Sequence[JacobianRegularizer], reason: str) -> None:
     for regularizer in regularizers:
-        # One that looks may look at nodes, whose Jacobians there are.
+        # A regularizer that `Looks` may look at nodes inside, where there is a Jacobian.
         if not isinstance(regularizer, Looks):
             raise ValueError(
                 f"{reason}: there is no Jacobian by an integer, and `{regularizer.name}` would be 0. Put the layers "

@@ -13,15 +13,15 @@ from jvpreg.regularizers.capabilities import Looks
 
 @keras.saving.register_keras_serializable(package="jvpreg")
 class FixedPointJacobianNorm(Looks, JacobianRegularizer):
-    """Penalizes `‖∂_z f‖_F²` of the cell of a `FixedPoint` layer at its fixed point: the smaller, the fewer iterations.
+    """Penalizes `‖∂_z f‖_F²` of a `FixedPoint` layer's cell at its fixed point: the smaller, the fewer iterations.
 
-    Estimated without bias by random directions of z, at the cost of one product with the frozen cell; nothing is
-    solved for it but, for its gradient, how the fixed point itself moves with the weights.
+    Estimated without bias by random directions of z. It costs one product with the frozen cell, and no solve, except
+    that its gradient solves for how the fixed point moves with the weights.
 
     Args:
         strength: the loss gains `strength × mean ‖∂_z f‖_F²`.
         layer: the path of the layer, as a linearization's nodes have it; by default the only one of the model.
-        num_probes: random directions an example.
+        num_probes: the number of random directions for each example.
         name: of its metric; it logs `fixed_point_frobenius_norm_squared`, the mean over the examples of `‖∂_z f‖_F²`.
 
     Raises:

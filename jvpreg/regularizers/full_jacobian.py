@@ -16,19 +16,19 @@ from jvpreg.regularizers.capabilities import Looks
 
 @keras.saving.register_keras_serializable(package="jvpreg")
 class BiasJacobianNorm(Looks, JacobianRegularizer):
-    """Penalizes `‖f^b‖²`: the squares of what the biases of some layers contribute to an output, position by position.
+    """Penalizes `‖f^b‖²`: the squares of what the biases of some layers contribute to an output, entry by entry.
 
     The bias-Jacobian of a layer is `∂f/∂y ⊙ c`, with y its output and c its intercept: an explicit bias, the implicit
-    one of batch normalization, or what a smooth activation leaves; of a convolution it is a map.
+    bias of batch normalization, or what a smooth activation leaves over. For a convolution it is a map.
 
     Args:
         strength: the loss gains `strength × mean ‖f^b‖²`.
         layers: paths of layers or of blocks of them, as `Linearization.block` takes them; all by default.
-        target: which output. `"label"`: that of the label, exactly, by one backward pass down to the first of the
-            layers; labels are those of `fit`, class indices or one-hot, and of one output `(B, 1)` any or none: it is
-            that one. `"predicted"`: the largest. `"all"`: the sum over all outputs, estimated without bias by pushing
-            directions `c ⊙ ξ`, ξ standard normal, through the layers above.
-        num_probes: for `"all"`, how many directions an example.
+        target: which output. `"label"`: the output of the label, exactly, by one backward pass down to the first of the
+            layers. Labels are those of `fit`, class indices or one-hot; a single output `(B, 1)` is the target whatever
+            the labels are, and needs none. `"predicted"`: the largest output. `"all"`: the sum over all outputs,
+            estimated without bias by pushing directions `c ⊙ ξ`, ξ standard normal, through the layers above.
+        num_probes: for `"all"`: the number of random directions for each example.
         name: of its metric; it logs `bias_jacobian_norm_squared`, the mean over the examples of `‖f^b‖²`.
 
     Raises:
@@ -59,7 +59,7 @@ class BiasJacobianNorm(Looks, JacobianRegularizer):
         self.num_probes = checks.count("num_probes", num_probes)
 
     def draw(self, linearization, inputs, seed):
-        """Standard normal ξ like the output of each node, `(P, B, …)`, where all outputs are the target."""
+        """Standard normal ξ like the output of each node, `(P, B, …)`, if the target is all outputs."""
         if self.target != "all":
             return None
         batch = ops.shape(tree.flatten(inputs)[0])[0]
@@ -68,7 +68,7 @@ class BiasJacobianNorm(Looks, JacobianRegularizer):
         return {name: probes.draw("gaussian", zeros, self.num_probes, seed) for name, zeros in like.items()}
 
     def look(self, linearization, drawn, labels):
-        """The bias-Jacobian of the target, by node; or what the random directions become."""
+        """The bias-Jacobian of the target, by node; or the products of the random directions."""
         names = list(linearization.node_outputs(self.layers))
         if drawn is None:
             cotangent = target_cotangent(self, linearization.outputs, labels)
@@ -95,10 +95,10 @@ class FullJacobianNorm(Looks, JacobianRegularizer):
     """Penalizes the norm of the full-Jacobian: `input_weight · ‖∇ₓ f‖² + bias_weight · ‖f^b‖²`, by one backward pass.
 
     Args:
-        strength: the loss gains `strength × mean` of it.
+        strength: the loss gains `strength × mean` of this sum.
         input_weight: of the input-Jacobian's squared norm.
         bias_weight: of the bias-Jacobians'.
-        layers: whose bias-Jacobians: see `BiasJacobianNorm`.
+        layers: the layers whose bias-Jacobians count: see `BiasJacobianNorm`.
         target: `"label"` or `"predicted"`: see `BiasJacobianNorm`.
         name: of its metric; it logs `full_jacobian_norm_squared`, the mean over the examples of the weighted sum.
 
@@ -154,16 +154,16 @@ def _squares(tensors):
 
 
 def target_cotangent(regularizer, outputs, labels):
-    """The cotangent of a regularizer's target. Of outputs `(B, 1)` it is the one output, whatever the label is.
+    """The cotangent of a regularizer's target. For outputs `(B, 1)` it selects the one output, whatever the label is.
 
     Raises:
-        ValueError: it is the label's output, and there are no labels, or they do not fit.
+        ValueError: the target is the label's output, and there are no labels, or they do not fit.
     """
     if regularizer.target == "predicted":
         return as_cotangent(outputs, None)
     leaves = tree.flatten(outputs)
     if len(leaves) == 1 and tuple(leaves[0].shape[1:]) == (1,):
-        # The label is that of two classes, or a number: neither says which output.
+        # The label is one of two classes, or a number: neither names an output.
         return ops.ones_like(leaves[0])
     if len(leaves) != 1 or len(leaves[0].shape) != 2 or labels is None or len(tree.flatten(labels)) != 1:
         raise ValueError(
@@ -179,7 +179,7 @@ def target_cotangent(regularizer, outputs, labels):
 
 
 def _paths(layers) -> list[str] | None:
-    """The paths of layers, one at least; None for all of them."""
+    """The paths of layers, at least one; None for all of them."""
     found = checks.paths("layers", layers, optional=True)
     if found == []:
         raise checks.invalid("layers", "a list of paths of layers, one or more, or None for all of them", layers)

@@ -17,7 +17,7 @@ class JacobianNorm(JacobianRegularizer):
 
     Args:
         strength: the loss gains `strength × mean ‖J‖_F²`; Hoffman, Roberts & Yaida's λ is `2 × strength`.
-        num_probes: P, the number of probes an example and step.
+        num_probes: P, the number of probes for each example in each step.
         probes: `"gaussian"`, `"rademacher"`, `"sphere"` or `"orthogonal"`: see `jvpreg.probes.draw`.
         side: `"input"` pushes directions of the input forward; `"output"` pulls cotangents of the output back.
         name: of its metric; it logs `frobenius_norm_squared`, the mean over the examples of `‖J‖_F²`.

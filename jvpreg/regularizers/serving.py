@@ -1,4 +1,4 @@
-"""One pass for a list of regularizers: what they ask for, what they see, and what comes of it."""
+"""One pass for a list of regularizers: what they ask for, what they see, and what they return."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -26,21 +26,21 @@ def serve(
     examples=None,
     model=None,
 ) -> "Serving":
-    """Draws what regularizers want at random; what it returns shows them the Jacobian, all by one pass each way.
+    """Draws the random numbers of the regularizers; the result shows them the Jacobian by one pass in each direction.
 
     Args:
         regularizers: R of them.
         linearization: of the whole batch.
         seed: a `keras.random.SeedGenerator`.
-        labels: for each regularizer those that it gets to see, `(B, …)`, or None; by default none.
-        weights: for each regularizer those of the examples, `(B,)`, or None; by default all examples count alike.
-        carried: for each regularizer the variable that it carries, or None. By default none is carried, for a caller
-            that asks no penalty of those that carry one.
-        examples: indices `(N,)` of those that the penalties are for; by default all.
-        model: is run where a regularizer looks elsewhere than on the data. By default all look at the linearization.
+        labels: for each regularizer the labels that it sees, `(B, …)`, or None; by default none.
+        weights: for each regularizer the weights of the examples, `(B,)`, or None; by default all are 1.
+        carried: for each regularizer the variable that it carries, or None. By default there is none: the caller then
+            must not ask for a penalty of a regularizer that carries one.
+        examples: indices `(N,)` of the examples whose penalties are computed; by default all.
+        model: the model, to be run for a regularizer that looks elsewhere than at the data. By default none does.
 
     Returns:
-        A `Serving`. It draws nothing more, so that it can be run in a branch, in which no seed may advance.
+        A `Serving`. It draws nothing more, so that it can run in a branch, where no seed may advance.
 
     Raises:
         ValueError: a regularizer asks for nothing, or for a product with tensors of the wrong shape.
@@ -63,7 +63,7 @@ def serve(
     served = []
     for at, members in places:
         on_data = at == "data"
-        # Elsewhere than on the data the model is run as it will be used: no statistics to update, no dropout.
+        # Away from the data, the model runs as in inference: it updates no statistics, and drops nothing out.
         seen = linearization if on_data else linearize(model, draw_points(at, given, seed))
         x, y = (inputs, outputs) if on_data else (packed(seen.inputs), seen.outputs)
         requests = []
@@ -79,11 +79,11 @@ def serve(
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one regularizer.
+    """What one regularizer returned.
 
     Attributes:
         penalty: of each example, `(B,)` in float32 at least; NaN where its inputs or outputs are not finite.
-        sums: of the examples, for what the regularizer carries on; None if that is nothing.
+        sums: over the examples, for what the regularizer carries; None if it carries nothing.
         measured: what it reports beside its penalty.
     """
 
@@ -93,13 +93,13 @@ class Outcome:
 
 
 class Served(NamedTuple):
-    """What came of R regularizers over the examples that they saw, as `jvpreg.common.replicas.combine` takes it.
+    """What R regularizers returned for the examples that they saw, as `jvpreg.common.replicas.combine` takes it.
 
     Attributes:
         means: of the penalties, `(R,)`.
-        counts: over how many examples, `(R,)`.
+        counts: the number of examples of each, `(R,)`.
         measured: what they report beside, one after the other.
-        sums: of the examples, of each that carries something on.
+        sums: over the examples, for each regularizer that carries something.
     """
 
     means: Any
@@ -109,7 +109,7 @@ class Served(NamedTuple):
 
 
 class Serving:
-    """Regularizers at a linearization, which have drawn what they want at random: what `serve` returns."""
+    """Regularizers at a linearization, whose random numbers are drawn: what `serve` returns."""
 
     def __init__(self, regularizers, places: "list[_Place]", variables: Sequence, state: Sequence, dtype: str):
         self.regularizers = regularizers
@@ -123,11 +123,11 @@ class Serving:
         return _in_order((request, seen) for place in self._places for request, seen in place.seen())
 
     def outcomes(self) -> list[Outcome]:
-        """What comes of each regularizer."""
+        """What each regularizer returns."""
         return _in_order(pair for place in self._places for pair in place.outcomes())
 
     def run(self) -> Served:
-        """What comes of all of them, over the examples."""
+        """What all of them return, over the examples."""
         reduced = []
         for place in self._places:
             found = place.outcomes()
@@ -154,7 +154,7 @@ class Serving:
 
     @property
     def kinds(self) -> list[tuple[int, str]]:
-        """Of each measured number the index of its regularizer, and how those of several steps are put together."""
+        """For each measured number the index of its regularizer, and how the numbers of several steps are combined."""
         return [(i, kind) for i, regularizer in enumerate(self.regularizers) for kind in regularizer.measures.values()]
 
     def strengths(self, step) -> list:
@@ -162,10 +162,10 @@ class Serving:
         return [r.strength_at(step) if isinstance(r, Scheduled) else r.strength for r in self.regularizers]
 
     def carry_on(self, sums: Sequence, active=1.0) -> None:
-        """Assigns what is carried to the next step, by the sums over all examples; nothing if `active` is 0.
+        """Assigns what is carried to the next step, from the sums over all examples; does nothing if `active` is 0.
 
-        A step whose numbers are not finite leaves it as it was: an optimizer that scales the loss skips such a step,
-        and a NaN would stay in it for good.
+        If the numbers of a step are not finite, the variable keeps its value: an optimizer that scales the loss skips
+        such a step, and a NaN would never leave the variable.
         """
         variables = [variable for variable in self._variables if variable is not None]
         for (regularizer, value), variable, total in zip(self._carriers(), variables, sums, strict=True):
@@ -174,7 +174,7 @@ class Serving:
             variable.assign(new if isinstance(active, float) else ops.where(active > 0, new, value))
 
     def _carriers(self) -> list[tuple[Any, Any]]:
-        """The regularizers that carry something, and its value."""
+        """The regularizers that carry something, each with its value."""
         pairs = zip(self.regularizers, self._state, strict=True)
         return [(regularizer, value) for regularizer, value in pairs if value is not None]
 
@@ -185,7 +185,7 @@ def weighted_mean(penalty, weights):
 
 
 def packed(inputs: list):
-    """A model's inputs as it takes them: one tensor, or a list of several."""
+    """A model's inputs as the model takes them: one tensor, or a list of several."""
     return inputs[0] if len(inputs) == 1 else inputs
 
 
@@ -193,7 +193,7 @@ def draw_points(at: Callable, inputs, seed):
     """Points `(N, …)` like `inputs`.
 
     Raises:
-        ValueError: they are not like them, or would be cut to whole numbers.
+        ValueError: they are not like the inputs, or would be rounded to integers.
     """
     points = at(inputs, seed)
     received, expected = ([tuple(t.shape) for t in tree.flatten(structure)] for structure in (points, inputs))
@@ -214,15 +214,15 @@ def draw_points(at: Callable, inputs, seed):
 
 @dataclass(frozen=True)
 class _Request:
-    """What one regularizer asks to see, each `(P, B, …)` or None, and what it gets beside.
+    """What one regularizer asks to see, each `(P, B, …)` or None, and what it gets with it.
 
     Attributes:
-        index: of the regularizer among all.
-        directions, cotangents: those that it asks for.
-        drawn: what it drew for products of its own.
-        labels: those that it gets to see.
+        index: of the regularizer in the list.
+        directions, cotangents: what it asks to push forward, and to pull back.
+        drawn: its random numbers, for products of its own.
+        labels: the labels that it sees.
         weights: of the examples.
-        carried: what it carries from step to step, from which directions may be found.
+        carried: what it carries from step to step, in which it may search for directions.
     """
 
     index: int
@@ -237,14 +237,14 @@ class _Request:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where regularizers look: a linearization, the indices of the examples if these are a part, and the requests."""
+    """Where regularizers look: a linearization, the indices of the examples if they are a part, and the requests."""
 
     linearization: Linearization
     examples: Any
     requests: list[_Request]
 
     def seen(self) -> Iterator[tuple[_Request, Seen]]:
-        """What comes of every request: at most one pass in each direction, beside what a regularizer searches with."""
+        """What every request gets to see: at most one pass in each direction, and products for those that search."""
         linearization = self.linearization if self.examples is None else self.linearization.take(self.examples)
         inputs, outputs = packed(linearization.inputs), linearization.outputs
         wanted = [request.directions for request in self.requests]
@@ -254,7 +254,7 @@ class _Place:
                 _check_probes(request.regularizer, "search", wanted[i], inputs)
         pushed = _share(linearization.jvp, wanted)
         pulled = _share(linearization.vjp, [request.cotangents for request in self.requests])
-        # A nonlinearity may hide what is not a number from the Jacobian, by a slope of 0.
+        # The Jacobian may be finite where the input is not: the slope of ReLU at NaN is 0.
         finite = finite_examples(linearization)
         for request, directions, jvp, vjp in zip(self.requests, wanted, pushed, pulled, strict=True):
             regularizer, found = request.regularizer, None
@@ -264,7 +264,7 @@ class _Place:
             yield request, Seen(*shown, carried=request.carried, weights=request.weights, finite=finite)
 
     def outcomes(self) -> list[tuple[_Request, Outcome]]:
-        """What comes of every request."""
+        """What every request returns."""
         return [(request, _outcome(request, seen)) for request, seen in self.seen()]
 
 
@@ -274,7 +274,7 @@ def _in_order(pairs) -> list:
 
 
 def _by_place(regularizers: Sequence[JacobianRegularizer]) -> list[tuple[Any, list[int]]]:
-    """Where they look, each place once, and the indices of those that look there."""
+    """The places where they look, each once, with the indices of the regularizers that look there."""
     places: list[tuple[Any, list[int]]] = []
     for i, regularizer in enumerate(regularizers):
         members = next((members for at, members in places if at == regularizer.at), None)
@@ -286,13 +286,13 @@ def _by_place(regularizers: Sequence[JacobianRegularizer]) -> list[tuple[Any, li
 
 
 def _taker(examples) -> Callable:
-    """A function that takes the examples out of a structure of tensors `(B, …)`; of None, it takes all of them."""
+    """A function that takes the examples out of a structure of tensors `(B, …)`; if they are None, it takes all."""
     if examples is None:
         return lambda structure: structure
     taken: dict[int, tuple[Any, Any]] = {}
 
     def take(tensor):
-        # Several regularizers may see the same labels. With the tensor, whose `id` would be another one's after it.
+        # Several regularizers may see the same labels. The tensor is kept too, so that no other gets its `id`.
         if id(tensor) not in taken:
             taken[id(tensor)] = tensor, ops.take(tensor, examples, axis=0)
         return taken[id(tensor)][1]
@@ -302,7 +302,7 @@ def _taker(examples) -> Callable:
 
 def _request(index, regularizer, linearization: Linearization, inputs, outputs, seed, carried, **shown) -> _Request:
     """What a regularizer asks for, for the examples of `inputs` and `outputs`, which may be a part of the batch."""
-    # A copy: Torch takes gradients after the variable was assigned to.
+    # A copy: Torch computes gradients only after the variable was assigned to.
     shown["carried"] = None if carried is None else ops.copy(carried)
     if isinstance(regularizer, Searches):
         return _Request(index, regularizer, **shown)
@@ -332,7 +332,7 @@ def _outcome(request: _Request, seen: Seen) -> Outcome:
         )
     penalty = nan_unless(finite, ops.cast(penalty, keras.backend.result_type(penalty.dtype, "float32")))
     if regularizer.strength == 0 and not regularizer.scheduled:
-        # It is only reported. A gradient of zeros would still be one: 0 times an infinite slope is not a number.
+        # It is only reported. Even a gradient of zeros would do harm: 0 times an infinite slope is NaN.
         penalty = ops.stop_gradient(penalty)
     sums = None if request.carried is None else regularizer.sums(seen, request.carried)
     sums = None if sums is None else ops.where(ops.all(finite), sums, math.nan)
@@ -340,7 +340,7 @@ def _outcome(request: _Request, seen: Seen) -> Outcome:
 
 
 def _check_carried(regularizer: JacobianRegularizer, carried, outputs) -> None:
-    """Raises where what a regularizer carries is not there."""
+    """Raises if the variable that a regularizer carries does not exist."""
     if carried is None and isinstance(regularizer, Carries) and regularizer.carried_shape(outputs) is not None:
         raise ValueError(
             f"`{regularizer.name}` ({type(regularizer).__name__}) carries a variable from step to step, whose "
@@ -355,7 +355,7 @@ def _check_probes(regularizer, method: str, probes, like) -> None:
         return
     received = [tuple(probe.shape) for probe in tree.flatten(probes)]
     expected = [tuple(tensor.shape) for tensor in tree.flatten(like)]
-    # The batch is left to the product itself: in a TensorFlow graph it is not known here.
+    # The product itself checks the batch size: in a TensorFlow graph it is not known here.
     if [shape[2:] if len(shape) > 1 else None for shape in received] != [shape[1:] for shape in expected]:
         raise ValueError(
             f"`{method}` of `{regularizer.name}` ({type(regularizer).__name__}) returned tensors of the wrong shape. "
@@ -369,7 +369,7 @@ def _readable(shape) -> str:
 
 
 def _share(product, wanted: list) -> list:
-    """One product with all the probes that are wanted, cut up again; None where nothing is wanted."""
+    """One product for all probes that are wanted, cut into their parts again; None for a part that is not wanted."""
     given = [probes for probes in wanted if probes is not None]
     if not given:
         return [None] * len(wanted)

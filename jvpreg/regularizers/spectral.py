@@ -10,7 +10,7 @@ from jvpreg.estimators.operator import flatten, spaces
 from jvpreg.regularizers.base import JacobianRegularizer
 from jvpreg.regularizers.capabilities import Searches
 
-# Above it, a vector for each of so many outputs would be a large matrix.
+# With more outputs, a vector for each of them would be a large matrix.
 MOST_CLASSES = 1024
 
 
@@ -19,14 +19,14 @@ class SpectralNorm(Searches, JacobianRegularizer):
     """Penalizes `σ₁²`, the squared spectral norm of each example's Jacobian, by power iteration.
 
     An iteration is one product `u = Jᵀ v / ‖Jᵀ v‖` and one `J u`, whose squared length is the penalty: never more
-    than `σ₁²`, and at the singular vector its gradient is that of `σ₁²` itself. `v` is carried from step to step. The
-    examples of a batch are others in each step, but those of one class have similar singular vectors; so one is kept
-    for each output, and an example starts from that of its largest one. Where the outputs are not `(B, K)`, all
-    examples share one.
+    than `σ₁²`, and at the singular vector its gradient is that of `σ₁²` itself. `v` is carried from step to step. Each
+    batch has other examples, but examples of one class have similar singular vectors: so there is one `v` for each
+    output, and an example starts from that of its largest output. If the outputs are not `(B, K)`, all examples share
+    one.
 
     Args:
         strength: the loss gains `strength × mean σ₁²`.
-        num_iterations: of each step; one is enough where the vectors move slowly.
+        num_iterations: in each step; one is enough if the singular vectors change slowly.
         name: of its metric; it logs `spectral_norm_squared`, the mean over the examples of the estimate of `σ₁²`.
 
     Raises:
@@ -57,7 +57,7 @@ class SpectralNorm(Searches, JacobianRegularizer):
         return (size if _has_classes(outputs) else 1), size
 
     def search(self, linearization, carried):
-        """The right singular vectors, as far as the iteration has them: `(1, B, …)`, of length 1."""
+        """Approximate right singular vectors, `(1, B, …)`, of length 1."""
         inputs, outputs = spaces(linearization)
 
         def pulled(cotangent):
@@ -70,7 +70,7 @@ class SpectralNorm(Searches, JacobianRegularizer):
         return probes.split(ops.stop_gradient(tangent), inputs)
 
     def sums_shape(self, carried_shape):
-        """A column more, of the numbers of examples."""
+        """One column more than the vectors, for the number of examples."""
         classes, size = carried_shape
         return classes, size + 1
 
@@ -78,14 +78,14 @@ class SpectralNorm(Searches, JacobianRegularizer):
         """For each class the sum of its examples' new vectors, and their number: `(C, K + 1)`."""
         new = _normalized(flatten(tree.map_structure(ops.stop_gradient, seen.jvp)))
         new = ops.cast(new[0], carried.dtype)
-        # A singular vector has no sign.
+        # The sign of a singular vector is arbitrary.
         same = ops.sum(new * _started(seen.outputs, carried)[0], axis=-1, keepdims=True) >= 0
         new = ops.where(same, new, -new)
         members = ops.transpose(_members(seen.outputs, carried))
         return ops.concatenate([ops.matmul(members, new), ops.sum(members, axis=1, keepdims=True)], axis=1)
 
     def carry(self, carried, sums):
-        """Half of each class's vector, and half of the mean of its examples' new ones."""
+        """The mean of each class's vector and the mean of its examples' new vectors, normalized."""
         counts = sums[:, -1:]
         mean = sums[:, :-1] / ops.maximum(counts, 1.0)
         return ops.where(counts > 0, _normalized(_normalized(carried) + mean), carried)
@@ -105,7 +105,7 @@ def _has_classes(outputs) -> bool:
 
 
 def _members(outputs, carried):
-    """Which class each example is of, by its largest output: `(B, C)`, ones and zeros."""
+    """The class of each example, by its largest output: `(B, C)`, ones and zeros."""
     first = tree.flatten(outputs)[0]
     count = carried.shape[0]
     if count == 1:
@@ -114,12 +114,12 @@ def _members(outputs, carried):
 
 
 def _started(outputs, carried):
-    """Each example's vector of those that are carried, `(1, B, K)`."""
+    """The vector from which each example starts, out of those that are carried: `(1, B, K)`."""
     vectors = ops.matmul(_members(outputs, carried), _normalized(carried))
     return ops.expand_dims(ops.stop_gradient(vectors), 0)
 
 
 def _normalized(vectors):
-    """Of length 1; a zero stays one, and what is not a number."""
+    """Vectors of length 1; a zero vector stays zero, and NaN stays NaN."""
     length = ops.norm(vectors, axis=-1, keepdims=True)
     return vectors / ops.where(length == 0, 1.0, length)
