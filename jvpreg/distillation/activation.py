@@ -11,11 +11,11 @@ from jvpreg.distillation.base import MatchingLoss, squared_distance
 class ActivationMatching(MatchingLoss):
     """Matches outputs: `‖f − g‖²`; or softened probabilities, `T² KL(softmax(g/T) ‖ softmax(f/T))`.
 
-    It is usable in `keras.distillation.Distiller` too.
+    It can be used in `keras.distillation.Distiller` too.
 
     Args:
         weight: the loss gains `weight × mean` of it.
-        temperature: T; None for the squared distance of the logits themselves.
+        temperature: T; None for the squared distance of the logits.
         name: of its metric; it logs `activation_matching`, the mean over the
             examples of the squared distance or divergence.
 
@@ -42,7 +42,7 @@ class ActivationMatching(MatchingLoss):
         return view.outputs
 
     def distance(self, teacher, student):
-        """Of each example, over all outputs: `(B,)`."""
+        """The distance of each example, over all outputs: `(B,)`."""
         if self.temperature is None:
             return squared_distance(teacher, student)
         return sum(_divergence(g, f, self.temperature) for g, f in zip(teacher, student, strict=True))
@@ -53,7 +53,7 @@ class ActivationMatching(MatchingLoss):
         return self.weight * ops.mean(self.distance(*outputs))
 
     def validate_model_compatibility(self, teacher, student):
-        """Nothing to say: outputs are all it needs."""
+        """Does nothing: this loss needs only outputs, which any two models have."""
 
     def get_config(self):
         """The arguments of `__init__`."""

@@ -17,12 +17,12 @@ class AttentionMatching(MatchingLoss):
     """Matches where layers are active: `Σ_l ‖A(f_l) − A(g_l)‖²`, with A the sum of `|activation|` over the channels.
 
     Args:
-        weight: the loss gains `weight × mean` of it.
+        weight: the loss gains `weight × mean` of this distance.
         layers: pairs of paths, `(teacher_layer, student_layer)`, of layers or of blocks of them, whose last output
-            counts; or `"auto"`: the last layer of each spatial size that both have, and the choice is printed. Of maps
-            whose sizes differ, each is averaged to the smaller size.
-        normalized: A is the sum of squares instead, divided by its norm over all positions, so that only where
-            counts, and not how much.
+            counts; or `"auto"`: the last layer of each spatial size that both have, and the choice is printed. If two
+            maps differ in size, each is averaged to the smaller size.
+        normalized: whether A is the sum of squares instead, divided by its norm over all positions: then only where a
+            layer is active counts, not how much.
         name: of its metric; it logs `attention_matching`, the mean over the examples of the squared distance.
 
     Raises:
@@ -59,7 +59,7 @@ class AttentionMatching(MatchingLoss):
         return ops.sum((ops.square if self.normalized else ops.abs)(activation), axis=channel_axis)
 
     def distance(self, teacher, student):
-        """Of each example, over all pairs: `(B,)`."""
+        """The distance of each example, over all pairs: `(B,)`."""
         maps = [alike(g, f, keep_sum=False) for g, f in zip(teacher, student, strict=True)]
         if self.normalized:
             maps = [(_unit(g), _unit(f)) for g, f in maps]
@@ -71,7 +71,7 @@ class AttentionMatching(MatchingLoss):
 
 
 def _unit(attention):
-    """Each example's map over its norm; a map of zeros stays one."""
+    """Each example's map divided by its norm; a map of zeros stays zero."""
     flat = ops.reshape(attention, (ops.shape(attention)[0], -1))
     square = ops.sum(ops.square(flat), axis=-1, keepdims=True)
     return flat / ops.sqrt(ops.where(square > 0, square, 1.0))

@@ -15,7 +15,7 @@ TARGETS = ("label", "predicted")
 
 
 class View:
-    """What the losses see of one network in a step; one backward pass serves all that pull a cotangent back.
+    """What the losses see of one network in a step. One backward pass serves all losses that pull a cotangent back.
 
     Args:
         linearization: of the network at the batch.
@@ -25,8 +25,8 @@ class View:
         with_inputs: whether the input-Jacobian is seen.
 
     Attributes:
-        linearization: the same.
-        labels: the same.
+        linearization: the argument `linearization`.
+        labels: the argument `labels`.
         outputs: the network's outputs, a flat list of `(B, …)`.
     """
 
@@ -53,22 +53,22 @@ class View:
         return [gradient[self._places[target]] for gradient in tree.flatten(self._at_inputs)]
 
     def bias_jacobian(self, target: str, node: str):
-        """`∂(vᵀ f)/∂y ⊙ c` at a node with output y and intercept c, `(B, …)` like y, the examples first."""
+        """`∂(vᵀ f)/∂y ⊙ c` at a node with output y and intercept c: `(B, …)`, shaped like y, the examples first."""
         return self._at_nodes[node][self._places[target]]
 
     def node_output(self, node: str):
-        """What a node returned, `(B, …)`."""
+        """A node's output, `(B, …)`."""
         return self.linearization.node_outputs([node])[node]
 
 
 class MatchingLoss(keras.distillation.DistillationLoss):
-    """Base class: what is seen of the teacher and of the student, and how far apart the two are.
+    """Base class: what it sees of the teacher and of the student, and how far apart the two are.
 
     A subclass overrides `see` and `distance`, and `get_config` if `__init__` takes more arguments. It runs no network.
 
     Args:
-        weight: of the loss, not negative: the distiller's loss gains `weight × mean(distance)`. With 0 the distance is
-            reported, and not trained on.
+        weight: of the loss, not negative: the distiller's loss gains `weight × mean(distance)`. If it is 0, the
+            distance is reported but not trained on.
         name: of its metric; by default the class's name in snake case.
 
     Attributes:
@@ -112,7 +112,7 @@ class MatchingLoss(keras.distillation.DistillationLoss):
         )
 
     def see(self, view: View, sites: Sequence[Site], directions) -> list:
-        """What is compared of one network: tensors, each `(B, …)`.
+        """The tensors to compare of one network, each `(B, …)`.
 
         Args:
             view: the network.
@@ -122,18 +122,18 @@ class MatchingLoss(keras.distillation.DistillationLoss):
         raise NotImplementedError(f"{type(self).__name__} must override `see(self, view, sites, directions)`.")
 
     def distance(self, teacher: list, student: list):
-        """How far apart what was seen of the two is, `(B,)`."""
+        """The distance between what was seen of teacher and student, `(B,)`."""
         raise NotImplementedError(f"{type(self).__name__} must override `distance(self, teacher, student)`.")
 
     def measure(self, teacher: list, student: list) -> dict[str, Any]:
-        """What else is reported of the two, each `(B,)`, by the names in `measures`; nothing is trained on it."""
+        """What is reported beside the distance, each `(B,)`, by the names in `measures`. It is not trained on."""
         return {}
 
     def validate_model_compatibility(self, teacher, student):
-        """Says to Keras' own `Distiller` that it cannot compute this loss.
+        """Tells Keras' own `Distiller` that it cannot compute this loss.
 
         Raises:
-            ValueError: always, but for the losses that need no more than outputs.
+            ValueError: always, except for losses that need only outputs.
         """
         raise ValueError(
             f"{type(self).__name__} needs more of a network than a layer's output, which is all that "
@@ -153,11 +153,11 @@ class MatchingLoss(keras.distillation.DistillationLoss):
 class KerasLoss(MatchingLoss):
     """One of Keras' own distillation losses, of outputs or of one layer of each network; its weight is 1.
 
-    It is computed example by example, so that sample weights reach it.
+    It is computed for each example by itself, so that sample weights apply to it.
 
     Args:
         loss: the loss.
-        name: of its metric, the mean over the examples of the loss; by default that of its class in snake case.
+        name: of its metric, the mean over the examples of the loss; by default the name of its class in snake case.
     """
 
     def __init__(self, loss: keras.distillation.DistillationLoss, name: str | None = None):
@@ -168,11 +168,11 @@ class KerasLoss(MatchingLoss):
             self.pairs = LayerPairs([layers], "outputs", type(loss).__name__)
 
     def see(self, view, sites, directions):
-        """The outputs, or the layer's."""
+        """The outputs, or the layer's output."""
         return [view.node_output(sites[0].nodes[-1])] if sites else view.outputs
 
     def distance(self, teacher, student):
-        """The loss of each example, alone in its batch."""
+        """The loss of each example, as a batch of one."""
 
         def of_one(pair):
             one_each = tree.map_structure(lambda tensor: ops.expand_dims(tensor, 0), pair)
@@ -182,7 +182,7 @@ class KerasLoss(MatchingLoss):
 
 
 def snake_case(name: str) -> str:
-    """The name of a class as that of a metric."""
+    """The name of a class as a metric's name."""
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 

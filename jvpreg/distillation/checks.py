@@ -1,4 +1,4 @@
-"""What a distiller is given: whether teacher, student and losses fit each other, before anything is computed."""
+"""Checks of a distiller's arguments: teacher, student and losses must fit each other, before anything is computed."""
 
 from collections.abc import Sequence
 
@@ -13,9 +13,9 @@ from jvpreg.training.model import JacobianModel
 
 
 def zeros_like_inputs(model: keras.Model, role: str):
-    """One example of zeros."""
+    """One example of zeros, as the model's input."""
     specs = getattr(model, "inputs", None)
-    if not specs and model.built:  # A subclassed model.
+    if not specs and model.built:  # a subclassed model
         shapes = (model.get_build_config() or {}).get("input_shape")
         specs = None if shapes is None else tree.map_shape_structure(keras.KerasTensor, shapes)
     if specs is None or any(None in spec.shape[1:] for spec in tree.flatten(specs)):
@@ -27,7 +27,7 @@ def zeros_like_inputs(model: keras.Model, role: str):
 
 
 def metric_names(losses: Sequence[MatchingLoss]) -> list[str]:
-    """Of each loss its own, and those of what else it measures."""
+    """The name of each loss, and the names of what else it measures."""
     return [name for loss in losses for name in (loss.name, *(f"{loss.name}_{measure}" for measure in loss.measures))]
 
 
@@ -51,7 +51,7 @@ def checked_losses(losses) -> tuple[MatchingLoss, ...]:
 
 
 def check_models(teacher, student) -> None:
-    """Raises a ValueError if the two are no teacher and student."""
+    """Raises a ValueError if the two models cannot be teacher and student."""
     for role, model in (("teacher", teacher), ("student", student)):
         if not isinstance(model, keras.Model) or (role == "student" and isinstance(model, JacobianModel)):
             raise checks.invalid(role, "a plain Keras model", model)
@@ -82,6 +82,6 @@ def check_models(teacher, student) -> None:
 
 
 def _output_shapes(model) -> list[tuple] | None:
-    """Of each example; None where they are not known before the model is run."""
+    """The output shapes for one example; None if they are not known before the model runs."""
     outputs = getattr(model, "outputs", None)
     return [tuple(output.shape[1:]) for output in outputs] if outputs else None

@@ -33,19 +33,19 @@ class JacobianDistiller(JacobianModel):
     cotangent back. The loss is the compiled one, plus `weight × mean(distance)` of each matching loss, plus Jacobian
     regularizers, if `compile` is given any. The distances are metrics, in training and in evaluation.
 
-    Both networks see the same input, and Jacobians are with respect to it: where they expect different ranges, put a
-    `Rescaling` or `Normalization` layer in front of one of them. The teacher runs in inference mode, and is frozen:
+    Both networks see the same input, and Jacobians are with respect to it. If they expect different ranges, put a
+    `Rescaling` or `Normalization` layer in front of one of them. The teacher runs in inference mode and is frozen:
     `teacher.trainable` is set to False, as Keras' own `Distiller` does.
 
     Args:
-        teacher: a built Keras model. Of a `JacobianModel`, its base.
+        teacher: a built Keras model; for a `JacobianModel`, its base.
         student: a Keras model with outputs like the teacher's. `distiller.student` is the plain model, to save.
         losses: of `jvpreg.distillation`, or of `keras.distillation`.
-        seed: of the random directions.
+        seed: of the random directions; None for one that Keras draws.
         **kwargs: of `keras.Model`: `name`.
 
     Raises:
-        ValueError: a model is not one, not built, or shares variables with the other; the outputs differ; a layer is
+        ValueError: a model is none, is not built, or shares variables with the other; the outputs differ; a layer is
             not found, or does not fit its partner.
 
     Reference: Srinivas & Fleuret (2018), "Full-Jacobian Representation of Neural Networks", sections 4 and 7.1.
@@ -90,23 +90,23 @@ class JacobianDistiller(JacobianModel):
 
     @property
     def has_penalties(self) -> bool:
-        """It has: the distances."""
+        """True: the distances are penalties."""
         return True
 
     @property
     def penalty_metrics(self):
-        """Those of the regularizers, and one of each distance and of what else is measured of the two."""
+        """The metrics of the regularizers, of the distances, and of what else is measured."""
         return [*super().penalty_metrics, *self._matching_trackers]
 
     def reported_names(self, regularizers):
-        """Those of the regularizers and of the distances."""
+        """The names of the regularizers' metrics and of the distances."""
         return [*super().reported_names(regularizers), *metric_names(self.matching_losses)]
 
     def compile(self, *args, jacobian_regularizers: Sequence = (), **kwargs):
-        """As `JacobianModel.compile`. `jacobian_evaluate` is for the distances too; interval and fraction are not.
+        """As `JacobianModel.compile`. `jacobian_evaluate` applies to the distances too; interval and fraction do not.
 
         Raises:
-            ValueError: a matching loss has the name of a regularizer, of a metric, or of what else Keras reports.
+            ValueError: a matching loss has the name of a regularizer, of a metric, or of another entry in Keras' logs.
         """
         super().compile(*args, jacobian_regularizers=jacobian_regularizers, **kwargs)
 
@@ -138,7 +138,7 @@ class JacobianDistiller(JacobianModel):
         return total
 
     def _compare(self, products: dict, seen: dict, finite, sample_weight, training: bool):
-        """The weighted sum of the mean distances, NaN for examples that are not finite; the trackers are updated."""
+        """The weighted sum of the mean distances; NaN for examples that are not finite. Also updates the trackers."""
         weights = example_weights(sample_weight, own_keys(self.jacobian_regularizers))
         number = self.steps_taken + 1 if training else None
         means: list = []
@@ -152,7 +152,7 @@ class JacobianDistiller(JacobianModel):
                 )
             batch = ops.shape(student[0])[0]
             mean = weighted_mean(nan_unless(finite, loss.distance(teacher, student)), weights)
-            # What is only reported gets no gradient, not even one of zeros: 0 times an infinite slope is not a number.
+            # A loss that is only reported gets no gradient, not even zeros: 0 times an infinite slope is NaN.
             means.append(mean if loss.weight else ops.stop_gradient(mean))
             measured = loss.measure(teacher, tree.map_structure(ops.stop_gradient, student))
             means += [ops.mean(nan_unless(finite, measured[name])) for name in loss.measures]
@@ -165,11 +165,11 @@ class JacobianDistiller(JacobianModel):
         return sum((weight * whole.for_loss[i] for i, weight in enumerate(weighings) if weight), ops.zeros(()))
 
     def _targets(self) -> dict[str, MatchingLoss]:
-        """The targets that are asked for, each with a loss that asks for it."""
+        """The targets that losses ask for, each with one of these losses."""
         return {loss.target: loss for loss in self.matching_losses if loss.target is not None}
 
     def _teacher_products(self, x, labels, directions: dict) -> dict[str, Any]:
-        """What the losses see of the teacher, `(B, …)` each, by name; and the cotangent of what it predicts."""
+        """What the losses see of the teacher, each `(B, …)`, by name; and the cotangent of its largest output."""
         linearization = linearize(self.teacher, x, xla=bool(self.jit_compile))
         targets = self._targets()
         cotangents = {}
@@ -196,15 +196,15 @@ class JacobianDistiller(JacobianModel):
         }
 
     def with_teacher(self, x, y=None, batch_size: int = 128) -> dict[str, Any]:
-        """The data with what the losses see of the teacher, computed once: to be passed to `fit` in place of `x`.
+        """The data with what the losses see of the teacher, computed once. Pass it to `fit` in place of `x`.
 
-        For data that is the same in every epoch. The teacher is not run again; the products take about as much
-        memory as `x` where input-Jacobians are matched.
+        It is for data that is the same in every epoch: then the teacher runs only once. If input-Jacobians are
+        matched, the products take about as much memory as `x`.
 
         Args:
             x: arrays `(N, …)`, as `fit` takes them.
-            y: the labels `(N, …)`, where a loss has `target="label"`.
-            batch_size: examples at once.
+            y: the labels `(N, …)`, if a loss has `target="label"`.
+            batch_size: how many examples are computed at once.
 
         Returns:
             A dict of arrays, each with a first axis N, for `fit`, `evaluate` or `tf.data`.
@@ -237,7 +237,7 @@ class JacobianDistiller(JacobianModel):
         return {INPUTS: x, PRODUCTS: products}
 
     def _check_labels(self, y) -> None:
-        """Raises where labels are class indices of outputs `(B, K)`, K > 1, and there is no such class."""
+        """Raises if labels are class indices for outputs `(B, K)`, K > 1, and there is no such class."""
         labels, shapes = tree.flatten(y), [output.shape for output in getattr(self.student, "outputs", None) or ()]
         if len(labels) == 1 and len(shapes) == 1 and len(shapes[0]) == 2 and shapes[0][1] != 1:
             shape = np.shape(labels[0])
@@ -245,7 +245,7 @@ class JacobianDistiller(JacobianModel):
                 checks.classes("y", labels[0], shapes[0][1])
 
     def _find_sites(self) -> dict[str, list[tuple[Site, Site]]]:
-        """The layers that each loss has named, by a run of both networks on one example of zeros, if any did."""
+        """The layers that the losses name, found by running both networks on one example of zeros, if any are named."""
         sites: dict[str, list[tuple[Site, Site]]] = {loss.name: [] for loss in self.matching_losses}
         paired = [loss for loss in self.matching_losses if loss.pairs is not None]
         if paired:
@@ -278,7 +278,7 @@ register_wrapper(JacobianDistiller, lambda model: model.base)
 
 
 class _TeacherProducts(keras.Model):
-    """Inputs, and labels if there are any, to the teacher's products, for `predict`."""
+    """A model from inputs, and labels if there are any, to the teacher's products, for `predict`."""
 
     def __init__(self, distiller: JacobianDistiller):
         super().__init__(autocast=False, name="teacher_products")
@@ -298,7 +298,7 @@ def _split(inputs) -> tuple[Any, dict[str, Any] | None]:
 
 
 def _of_loss(loss: MatchingLoss, products: dict[str, Any]) -> list:
-    """What a loss saw, in its order."""
+    """What a loss saw, in the order of its tensors."""
     count = sum(key.rpartition("/")[0] == loss.name for key in products)
     return [products[f"{loss.name}/{i}"] for i in range(count)]
 

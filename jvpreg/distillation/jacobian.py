@@ -22,12 +22,13 @@ class JacobianMatching(MatchingLoss):
     reports both and trains on neither.
 
     Args:
-        weight: the loss gains `weight × mean` of it.
-        target: which output. `"label"`: that of the label, the default; labels are those of `fit`, class indices or
-            one-hot, and of one output `(B, 1)` any or none: it is that one. `"predicted"`: the largest of the teacher.
-        num_probes: in place of a target, P: all outputs, by P random directions u an example, the same for both
-            networks. `‖(J_f − J_g) u‖²` has the mean `‖J_f − J_g‖_F²`, and its weight gradient takes first-order
-            autodiff through a forward computation only. The angle is then that of the products, an estimate.
+        weight: the loss gains `weight × mean` of this distance.
+        target: which output. `"label"`, the default: the output of the label. Labels are those of `fit`, class indices
+            or one-hot; a single output `(B, 1)` is the target whatever the labels are, and needs none. `"predicted"`:
+            the teacher's largest output.
+        num_probes: P, instead of a target: all outputs are matched, by P random directions u for each example, the same
+            for both networks. The mean of `‖(J_f − J_g) u‖²` is `‖J_f − J_g‖_F²`, and its weight gradient takes only
+            first-order autodiff through a forward computation. The angle is then that of the products, an estimate.
         name: of its metric; it logs `jacobian_matching`, the mean over the examples of the squared distance.
 
     Raises:
@@ -72,7 +73,7 @@ class JacobianMatching(MatchingLoss):
         return [ops.moveaxis(product, 0, 1) for product in tree.flatten(view.linearization.jvp(directions))]
 
     def distance(self, teacher, student):
-        """Of each example, over all inputs; or the mean over the probes: `(B,)`."""
+        """The distance of each example, over all inputs; or the mean over the probes: `(B,)`."""
         return squared_distance(teacher, student) / (self.num_probes or 1)
 
     def measure(self, teacher, student):
@@ -88,14 +89,15 @@ class JacobianMatching(MatchingLoss):
 class BiasJacobianMatching(MatchingLoss):
     """Matches bias-Jacobians layer by layer, summed over channels only: `Σ_l ‖Σ_ch f^b_l − Σ_ch g^b_l‖²`.
 
-    The bias-Jacobian of a layer is `∂f_c/∂y ⊙ c`, with y its output and c its intercept: an explicit bias, the implicit
-    one of batch normalization, or what a smooth activation leaves. With `JacobianMatching` it matches full-Jacobians.
+    The bias-Jacobian of a layer is `∂f_c/∂y ⊙ c`, with y its output and c its intercept: an explicit bias, the
+    implicit bias of batch normalization, or what a smooth activation leaves over. With `JacobianMatching` it matches
+    full-Jacobians.
 
     Args:
-        weight: the loss gains `weight × mean` of it.
+        weight: the loss gains `weight × mean` of this distance.
         layers: pairs of paths, `(teacher_layer, student_layer)`, of layers or of blocks of them; or `"auto"`: the last
-            layer with a bias, or normalization, of each spatial size that both have, and the choice is printed. Of maps
-            whose sizes differ, each is summed to the smaller size.
+            layer with a bias, or normalization, of each spatial size that both have, and the choice is printed. If two
+            maps differ in size, each is summed to the smaller size.
         target: `"label"` or `"predicted"`: see `JacobianMatching`. Losses of one target share their backward passes.
         name: of its metric; it logs `bias_jacobian_matching`, the mean over the examples of the squared distance.
 
@@ -131,7 +133,7 @@ class BiasJacobianMatching(MatchingLoss):
         ]
 
     def distance(self, teacher, student):
-        """Of each example, over all pairs: `(B,)`."""
+        """The distance of each example, over all pairs: `(B,)`."""
         maps = [alike(g, f, keep_sum=True) for g, f in zip(teacher, student, strict=True)]
         return squared_distance([g for g, _ in maps], [f for _, f in maps])
 
@@ -143,7 +145,7 @@ class BiasJacobianMatching(MatchingLoss):
 def angle(left: Sequence, right: Sequence):
     """The angle between two lists of tensors `(B, …)`, each list one vector an example: degrees, `(B,)`.
 
-    By half-angles, since an arccos near 1 has no digits left; with a vector of zeros it is 90, between two it is 0.
+    By half-angles, since an arccos near 1 loses all digits. With one vector of zeros it is 90, with two it is 0.
 
     Reference: Kahan (2006), "How Futile are Mindless Assessments of Roundoff in Floating-Point Computation?"
     """
@@ -154,7 +156,7 @@ def angle(left: Sequence, right: Sequence):
 def _unit(tensors: Sequence):
     flat = [ops.reshape(tensor, (ops.shape(tensor)[0], -1)) for tensor in tensors]
     joined = ops.concatenate(flat, axis=-1)
-    # In units of the largest entry first: the square of a small one may be 0.
+    # In units of the largest entry first: the square of a small number may be 0.
     largest = ops.max(ops.abs(joined), axis=-1, keepdims=True)
     joined = joined / ops.where(largest > 0, largest, 1.0)
     length = ops.expand_dims(_length(joined), -1)

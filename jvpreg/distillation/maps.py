@@ -1,4 +1,4 @@
-"""Maps: what is left of a feature map once its channels are summed, `(B, *sizes)`; and how two are made alike."""
+"""Maps: feature maps with their channels summed, `(B, *sizes)`; and how two of them get the same size."""
 
 import numpy as np
 from keras import ops
@@ -7,12 +7,12 @@ from keras import ops
 def shrink(tensor, sizes, keep_sum: bool):
     """A map `(B, …)` on fewer positions, `(B, *sizes)`: each new one stands for the area that it covers.
 
-    Matrix products, so that gradients of any order pass on every backend.
+    By matrix products, which have gradients of any order on every backend.
 
     Args:
         tensor: the map.
         sizes: at most its own, axis by axis.
-        keep_sum: whether a new position gets the sum of what it covers; else the mean.
+        keep_sum: whether a new position gets the sum of what it covers; otherwise the mean.
     """
     for axis, size in enumerate(sizes, start=1):
         length = tensor.shape[axis]
@@ -30,7 +30,7 @@ def alike(teacher, student, keep_sum: bool) -> tuple:
 
 
 def coverage(length: int, size: int, keep_sum: bool) -> np.ndarray:
-    """How much of each of `length` positions each of `size` longer ones gets, `(length, size)`."""
+    """The part of each of `length` positions that each of `size` longer positions covers, `(length, size)`."""
     edges, new_edges = np.arange(length + 1), np.linspace(0.0, length, size + 1)
     start = np.maximum(edges[:-1, None], new_edges[:-1])
     stop = np.minimum(edges[1:, None], new_edges[1:])

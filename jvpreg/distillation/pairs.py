@@ -21,7 +21,7 @@ class Site:
     Attributes:
         path: of the layer.
         nodes: names of its nodes, in the order in which they ran.
-        channel_axis: of their outputs, `(B, …)`.
+        channel_axis: of the nodes' outputs, `(B, …)`.
         sizes: of the positions: the shape of the last output without batch and channels.
     """
 
@@ -36,8 +36,8 @@ class LayerPairs:
 
     Args:
         layers: pairs of paths, `(teacher_layer, student_layer)`, or `"auto"`.
-        kind: what is seen of a layer: its `"outputs"` as they are; a map of its outputs, `"maps"`; or a map of its
-            bias-Jacobians, `"biases"`.
+        kind: what is seen of a layer: `"outputs"`, its outputs as they are; `"maps"`, a map of its outputs; or
+            `"biases"`, a map of its bias-Jacobians.
         owner: the loss's class, for messages.
 
     Raises:
@@ -96,10 +96,10 @@ class LayerPairs:
         return site
 
     def _by_size(self, teacher: Linearization, student: Linearization) -> list[tuple[Site, Site]]:
-        """The last layer of each size that both networks have, but for single positions; printed."""
+        """The last layer of each size that both networks have, except single positions. The choice is printed."""
         last: list[dict[tuple[int, ...], Site]] = []
         for linearization in (teacher, student):
-            # The last of each size replaces those before it.
+            # A later layer of the same size replaces an earlier one.
             last.append({site.sizes: site for site in self._candidates(linearization)})
         pairs = [(site, last[1][sizes]) for sizes, site in last[0].items() if sizes in last[1]]
         if not pairs:
@@ -142,7 +142,7 @@ def _shape(node: Node) -> tuple[int, ...]:
 
 
 def _channel_axis(node: Node) -> int | None:
-    """As the layer says itself, or None."""
+    """The axis of the channels that the layer itself states, or None."""
     if isinstance(node.layer, layers.BatchNormalization):
         return node.layer.axis
     return {"channels_first": 1, "channels_last": -1}.get(getattr(node.layer, "data_format", ""))
