@@ -22,7 +22,7 @@ STYLE: dict[Any, Any] = {
 DPI = 120
 GRID = 160  # points of a density's axis
 
-# Mathematics for the axes; a metric without any is named as it is in the logs.
+# Mathematics for the axes. A metric without a symbol has its name in the logs.
 SYMBOLS = {
     "condition_number": r"$\sigma_1 / \sigma_{\min}$",
     "effective_rank": "effective rank",
@@ -42,7 +42,7 @@ def history_png(name: str, epochs: Sequence[int], values: Sequence) -> bytes:
 
     Args:
         name: of the metric, as in `JacobianProbe.values`.
-        epochs: those that were measured, counted from 0.
+        epochs: the epochs that were measured, counted from 0.
         values: the metric's value at each of them.
 
     Returns:
@@ -59,7 +59,7 @@ def history_png(name: str, epochs: Sequence[int], values: Sequence) -> bytes:
     elif np.iscomplexobj(values[0]):
         draw = _eigenvalues
     with matplotlib.rc_context(STYLE):
-        # Not through pyplot: it would keep every figure, and open a window where there is a screen.
+        # Not through pyplot: it would keep every figure, and open a window if there is a screen.
         figure = Figure(figsize=(5.6, 3.8), layout="constrained")
         axes = figure.subplots()
         # Keras' progress bar counts epochs from 1.
@@ -74,7 +74,7 @@ def history_png(name: str, epochs: Sequence[int], values: Sequence) -> bytes:
 
 
 def mean_density(density: SpectralDensity) -> tuple[np.ndarray, np.ndarray]:
-    """The density averaged over the examples, `(GRID,)`, at points that reach over those of all of them."""
+    """The density averaged over the examples, `(GRID,)`, at points that span those of all examples."""
     points, values = (np.asarray(part, "float64") for part in (density.points, density.value))
     finite = np.isfinite(points).all(axis=1) & np.isfinite(values).all(axis=1)
     points, values = points[finite], values[finite]
@@ -112,7 +112,7 @@ def _curves(figure, axes, epochs, values, symbol) -> None:
 
 
 def _eigenvalues(figure, axes, epochs, values, symbol) -> None:
-    """Those of all examples in the complex plane, the later the lighter."""
+    """The eigenvalues of all examples in the complex plane; later epochs are lighter."""
     import matplotlib
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
@@ -121,7 +121,7 @@ def _eigenvalues(figure, axes, epochs, values, symbol) -> None:
     colors = matplotlib.colormaps["viridis"](np.linspace(0.0, 1.0, len(epochs)))
     for value, color in zip(values, colors, strict=True):
         found = np.ravel(value)
-        # Of a conjugate pair only one may be among the largest.
+        # Only one of a conjugate pair may be among the largest.
         both = np.concatenate([found, found.conj()])
         axes.plot(both.real, both.imag, ".", color=color, markersize=4, alpha=0.7)
     circle = np.exp(1j * np.linspace(0, 2 * np.pi, 200))
@@ -141,7 +141,7 @@ def _density(figure, axes, epochs, values, symbol) -> None:
     grid = np.linspace(0.0, max(at[-1] for at, _ in densities), GRID)
     columns = np.stack([np.interp(grid, at, density, right=0.0) for at, density in densities], axis=1)
     edges = np.concatenate([epochs - 0.5, [epochs[-1] + 0.5]])
-    # Most singular values are small: a plain scale would show their peak only.
+    # Most singular values are small: a linear scale would show only their peak.
     image = axes.pcolormesh(edges, grid, columns[:-1], cmap="viridis", norm=PowerNorm(0.4, vmin=0.0), rasterized=True)
     axes.grid(False)
     axes.set_ylabel(r"$\sigma$")

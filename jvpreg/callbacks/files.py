@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files that are complete or do not exist."""
 
 import contextlib
 import os
@@ -7,12 +7,12 @@ from pathlib import Path
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file beside and renames it, so that a process that is killed leaves the old file or the new one.
+    """Writes a file under another name and renames it, so that a killed process leaves the old file or the new one.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written to. The old file is as it was.
     """
-    # A name of its own: of two processes that write the same file, neither takes the other's half.
+    # The name is unique: two processes that write the same file do not mix their content.
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         with beside.open("wb") as file:

@@ -10,16 +10,16 @@ from jvpreg.layers import FixedPoint
 
 
 class FixedPointMonitor(keras.callbacks.Callback):
-    """Puts into the logs of an epoch how the solves of every `FixedPoint` layer of the model went.
+    """Puts into the logs of an epoch how the solves of each `FixedPoint` layer of the model went.
 
-    For a layer `NAME`, and again with `val_` before it where there is validation data:
+    For a layer `NAME`, and again with the prefix `val_` if there is validation data:
 
     - `NAME/iterations` and `NAME/residual`: the means over the examples;
-    - `NAME/unconverged`: the part of the examples that did not converge;
-    - `NAME/linear_unconverged`: how many linear solves, for derivatives of an example, did not.
+    - `NAME/unconverged`: the fraction of the examples that did not converge;
+    - `NAME/linear_unconverged`: how many linear solves, for derivatives of an example, did not converge.
 
-    Where there are any, it warns or raises at the end of the epoch as the layer's `unconverged` says. List it before
-    loggers, and before a `JacobianProbe`, whose own solves would be counted.
+    If some did not, it warns or raises at the end of the epoch, as the layer's `unconverged` says. List it before
+    loggers, and before a `JacobianProbe`, whose own solves would be counted otherwise.
 
     Raises:
         ValueError: the model has no such layer, or two of the same name.
@@ -64,12 +64,12 @@ class FixedPointMonitor(keras.callbacks.Callback):
         self._take()
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Forgets what other callbacks have done between epochs."""
+        """Forgets the solves of other callbacks between epochs."""
         self._take()
         self._summary = {}
 
     def on_test_begin(self, logs=None):
-        """Sets the epoch's training apart from its validation."""
+        """Separates the epoch's training from its validation."""
         counted = self._take()
         if self._fitting:
             self._summary |= counted
@@ -91,7 +91,7 @@ class FixedPointMonitor(keras.callbacks.Callback):
         self._tell(self._summary)
 
     def on_train_end(self, logs=None):
-        """Leaves the layers to tell for themselves."""
+        """Lets the layers warn by themselves again."""
         self._fitting = False
         for layer in self.layers:
             layer.is_watched = False
@@ -115,8 +115,8 @@ class FixedPointMonitor(keras.callbacks.Callback):
             if not failed or layer.unconverged == "ignore":
                 continue
             told = (
-                f"Solves of `{layer.name}` have not come within a residual of {layer.tolerance:.0e} in "
-                f"{layer.max_iterations} iterations, so outputs or gradients are not right: {failed}. Raise "
+                f"Solves of `{layer.name}` have not reached a residual of {layer.tolerance:.0e} in "
+                f"{layer.max_iterations} iterations, so outputs or gradients are wrong: {failed}. Raise "
                 "`max_iterations` or `tolerance`, or make the cell more of a contraction "
                 "(`jvpreg.regularizers.FixedPointJacobianNorm`)."
             )

@@ -1,4 +1,4 @@
-"""`JacobianGuard`: notices when a Jacobian is lost, and says in which layer that began."""
+"""`JacobianGuard`: notices when a Jacobian explodes, collapses or is not finite, and says in which layer it began."""
 
 import math
 import warnings
@@ -33,7 +33,7 @@ class GuardEvent(NamedTuple):
         value: of the metric.
         reference: the median of the last healthy values; NaN if there were none.
         layer: the name of the node in which it began; None if it cannot be told.
-        reason: what is the matter there.
+        reason: what is wrong in that node.
     """
 
     kind: str
@@ -48,22 +48,22 @@ class GuardEvent(NamedTuple):
 class JacobianGuard(keras.callbacks.Callback):
     """Warns, or stops training, when a `JacobianProbe` measures a value that is not finite, explodes or collapses.
 
-    It compares each measurement with the median of the last healthy ones, and says once for each time that a value
-    leaves the healthy range in which layer that began. Of a value that is not finite, this is the first layer whose
-    weights, output or tangent is not: a step after the loss is NaN, so are the weights of all layers, and only
-    `every_batches=1` of the probe can see where it came from. Of an explosion or a collapse, it is the layer whose own
-    gain, by how much it stretches random tangents, has changed most since the healthy measurements.
+    It compares each measurement with the median of the last healthy ones. Each time that a value leaves the healthy
+    range, it says in which layer that began. For a value that is not finite, this is the first layer whose weights,
+    output or tangent is not finite. One step after a loss of NaN the weights of all layers are NaN, so only a probe
+    with `every_batches=1` can show the origin. For an explosion or a collapse, it is the layer whose gain (by how much
+    it stretches random tangents) has changed most since the healthy measurements.
 
-    List it after its probe. It costs a linearization and four products on the probe's batch for each measurement. Where
-    the probe has a `folder`, the reference goes on in a `fit` that resumes an earlier one.
+    List it after its probe. Each measurement costs a linearization and four products on the probe's batch. If the
+    probe has a `folder`, a `fit` that resumes an earlier one keeps its reference.
 
     Args:
         probe: the `JacobianProbe` of the same `fit`.
-        metric: which to guard, something positive: a name in `logs`, without the probe's prefix.
-        explosion: how many times the reference a value may be.
-        collapse: which part of the reference a value must be.
-        window: of how many healthy values the reference is the median.
-        action: `"stop"` ends training at the end of the batch or epoch; either way there is a warning.
+        metric: which one to guard; it must be positive: a name in `logs`, without the probe's prefix.
+        explosion: a value above this many times the reference is an explosion.
+        collapse: a value below this fraction of the reference is a collapse.
+        window: the reference is the median of this many healthy values.
+        action: `"warn"` only warns; `"stop"` also ends training at the end of the batch or epoch.
 
     Attributes:
         events: what was noticed in this `fit`, a list of `GuardEvent`.
@@ -106,7 +106,7 @@ class JacobianGuard(keras.callbacks.Callback):
         self._layers: _Layers | None = None
 
     def on_train_begin(self, logs=None):
-        """Checks that there is something to guard, and forgets what it saw before."""
+        """Checks that the probe measures the metric, and forgets earlier events."""
         check_probe(self)
         if self.probe.keys and self._key not in self.probe.keys:
             names = [key.removeprefix(f"{self.probe.prefix}/") for key in self.probe.keys]
@@ -120,7 +120,7 @@ class JacobianGuard(keras.callbacks.Callback):
         self._epoch: int | None = None
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Remembers the epoch; before the first of a `fit`, looks back at those that were measured earlier."""
+        """Remembers the epoch; before the first epoch of a `fit`, judges those that were measured earlier."""
         if self._epoch is None:
             self._look_back()
         self._epoch = epoch
@@ -136,9 +136,9 @@ class JacobianGuard(keras.callbacks.Callback):
             self._look(logs[self._key], None)
 
     def _look_back(self) -> None:
-        """Judges the epochs that an earlier `fit` measured as it did, without a word.
+        """Judges the epochs that an earlier `fit` measured, as that one did, but without warnings.
 
-        The gains of the layers are those of now, for the models of then are gone.
+        The gains of the layers are today's: the models of those epochs no longer exist.
         """
         for epoch in self.probe.history:
             self._judge(self.probe.logged(epoch)[self._key])
@@ -158,7 +158,7 @@ class JacobianGuard(keras.callbacks.Callback):
 
     def _note_gains(self) -> None:
         gains = self._measured_layers().gains
-        if np.isfinite(gains).all():  # The median of others is not a number for `window` measurements.
+        if np.isfinite(gains).all():  # Otherwise the median would be NaN for `window` measurements.
             self._gains.append(gains)
 
     def _measured_layers(self) -> "_State":
@@ -183,7 +183,7 @@ class JacobianGuard(keras.callbacks.Callback):
 
     def _report(self, event: GuardEvent) -> None:
         self.events.append(event)
-        # As Keras' progress bar counts, from 1.
+        # Counted from 1, as in Keras' progress bar.
         when = f"Epoch {event.epoch + 1}" + ("" if event.batch is None else f", batch {event.batch + 1}")
         against = "" if math.isnan(event.reference) else f" against {event.reference:.3g} before"
         where = f"It began in `{event.layer}`: {event.reason}." if event.layer else "No layer stands out."
@@ -198,7 +198,7 @@ class JacobianGuard(keras.callbacks.Callback):
 
 
 class _State(NamedTuple):
-    """Of each node, in the order in which they ran: whether weights and output are finite, and the gain."""
+    """For each node, in the order in which they ran: whether its weights and output are finite, and its gain."""
 
     names: list[str]
     weights: np.ndarray
@@ -206,9 +206,9 @@ class _State(NamedTuple):
     gains: np.ndarray
 
     def origin(self, kind: str, usual: np.ndarray | None) -> tuple[str | None, str]:
-        """In which node it began, and what is the matter there."""
+        """The node in which it began, and what is wrong there."""
         healthy = self.weights & self.output & np.isfinite(self.gains)
-        if not healthy.all():  # Of an explosion or a collapse too: a nonlinearity may make 0 of a NaN.
+        if not healthy.all():  # Also for an explosion or a collapse: a nonlinearity may turn NaN into 0.
             first = int(np.argmin(healthy))
             reasons = [reason for part, reason in FINITE.items() if not getattr(self, part)[first]]
             return self.names[first], (reasons or ["the tangent that leaves it is not finite"])[0]
@@ -231,7 +231,7 @@ class _Layers:
 
     def measure(self, x) -> _State:
         found = self._measurement.predict_on_batch(x)
-        # Each is the same for all examples.
+        # All examples have the same value.
         weights, output, gains = (np.asarray(found[key])[0] for key in ("weights", "output", "gains"))
         return _State(self.names, weights, output, gains)
 
@@ -246,13 +246,13 @@ class _Layers:
             "output": [_all_finite(value.primal for value in node.outputs) for node in nodes],
             "gains": [ops.mean(ops.cast(gains.get(node.name, zero), "float32")) for node in nodes],
         }
-        # Keras may cut a batch and join what comes of its parts: a row for each example.
+        # Keras may cut a batch and join the results of its parts: one row for each example.
         batch = ops.shape(linearization.inputs[0])[0]
         return {key: ops.broadcast_to(ops.stack(row), (batch, len(nodes))) for key, row in found.items()}
 
 
 def _weights(node) -> list:
-    """The weights of a node: its layer's, and what an operation of an opened layer takes as its input."""
+    """The weights of a node: those of its layer, and those that an operation of an opened layer takes as inputs."""
     return [*getattr(node.operation, "weights", []), *(value.primal for value in node.inputs if not value.batched)]
 
 

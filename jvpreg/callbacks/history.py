@@ -15,11 +15,11 @@ from jvpreg.estimators import SpectralDensity
 FILE = re.compile(r"epoch-(\d+)\.npz")
 
 Measured = Mapping[str, Mapping[str, np.ndarray]]
-"""Of each metric, by its name in `JacobianProbe.values`: its parts, each `(B, …)`."""
+"""The parts of each metric, each `(B, …)`, by the metric's name in `JacobianProbe.values`."""
 
 
 def values_of(measured: Measured) -> dict[str, Any]:
-    """What `JacobianProbe.values` is of a measurement."""
+    """The `JacobianProbe.values` of a measurement."""
     return {
         name: SpectralDensity(**parts, num_matvecs=0) if "points" in parts else parts["value"]
         for name, parts in measured.items()
@@ -30,7 +30,7 @@ class History(Mapping[int, Measured]):
     """The measurement of each epoch, counted from 0, in order.
 
     Args:
-        folder: where a file for each is kept too, `epoch-00003.npz`; None: nowhere.
+        folder: where each measurement is also kept as a file, `epoch-00003.npz`; None: nowhere.
     """
 
     def __init__(self, folder: Path | None):
@@ -47,21 +47,21 @@ class History(Mapping[int, Measured]):
         return len(self._epochs)
 
     def add(self, epoch: int, measured: Measured) -> None:
-        """Keeps the measurement of an epoch, after all others."""
+        """Adds the measurement of an epoch, after all others."""
         self._epochs[epoch] = measured
         if self.folder is not None:
-            # The part first: NumPy takes no entry that is called `file`, as a metric may be.
+            # The part comes first in the key: NumPy refuses an entry called `file`, and a metric may have this name.
             entries = {f"{part}:{name}": array for name, parts in measured.items() for part, array in parts.items()}
             content = io.BytesIO()
             np.savez(content, **entries)  # type: ignore[arg-type]
             write_whole(self.folder / f"epoch-{epoch:05}.npz", content.getvalue())
 
     def clear(self) -> None:
-        """Forgets everything; files stay."""
+        """Forgets everything. Files stay."""
         self._epochs.clear()
 
     def restore(self, epoch: int) -> None:
-        """Drops this epoch and those after it, files too, and reads the files of those before that are not known."""
+        """Drops this epoch and later ones, files too, and reads the files of earlier epochs that are not known."""
         files = {} if self.folder is None else self._files()
         for at, file in files.items():
             if at >= epoch:
@@ -72,7 +72,7 @@ class History(Mapping[int, Measured]):
         self._epochs = {at: known[at] for at in sorted(known)}
 
     def keep_like(self, other: Measured) -> None:
-        """Drops from memory what another probe measured, other metrics or another number of examples; warns of it."""
+        """Drops from memory what another probe wrote: other metrics, or another number of examples. It warns of it."""
         unlike = [epoch for epoch, measured in self._epochs.items() if _shapes(measured) != _shapes(other)]
         if unlike:
             warnings.warn(
@@ -90,16 +90,16 @@ class History(Mapping[int, Measured]):
 
 
 def _read(file: Path) -> Measured | None:
-    """What a file holds; None, and a warning, if it is damaged."""
+    """The content of a file; None, with a warning, if it is damaged."""
     measured: dict[str, dict[str, np.ndarray]] = {}
     try:
-        # From memory: of a torn archive, NumPy would leave the file open.
+        # From memory: NumPy would leave the file open if the archive is damaged.
         with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as entries:
             for key in entries.files:
                 part, _, name = key.partition(":")
                 measured.setdefault(name, {})[part] = entries[key]
         values_of(measured)
-    # A torn archive raises whatever its first wrong byte makes of it.
+    # A damaged archive may raise anything.
     except Exception as error:
         warnings.warn(
             f"`JacobianProbe` leaves out {file}, which is damaged ({type(error).__name__}: {error}). Pictures and "

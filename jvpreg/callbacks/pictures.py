@@ -13,24 +13,24 @@ from jvpreg.common import checks
 
 
 class JacobianPictures(ProbeReader):
-    """Draws the history of each metric of a `JacobianProbe`, anew after each measurement.
+    """Draws the history of each metric of a `JacobianProbe`, again after each measurement.
 
     A metric is drawn as curves: the mean over the examples, its standard error as bars, and the middle 80 % of the
     examples as a band. Eigenvalues are drawn in the complex plane, and a `SpectralDensity` as a map of colors over the
-    epochs. It needs matplotlib, and for `log_dir` tensorboard (but not TensorFlow). A picture takes a tenth of a second
-    or two.
+    epochs. This needs matplotlib, and for `log_dir` tensorboard (but not TensorFlow). A picture takes 0.1 to 0.2
+    seconds.
 
     Args:
         probe: the `JacobianProbe` of the same `fit`, listed before.
-        folder: where PNG files go: `top_singular_values.png`, `after-LAYER-frobenius_norm.png`, one for each key of
-            `probe.values`. None: nowhere.
-        log_dir: of TensorBoard. Into its run `jacobian` go each epoch's pictures, named `jacobian/m` with the probe's
-            prefix, and everything in `logs`, under the names that it has there: Keras' `TensorBoard` callback needs
-            TensorFlow, and if it is listed too, it has runs of its own. None: nowhere.
+        folder: for PNG files: `top_singular_values.png`, `after-LAYER-frobenius_norm.png`, one for each key of
+            `probe.values`. None: no files.
+        log_dir: of TensorBoard. The run `jacobian` in it gets the pictures of each epoch, named `jacobian/m` with the
+            probe's prefix, and everything in `logs` under the same names. Keras' `TensorBoard` callback, which needs
+            TensorFlow, may be listed too: it has runs of its own. None: nothing for TensorBoard.
         every_epochs: draw after every n-th epoch that was measured, and after the last.
 
     Raises:
-        ValueError: neither place is given, or the probe is not there (before training begins).
+        ValueError: neither folder is given, or the probe is not listed (before training begins).
         ImportError: matplotlib, or for `log_dir` tensorboard, is not installed.
 
     Example:
@@ -73,13 +73,13 @@ class JacobianPictures(ProbeReader):
             self._events = _Events(self.log_dir / "jacobian")
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Says with which epoch a `fit` begins: TensorBoard drops what an earlier one wrote of it, and beyond."""
+        """Tells TensorBoard with which epoch a `fit` begins: it drops what an earlier one wrote from there on."""
         if self._events is not None and self._begins:
             self._events.begin(epoch)
         self._begins = False
 
     def on_epoch_end(self, epoch, logs=None):
-        """Writes the numbers, and reads the epoch's measurement, if there is one."""
+        """Writes the numbers, and draws the epoch's measurement, if there is one."""
         if self._events is not None:
             self._events.add_scalars(logs or {}, epoch)
         super().on_epoch_end(epoch, logs)
@@ -93,7 +93,7 @@ class JacobianPictures(ProbeReader):
             self._events = None
 
     def read(self, epoch: int, draw: bool) -> None:
-        """Draws everything, if it is time to."""
+        """Draws everything, if a picture is due."""
         self._undrawn = True
         if draw:
             self._draw()
@@ -110,7 +110,7 @@ class JacobianPictures(ProbeReader):
 
 
 class _Events:
-    """An event file of TensorBoard, written by its own package, which is there without TensorFlow too."""
+    """An event file of TensorBoard, written by TensorBoard's own package, which does not need TensorFlow."""
 
     def __init__(self, folder: Path):
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -131,7 +131,7 @@ class _Events:
     def add_image(self, tag: str, png: bytes, step: int) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        # Of a PNG file, bytes 16 to 24 are width and height.
+        # In a PNG file, bytes 16 to 24 are width and height.
         width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
         image = Summary.Image(encoded_image_string=png, width=width, height=height, colorspace=3)
         self._write(step, summary=Summary(value=[Summary.Value(tag=tag, image=image)]))

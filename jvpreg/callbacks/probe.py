@@ -25,10 +25,10 @@ from jvpreg.rules.registry import unwrap
 
 ESTIMATORS: dict[str, Callable] = {name: getattr(estimators, name) for name in estimators.__all__ if name.islower()}
 
-# These do not iterate: whether they converged is no news.
+# Estimators that do not iterate: there is nothing to converge.
 DIRECT = (estimators.frobenius_norm, estimators.singular_values, estimators.condition_number, estimators.trace)
 
-# By name: importing wandb to know its classes would make it a dependency.
+# By name, so that wandb need not be imported.
 READERS = {
     "CSVLogger",
     "JacobianGuard",
@@ -46,28 +46,26 @@ READERS = {
 class JacobianProbe(keras.callbacks.Callback):
     """Measures the Jacobian on a fixed batch and puts it into `logs`, where every logger after it finds it.
 
-    The measurement is compiled once, follows the current weights, runs the model as in inference, and leaves its
-    training state (weights, moving averages, seeds) as it was. The directions are the same each time, so that two
-    epochs differ by the model and not by the draw.
+    The measurement is compiled once, uses the current weights, runs the model in inference mode, and leaves its
+    training state (weights, moving averages, seeds) as it was. The directions are the same each time, so that epochs
+    differ by the model only, not by the draw.
 
-    Names in `logs`, for a metric `m` and the prefix `jacobian`; the first epoch is measured always, and in an epoch
-    that is not each of them is NaN, so that a table has the same columns in each row:
+    The names in `logs` follow, for a metric `m` and the prefix `jacobian`. The first epoch is always measured. In an
+    epoch that is not measured each name is NaN, so that a table has the same columns in every row:
 
-    - `jacobian/m`: the mean over the batch, where `m` is one number an example;
-    - `jacobian/m_1`, `jacobian/m_2`, …: the means, where it is several, such as `top_singular_values_1`;
-    - `…_sem`: of each of these the standard error: what the sample of examples and the random probes leave open,
-      together;
-    - `…_abs`, `…_real` and `…_imag`: three means in place of one, where it is complex;
-    - `jacobian/eigenvalue_J_1_abs`, … for `"top_eigenvalues"` of a square `J`, and `jacobian/eigenvalue_JJT_1`, … of
-      another, whose eigenvalues are those of `J Jᵀ`;
-    - `jacobian/m_converged`: the part of the examples whose values all converged, where an estimator iterates;
-    - `jacobian/after/LAYER/m`: of the outputs by what a layer returned, for each of `layers`;
-    - `jacobian/block/LAYER/m`: of a layer's or block's output by its own input, for each of `blocks`;
-    - `jacobian/class_3/m`: of the examples of class 3 only, before `after/` and `block/`, where there are `labels`.
+    - `jacobian/m`: the mean over the batch, if `m` is one number for each example;
+    - `jacobian/m_1`, `jacobian/m_2`, …: the means, if it is several, such as `top_singular_values_1`;
+    - `…_sem`: the standard error of each of these means, due to both the sample of examples and the random probes;
+    - `…_abs`, `…_real` and `…_imag`: three means in place of one, if the values are complex;
+    - `jacobian/eigenvalue_J_1_abs`, … for `"top_eigenvalues"` of a square `J`; `jacobian/eigenvalue_JJT_1`, … if `J` is
+      not square: these are the eigenvalues of `J Jᵀ`;
+    - `jacobian/m_converged`: the fraction of examples whose values all converged, if the estimator iterates;
+    - `jacobian/after/LAYER/m`: for the Jacobian of the outputs by a layer's output, for each of `layers`;
+    - `jacobian/block/LAYER/m`: for the Jacobian of a layer's or block's output by its own input, for each of `blocks`;
+    - `jacobian/class_3/m`: for the examples of class 3 only, before `after/` and `block/`, if there are `labels`.
 
-    A density, or anything else that is not `(B,)` or `(B, k)`, has no name in `logs`: it is in `values`, and in the
-    pictures of `JacobianPictures` and `JacobianWandbLogger`. An example counts as NaN if an input or an output of it is
-    not finite.
+    A density, or anything else that is not `(B,)` or `(B, k)`, is not in `logs` but in `values`, and in the pictures of
+    `JacobianPictures` and `JacobianWandbLogger`. An example with an input or output that is not finite counts as NaN.
 
     Args:
         x: the batch, `(B, …)` or a structure of inputs, as arrays or tensors of any library. An exact `‖J‖_F` takes
@@ -78,17 +76,17 @@ class JacobianProbe(keras.callbacks.Callback):
         layers: paths of layers, as `Linearization.after` takes them.
         blocks: paths of layers or of blocks of them, as `Linearization.block` takes them.
         every_epochs: measure at the end of every n-th epoch.
-        every_batches: measure also after every n-th batch, into the batch's logs. None: not.
+        every_batches: measure also after every n-th batch, into the batch's logs. None: only after epochs.
         seed: of the directions, for metrics given by name.
         prefix: of the names in `logs`. Two probes in one `fit` need two.
-        folder: where the measurement of each epoch is kept, as `epoch-00003.npz`. A `fit` that goes on with an
-            earlier one, in another process too, then has its `history`: pictures show all epochs, and a
-            `JacobianGuard` goes by the same reference. None: nowhere.
+        folder: where the measurement of each epoch is kept, as `epoch-00003.npz`. A `fit` that continues an earlier
+            one, in another process too, then has its `history`: pictures show all epochs, and a `JacobianGuard` keeps
+            its reference. None: nowhere.
 
     Attributes:
-        values: the last measurement, a dict from metric (`after/LAYER/m` and so on included) to an array `(B, …)`, or
-            to a `SpectralDensity` of them.
-        epoch: at whose end it was made; None if the last epoch was not measured.
+        values: the last measurement, a dict from metric (also `after/LAYER/m` and so on) to an array `(B, …)`, or to a
+            `SpectralDensity` of arrays.
+        epoch: the epoch at whose end it was made; None if the last epoch was not measured.
 
     Raises:
         ValueError: an argument is out of its range, or `x`, a layer or a metric does not fit the model (before
@@ -137,7 +135,7 @@ class JacobianProbe(keras.callbacks.Callback):
         self.prefix = checks.text("prefix", prefix)
         self.values: dict[str, Any] = {}
         self.epoch: int | None = None
-        # Keras overlaps batch hooks with the next step for callbacks that say they are safe; one that does nothing is.
+        # Keras overlaps batch hooks with the next step if a callback says that this is safe. Doing nothing is safe.
         self.async_safe = every_batches is None
         self._groups: dict[str, Any] = {"": slice(None), **_classes(labels, self.size)}
         self._measurement: Measurement | None = None
@@ -148,7 +146,7 @@ class JacobianProbe(keras.callbacks.Callback):
 
     @property
     def keys(self) -> list[str]:
-        """The names in `logs`; none before `fit` has looked at the model."""
+        """The names in `logs`; empty until `fit` has looked at the model."""
         return list(self._summary(self._blank))
 
     @property
@@ -158,17 +156,17 @@ class JacobianProbe(keras.callbacks.Callback):
 
     @property
     def history(self) -> dict[int, dict[str, Any]]:
-        """What `values` was at the end of each epoch that was measured, by the epoch, counted from 0."""
+        """The `values` at the end of each epoch that was measured; the key is the epoch, counted from 0."""
         return {epoch: values_of(measured) for epoch, measured in self._kept.items()}
 
     def logged(self, epoch: int) -> dict[str, float]:
-        """What it put into `logs` at the end of an epoch that was measured."""
+        """What was put into `logs` at the end of an epoch that was measured."""
         return self._summary(self._kept[epoch])
 
     def restore(self, epoch: int) -> None:
-        """Takes up the `history` of the epochs before this one; drops the others, and their files.
+        """Reads the `history` of the epochs before this one, and drops the others with their files.
 
-        A `fit` does it before its first epoch.
+        A `fit` does this before its first epoch.
         """
         self._kept.restore(epoch)
         if self._blank:
@@ -181,8 +179,8 @@ class JacobianProbe(keras.callbacks.Callback):
         if self._measurement is None or self._measurement.base is not base:
             self._kept.clear()
             measurement = Measurement(base, self._measure)
-            # What would fail at the end of the first epoch fails here, on one example. On TensorFlow, a model that was
-            # given no input shape is built by its first step only.
+            # Errors show here, on one example, and not only at the end of the first epoch. On TensorFlow, a model
+            # without an input shape is built only in its first step.
             if base.built:
                 self._blank = _nothing_like(measurement.first_example(self.x), self.size)
             self._measurement = measurement
@@ -195,8 +193,8 @@ class JacobianProbe(keras.callbacks.Callback):
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def on_epoch_begin(self, epoch, logs=None):
-        """Takes up the history before the first epoch of a `fit`, and starts to count batches."""
-        if self._begins:  # Only now it is known with which epoch: a callback may have restored a backup.
+        """Reads the history before the first epoch of a `fit`, and starts to count batches."""
+        if self._begins:  # Only now is the epoch known: a callback may have restored a backup.
             self.restore(epoch)
             self._begins = False
         self._batches = 0
@@ -205,7 +203,7 @@ class JacobianProbe(keras.callbacks.Callback):
         """Puts the measurement, or NaN, into `logs`."""
         due = epoch == 0 or (epoch + 1) % self.every_epochs == 0 or not self._blank
         self.epoch = epoch if due else None
-        is_first = not self._blank  # of a model that `fit` has built only now
+        is_first = not self._blank  # the model was built in this `fit`
         measured = self._measure_now() if due else self._blank
         if due:
             if is_first:
@@ -238,12 +236,12 @@ class JacobianProbe(keras.callbacks.Callback):
         try:
             found = self._measurement.predict_on_batch(self.x)
         except Exception:
-            # The linear algebra of some backends raises where a matrix is not finite, which is no error of the probe.
+            # The linear algebra of some backends raises for a matrix that is not finite; here the result is NaN.
             if not self._blank or self._measurement.is_finite(self.x):
                 raise
             found = self._blank
         self._blank = self._blank or _nothing_like(found, self.size)
-        # In the order in which they were asked for: what JAX compiles returns a dict sorted.
+        # In the order in which they were asked for: under JAX a compiled function returns its dicts sorted.
         places = ["", *(f"after/{path}/" for path in self.layers), *(f"block/{path}/" for path in self.blocks)]
         names = [place + metric for place in places for metric in self.metrics]
         found = {name: {key: np.asarray(part) for key, part in found[name].items()} for name in names}
@@ -263,7 +261,7 @@ class JacobianProbe(keras.callbacks.Callback):
         return found
 
     def _parts(self, linearization: Linearization) -> dict[str, Linearization]:
-        """What is measured, by the beginning of its names."""
+        """The models and parts to measure, by the prefix of their names."""
         parts = {"": linearization}
         try:
             parts |= {f"after/{layer}/": linearization.after(layer) for layer in self.layers}
@@ -313,7 +311,7 @@ def _seeded(estimator: Callable, seed) -> Callable:
 
 
 def _classes(labels, size: int) -> dict[str, np.ndarray]:
-    """The examples of each class, by the beginning of the class's names in `logs`."""
+    """The examples of each class, by the prefix of the class's names in `logs`."""
     if labels is None:
         return {}
     labels = as_array("labels", labels)
@@ -334,7 +332,7 @@ def _batch_size(x) -> int:
 
 
 def _tensors(function: Callable, linearization: Linearization, finite) -> dict:
-    """What is read of a metric, each `(B, …)`, as floats; NaN for examples that are not finite."""
+    """The parts of a metric's estimate, each `(B, …)`, as floats; NaN for examples that are not finite."""
     result = function(linearization)
     if isinstance(result, SpectralDensity):
         parts = {"points": result.points, "value": result.value, "sem": result.sem}
@@ -357,9 +355,9 @@ def _tensors(function: Callable, linearization: Linearization, finite) -> dict:
 
 
 def _nothing_like(found: dict, size: int) -> dict[str, dict[str, np.ndarray]]:
-    """NaN in the shapes of a measurement, for a batch of another size."""
+    """A measurement of NaN, in the shapes of `found`, for a batch of another size."""
     return {
-        # Times NaN, for a complex number has two parts.
+        # Times NaN: a complex number has two parts.
         name: {key: math.nan * np.ones((size, *np.shape(part)[1:]), part.dtype) for key, part in parts.items()}
         for name, parts in found.items()
     }

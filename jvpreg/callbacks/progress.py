@@ -1,4 +1,4 @@
-"""`JacobianProgbarLogger`: Keras' progress bar, and what a probe measured in a line beneath it."""
+"""`JacobianProgbarLogger`: Keras' progress bar, and what a probe measured in lines beneath it."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from jvpreg.callbacks.reader import check_probe, checked_probe
 WIDTH = 100  # columns
 INDENT = 4
 
-# A metric without a symbol has its name in the logs.
+# A metric without a symbol here has its name in the logs.
 SYMBOLS = {
     "condition_number": "σ₁/σₘᵢₙ",
     "frobenius_norm": "‖J‖",
@@ -28,17 +28,17 @@ SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
 class JacobianProgbarLogger(keras.callbacks.ProgbarLogger):
-    """Keras' progress bar without what a `JacobianProbe` measured, which has a short line beneath each epoch.
+    """Keras' progress bar without the numbers of a `JacobianProbe`, which has short lines beneath each epoch instead.
 
-    There is a line for the model and one for each layer, block and class: means with their standard errors, and how
-    much did not converge, where something did not. Histories and loggers have everything all the same. Keras adds a bar
-    of its own only if none is listed.
+    There is one line for the model and one for each layer, block and class, with means, standard errors, and the
+    percentage that did not converge if there is any. Histories and loggers still have everything. Keras adds its own
+    bar only if none is listed.
 
     Args:
         probe: the `JacobianProbe` of the same `fit`, listed before.
 
     Raises:
-        ValueError: the probe is none, or is not there (before training begins).
+        ValueError: `probe` is no probe, or is not listed (before training begins).
 
     Example:
 
@@ -55,7 +55,7 @@ class JacobianProgbarLogger(keras.callbacks.ProgbarLogger):
     def __init__(self, probe: JacobianProbe):
         super().__init__()
         self.probe = checked_probe(probe)
-        # Keras runs its own bar beside the next step too.
+        # Keras, too, runs its bar at the same time as the next step.
         self.async_safe = True
 
     def on_train_begin(self, logs=None):
@@ -87,17 +87,17 @@ def lines(logged: Mapping[str, float], prefix: str) -> list[str]:
     """
     places: dict[str, dict[str, str]] = {}
     for key, value in logged.items():
-        if f"{key}_sem" not in logged:  # A standard error, or the part that converged.
+        if f"{key}_sem" not in logged:  # a standard error, or the fraction that converged
             continue
         place, _, name = key.removeprefix(f"{prefix}/").rpartition("/")
         entry = f"{_symbol(name)} {_number(value, logged[f'{key}_sem'])}"
-        # The spectral norm is the first of the largest singular values, and there once.
+        # The spectral norm is the first of the top singular values: it is shown once.
         places.setdefault(place, {}).setdefault(_symbol(name), entry + _unconverged(key, logged))
     return [line for place, entries in places.items() for line in _wrapped(place, list(entries.values()))]
 
 
 def _wrapped(place: str, entries: list[str]) -> list[str]:
-    """The entries of a place, as many in a line as there is room for."""
+    """The entries of a place, as many in each line as fit."""
     found = [" " * INDENT + (f"{place}: " if place else "") + entries[0]]
     for entry in entries[1:]:
         if len(found[-1]) + 2 + len(entry) <= WIDTH:
@@ -114,7 +114,7 @@ def _symbol(name: str) -> str:
 
 
 def _number(value: float, sem: float) -> str:
-    """A value and its standard error, to two digits of the error; without one, to three digits."""
+    """A value and its standard error, to two digits of the error; if there is no error, to three digits."""
     if not math.isfinite(value) or not math.isfinite(sem) or sem <= 1e-6 * abs(value):
         return f"{value:.3g}"
     decimals = 1 - math.floor(math.log10(sem))
@@ -124,11 +124,11 @@ def _number(value: float, sem: float) -> str:
 
 
 def _unconverged(key: str, logged: Mapping[str, float]) -> str:
-    """How much did not converge, behind the last of the values that it is about."""
+    """The percentage that did not converge, after the last of the values that it belongs to."""
     ends = "_converged"
     for about in (name for name in logged if name.endswith(ends) and f"{name}_sem" not in logged):
         stem = about.removesuffix(ends)
-        # Of several values, or of the parts of a complex one, there is one number for all.
+        # Several values, or the parts of a complex one, share one number.
         values = [name for name in logged if re.fullmatch(re.escape(stem) + r"(_\d+)?(_abs|_real|_imag)?", name)]
         if values and values[-1] == key and logged[about] < 1:
             return f" ({100 * (1 - logged[about]):.2g} % unconverged)"
@@ -136,7 +136,7 @@ def _unconverged(key: str, logged: Mapping[str, float]) -> str:
 
 
 def _print(line: str) -> None:
-    """Prints where Keras' bar is printed; where that has no Greek letters, with question marks."""
+    """Prints where Keras' bar is printed, with question marks for letters that the terminal does not have."""
     if not keras.config.is_interactive_logging_enabled():
         return
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"

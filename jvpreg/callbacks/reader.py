@@ -1,4 +1,4 @@
-"""What callbacks that read a `JacobianProbe` have in common."""
+"""The base class of callbacks that read a `JacobianProbe`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from jvpreg.common import checks
 
 
 class ProbeReader(keras.callbacks.Callback):
-    """A callback that does something with each measurement that its probe makes at the end of an epoch.
+    """A callback that uses each measurement that its probe makes at the end of an epoch.
 
     Args:
         probe: the `JacobianProbe` of the same `fit`, listed before.
@@ -34,12 +34,12 @@ class ProbeReader(keras.callbacks.Callback):
             self.read(epoch, draw=last or len(self.probe.history) % self.every_epochs == 0)
 
     def read(self, epoch: int, draw: bool) -> None:
-        """Does something with `self.probe.values`, and draws if it is time to."""
+        """Uses `self.probe.values`, and draws if a picture is due."""
         raise NotImplementedError
 
 
 def picture(name: str, history: Mapping[int, Mapping[str, Any]]) -> bytes:
-    """What became of a metric, drawn of `JacobianProbe.history` as a PNG file."""
+    """The history of a metric, out of a `JacobianProbe.history`, as the bytes of a PNG file."""
     return history_png(name, list(history), [values[name] for values in history.values()])
 
 
@@ -47,7 +47,7 @@ def checked_probe(probe) -> JacobianProbe:
     """The probe of a callback that reads one.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is no probe.
     """
     if not isinstance(probe, JacobianProbe):
         raise checks.invalid("probe", "a `JacobianProbe`", probe)
@@ -55,7 +55,7 @@ def checked_probe(probe) -> JacobianProbe:
 
 
 def check_probe(callback) -> None:
-    """Raises unless the probe of a callback that reads it has the same model."""
+    """Raises unless the probe that a callback reads has the same model."""
     if callback.probe.model is not callback.model:
         name = type(callback).__name__
         raise ValueError(

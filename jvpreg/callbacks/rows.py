@@ -1,4 +1,4 @@
-"""The rows of a W&B run, and those of a CSV file that it may lack."""
+"""The rows of a W&B run, and rows from a CSV file that the run may lack."""
 
 import csv
 import itertools
@@ -14,8 +14,8 @@ from jvpreg.callbacks.hooks import is_due
 class Rows:
     """The rows of a W&B run, each of an epoch or of a batch, to which several callbacks of a `fit` may add.
 
-    W&B completes a row when it is told to, so a row stays open until the next one begins. Another logger may complete
-    it earlier, by logging into it.
+    A row is completed only when W&B is told so. Here that happens when the next row begins. Another logger may
+    complete it earlier, by logging into it.
 
     Args:
         run: the W&B run.
@@ -33,7 +33,7 @@ class Rows:
 
     @classmethod
     def of(cls, run: Any) -> "Rows":
-        """Those of a run, the same object for every callback."""
+        """The rows of a run: the same object for every callback."""
         return cls._of_runs.setdefault(run, cls(run))
 
     def add(self, kind: str, number: int, row: Mapping[str, Any]) -> None:
@@ -51,21 +51,21 @@ class Rows:
         It is logged by `log_repeated`, once each callback has added to it.
         """
         missing = {key: value for key, value in row.items() if key not in self._keys.get(epoch, ())}
-        if missing and step >= self._run.starting_step:  # What a server has of a resumed run, it takes no second time.
+        if missing and step >= self._run.starting_step:  # A server refuses rows that a resumed run has already.
             at, known = self._repeated.get(epoch, (step, {}))
             self._repeated[epoch] = max(at, step), known | missing
 
     def complete(self) -> None:
         """Completes the open row, if there is one."""
-        # W&B's count says whether somebody else did: to complete no row would make an empty one.
+        # Only if W&B's count shows that nobody else completed it: otherwise there would be an empty row.
         if self._open is not None and self._run.step == self._step:
             self._run.log({}, commit=True)
         self._open = None
 
     def log_repeated(self) -> None:
-        """Logs what is to be repeated."""
+        """Logs the rows that are to be repeated."""
         for epoch, (step, row) in sorted(self._repeated.items()):
-            # W&B takes no step that is past. It is told first, for pictures are named by the step before a row.
+            # W&B refuses past steps. It is told the step first: pictures are named by the step before a row.
             self._run.log({}, step=max(step, self._run.step), commit=False)
             self._run.log(row, commit=True)
             self._keys.setdefault(epoch, set()).update(row)
@@ -73,9 +73,9 @@ class Rows:
 
 
 def read_epochs(file: Path, before: int) -> dict[int, dict[str, float]]:
-    """The rows of the epochs before this one, by epoch, of a CSV file as `keras.callbacks.CSVLogger` writes it.
+    """The rows of earlier epochs, by epoch, from a CSV file as `keras.callbacks.CSVLogger` writes it.
 
-    What is no number is left out, and so is a line that was torn. Epochs that are not there are warned of.
+    Damaged lines, and entries that are no numbers, are left out. It warns of epochs that are missing.
     """
     found: dict[int, dict[str, float]] = {}
     problem = ""
@@ -105,13 +105,13 @@ def _number(text: str | None) -> float | None:
 
 
 def rows_before(epoch: int, steps: int | None, steps_at_once: int, every_batches: int | None) -> int:
-    """How many rows a run has before that of an epoch, where nothing else is logged to it.
+    """The number of rows in a run before that of an epoch, if nothing else is logged to it.
 
     Args:
         epoch: counted from 0.
         steps: in an epoch; None if that is not known.
         steps_at_once: `steps_per_execution` of `compile`.
-        every_batches: after how many batches there is a row; None: after none.
+        every_batches: every n-th batch has a row; None: no batch has one.
     """
     if every_batches is None or steps is None:
         return epoch

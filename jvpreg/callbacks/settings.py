@@ -9,12 +9,12 @@ from jvpreg.callbacks.probe import JacobianProbe
 
 
 def settings(probe: JacobianProbe, model: keras.Model | None, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entry `jacobian` of a run's config: what it holds already, and beside it that of this model and this probe.
+    """The entry `jacobian` of a run's config, with what it holds already, and the settings of this model and probe.
 
     Args:
-        probe: one of those of the run.
-        model: a `JacobianModel`, or another; None: not known.
-        config: of the run as it is. If its `jacobian` is a number, say, the entry is `jvpreg`.
+        probe: one of the run's probes.
+        model: a `JacobianModel`, or another model; None if it is not known.
+        config: the run's config so far. If its `jacobian` is something else (a number), the entry is called `jvpreg`.
     """
     known = config.get("jacobian")
     key = "jacobian" if known is None or isinstance(known, Mapping) else "jvpreg"

@@ -20,41 +20,40 @@ from jvpreg.estimators import SpectralDensity
 
 
 class JacobianWandbLogger(ProbeReader):
-    """Logs every epoch, and what a `JacobianProbe` measured: a histogram of each metric, and pictures of spectra.
+    """Logs every epoch and the measurements of a `JacobianProbe`: a histogram of each metric, and pictures of spectra.
 
-    The row of an epoch has everything in `logs` (the loss, metrics, the means of the probe) and the learning rate under
-    the keys that W&B's `WandbMetricsLogger` has, such as `epoch/loss` and `epoch/jacobian/m`, and beside it:
+    The row of an epoch has everything in `logs` (the loss, metrics, the means of the probe) and the learning rate,
+    under the keys that W&B's `WandbMetricsLogger` uses, such as `epoch/loss` and `epoch/jacobian/m`. It also has:
 
-    - `jacobian/m_histogram`: of a metric's values over the examples (of the magnitudes, if they are complex), or the
-      density, of the examples together, if it is one;
-    - `jacobian/m_history`: the picture of the epochs so far, as `JacobianPictures` draws it, of a metric that is
-      several numbers an example or a density.
+    - `jacobian/m_histogram`: of a metric's values over the examples (of their magnitudes if they are complex); of a
+      density, the density of all examples together;
+    - `jacobian/m_history`: the picture of the epochs so far, as `JacobianPictures` draws it, if the metric is a density
+      or several numbers for each example.
 
-    All of these are charted against the epoch. With `every_batches` there are rows of batches too, under `batch/…`,
-    charted against `batch/batch_step`: how many steps the optimizer had taken. The run's config gets, under
-    `jacobian`, the regularizers with their strengths, the interval and the fraction of a `JacobianModel`, and what the
-    probe measures on how many examples.
+    Their charts are drawn against the epoch. With `every_batches` there are also rows of batches, under `batch/…`,
+    drawn against `batch/batch_step`, the number of steps that the optimizer has taken. The entry `jacobian` of the
+    run's config gets the regularizers with their strengths, the interval and the fraction of a `JacobianModel`, and the
+    metrics and the number of examples of the probe.
 
-    List it after the probe. Nothing else is needed, TensorFlow neither; another `JacobianWandbLogger`, of another
-    probe, or a `WandbMetricsLogger` that is listed after it writes into the same rows. It needs wandb, and for the
+    List it after the probe. It needs no other logger, and no TensorFlow. Another `JacobianWandbLogger` (of another
+    probe) or a `WandbMetricsLogger` that is listed after it writes into the same rows. It needs wandb, and for the
     pictures matplotlib.
 
-    Resumed runs: an offline run has a file for each process. With `history`, the rows of the epochs before are logged
-    again, as they were, into the file of the process that goes on, so that `wandb sync` of the last file uploads the
-    whole run. For histograms and pictures the probe needs a `folder`. Of a run that W&B's server resumed, only what
-    the server lacks is logged again.
+    Resumed runs: an offline run has one file for each process. With `history`, the process that continues logs the rows
+    of the earlier epochs again into its own file, as they were, so that `wandb sync` of the last file uploads the whole
+    run. For histograms and pictures the probe needs a `folder`. If W&B's server has resumed the run, only what the
+    server lacks is logged again.
 
     Args:
         probe: the `JacobianProbe` of the same `fit`, listed before.
-        every_epochs: draw after every n-th epoch that was measured, and after the last. A picture takes a tenth of a
-            second or two.
-        every_batches: log a row also after every n-th batch of an epoch. None: not.
-        history: the CSV file with a row for each epoch that goes with the run, as `keras.callbacks.CSVLogger` writes
-            it, or None.
+        every_epochs: draw after every n-th epoch that was measured, and after the last. A picture takes 0.1 to 0.2
+            seconds.
+        every_batches: log a row also after every n-th batch of an epoch. None: only epochs.
+        history: the run's CSV file with a row for each epoch, as `keras.callbacks.CSVLogger` writes it, or None.
 
     Raises:
         RuntimeError: no W&B run is active when training begins.
-        ValueError: an argument is out of its range; or (before training begins) the probe is not there, or a
+        ValueError: an argument is out of its range; or (before training begins) the probe is not listed, or a
             `WandbMetricsLogger` is listed before.
         ImportError: wandb or matplotlib is not installed.
 
@@ -83,14 +82,14 @@ class JacobianWandbLogger(ProbeReader):
         self._wandb = wandb
         self.every_batches = checks.count("every_batches", every_batches, optional=True)
         self.history = checks.path("history", history, optional=True)
-        # As for the probe: Keras need not wait for a hook that does nothing.
+        # As in the probe: Keras need not wait for a hook that does nothing.
         self.async_safe = every_batches is None
         self._rows: Rows | None = None
         self._begins = True
         self._steps = self._passed = 0
 
     def set_model(self, model):
-        """Checks that no logger before it completes its rows."""
+        """Checks that no earlier logger completes its rows."""
         super().set_model(model)
         before = listed_before(self, inspect.currentframe())
         if any(type(callback).__name__ == "WandbMetricsLogger" for callback in before):
@@ -100,7 +99,7 @@ class JacobianWandbLogger(ProbeReader):
             )
 
     def on_train_begin(self, logs=None):
-        """Checks that a run is active, tells it what to chart against what, and writes into its config."""
+        """Checks that a run is active, sets the axes of its charts, and writes into its config."""
         super().on_train_begin(logs)
         self._begins = True
         self._rows = Rows.of(self._run())
@@ -120,10 +119,10 @@ class JacobianWandbLogger(ProbeReader):
         """Completes the row of the last batch."""
         assert self._rows is not None
         self._rows.complete()
-        self._rows.log_repeated()  # Only now: each logger had its `on_epoch_begin`.
+        self._rows.log_repeated()  # Only now has each logger had its `on_epoch_begin`.
 
     def on_train_batch_end(self, batch, logs=None):
-        """Begins the row of the batch, if it is time to: it stays open for a logger that is listed later."""
+        """Begins the row of the batch if it is due. It stays open for loggers that are listed later."""
         if self.every_batches is None:
             return
         assert self._rows is not None
@@ -134,7 +133,7 @@ class JacobianWandbLogger(ProbeReader):
             self._rows.add("batch", self._steps, {f"batch/{key}": value for key, value in row.items()})
 
     def on_epoch_end(self, epoch, logs=None):
-        """Begins the row of the epoch: it stays open for a logger that is listed later."""
+        """Begins the row of the epoch. It stays open for loggers that are listed later."""
         assert self._rows is not None
         if not self._run().disabled:
             numbers = {**(logs or {}), **self._learning_rate()}
@@ -146,9 +145,9 @@ class JacobianWandbLogger(ProbeReader):
         self._rows.complete()
 
     def log_history(self, before: int) -> None:
-        """Logs the rows of the epochs before this one again, those that the active W&B run does not hold.
+        """Logs the rows of the epochs before this one again, if the active W&B run does not have them.
 
-        A `fit` does it before its first epoch. It is for a run that has no epoch left to train.
+        A `fit` does this before its first epoch; call it for a run that has no epoch left to train.
 
         Args:
             before: an epoch, counted from 0.
@@ -183,20 +182,20 @@ class JacobianWandbLogger(ProbeReader):
         run.config.update(settings(self.probe, self.model, run.config), allow_val_change=True)
 
     def _repeat(self, rows: Rows, before: int, epochs: int | None) -> None:
-        """Logs the epochs before this one again, of `epochs` in all."""
+        """Logs the epochs before this one again; the run has `epochs` in all."""
         if self.history is None or before == 0 or self._run().disabled:
             return
         for epoch, numbers in sorted(read_epochs(self.history, before).items()):
             rows.repeat(epoch, self._step_of(epoch, before), self._row(epoch, numbers, epochs))
 
     def _step_of(self, epoch: int, before: int) -> int:
-        """W&B's step of an epoch's row, in a run to which nothing else is logged."""
+        """W&B's step for an epoch's row, in a run to which nothing else is logged."""
         steps = (self.params or {}).get("steps") or self._steps // before or None
         at_once = getattr(self.model, "steps_per_execution", 1) or 1
         return rows_before(epoch, steps, at_once, self.every_batches)
 
     def _steps_taken(self) -> int:
-        """How many steps the model has been trained for, as its optimizer counts them."""
+        """The number of training steps, as the optimizer counts them."""
         optimizer = getattr(self.model, "optimizer", None)
         if optimizer is None:
             return 0
@@ -208,7 +207,7 @@ class JacobianWandbLogger(ProbeReader):
         return {} if optimizer is None else {"learning_rate": float(ops.convert_to_numpy(optimizer.learning_rate))}
 
     def _row(self, epoch: int, numbers: Mapping[str, float], epochs: int | None) -> dict[str, Any]:
-        """The row of an epoch: numbers, and of what the probe measured histograms, and pictures if it is time to."""
+        """The row of an epoch: its numbers, histograms of what the probe measured, and pictures if they are due."""
         row: dict[str, Any] = {f"epoch/{key}": value for key, value in {**numbers, "epoch": epoch}.items()}
         history = {at: values for at, values in self.probe.history.items() if at <= epoch}
         draw = epoch + 1 == epochs or len(history) % self.every_epochs == 0
@@ -228,7 +227,7 @@ class JacobianWandbLogger(ProbeReader):
             width = points[1] - points[0]
             edges = np.append(points, points[-1] + width) - width / 2
             return self._wandb.Histogram(np_histogram=(density, edges))
-        # In float64: NumPy cannot bin float32 values that differ by little.
+        # In float64: NumPy cannot bin float32 values that are nearly equal.
         numbers = np.abs(value) if np.iscomplexobj(value) else value
         numbers = numbers[np.isfinite(numbers)].astype("float64")
         return self._wandb.Histogram(numbers) if numbers.size else None
