@@ -22,7 +22,7 @@ from jvpreg.rules.registry import register_rule
 Solver = Literal["anderson", "broyden", "picard"]
 LinearSolver = Literal["gmres", "anderson", "broyden", "picard"]
 
-# Sums over examples, but for the last one, which is of linear solves.
+# Each is a sum over examples; only the last is a sum over linear solves.
 COUNTS = ("examples", "iterations", "residual", "unconverged", "linear_unconverged")
 
 
@@ -30,34 +30,34 @@ COUNTS = ("examples", "iterations", "residual", "unconverged", "linear_unconverg
 class FixedPoint(keras.layers.Layer):
     """Returns the fixed point `z = f(x, z)` of a cell, found from z = 0 for each example by itself.
 
-    Derivatives are implicit, of any order: forwards `w = ∂ₓf v + ∂_z f w`, backwards `u = v + ∂_z fᵀ u` and then
-    `∂ₓfᵀ u`, solved with the cell frozen at the fixed point. Nothing of the solver's path is kept, so that the memory
-    of a training step does not grow with iterations. In a solve dropout has one mask; batch statistics are moved once,
-    and with them an example's residual depends on the others'.
+    Derivatives are implicit, of any order: forward `w = ∂ₓf v + ∂_z f w`; backward `u = v + ∂_z fᵀ u` and then `∂ₓfᵀ
+    u`. Both are solved with the cell frozen at the fixed point. The iterates are not kept, so the memory of a training
+    step does not grow with their number. During a solve dropout keeps one mask. Batch statistics are updated once; with
+    them an example's residual depends on the other examples.
 
-    Where a solve does not come within the tolerance, its best iterate is returned and counted: `FixedPointMonitor`
-    puts the numbers into the logs. An example whose iterates are no longer finite is held at its best one before, and
-    the rest of the batch is not affected.
+    If a solve does not reach the tolerance, its best iterate is returned, and the solve is counted: a
+    `FixedPointMonitor` puts the numbers into the logs. If an example's iterates are no longer finite, its last best one
+    is kept, and the rest of the batch is not affected.
 
     Args:
-        cell: a model or layer of x and z that returns a tensor like z. It is called with the list `[x, z]`; a layer
-            whose `call` has two arguments, with these.
+        cell: a model or layer of x and z that returns a tensor like z. It is called with the list `[x, z]`, or, if its
+            `call` has two arguments, with these.
         solver: `"anderson"`, `"broyden"` or `"picard"`.
         tolerance: an example has converged when `‖f(x, z) − z‖ ≤ tolerance · ‖f(x, z)‖`, and a linear solve when its
             residual is within this part of its right-hand side.
         max_iterations: of each solve, in evaluations of the cell or products with its Jacobian.
-        adjoint_solver: of the linear solves of both modes: `"gmres"`, or one of the others.
-        unconverged: what to do about a solve that has not converged. `"warn"`: warn, where the layer runs eagerly at
-            once; in a compiled step only a `FixedPointMonitor` can, and without one the layer warns that nobody will.
-            `"error"`: raise, where the layer runs eagerly; in a compiled step the outputs of these examples, or their
-            derivatives, become NaN. `"ignore"`: count only.
+        adjoint_solver: for the linear solves of both modes: `"gmres"`, or one of the others.
+        unconverged: what to do about a solve that has not converged. `"warn"`: if the layer runs eagerly, it warns at
+            once; in a compiled step only a `FixedPointMonitor` can warn, and without one the layer says so. `"error"`:
+            if the layer runs eagerly, it raises; in a compiled step the outputs of these examples, or their
+            derivatives, become NaN. `"ignore"`: it is only counted.
         state_shape: of z, without the batch; by default that of the second input of a functional model, or of x.
         **kwargs: of `keras.Layer`: `name`.
 
     Raises:
-        ValueError: an argument is out of its range; or, when the layer is built, the cell does not return what is like
-            z.
-        FloatingPointError: with `unconverged="error"`, see there.
+        ValueError: an argument is out of its range; or, when the layer is built, the cell does not return a tensor
+            like z.
+        FloatingPointError: a solve has not converged, and `unconverged="error"`.
 
     Reference: Bai, Kolter & Koltun (2019), "Deep Equilibrium Models", section 3; Gavves, "Jacobian-vector and
     vector-Jacobian products", on fixed points, for both modes.
@@ -102,7 +102,7 @@ class FixedPoint(keras.layers.Layer):
         self.state_shape = None if state_shape is None else tuple(state_shape)
         self.is_watched = False
         self._heard = np.zeros(len(COUNTS))
-        # What a TensorFlow graph cannot tell otherwise.
+        # A TensorFlow graph cannot report them otherwise.
         self._counts = self.add_weight(
             shape=(len(COUNTS),), initializer="zeros", trainable=False, aggregation="mean", name="counts"
         )
@@ -122,12 +122,12 @@ class FixedPoint(keras.layers.Layer):
 
     def call(self, inputs, training=None):
         """The fixed point, like z."""
-        if keras_private.asks_for_shapes():  # Torch does so with tensors that hold anything.
+        if keras_private.asks_for_shapes():  # Torch asks with tensors of arbitrary content.
             return ops.zeros(self.compute_output_shape(inputs.shape), self.compute_dtype)
         return self.find(inputs, bool(training))
 
     def find(self, x, training: bool):
-        """The fixed point, differentiable in `x` and the weights. The state of the cell is moved, once."""
+        """The fixed point, differentiable in `x` and the weights. Updates the state of the cell, once."""
         values = self._values()
         solution = self._solve(x, values, training)
         value = ops.reshape(ops.cast(solution.value, self.compute_dtype), (-1, *self._state(x.shape)))
@@ -154,7 +154,7 @@ class FixedPoint(keras.layers.Layer):
         coupled = keras.backend.backend() == "jax" and frozen(value).examples == "coupled"
         points = [x, *(values[i][1] for i in moving)]
         z = derivatives.at_fixed_point(value, points, function, pull, self._loop(value, coupled))
-        # For what an evaluation leaves behind, once: statistics, seeds, activity losses.
+        # Once for its effects: statistics, seeds, activity losses.
         self._evaluate(x, z, training)
         z = self._poisoned(z, ops.reshape(solution.converged, (-1, *[1] * (len(z.shape) - 1))))
         counts = [ops.sum(ops.cast(part, "float32")) for part in solution[1:]]
@@ -163,7 +163,7 @@ class FixedPoint(keras.layers.Layer):
         return z
 
     def solution(self, inputs, training: bool = False) -> Solution:
-        """What the solver finds, with no derivative, and without moving any state.
+        """What the solver finds: it has no derivative, and no state is updated.
 
         Args:
             inputs: x.
@@ -181,7 +181,7 @@ class FixedPoint(keras.layers.Layer):
         return ImplicitPushforward(z, cell, self._loop(z, cell.examples == "coupled"))
 
     def take_counts(self) -> dict[str, float]:
-        """What has been counted since the last time, by the names in `COUNTS`."""
+        """What was counted since the last call, by the names in `COUNTS`."""
         derivatives.wait()
         counts = self._heard + ops.convert_to_numpy(self._counts)
         self._heard[:] = 0
@@ -189,7 +189,7 @@ class FixedPoint(keras.layers.Layer):
         return dict(zip(COUNTS, counts.tolist(), strict=True))
 
     def _values(self) -> list:
-        """The variables of the cell with their values now: seeds and statistics that an evaluation moves are copied."""
+        """The variables of the cell with their current values; of seeds and statistics these are copies."""
         return [(v, v.value if v.trainable else ops.stop_gradient(ops.copy(v.value))) for v in self.cell.variables]
 
     def _solve(self, x, values, training: bool) -> Solution:
@@ -200,7 +200,7 @@ class FixedPoint(keras.layers.Layer):
 
         def function(rows):
             z = ops.reshape(ops.cast(rows, self.compute_dtype), shape)
-            # A scope for each evaluation: the mask of a dropout is the same in all, and no state is moved.
+            # Each evaluation has a scope: dropout has the same mask in all, and no state changes.
             with keras.StatelessScope(state_mapping=stopped):
                 return ops.cast(ops.reshape(self._evaluate(x, z, training), (-1, math.prod(shape[1:]))), dtype)
 
@@ -209,7 +209,7 @@ class FixedPoint(keras.layers.Layer):
             return find_fixed_point(function, start, self.solver, self.tolerance, self.max_iterations)
 
     def _loop(self, z, coupled: bool) -> Callable:
-        """The solver of `w = rhs + A w` for each example; where A couples them, for the batch as a whole."""
+        """The solver of `w = rhs + A w`, for each example; if A couples them, for the batch as a whole."""
 
         def loop(matvec, rhs):
             dtype = keras.backend.result_type(rhs.dtype, "float32")
@@ -231,7 +231,7 @@ class FixedPoint(keras.layers.Layer):
         return loop
 
     def _poisoned(self, tensor, converged):
-        # A product, whose gradient is NaN too.
+        # A product, so that the gradient is NaN too.
         if self.unconverged != "error":
             return tensor
         return tensor * ops.cast(ops.where(converged, 1.0, math.nan), tensor.dtype)
@@ -273,7 +273,7 @@ class FixedPoint(keras.layers.Layer):
         return ops.cast(self.cell(*self._arguments(x, z), **keywords), self.compute_dtype)
 
     def _arguments(self, x, z) -> tuple:
-        """What the cell is called with."""
+        """The arguments with which the cell is called."""
         return (x, z) if _takes_two(self.cell) else ([x, z],)
 
     def _state(self, input_shape) -> tuple[int, ...]:
@@ -289,7 +289,7 @@ class FixedPoint(keras.layers.Layer):
         return shape
 
     def compute_output_shape(self, input_shape):
-        """That of z."""
+        """The shape of z."""
         return (input_shape[0], *self._state(input_shape))
 
     def get_config(self):
@@ -323,7 +323,7 @@ def fixed_point(layer, x, context):
         )
     values = layer._values()
     z = layer.find(x, context.training)
-    # The cell has run already: frozen once more at z, it moves no state.
+    # The cell has run already: freezing it once more at z updates no state.
     with keras.StatelessScope(state_mapping=values):
         return z, layer.freeze(x, z, context)
 

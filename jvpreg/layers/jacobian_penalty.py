@@ -19,20 +19,20 @@ from jvpreg.rules.registry import register_wrapper
 class JacobianPenalty(keras.layers.Layer):
     """Computes what `block` computes and, in training, adds penalties on its Jacobian through `add_loss`.
 
-    Works inside any model and in a custom training loop that adds `model.losses`. Outside training it costs
-    nothing: a layer cannot tell evaluation from prediction. Neither labels nor weights of examples reach a layer: its
-    regularizers get None, and all examples count alike, as in Keras' own activity regularizers.
+    Works inside any model, and in a custom training loop that adds `model.losses`. Outside training it costs nothing: a
+    layer cannot tell evaluation from prediction. Labels and sample weights do not reach a layer: its regularizers get
+    None, and all examples count alike, as in Keras' own activity regularizers.
 
     Args:
         block: a functional or Sequential model, or a layer that has a rule.
-        regularizers: from `jvpreg.regularizers`, or your own; constraints too, on the data, without a schedule
-            and without labels of their own.
-        seed: of the random directions.
+        regularizers: from `jvpreg.regularizers`, or your own; also constraints that look at the data, without a
+            schedule and without labels of their own.
+        seed: of the random directions; None for one that Keras draws.
         **kwargs: of `keras.Layer`: `name`.
 
     Raises:
-        ValueError: a regularizer asks for what only a `JacobianModel` has: other points, the number of the step, or
-            labels; in a call, the block takes integers alone.
+        ValueError: a regularizer needs what only a `JacobianModel` has (other points, the number of the step, labels);
+            in a call, the block takes integers only.
 
     Example:
 
@@ -94,8 +94,8 @@ class JacobianPenalty(keras.layers.Layer):
         combined = replicas.combine(found.means, found.counts, sums=found.sums)
         serving.carry_on(combined.sums)
         if replicas.number() > 1:
-            # A layer's list of losses is one for all replicas, which take turns where they reduce. Those of
-            # another one would be counted in the log of the loss.
+            # All replicas share a layer's list of losses, and take turns where they reduce. Losses of another replica
+            # would be counted in the logged loss.
             keras_private.clear_own_losses(self)
         for i, regularizer in enumerate(self.regularizers):
             self.add_loss(regularizer.strength * combined.for_loss[i])
