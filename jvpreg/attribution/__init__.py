@@ -1,4 +1,4 @@
-"""What the input and every source of bias contribute to an output, and saliency maps made of it and of gradients."""
+"""The contributions of the input and of every source of bias to an output, and saliency maps."""
 
 from jvpreg.attribution import saliency
 from jvpreg.attribution.decomposition import FullJacobian, full_jacobian

@@ -1,4 +1,4 @@
-"""The full-Jacobian: what the input and every source of bias contribute to an output."""
+"""The full-Jacobian: the contributions of the input and of every source of bias to an output."""
 
 import functools
 import math
@@ -38,10 +38,10 @@ class FullJacobian:
         outputs: `f(x)`.
         input_jacobian: `Jᵀ v`, like `inputs`.
         bias_jacobians: a dict from node name to its contributions `∂(vᵀ f)/∂y_l ⊙ c_l`, `(B, …)` like the node's
-            output, where `c_l` is the node's intercept. Where the output has the examples on another axis, as within
-            `TimeDistributed`, they are on the first one here.
-        sources: a dict from node name to what its intercept is: `"bias"` of a layer with a bias, `"normalization"`, or
-            `"other"`: what a nonlinearity leaves, or a constant that is added.
+            output, where `c_l` is the node's intercept. The examples are on the first axis, even if the node's output
+            has them on another one, as within `TimeDistributed`.
+        sources: a dict from node name to the kind of its intercept: `"bias"` of a layer with a bias, `"normalization"`,
+            or `"other"`: what a nonlinearity leaves over, or a constant that is added.
         target_output: `vᵀ f(x)`, `(B,)`.
     """
 
@@ -58,13 +58,13 @@ class FullJacobian:
         return sum(_sum_of_each(ops.cast(x, gradient.dtype) * gradient) for x, gradient in pairs)
 
     def from_biases(self, source: Source | None = None):
-        """What the biases contribute, those of one kind or all: `(B,)`."""
+        """What the biases contribute, all of them or those of one kind: `(B,)`."""
         checks.choice("source", source, ("bias", "normalization", "other", None))
         found = [_sum_of_each(c) for name, c in self.bias_jacobians.items() if source in (None, self.sources[name])]
         return sum(found, ops.zeros_like(self.target_output))
 
     def completeness_error(self):
-        """How far the contributions are from summing to the output, relative to the sizes of all of them: `(B,)`."""
+        """The difference of the output and the sum of contributions, relative to all their sizes: `(B,)`."""
         parts = [self.from_input(), *(_sum_of_each(c) for c in self.bias_jacobians.values())]
         size = sum(ops.abs(part) for part in parts)
         return ops.abs(sum(parts) - self.target_output) / ops.where(size > 0, size, 1.0)
@@ -78,13 +78,13 @@ def full_jacobian(model, x, target=None, **kwargs) -> FullJacobian:
     Args:
         model: a Keras model or layer, or a `Linearization`.
         x: its input, `(B, …)`; None for a `Linearization`.
-        target: which output. A class, an integer, of an output `(B, K)`; a class for each example, integers `(B,)`; a
-            cotangent like the outputs; or None for the largest output of each example.
+        target: which output: a class for the whole batch, an integer, for an output `(B, K)`; a class for each example,
+            integers `(B,)`; a cotangent like the outputs; or None for the largest output of each example.
         **kwargs: of `jvpreg.linearize`.
 
     Returns:
-        A `FullJacobian`. It costs one primal pass, one tangent pass node by node, and one backward pass. Where an
-        input or an output of an example is not finite, all of the example is NaN.
+        A `FullJacobian`. It costs one primal pass, one tangent pass node by node, and one backward pass. If an input or
+        an output of an example is not finite, all results for this example are NaN.
 
     Raises:
         ValueError: an argument does not fit.
@@ -122,7 +122,7 @@ def full_jacobian(model, x, target=None, **kwargs) -> FullJacobian:
             sum(
                 _sum_of_each(ops.cast(v, dtype) * ops.cast(y, dtype))
                 for v, y in pairs
-                if v is not None and has_tangents(y)  # As in `Jᵀ v`, whole numbers count for nothing.
+                if v is not None and has_tangents(y)  # as in `Jᵀ v`, integers do not count
             )
         ),
     )
@@ -132,7 +132,7 @@ def as_cotangent(outputs, target):
     """The cotangent of a target: see `full_jacobian`.
 
     Raises:
-        ValueError: it does not fit the outputs.
+        ValueError: the target does not fit the outputs.
     """
     leaves = tree.flatten(outputs)
     first = leaves[0]
@@ -156,9 +156,9 @@ def as_cotangent(outputs, target):
 
 
 def class_cotangent(outputs, labels):
-    """The cotangent of class indices `(B,)` of outputs `(B, K)`; NaN where there is no such class.
+    """The cotangent of class indices `(B,)` for outputs `(B, K)`; NaN if there is no such class.
 
-    For labels in a compiled step, which cannot be looked at: zeros would train on nothing without a word.
+    It is for labels in a compiled step, which cannot be checked: with zeros, training would silently learn nothing.
     """
     valid = ops.logical_and(labels >= 0, labels < outputs.shape[1])
     rows = ops.one_hot(ops.cast(ops.where(valid, labels, 0), "int32"), outputs.shape[1], dtype=outputs.dtype)
@@ -202,5 +202,5 @@ def _source(node: Node) -> Source:
 
 
 def _sum_of_each(tensor):
-    """Of all entries of each example: `(B, …)` to `(B,)`."""
+    """The sum of all entries of each example: `(B, …)` to `(B,)`."""
     return ops.sum(ops.reshape(tensor, (ops.shape(tensor)[0], -1)), axis=-1)

@@ -1,7 +1,7 @@
-"""Saliency maps: the full-Jacobian's, and those it is compared with, all of one signature.
+"""Saliency maps: that of the full-Jacobian, and those with which it is compared, all with one signature.
 
 Each function takes a model of images `(B, H, W, C)`, the images and a target as `jvpreg.full_jacobian` takes it, and
-returns a map `(B, H, W)`. Where an input or an output of an example is not finite, its map is NaN.
+returns a map `(B, H, W)`. If an input or an output of an example is not finite, its map is NaN.
 """
 
 import math
@@ -20,15 +20,15 @@ from jvpreg.engine.node import Node
 from jvpreg.linearization import Linearization
 from jvpreg.products import linearize
 
-# Of `keras.ops.image.resize`, as far as all backends have them.
+# The methods of `keras.ops.image.resize` that all backends have.
 INTERPOLATIONS = ("bilinear", "nearest", "bicubic", "lanczos3", "lanczos5")
 
 
 def full_jacobian(model, x, target=None, interpolation: str = "bilinear"):
-    """The full-Jacobian map: `|x ⊙ ∇ₓ f|`, and `|Σ_c f^b|` of every spatial layer, resized and added up.
+    """The full-Jacobian map: the sum of `|x ⊙ ∇ₓ f|` and of the resized `|Σ_c f^b|` of every spatial layer.
 
-    Channels are summed before the absolute value; nothing else is done to it: no normalization of the layers against
-    each other. Layers whose output is no image have no place in it, as in the paper.
+    Channels are summed before the absolute value; nothing else is done: layers are not normalized against each other.
+    Layers whose output is not an image are left out, as in the paper.
 
     Args:
         model: a Keras model.
@@ -75,12 +75,12 @@ def bias_jacobian(model, x, target=None, interpolation: str = "bilinear"):
     """
     checks.choice("interpolation", interpolation, INTERPOLATIONS)
     full = decompose(model, _images(x), target)
-    # What is not known of an example shows in its output too, if no layer has a bias.
+    # If no layer has a bias, only the output shows whether an example is finite.
     return _from_biases(full, interpolation) + 0 * ops.reshape(full.target_output, (-1, 1, 1))
 
 
 def input_gradient(model, x, target=None):
-    """The length of the gradient at each pixel: `Σ_c |∇ₓ f|`.
+    """The gradient at each pixel in absolute values: `Σ_c |∇ₓ f|`.
 
     Args:
         model: a Keras model.
@@ -97,17 +97,17 @@ def input_gradient(model, x, target=None):
 
 
 def integrated_gradients(model, x, target=None, baseline=0.0, num_steps: int = 32):
-    """The gradient averaged on the way from a baseline to the image, times the way: `Σ_c (x − x₀) ⊙ ∫ ∇f`.
+    """The gradient averaged on the line from a baseline to the image, times their difference: `Σ_c (x − x₀) ⊙ ∫ ∇f`.
 
     Args:
         model: a Keras model.
         x: images `(B, H, W, C)`.
-        target: which output: see `jvpreg.full_jacobian`; the largest one is that at `x`.
-        baseline: the image x₀, a number or what broadcasts to `x`.
-        num_steps: points of the midpoint rule, each of which costs a primal and a backward pass.
+        target: which output: see `jvpreg.full_jacobian`; by default the largest output at `x`.
+        baseline: the image x₀: a number, or an array that broadcasts to `x`.
+        num_steps: points of the midpoint rule; each costs a primal and a backward pass.
 
     Returns:
-        The map, `(B, H, W)`, with signs: its sum is `f(x) − f(x₀)` up to the error of the rule.
+        The map, `(B, H, W)`, which may be negative: its sum is `f(x) − f(x₀)` up to the error of the rule.
 
     Raises:
         ValueError: `num_steps` is not a positive integer.
@@ -119,7 +119,7 @@ def integrated_gradients(model, x, target=None, baseline=0.0, num_steps: int = 3
     start = checks.tensor("baseline", baseline, dtype=x.dtype)
     pairs = zip(tuple(start.shape)[::-1], tuple(x.shape)[::-1], strict=False)
     if len(start.shape) > len(x.shape) or any(a not in (1, b) for a, b in pairs):
-        raise checks.invalid("baseline", f"a number, or what broadcasts to `x` of shape {tuple(x.shape)}", baseline)
+        raise checks.invalid("baseline", f"a number, or an array that broadcasts to `x`, {tuple(x.shape)}", baseline)
     start = ops.broadcast_to(start, ops.shape(x))
     linearization = linearize(model, x)
     cotangent = as_cotangent(linearization.outputs, target)
@@ -131,14 +131,14 @@ def integrated_gradients(model, x, target=None, baseline=0.0, num_steps: int = 3
 
 
 def smooth_grad(model, x, target=None, noise: float = 0.15, num_samples: int = 16, seed: int = 0):
-    """The length at each pixel of the gradient averaged over noisy copies of the image.
+    """The gradient averaged over noisy copies of the image: the sum of its absolute values at each pixel.
 
     Args:
         model: a Keras model.
         x: images `(B, H, W, C)`.
-        target: which output: see `jvpreg.full_jacobian`; the largest one is that at `x`.
+        target: which output: see `jvpreg.full_jacobian`; by default the largest output at `x`.
         noise: standard deviation, as a part of each image's range.
-        num_samples: noisy copies, each of which costs a primal and a backward pass.
+        num_samples: noisy copies; each costs a primal and a backward pass.
         seed: of the noise.
 
     Returns:
@@ -165,7 +165,7 @@ def smooth_grad(model, x, target=None, noise: float = 0.15, num_samples: int = 1
 
 
 def guided_backpropagation(model, x, target=None):
-    """The length at each pixel of what comes back when every ReLU passes on positive gradients only.
+    """The gradient at each pixel in absolute values, if every ReLU passes back positive gradients only.
 
     Args:
         model: a Keras model. Without a ReLU in it, this is `input_gradient`.
@@ -187,7 +187,7 @@ def guided_backpropagation(model, x, target=None):
 
 
 def grad_cam(model, x, target=None, layer: str | None = None, interpolation: str = "bilinear"):
-    """A layer's channels, weighted by their mean gradients, where they speak for the target.
+    """A layer's channels, weighted by their mean gradients, where their sum is positive.
 
     Args:
         model: a Keras model.
@@ -236,11 +236,11 @@ METHODS: dict[str, Callable] = {
 
 
 def figure(images, maps: Mapping[str, Any], titles: Sequence[str] | None = None):
-    """Lays out images and their maps as table 5 of the paper: a row an image, a column a method.
+    """Lays out images and their maps as in table 5 of the paper: a row for each image, a column for each method.
 
     Args:
         images: `(B, H, W, C)` in [0, 1], of one channel or three.
-        maps: a dict from a column's heading to maps `(B, H, W)`, whose absolute values are shown, each up to its 99th
+        maps: a dict from a column's heading to maps `(B, H, W)`. Their absolute values are shown, each up to its 99th
             percentile.
         titles: a label for each row.
 
@@ -274,7 +274,7 @@ def figure(images, maps: Mapping[str, Any], titles: Sequence[str] | None = None)
 
 
 def _images(x):
-    """Raises unless `x` is one batch of images, with the channels last."""
+    """Raises unless `x` is one batch of images with the channels last."""
     if keras.config.image_data_format() != "channels_last":
         raise ValueError("Saliency maps need `keras.config.image_data_format()` to be channels_last.")
     if isinstance(x, (list, tuple, dict)):
@@ -286,7 +286,7 @@ def _images(x):
 
 
 def _known(linearization: Linearization, maps):
-    """Maps `(B, H, W)`, NaN for examples of which an input or an output is not finite."""
+    """Maps `(B, H, W)`, with NaN for examples with an input or an output that is not finite."""
     return nan_unless(finite_examples(linearization), maps)
 
 
@@ -309,6 +309,6 @@ def _resized(maps, size, interpolation: str):
 def _is_relu(node: Node) -> bool:
     operation = node.operation
     function = getattr(operation, "activation", operation)
-    # Keras has no public name for the operation that `keras.ops.relu` is in a graph.
+    # Keras has no public name for the operation of `keras.ops.relu` in a graph.
     is_operation = isinstance(operation, keras.layers.ReLU) or type(operation).__name__ == "Relu"
     return is_operation or function is keras.activations.relu
