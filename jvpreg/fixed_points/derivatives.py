@@ -1,4 +1,4 @@
-"""Derivatives of what was solved for and not computed step by step: the backend's part, and the pushforward of it."""
+"""Implicit differentiation of fixed points: the backend's part, and the pushforward."""
 
 import contextlib
 from collections.abc import Callable
@@ -13,23 +13,23 @@ from jvpreg.rules.contract import Gate, Pushforward
 
 
 def solve(matvec: Callable, rhs, rmatvec: Callable, loop: Callable):
-    """The solution of `w = rhs + A w`, differentiable to any order in `rhs` and in all that `A` is made of.
+    """The solution of `w = rhs + A w`, differentiable to any order in `rhs` and in everything that `A` depends on.
 
     Args:
         matvec: `A w`, linear, for w like `rhs`.
         rhs: any tensor.
         rmatvec: `Aᵀ v`.
-        loop: `loop(matvec, rhs) -> w`, which is not differentiated.
+        loop: `loop(matvec, rhs) -> w`, the solver, through which no gradient goes.
     """
     return _SOLVE[keras.backend.backend()](matvec, rhs, rmatvec, loop)
 
 
 def at_fixed_point(value, points: list, function: Callable, pull: Callable, loop: Callable):
-    """A fixed point `z = f(z)` that was found, differentiable to any order in all that f is made of.
+    """A fixed point `z = f(z)` that was found, made differentiable to any order in everything that f depends on.
 
     Args:
         value: z.
-        points: the tensors that f is made of.
+        points: the tensors on which f depends.
         function: `function(points, z) -> f(z)`.
         pull: `pull(z, v) -> u` with `u = v + ∂f(z)ᵀ u`; on JAX it is not used.
         loop: as in `solve`.
@@ -62,8 +62,8 @@ def _solve_jax(matvec, rhs, rmatvec, loop):
     return jax.lax.custom_linear_solve(lambda w: w - matvec(w), rhs, iterate, iterate)
 
 
-# `value` as a tensor whose gradient goes to `points`: for a cotangent v it is that of `⟨function(points, value), u⟩`
-# with `u = pull(value, v)`; by copies of the points, for the value may depend on the points too.
+# `value` as a tensor whose gradient goes to `points`: for a cotangent v it is the gradient of
+# `⟨function(points, value), u⟩` with `u = pull(value, v)`. Points are copied, since the value may depend on them too.
 
 
 def _attach_tensorflow(value, points, function, pull):
@@ -92,7 +92,7 @@ def _attach_torch(value, points, function, pull):
         @staticmethod
         def forward(context, *points):
             result = value.clone()
-            # Saved as Torch wants it and not closed over: a graph that holds itself is never freed.
+            # Saved in Torch's way, not in a closure: a graph that refers to itself is never freed.
             context.save_for_backward(result, *points)
             return result
 
@@ -120,7 +120,7 @@ _ATTACH = {"tensorflow": _attach_tensorflow, "torch": _attach_torch}
 
 
 def unrecorded():
-    """A context in which Torch records nothing for backpropagation; other backends do not, of what is stopped."""
+    """A context in which Torch records nothing for backpropagation. Other backends do not record what is stopped."""
     if keras.backend.backend() != "torch":
         return contextlib.nullcontext()
     import torch
@@ -129,12 +129,12 @@ def unrecorded():
 
 
 def tell(counts, hear: Callable, variable) -> None:
-    """Hands counts to `hear(counts, at_once)` as an array; in a TensorFlow graph they are added to a variable instead.
+    """Hands counts to `hear(counts, at_once)` as an array. In a TensorFlow graph they are added to a variable instead.
 
-    `at_once` says that this is within the call; on JAX a compiled function calls back when it runs.
+    `at_once` says that this happens within the call; on JAX a compiled function calls back while it runs.
     """
     if is_graph():
-        # Of several replicas the variable is the mean.
+        # The variable is the mean over the replicas.
         variable.assign(variable + replicas.number() * counts)
         return
     if keras.backend.backend() == "jax":
@@ -147,7 +147,7 @@ def tell(counts, hear: Callable, variable) -> None:
 
 
 def is_graph() -> bool:
-    """Whether this is a TensorFlow graph, which cannot call back."""
+    """Whether this is a TensorFlow graph, which has no callbacks."""
     if keras.backend.backend() != "tensorflow":
         return False
     import tensorflow as tf
@@ -156,7 +156,7 @@ def is_graph() -> bool:
 
 
 def wait() -> None:
-    """Waits for what JAX still has to call back."""
+    """Waits for JAX's callbacks to end."""
     if keras.backend.backend() == "jax":
         import jax
 
@@ -168,7 +168,7 @@ class ImplicitPushforward(Gate):
 
     Args:
         z: the fixed point, `(B, …)`.
-        cell: f frozen at `(x, z)`, whose tangents are those of x and z.
+        cell: f frozen at `(x, z)`; its inputs are tangents of x and z.
         loop: as in `solve`.
     """
 
@@ -186,12 +186,12 @@ class ImplicitPushforward(Gate):
         )
 
     def state_product(self, tangents):
-        """`∂_z f w` at the fixed point, for tangents `(P, B, …)` like z: one product, nothing is solved."""
+        """`∂_z f w` at the fixed point, for tangents `(P, B, …)` like z: one product, and no solve."""
         return self.cell.function(None, tangents, *self.broadcast_residuals()[1:])
 
     def _part(self, part: Callable) -> Callable:
         def along(u, z, *residuals):
-            # What a part returns need only broadcast.
+            # A part may need broadcasting.
             image = part(u, *residuals) + ops.zeros((u.shape[0], *ops.shape(z)[1:]), z.dtype)
             return self._close(image, residuals)
 
@@ -202,7 +202,7 @@ class ImplicitPushforward(Gate):
 
 
 def close(cell: Pushforward, rhs, residuals, loop: Callable, transposed: bool = False):
-    """`w = rhs + ∂_z f w`, or `w = rhs + ∂_z fᵀ w`, for a frozen cell with its residuals `(1, B, …)`."""
+    """Solves `w = rhs + ∂_z f w`, or `w = rhs + ∂_z fᵀ w`, for a frozen cell with its residuals `(1, B, …)`."""
 
     def matvec(w):
         return cell.function(None, w, *residuals)

@@ -1,7 +1,7 @@
-"""Fixed points `z = f(z)` of a batch of maps, each example by itself. Nothing here is differentiated.
+"""Fixed points `z = f(z)` of a batch of maps, for each example by itself. Nothing here is differentiated.
 
-A solver proposes the next iterate from `z` and the gap `f(z) − z`, both `(B, n)`, and from what it remembers. Examples
-that have converged are held; so are those whose image is not finite, so that they cannot harm the others.
+A solver proposes the next iterate from `z`, from the gap `f(z) − z`, both `(B, n)`, and from what it remembers. An
+example that has converged is kept as it is; so is one whose image is not finite, so that it cannot harm the others.
 """
 
 from collections.abc import Callable
@@ -17,12 +17,12 @@ GMRES_WINDOW = 20
 
 
 class Solution(NamedTuple):
-    """What was found, and how good it is.
+    """The solution, and how good it is.
 
     Attributes:
         value: the iterate with the smallest residual, `(B, n)`.
-        residual: `‖f(z) − z‖ / ‖f(z)‖` there, or over `scale` where one was given, `(B,)`; infinite where no image was
-            finite.
+        residual: `‖f(z) − z‖ / ‖f(z)‖` there, or divided by `scale` if that was given, `(B,)`; infinite if no image
+            was finite.
         iterations: evaluations of f until the example was done, `(B,)`.
         converged: whether the residual is within the tolerance, `(B,)`.
     """
@@ -43,8 +43,8 @@ def find_fixed_point(
         start: the first iterate, `(B, n)`, in float32 at least.
         solver: a key of `SOLVERS`.
         tolerance: of the residual.
-        max_iterations: how often f is evaluated at most.
-        scale: what residuals are relative to, `(B,)`; by default `‖f(z)‖`.
+        max_iterations: the largest number of evaluations of f.
+        scale: the lengths `(B,)` by which residuals are divided; by default `‖f(z)‖`.
     """
     memory, propose = SOLVERS[solver](start)
     tiny = float(np.finfo(keras.backend.standardize_dtype(start.dtype)).tiny)
@@ -79,12 +79,12 @@ def find_fixed_point(
 
 
 def picard(start):
-    """Plain iteration, `z ← f(z)`: for contractions only."""
+    """Plain iteration, `z ← f(z)`; it converges for contractions only."""
     return (), lambda i, z, gap: (z + gap, ())
 
 
 def anderson(start):
-    """Anderson acceleration: the gap less its least-squares fit by the last changes of the gap.
+    """Anderson acceleration: the gap, minus its least-squares fit by the last changes of the gap.
 
     Reference: Walker & Ni (2011), "Anderson acceleration for fixed-point iterations", in the form of differences.
     """
@@ -95,8 +95,8 @@ def anderson(start):
         move, change = _since_last(i, z, gap, z_before, gap_before)
         moves, changes = _remember(moves, move), _remember(changes, change)
         lengths, usable = _lengths(moves, changes)
-        # Columns of length 1, so that the ridge is relative to each; one that is not usable is zero, and so is its
-        # coefficient. The matrix is never singular, for which TensorFlow would give up the whole batch.
+        # Columns have length 1, so that the ridge is relative to each. A column that is not usable is zero, and so is
+        # its coefficient. The matrix is never singular: TensorFlow would fail for the whole batch.
         units = ops.where(usable, changes / lengths, 0.0)
         gram = ops.matmul(units, ops.transpose(units, (0, 2, 1))) + ridge * eye
         coefficients = ops.solve(gram, ops.matmul(units, ops.expand_dims(gap, -1)))
@@ -108,7 +108,7 @@ def anderson(start):
 
 
 def broyden(start):
-    """Broyden's good method: the inverse Jacobian of the gap is `−I` and updates of rank one, dropped when full.
+    """Broyden's good method: the inverse Jacobian of the gap is `−I` plus updates of rank one, restarted when full.
 
     Reference: Broyden (1965), "A class of methods for solving nonlinear simultaneous equations".
     """
@@ -135,17 +135,17 @@ def broyden(start):
 
 
 def gmres(start):
-    """Restarted GMRES, for an affine f: the least gap over all that the steps since the last restart span.
+    """Restarted GMRES, for an affine f: the smallest gap over the space of all steps since the last restart.
 
-    A step's change of the gap is its image, so that an iterate costs one product. The images are kept orthonormal,
-    and each step with its image. The next step is the gap that is left; or, where that has not become smaller, the last
-    image, with which the space still grows: with the gap alone the method would stand still.
+    An iterate costs one product, since the change of the gap by a step is the step's image. The images are kept
+    orthonormal, and each step with its image. The next step is the gap that is left, or the last image if the gap has
+    not become smaller: then the space still grows, while with the gap alone the method would stop.
 
     Reference: Saad & Schultz (1986), in the form of Jiránek & Rozložník (2010), "Adaptive version of simpler GMRES".
     """
 
     def propose(i, z, gap, z_before, gap_before, length_before, moves, images):
-        # Steps since the restart; what the windows hold from before is masked, since a copy of them is large.
+        # Steps since the restart; older ones in the windows are masked, since copying the windows is expensive.
         count = i % GMRES_WINDOW
         move, image = _since_last(i, z, gap, z_before, gap_before)
         whole = _norm(move)
@@ -178,19 +178,19 @@ NONLINEAR = tuple(name for name in SOLVERS if name != "gmres")
 
 
 def _since_last(i, z, gap, z_before, gap_before) -> tuple:
-    """The last step and the change of the gap, zero before there is one."""
+    """The last step and the change of the gap; zero before the first step."""
     return ops.where(i > 0, z - z_before, 0.0), ops.where(i > 0, gap - gap_before, 0.0)
 
 
 def _lengths(moves, changes) -> tuple:
-    """Those of the changes, `(B, m, 1)`, 1 where not usable: where a step has changed nothing but rounding."""
+    """The lengths of the changes, `(B, m, 1)`; 1 for a change that is not usable because it is only rounding."""
     lengths = ops.norm(changes, axis=-1, keepdims=True)
     usable = lengths > _root_of_precision(moves.dtype) * ops.norm(moves, axis=-1, keepdims=True)
     return ops.where(usable, lengths, 1.0), usable
 
 
 def _remember(window, row):
-    """A window `(B, m, n)` with `row` (B, n) as its last, and without its first."""
+    """A window `(B, m, n)` without its first row, and with `row` (B, n) as its last."""
     return ops.concatenate([window[:, 1:], ops.expand_dims(row, 1)], axis=1)
 
 
@@ -205,7 +205,7 @@ def _combine(coefficients, rows):
 
 
 def _last(count, coefficients):
-    """Coefficients `(B, m, 1)`, zero but for the last `count`."""
+    """Coefficients `(B, m, 1)`, all zero except the last `count`."""
     size = coefficients.shape[1]
     kept = ops.reshape(ops.arange(size, dtype="int32") >= size - count, (1, size, 1))
     return ops.where(kept, coefficients, 0.0)
