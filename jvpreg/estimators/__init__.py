@@ -1,4 +1,4 @@
-"""Estimators: products with the Jacobian in, an estimate with its error out, for every example of a batch at once."""
+"""Estimators: from products with the Jacobian to an estimate with its error, for every example of a batch at once."""
 
 from jvpreg.estimators.fixed_point import fixed_point_spectral_radius
 from jvpreg.estimators.norms import frobenius_norm

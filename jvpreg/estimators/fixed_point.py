@@ -1,4 +1,4 @@
-"""The Jacobian of a fixed-point layer's cell, by its state."""
+"""The spectral radius of the Jacobian of a fixed-point layer's cell, by its state."""
 
 from keras import ops
 
@@ -19,7 +19,7 @@ def fixed_point_spectral_radius(
 ) -> Estimate:
     """The spectral radius of `∂_z f` at the fixed point of a `FixedPoint` layer's cell.
 
-    Below 1, plain iteration converges from nearby, by this factor in each step in the end.
+    Below 1, plain iteration converges from nearby; in the end each step shortens the error by this factor.
 
     Args:
         linearization: from `jvpreg.linearize`, of a model that holds the layer.
@@ -59,7 +59,7 @@ def fixed_point_spectral_radius(
 
 
 def frozen_fixed_point(linearization: Linearization, layer: str | None) -> ImplicitPushforward:
-    """A fixed-point layer as it is frozen in a linearization; the first of its residuals is z.
+    """A fixed-point layer as a linearization has it frozen; the first of its residuals is z.
 
     Raises:
         ValueError: there is no such layer, or there are several and none was named.
@@ -72,6 +72,6 @@ def frozen_fixed_point(linearization: Linearization, layer: str | None) -> Impli
     found = [frozen for node, frozen in solved if layer is None or is_within(node.name, layer) or node.path == layer]
     if len(found) != 1:
         known = [node.name for node, _ in solved]
-        expected = f"the path of a FixedPoint layer of the model, one of {known}, or None where there is one"
+        expected = f"the path of a FixedPoint layer of the model, one of {known}, or None if there is only one"
         raise checks.invalid("layer", expected, layer)
     return found[0]

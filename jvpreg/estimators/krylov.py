@@ -1,7 +1,7 @@
-"""Krylov spaces of a batch of operators: one product a step, for all examples and all vectors at once.
+"""Krylov spaces of a batch of operators: one product in each step, for all examples and all vectors at once.
 
-Vectors are the rows of `(B, k, n)`. A basis is orthonormal but for rows of zeros: directions that the space does not
-have, because it is invariant already.
+Vectors are the rows of `(B, k, n)`. A basis is orthonormal, except for rows of zeros: these stand for directions
+that the space does not have, because it is invariant already.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ from keras import ops
 
 
 def probed(product: Callable) -> Callable:
-    """A product of `(P, B, n)` as one of rows `(B, P, n)`."""
+    """A product of `(P, B, n)` as a product of rows `(B, P, n)`."""
     return lambda rows: ops.transpose(product(ops.transpose(rows, (1, 0, 2))), (1, 0, 2))
 
 
@@ -20,7 +20,7 @@ def block_krylov(apply: Callable, start, num_steps: int, sizes: Sequence[int]) -
     """An orthonormal basis of the space that `start` and its images span, and the images of the basis.
 
     Args:
-        apply: rows `(B, k, n)` to a tuple of their images `(B, k, sizes[i])`, the last of which spans the next step.
+        apply: maps rows `(B, k, n)` to a tuple of images `(B, k, sizes[i])`; the last image spans the next step.
         start: `(B, k, n)`, k independent rows.
         num_steps: q.
         sizes: of the images.
@@ -49,19 +49,19 @@ def block_krylov(apply: Callable, start, num_steps: int, sizes: Sequence[int]) -
 
 
 def orthonormal(rows, floor, basis=None):
-    """Rows `(B, k, n)` that span the same space, less that of `basis`, orthonormal.
+    """Orthonormal rows `(B, k, n)` that span the same space, without that of `basis`.
 
-    Where what is left of a row is not longer than `floor` (B, 1), it is zero; of rows that depend on each other, one
-    becomes any direction.
+    A row of which no more than `floor` (B, 1) is left becomes zero. If rows depend on each other, one of them becomes
+    an arbitrary direction.
     """
     for shortest in (floor, 0.5):  # Twice is enough (Kahan, Parlett).
         if basis is not None:
-            # What is left may be small: a second time, for what cancellation leaves.
+            # What is left may be small: a second time removes what cancellation has left in it.
             for _ in range(2):
                 rows = rows - ops.matmul(ops.matmul(rows, ops.transpose(basis, (0, 2, 1))), basis)
-        # The second time rows have length 1, unless nothing but rounding was left of them.
+        # The second time a row has length 1, unless only rounding was left of it.
         alive = ops.norm(rows, axis=-1) > shortest
-        # Zeros go last: before others, QR makes any direction of one, within the basis too, and takes it from them.
+        # Zeros go last. Before other rows, QR makes a zero an arbitrary direction, perhaps one of the basis.
         order = ops.expand_dims(ops.argsort(ops.where(alive, 0, 1), axis=-1), -1)
         alive = ops.take_along_axis(ops.expand_dims(alive, -1), order, axis=1)
         rows = ops.where(alive, ops.take_along_axis(rows, order, axis=1), 0.0)
@@ -79,7 +79,7 @@ def lanczos(product: Callable, start, num_steps: int) -> tuple:
         num_steps: m.
 
     Returns:
-        The diagonals and what stands beside them, `(m, P, B)` each; the last of the latter is not part of the matrix.
+        The diagonals and the entries beside them, each `(m, P, B)`; the last entry beside is not part of the matrix.
     """
     probes, batch, size = ops.shape(start)
     dtype = start.dtype
@@ -92,7 +92,7 @@ def lanczos(product: Callable, start, num_steps: int) -> tuple:
         image = product(vector)
         alpha = ops.sum(vector * image, axis=-1)
         largest = ops.maximum(largest, ops.norm(image, axis=-1))
-        # Against all of them and not the last two only: without it, values that have converged return as ghosts.
+        # Against all of them, not only the last two: otherwise values that have converged appear again as ghosts.
         for _ in range(2):
             image = image - ops.einsum("jpb,jpbn->pbn", ops.einsum("jpbn,pbn->jpb", basis, image), basis)
         beta = ops.norm(image, axis=-1)
@@ -108,5 +108,5 @@ def lanczos(product: Callable, start, num_steps: int) -> tuple:
 
 
 def precision(dtype) -> float:
-    """Relative length below which what is left of a vector is rounding."""
+    """The relative length below which a remainder of a vector is only rounding."""
     return 10 * float(np.finfo(keras.backend.standardize_dtype(dtype)).eps)

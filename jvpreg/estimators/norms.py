@@ -29,18 +29,18 @@ def frobenius_norm(
 
     Args:
         linearization: from `jvpreg.linearize`, or an `Operator`.
-        num_probes: products an example. With as many as the side has dimensions, or more, the canonical basis is
-            used and the norm is exact.
+        num_probes: products for each example. If there are at least as many as the side has dimensions, the canonical
+            basis is used, and the norm is exact.
         side: `"input"` pushes directions forward, `"output"` pulls cotangents back; by default the side of smaller
-            dimension, if there is a choice.
+            dimension, if both are possible.
         probes: the kind of random directions: see `jvpreg.probes.draw`, and `jvpreg.regularizers.JacobianNorm` for
             their variances.
         seed: an integer or a `keras.random.SeedGenerator`.
 
     Returns:
-        An `Estimate`. Below the exact number of probes, `value` is the root of an unbiased estimate of `‖J‖_F²`,
-        `sem` its standard error over the probes to first order. That of `"orthogonal"` probes is too large: they vary
-        less than independent ones.
+        An `Estimate`. If it is not exact, `value` is the root of an unbiased estimate of `‖J‖_F²`, and `sem` its
+        standard error over the probes, to first order. For `"orthogonal"` probes `sem` is too large: they vary less
+        than independent ones.
 
     Raises:
         ValueError: `num_probes` is less than 2 and not exact, or `side` or `probes` is unknown.
@@ -74,14 +74,14 @@ def frobenius_norm(
     unit = magnitude(products)
     mean, sem = mean_and_sem(squared_norm(products / ops.expand_dims(unit, -1)))
     value = ops.sqrt(mean)
-    # The square root's own slope, 1 / (2 value), carries the error over; a zero norm has none.
+    # The error is multiplied by the square root's slope, 1 / (2 value); a zero norm has no slope.
     sem = unit * sem / ops.where(value > 0, 2 * value, 1.0)
     value = unit * value
     return Estimate(value, sem, ops.zeros_like(value), ops.isfinite(value), num_probes)
 
 
 def _exact_norm(operator: Operator) -> Estimate:
-    """By the whole matrix, column by column."""
+    """The Frobenius norm of the whole matrix, column by column."""
     products = operator.matvec(operator.basis())
     unit = magnitude(products)
     value = unit * ops.sqrt(ops.sum(squared_norm(products / ops.expand_dims(unit, -1)), axis=0))

@@ -23,12 +23,12 @@ class Operator:
     """A linear map `A` for each example of a batch, known by its products only.
 
     Args:
-        matvec: `A v` for P vectors an example at once: `(P, B, n)` to `(P, B, m)`.
-        rmatvec: `Aᵀ v`: `(P, B, m)` to `(P, B, n)`; None where it is not known: what needs it then raises.
+        matvec: `A v` for P vectors of each example at once: `(P, B, n)` to `(P, B, m)`.
+        rmatvec: `Aᵀ v`: `(P, B, m)` to `(P, B, n)`; None if it is not known: an estimate that needs it then raises.
         shape: `(m, n)`, the dimensions of its outputs and of its inputs.
         batch_size: B.
         dtype: of the vectors; by default that of Keras.
-        chunk_size: how many vectors an example go through a product at once, which bounds the memory.
+        chunk_size: how many vectors of each example go through one product, which bounds the memory.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -51,7 +51,7 @@ class Operator:
         self._matvec = checks.function("matvec", matvec, "a function of vectors (P, B, n)")
         self._rmatvec = checks.function("rmatvec", rmatvec, "a function of vectors (P, B, m)", optional=True)
         self.shape = (sizes[0], sizes[1])
-        # In a graph it may be a tensor.
+        # In a graph the batch size may be a tensor.
         self.batch_size = batch_size if ops.is_tensor(batch_size) else checks.count("batch_size", batch_size)
         self.dtype = checks.float_dtype("dtype", keras.config.floatx() if dtype is None else dtype)
         self.chunk_size = checks.count("chunk_size", chunk_size)
@@ -74,7 +74,7 @@ class Operator:
         """`Aᵀ v` of each: `(P, B, m)` to `(P, B, n)`.
 
         Raises:
-            ValueError: it is not known.
+            ValueError: the transpose is not known.
         """
         if self._rmatvec is None:
             raise ValueError(
@@ -94,7 +94,7 @@ class Operator:
         return self if self.shape[1] <= self.shape[0] else self.transpose
 
     def over(self, unit) -> "Operator":
-        """`A` over a unit of each example, `(B,)`: see `magnitude`."""
+        """`A` divided by a unit for each example, `(B,)`: see `magnitude`."""
         unit = ops.expand_dims(unit, -1)
         backward = None if self._rmatvec is None else lambda v: self.rmatvec(v) / unit
         return Operator(
@@ -102,7 +102,7 @@ class Operator:
         )
 
     def magnitude(self, seed):
-        """About how long `A` makes a vector, `(B,)`, by one product."""
+        """A rough size of `A`, by one product: the largest entry in the image of a random vector, `(B,)`."""
         return magnitude(self.matvec(self.draw("sphere", 1, seed)))
 
     def basis(self):
@@ -130,7 +130,7 @@ class Operator:
 
 
 def by_example(estimator: Callable[P, R]) -> Callable[P, R]:
-    """An estimator that knows nothing of examples with an input or an output that is not finite: NaN, not converged."""
+    """An estimator with NaN, and nothing converged, for examples with an input or output that is not finite."""
 
     @functools.wraps(estimator)
     def marked(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -142,7 +142,7 @@ def by_example(estimator: Callable[P, R]) -> Callable[P, R]:
         parts = found._asdict()  # type: ignore[attr-defined]
         for name in {"value", "sem", "residual", "converged", "points"} & set(parts):
             parts[name] = nan_unless(finite, parts[name])
-        if isinstance(parts.get("vectors"), tuple):  # Of singular values, (k, B, …).
+        if isinstance(parts.get("vectors"), tuple):  # singular vectors, (k, B, …)
             parts["vectors"] = tree.map_structure(lambda v: nan_unless(finite, v, axis=1), parts["vectors"])
         elif parts.get("vectors") is not None:
             parts["vectors"] = nan_unless(finite, parts["vectors"])
@@ -163,7 +163,7 @@ def as_operator(source: Linearization | Operator) -> Operator:
         expected = "what `jvpreg.linearize` returns, or a `jvpreg.estimators.Operator`"
         raise checks.invalid("linearization", expected, source)
     inputs, outputs = spaces(source)
-    # A decomposition of a matrix with a NaN fails for the whole batch.
+    # A decomposition of a matrix that holds a NaN fails for the whole batch.
     finite = ops.reshape(finite_examples(source), (1, -1, 1))
 
     def forward(vectors):
@@ -185,19 +185,19 @@ def spaces(linearization: Linearization) -> tuple:
 
 def flatten(structure):
     """Products `(P, B, …)` as one tensor `(P, B, n)`."""
-    # The size is known where the batch is not.
+    # The size is known even if the batch is not.
     leaves = [ops.reshape(leaf, (*ops.shape(leaf)[:2], math.prod(leaf.shape[2:]))) for leaf in tree.flatten(structure)]
     return leaves[0] if len(leaves) == 1 else ops.concatenate(leaves, axis=-1)
 
 
 def magnitude(vectors):
-    """The largest entry of each example in `(P, B, n)`, `(B,)`: a unit in which squares are in the range of floats."""
+    """The largest entry of each example in `(P, B, n)`, `(B,)`: a unit in which squares do not overflow."""
     largest = ops.max(ops.abs(vectors), axis=(0, 2))
     return ops.where(largest > 0, largest, 1.0)
 
 
 def check_square(operator: Operator, name: str) -> None:
-    """Raises if an estimate that needs a square operator is asked of another."""
+    """Raises if an estimate that needs a square operator is asked of one that is not square."""
     if not operator.is_square:
         raise ValueError(
             f"`{name}` is defined for a square Jacobian only: as many outputs as inputs. "

@@ -19,12 +19,12 @@ class Quadrature(NamedTuple):
     """Spectral measures, as nodes with weights that sum to 1.
 
     Attributes:
-        nodes: `(P, B, m)`, one measure for each of P random vectors: eigenvalues of the operator over its unit.
+        nodes: `(P, B, m)`, one measure for each of P random vectors: eigenvalues of the operator divided by its unit.
         weights: like `nodes`.
         size: how many eigenvalues each measure stands for.
-        num_matvecs: products that were spent on each example.
+        num_matvecs: products that were computed for each example.
         unit: of the operator, `(B, 1)`.
-        coarser: the same after half of the steps; None where the measure is exact, and P is 1.
+        coarser: the measures after half of the steps; None if the measure is exact, and P is 1.
     """
 
     nodes: Any
@@ -35,25 +35,25 @@ class Quadrature(NamedTuple):
     coarser: Any = None
 
     def sums(self, function: Callable):
-        """`Σ_i f(λ_i)` over the spectrum, as each of the P vectors has it: `(P, B)`.
+        """`Σ_i f(λ_i)` over the spectrum, by each of the P measures: `(P, B)`.
 
         `function` gets the nodes, which are over the unit: of `JᵀJ` they are `(σ / unit)²`. The caller scales back.
         """
-        # A node without weight stands for nothing, and may be where f is infinite.
+        # A node without weight does not count, even if f is infinite there.
         counts = self.weights > 0
         values = ops.where(counts, function(ops.where(counts, self.nodes, 1.0)), 0.0)
         return self.size * ops.sum(self.weights * values, axis=-1)
 
     def residual(self, function: Callable):
-        """How far `Σ_i f(λ_i)` moved in the second half of the steps, `(B,)`."""
-        # The last step alone says too little: where f has a kink at 0, the error falls as slowly as 1/m.
+        """How much `Σ_i f(λ_i)` changed in the second half of the steps, `(B,)`."""
+        # The last step alone says too little: if f has a kink at 0, the error falls only like 1/m.
         sums = ops.mean(self.sums(function), axis=0)
         return (
             ops.zeros_like(sums) if self.coarser is None else ops.abs(sums - ops.mean(self.coarser.sums(function), 0))
         )
 
     def sem(self, samples):
-        """The standard error of the mean of samples `(P, B)`; 0 where the measure is exact."""
+        """The standard error of the mean of samples `(P, B)`; 0 if the measure is exact."""
         return ops.zeros_like(samples[0]) if self.coarser is None else mean_and_sem(samples)[1]
 
     def estimate(self, function: Callable, tol: float) -> Estimate:
@@ -66,7 +66,7 @@ class Quadrature(NamedTuple):
 def gram_quadrature(linearization: Linearization | Operator, num_probes: int, num_steps: int, seed) -> Quadrature:
     """The spectral measure of `JᵀJ` or `J Jᵀ`, the smaller one: the squares of the singular values.
 
-    Where it has no more than `num_probes·num_steps` dimensions, the Jacobian is materialized, which is exact.
+    If it has no more than `num_probes·num_steps` dimensions, the Jacobian is materialized, which is exact.
     """
     checks.count("num_probes", num_probes, least=2)
     checks.count("num_steps", num_steps, least=2)
@@ -81,7 +81,7 @@ def gram_quadrature(linearization: Linearization | Operator, num_probes: int, nu
     unit = operator.magnitude(seed)
     over = operator.over(unit)
     found = _quadrature(lambda v: over.rmatvec(over.matvec(v)), operator, unit, num_probes, num_steps, seed)
-    # What rounding leaves of a zero may be negative.
+    # Rounding may make a zero negative.
     coarser = found.coarser._replace(nodes=ops.maximum(found.coarser.nodes, 0.0))
     return found._replace(
         nodes=ops.maximum(found.nodes, 0.0), num_matvecs=2 * num_probes * num_steps + 1, coarser=coarser
@@ -94,8 +94,8 @@ def _quadrature(product: Callable, operator: Operator, unit, num_probes: int, nu
     alphas, betas = lanczos(product, start, num_steps)
     half = num_steps // 2
     unit = ops.expand_dims(unit, -1)
-    # Both at once: side by side, two batches of decompositions can wait for each other's threads on JAX on a CPU. What
-    # the coarser one lacks is padded by what is not joined to it, has no weight, and is within the spectrum.
+    # Both at once: on JAX on a CPU, two batches of decompositions side by side can wait for each other's threads. The
+    # coarser matrix is padded with nodes that are not connected to it, have no weight, and lie within the spectrum.
     count = start.shape[0]
     first = ops.reshape(ops.arange(num_steps), (-1, 1, 1)) < half
     joined = ops.reshape(ops.arange(num_steps), (-1, 1, 1)) < half - 1
@@ -107,7 +107,7 @@ def _quadrature(product: Callable, operator: Operator, unit, num_probes: int, nu
 
 
 def _gauss(alphas, betas) -> tuple:
-    """Nodes and weights `(P, B, m)` of tridiagonal matrices `(m, P, B)`: Golub and Welsch's."""
+    """Nodes and weights `(P, B, m)` of tridiagonal matrices `(m, P, B)`, by Golub and Welsch."""
     size = alphas.shape[0]
     diagonal, beside = (ops.expand_dims(ops.transpose(part, (1, 2, 0)), -1) for part in (alphas, betas))
     above = beside * ops.eye(size, k=1, dtype=alphas.dtype)
@@ -126,20 +126,20 @@ def log_determinant(
 ) -> Estimate:
     """`log |det(I + A)|` of each example, where A is `J Jᵀ` (which gives the same as `JᵀJ`) or a square `J` itself.
 
-    By stochastic Lanczos quadrature; exact where A has no more than `num_probes·num_steps` dimensions, where it is
-    materialized.
+    By stochastic Lanczos quadrature. If A has no more than `num_probes·num_steps` dimensions, it is materialized, and
+    the result is exact.
 
     Args:
         linearization: from `jvpreg.linearize`, or an `Operator`.
         of: `"JJT"`, or `"J"`: a square Jacobian, which must be symmetric unless it is small enough to be materialized.
         num_probes: random vectors.
         num_steps: Lanczos steps from each; the memory is that of `num_probes·num_steps` vectors.
-        tol: relative to the value: it has converged when the residual is at most that part of it.
+        tol: relative to the value, which has converged if the residual is at most `tol` times the value.
         seed: an integer or a `keras.random.SeedGenerator`.
 
     Returns:
-        An `Estimate`, each part `(B,)`. `residual` is how far the value moved in the second half of the steps; for
-        `of="J"` the relative asymmetry `‖J v − Jᵀ v‖ / ‖J v‖` of a random vector, times the value, is added: of a
+        An `Estimate`, each part `(B,)`. `residual` is how much the value changed in the second half of the steps. For
+        `of="J"` the relative asymmetry `‖J v − Jᵀ v‖ / ‖J v‖` of a random vector, times the value, is added: for a
         Jacobian that is not symmetric this is no estimate, and it does not converge.
 
     Raises:
@@ -186,7 +186,7 @@ def _asymmetry(operator: Operator, vector):
 
 
 def _exact_log_determinant(operator: Operator) -> Estimate:
-    """Of a square Jacobian that is small enough to be materialized."""
+    """The exact value for a square Jacobian that is small enough to be materialized."""
     size = operator.shape[0]
     matrix = ops.transpose(operator.matvec(operator.basis()), (1, 2, 0))
     # Not `ops.slogdet`, which TensorFlow does not have under XLA.
@@ -202,19 +202,19 @@ def inverse_frobenius_norm(
 ) -> Estimate:
     """`‖J⁻¹‖_F` of each example, for a square Jacobian: the root of `Σ 1/σ_i²`.
 
-    By stochastic Lanczos quadrature of `JᵀJ`, without solving; exact where it has no more than `num_probes·num_steps`
+    By stochastic Lanczos quadrature of `JᵀJ`, without solving; exact if it has no more than `num_probes·num_steps`
     dimensions. The smallest singular values count most and are found last: look at `converged`.
 
     Args:
         linearization: from `jvpreg.linearize`, or an `Operator`.
         num_probes: random vectors.
         num_steps: Lanczos steps from each.
-        tol: relative to the value: it has converged when the residual is at most that part of it.
+        tol: relative to the value, which has converged if the residual is at most `tol` times the value.
         seed: an integer or a `keras.random.SeedGenerator`.
 
     Returns:
-        An `Estimate`, each part `(B,)`; infinite where `J` is singular and was materialized. `residual` is how far the
-        value moved in the second half of the steps.
+        An `Estimate`, each part `(B,)`; infinite if `J` is singular and was materialized. `residual` is how much the
+        value changed in the second half of the steps.
 
     Raises:
         ValueError: an argument is out of its range, or `J` is not square.
@@ -235,7 +235,7 @@ def inverse_frobenius_norm(
     measure = gram_quadrature(operator, num_probes, num_steps, seed)
     unit, found = measure.unit[:, 0], measure.estimate(lambda squares: 1 / squares, tol)
     value = ops.sqrt(found.value)
-    # The root's own slope carries the errors over.
+    # The errors are multiplied by the slope of the root.
     sem, residual = (part / (2 * value) for part in (found.sem, found.residual))
     return Estimate(value / unit, sem / unit, residual / unit, residual <= tol * value, found.num_matvecs)
 
@@ -244,10 +244,10 @@ class SpectralDensity(NamedTuple):
     """The density of the singular values of each example's smaller side.
 
     Attributes:
-        points: singular values at which it is given, from 0 upwards, `(B, G)`.
+        points: the singular values at which the density is given, from 0 upwards, `(B, G)`.
         value: `(B, G)`; its integral over all values is 1.
-        sem: standard error of `value` over the random vectors, `(B, G)`; 0 where it is exact.
-        num_matvecs: products that were spent on each example.
+        sem: standard error of `value` over the random vectors, `(B, G)`; 0 if it is exact.
+        num_matvecs: products that were computed for each example.
     """
 
     points: Any
@@ -267,8 +267,8 @@ def spectral_density(
 ) -> SpectralDensity:
     """How the singular values of each example's Jacobian are distributed, over those of its smaller side.
 
-    By stochastic Lanczos quadrature, or from the materialized Jacobian where its smaller side has no more than
-    `num_probes·num_steps` dimensions; either way each value is spread out to a Gaussian.
+    By stochastic Lanczos quadrature, or from the materialized Jacobian if its smaller side has no more than
+    `num_probes·num_steps` dimensions. In both cases each value is spread out to a Gaussian.
 
     Args:
         linearization: from `jvpreg.linearize`, or an `Operator`.
@@ -305,12 +305,12 @@ def spectral_density(
     scale = width * unit
 
     def at(points):
-        # What a Gaussian has below 0 is folded back: there are no singular values there.
+        # The part of a Gaussian below 0 is reflected: there are no singular values there.
         at = ops.reshape(points, (1, -1, 1))
         height = sum(ops.exp(-0.5 * ((sigma + sign * at) / ops.expand_dims(scale, 0)) ** 2) for sign in (-1, 1))
         sample = ops.sum(found.weights * height, axis=-1) / (scale[:, 0] * math.sqrt(2 * math.pi))
         return ops.stack([ops.mean(sample, axis=0), found.sem(sample)])
 
-    # (G, P, B, m) would be large; one point after the other is not.
+    # (G, P, B, m) would be too large, so the points are computed one after the other.
     value, sem = ops.unstack(ops.transpose(ops.map(at, ops.transpose(relative)), (1, 2, 0)))
     return SpectralDensity(found.unit * relative, value / found.unit, sem / found.unit, found.num_matvecs)

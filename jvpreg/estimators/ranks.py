@@ -1,4 +1,4 @@
-"""How many directions a Jacobian really has."""
+"""Ranks: how many directions a Jacobian effectively has."""
 
 from keras import ops
 
@@ -24,12 +24,12 @@ def stable_rank(
 
     Args:
         linearization: from `jvpreg.linearize`, or an `Operator`.
-        num_probes: for the norm: see `frobenius_norm`. Where the smaller side has no more dimensions, the Jacobian is
-            materialized, and all is exact.
+        num_probes: for the norm: see `frobenius_norm`. If the smaller side has no more dimensions than this, the
+            Jacobian is materialized, and all is exact.
         tol: for σ₁: see `top_singular_values`.
-        num_iterations: as `tol`.
-        max_restarts: as `tol`.
-        seed: of both: an integer or a `keras.random.SeedGenerator`.
+        num_iterations: for σ₁: see `top_singular_values`.
+        max_restarts: for σ₁: see `top_singular_values`.
+        seed: for both: an integer or a `keras.random.SeedGenerator`.
 
     Returns:
         An `Estimate`, each part `(B,)`: `sem` is from the norm, `residual` from σ₁, to first order. 0 for a zero
@@ -65,7 +65,7 @@ def stable_rank(
         largest, residual, converged = top.value, top.residual, top.converged
         num_matvecs = norm.num_matvecs + top.num_matvecs
         unit = ops.where(largest > 0, largest, 1.0)
-        # The quotient is squared, not its parts, whose squares may be beyond what floats hold.
+        # The quotient is squared, not its parts: their squares may overflow.
         ratio = ops.where(largest > 0, norm.value / unit, 0.0)
         value, sem = ops.square(ratio), 2 * ratio * (norm.sem / unit)
     return Estimate(value, sem, 2 * value * (residual / unit), converged, num_matvecs)
@@ -77,13 +77,13 @@ def effective_rank(
 ) -> Estimate:
     """`exp(H)` of each example, where H is the entropy of the singular values, normalized to sum to 1.
 
-    By stochastic Lanczos quadrature; exact where the smaller side has no more than `num_probes·num_steps` dimensions.
+    By stochastic Lanczos quadrature; exact if the smaller side has no more than `num_probes·num_steps` dimensions.
 
     Args:
         linearization: from `jvpreg.linearize`, or an `Operator`.
         num_probes: random vectors.
         num_steps: Lanczos steps from each.
-        tol: relative to the value: it has converged when the residual is at most that part of it.
+        tol: relative to the value, which has converged if the residual is at most `tol` times the value.
         seed: an integer or a `keras.random.SeedGenerator`.
 
     Returns:

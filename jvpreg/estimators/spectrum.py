@@ -31,7 +31,7 @@ class RitzValues(NamedTuple):
 
     @property
     def residual(self):
-        """A bound: there is a singular value within it of σ."""
+        """A bound: there is a singular value at most this far from σ."""
         # σ² is within ρ of an eigenvalue λ of AᵀA, and |σ − √λ| = |σ² − λ| / (σ + √λ), which is at most √ρ too.
         root = ops.sqrt(self.gram_residual)
         positive = self.values > 0
@@ -49,25 +49,26 @@ def top_singular_values(
 ) -> Estimate:
     """The k largest singular values of each example's Jacobian, with their vectors.
 
-    A block of k random vectors spans a Krylov space of `JᵀJ` (of `J Jᵀ`, if there are fewer outputs than inputs): the
-    products `J v` and `Jᵀ u` of Balestriero & Baraniuk's algorithm 4, of which nothing is thrown away. The best
-    approximations within that space come by Rayleigh-Ritz; if they are not good enough yet, the k best vectors start
-    it again. A block of k finds a value that is repeated up to k times. All examples run at once, until all of them
-    have converged. Where the smaller side has no more than `2·k·num_iterations` dimensions, the Jacobian is
-    materialized instead, which costs no more and is exact.
+    A block of k random vectors spans a Krylov space of `JᵀJ` (of `J Jᵀ`, if there are fewer outputs than inputs). It
+    takes the products `J v` and `Jᵀ u` of Balestriero & Baraniuk's algorithm 4, and keeps all of them. Rayleigh-Ritz
+    gives the best approximations within that space. If they are not good enough, the k best vectors start it again. A
+    block of k finds a value that is repeated up to k times. All examples run at once, until all of them have converged.
+    If the smaller side has no more than `2·k·num_iterations` dimensions, the Jacobian is materialized instead, which
+    costs no more and is exact.
 
     Args:
         linearization: from `jvpreg.linearize`, or an `Operator`.
-        k: how many.
-        tol: relative to σ₁: a value has converged when its residual is at most `tol·σ₁`.
+        k: how many singular values.
+        tol: relative to σ₁: a value has converged if its residual is at most `tol·σ₁`.
         num_iterations: steps between restarts; the memory is that of `k·num_iterations` vectors of both sides.
-        max_restarts: how often at most.
+        max_restarts: the largest number of restarts.
         seed: of the starting vectors: an integer or a `keras.random.SeedGenerator`.
 
     Returns:
-        An `Estimate`, each part `(B, k)`. `value` are lower bounds, the largest first, and there is a singular value
-        within `residual` of each; the error itself is of the order of its square. `vectors` are the left singular
-        vectors, `(k, B, …)` like the outputs, and the right ones like the inputs: those of a zero value are arbitrary.
+        An `Estimate`, each part `(B, k)`. `value` is a lower bound of each, the largest first; there is a singular
+        value at most `residual` from it, and the error itself is of the order of its square. `vectors` are the left
+        singular vectors, `(k, B, …)` like the outputs, and the right ones, like the inputs; those of a zero value are
+        arbitrary.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -85,7 +86,7 @@ def top_singular_values(
     """
     operator = as_operator(linearization)
     ritz, unit, converged, num_matvecs = _singular_triplets(operator, k, tol, num_iterations, max_restarts, seed)
-    # Not the left vectors of the SVD: of repeated values, rounding may turn them against those on the right.
+    # Not the left vectors of the SVD: for repeated values, rounding may pair them with other right vectors.
     right, left = _completed(ritz.inputs), _completed(ritz.images)
     if operator.upright is not operator:
         right, left = left, right
@@ -159,16 +160,16 @@ def spectral_norm(
 def condition_number(linearization: Linearization | Operator, max_products: int = 1024) -> Estimate:
     """`σ₁ / σ_min` of each example's Jacobian, over the singular values of its smaller side.
 
-    Exact: the Jacobian is materialized, because no number of products less than that bounds the smallest singular
-    value from below.
+    Exact: the Jacobian is materialized, because a smaller number of products gives no lower bound of the smallest
+    singular value.
 
     Args:
         linearization: from `jvpreg.linearize`, or an `Operator`.
-        max_products: how many products it may take at most.
+        max_products: the largest number of products that it may take.
 
     Returns:
-        An `Estimate`, each part `(B,)`; infinite where the Jacobian has not full rank. What rounding leaves of a zero
-        is no zero: beyond 1e6 in float32, 1e15 in float64, the number says only that it is large.
+        An `Estimate`, each part `(B,)`; infinite if the Jacobian does not have full rank. Rounding may turn a zero into
+        a small number: beyond 1e6 in float32, 1e15 in float64, the result says only that it is large.
 
     Raises:
         ValueError: it would take more than `max_products`.
@@ -204,31 +205,32 @@ def top_eigenvalues(
     max_restarts: int = 10,
     seed=0,
 ) -> Estimate:
-    """The k eigenvalues of largest magnitude: of `J` where it is square, of `J Jᵀ` where it is not.
+    """The k eigenvalues of largest magnitude: of `J` if it is square, otherwise of `J Jᵀ`.
 
-    Of a square `J`, by Arnoldi's method in blocks of k + 2, with Rayleigh-Ritz: the orthogonal iteration of
-    Balestriero & Baraniuk's algorithm 2 sees only the last power, and the real ones only. Eigenvalues and vectors are
-    complex, and a pair is returned as what it is. Of another `J`, they are the squares of `top_singular_values`, and
-    real.
+    A square `J` takes Arnoldi's method in blocks of k + 2, with Rayleigh-Ritz. (The orthogonal iteration of Balestriero
+    & Baraniuk's algorithm 2 uses only the last power, and finds only real eigenvalues.) Eigenvalues and vectors are
+    complex, and conjugate pairs are found as pairs. For another `J`, the eigenvalues are the squares of
+    `top_singular_values`, and real.
 
     Args:
         linearization: from `jvpreg.linearize`, or an `Operator`.
-        k: how many.
-        tol: relative to |λ₁|: a value has converged when its residual is at most that part of it.
+        k: how many eigenvalues.
+        tol: relative to |λ₁|: a value has converged if its residual is at most `tol·|λ₁|`.
         num_iterations: steps between restarts; the memory is that of `2·(k + 2)·num_iterations` vectors.
-        max_restarts: how often at most.
+        max_restarts: the largest number of restarts.
         seed: of the starting vectors: an integer or a `keras.random.SeedGenerator`.
 
     Returns:
-        An `Estimate`, each part `(B, k)`: `value` complex for a square `J`, the largest in magnitude first, and of a
-        conjugate pair the one with the positive imaginary part. `residual` is `‖J v − λ v‖` with `‖v‖ = 1`: λ is an
-        eigenvalue of a matrix that is so far from `J`, which for a `J` that is far from normal may be little comfort.
-        For `J Jᵀ` there is an eigenvalue within it. `vectors` are the eigenvectors `(B, k, n)` of a square `J`.
+        An `Estimate`, each part `(B, k)`. For a square `J`, `value` is complex, the largest in magnitude first; in a
+        conjugate pair the one with the positive imaginary part comes first. `residual` is `‖J v − λ v‖` with `‖v‖ = 1`:
+        λ is an exact eigenvalue of a matrix at this distance from `J`. If `J` is far from normal, its own eigenvalues
+        may be further away. For `J Jᵀ` there is an eigenvalue within `residual`. `vectors` are the eigenvectors `(B, k,
+        n)` of a square `J`.
 
     Raises:
         ValueError: an argument is out of its range.
 
-    Not under XLA on TensorFlow, which has no eigenvalues of a general matrix.
+    It does not run under XLA on TensorFlow, which cannot compute eigenvalues of a general matrix.
 
     Reference: Balestriero & Baraniuk (2021), algorithm 2; Saad (2011), "Numerical Methods for Large Eigenvalue
     Problems".
@@ -253,9 +255,9 @@ def top_eigenvalues(
 
 
 def _eigenvalues(operator: Operator, k: int, tol: float, num_iterations: int, max_restarts: int, seed) -> Estimate:
-    """Of a square Jacobian: of the whole matrix if it is small, otherwise by Arnoldi's method with restarts."""
+    """For a square Jacobian: of the whole matrix if it is small, otherwise by Arnoldi's method with restarts."""
     size, batch = operator.shape[0], operator.batch_size
-    # Two more than asked for, so that a pair starts again as the plane that it is, and has a neighbour to be told from.
+    # Two more than asked for: a conjugate pair then restarts as its whole plane, and the k-th value is separated.
     width = k + 2
     if size <= width * num_iterations:
         basis, images, unit = _matrix(operator)
@@ -265,7 +267,7 @@ def _eigenvalues(operator: Operator, k: int, tol: float, num_iterations: int, ma
     matvec = probed(operator.over(unit).matvec)
 
     def cycle(i, _real, _imaginary, _residual, rows_real, rows_imaginary):
-        # Of a pair one row is the real and the other the imaginary part, which span the same plane.
+        # A pair has one row for the real and one for the imaginary part; they span the same plane.
         upper = ops.expand_dims(_imaginary >= 0, -1)
         start = ops.where(upper, rows_real, rows_imaginary)
         basis, images = block_krylov(lambda rows: (matvec(rows),), start, num_iterations, (size,))
@@ -285,12 +287,12 @@ def _eigenvalues(operator: Operator, k: int, tol: float, num_iterations: int, ma
 
 def _eigenpairs(basis, images, k: int) -> tuple:
     """The k Ritz pairs of largest magnitude: real and imaginary parts of λ, ‖A v − λ v‖, and the parts of v."""
-    # Columns of V are the basis: H = Vᵀ A V, whose rows here are the images' components.
+    # The basis are the columns of V, and H = Vᵀ A V; here its rows hold the components of the images.
     projected = ops.matmul(basis, ops.transpose(images, (0, 2, 1)))
     values, coefficients = ops.eig(projected)
     real, imaginary = ops.real(values), ops.imag(values)
     magnitude = ops.sqrt(real**2 + imaginary**2)
-    # Rounding must not decide which of a pair comes first.
+    # Rounding must not decide which value of a pair comes first.
     order = ops.argsort(-magnitude * (1 + 1e-6 * ops.sign(imaginary)), axis=-1)[:, :k]
     real, imaginary = (ops.take_along_axis(part, order, axis=-1) for part in (real, imaginary))
     columns = [
@@ -315,13 +317,13 @@ def _eigenvalue_estimate(pairs, unit, tol, num_matvecs) -> Estimate:
 
 
 def _complex(real, imaginary):
-    # Not `ops.view_as_complex`, which has single precision on TensorFlow.
+    # Not `ops.view_as_complex`, which has only single precision on TensorFlow.
     dtype = "complex128" if keras.backend.standardize_dtype(real.dtype) == "float64" else "complex64"
     return ops.cast(real, dtype) + 1j * ops.cast(imaginary, dtype)
 
 
 def _singular_triplets(operator: Operator, k, tol, num_iterations, max_restarts, seed) -> tuple:
-    """The k largest triplets of the upright operator over its unit, that, whether they converged, and the products."""
+    """The k largest triplets of the upright operator divided by its unit; the unit; `converged`; the products."""
     _check_iteration(k, tol, num_iterations, max_restarts, seed, min(operator.shape))
     operator = operator.upright
     outputs, size = operator.shape
@@ -355,7 +357,7 @@ def _singular_triplets(operator: Operator, k, tol, num_iterations, max_restarts,
 
 
 def _matrix(operator: Operator) -> tuple:
-    """The canonical basis, its images over the operator's unit, and that, `(B, 1)`."""
+    """The canonical basis, its images divided by the operator's unit, and the unit, `(B, 1)`."""
     images = operator.matvec(operator.basis())
     unit = ops.expand_dims(magnitude(images), -1)
     basis, images = (ops.transpose(vectors, (1, 0, 2)) for vectors in (operator.basis(), images / unit))
@@ -363,14 +365,14 @@ def _matrix(operator: Operator) -> tuple:
 
 
 def _materialized(operator: Operator, k: int) -> tuple:
-    """The k largest triplets of an upright operator over its unit, from its whole matrix; and that, `(B, 1)`."""
+    """The k largest triplets of an upright operator divided by its unit, from its whole matrix; the unit, `(B, 1)`."""
     basis, images, unit = _matrix(operator)
     return _ritz(basis, images, ops.matmul(images, ops.transpose(images, (0, 2, 1))), k), unit
 
 
 def _ritz(basis, images, returned, k: int) -> RitzValues:
     """Rayleigh-Ritz: `A` within the rows of `basis`, where `images` are their `A v` and `returned` their `AᵀA v`."""
-    # The SVD of the triangle is that of all images, of which the Gram matrix would lose half of the digits.
+    # The SVD of the triangle R is that of all images; their Gram matrix would lose half of the digits.
     _, triangle = ops.qr(ops.transpose(images, (0, 2, 1)))
     _, values, right = ops.svd(triangle)
     values, right = values[:, :k], right[:, :k]
@@ -380,9 +382,9 @@ def _ritz(basis, images, returned, k: int) -> RitzValues:
 
 
 def _completed(rows):
-    """Orthonormal rows `(B, k, n)`, of which some may be zero or parts of a vector, all orthonormal.
+    """Orthonormal rows `(B, k, n)`, from rows of which some may be zero or not complete.
 
-    A value of zero has such vectors where the space was invariant before it was complete.
+    A singular value of zero has such vectors if the space became invariant before it was complete.
     """
     columns, triangle = ops.qr(ops.transpose(rows, (0, 2, 1)))
     signs = ops.where(ops.diagonal(triangle, axis1=1, axis2=2) < 0, -1.0, 1.0)

@@ -25,19 +25,20 @@ def trace(
     """`tr J` of each example: the divergence of a vector field.
 
     Hutchinson's estimate averages `uᵀ J u`. Hutch++ spends a third of its products on a subspace that holds the
-    largest part of `J`, whose trace is exact, and estimates the rest; XTrace does so with every vector left out in
-    turn. On a spectrum that decays, both need far fewer products; on a flat one they lose a little.
+    largest part of `J`; the trace of this part is exact, and only that of the rest is estimated. XTrace does the same
+    with each vector left out in turn. If the spectrum decays, both need far fewer products; if it is flat, a few more.
 
     Args:
         linearization: from `jvpreg.linearize`, or an `Operator`.
-        num_matvecs: products `J u` an example. With as many as there are dimensions, or more, the trace is exact.
-        method: of the three.
+        num_matvecs: products `J u` for each example. If there are at least as many as dimensions, the trace is exact.
+        method: `"hutchinson"`, `"hutch++"` or `"xtrace"`.
         seed: an integer or a `keras.random.SeedGenerator`.
 
     Returns:
-        An `Estimate`, each part `(B,)`, unbiased. `num_matvecs` is what was spent: a multiple of 3 for Hutch++ and of
-        2 for XTrace. The estimates that XTrace averages share their products, so that its `sem` is too small where
-        the spectrum decays: about 0.7 of the spread.
+        An `Estimate`, each part `(B,)`, unbiased. `num_matvecs` is what was computed: a multiple of 3 for Hutch++ and
+        of 2 for XTrace. The estimates that XTrace averages share their products, so its `sem` is too small if the
+        spectrum
+        decays: about 0.7 of the spread.
 
     Raises:
         ValueError: an argument is out of its range, or `J` is not square.
@@ -92,10 +93,10 @@ def _hutch_plus_plus(operator: Operator, num_matvecs: int, seed) -> tuple:
 
 
 def _xtrace(operator: Operator, num_matvecs: int, seed) -> tuple:
-    """Estimates `(B, m)`, each from the space of all vectors but one, and that one for the rest.
+    """Estimates `(B, m)`: each uses the space of all vectors but one, and that one for the rest.
 
-    With `A Ω = Q R`, the space of all images but the i-th is that of `Q` without the unit vector `s_i` in it that is
-    orthogonal to the other columns of `R`: a column of `R⁻ᵀ`, normalized. So each estimate costs but small products.
+    With `A Ω = Q R`, the space of all images but the i-th is that of `Q` without one unit vector `s_i`, which is
+    orthogonal to the other columns of `R`: a normalized column of `R⁻ᵀ`. So each estimate costs only small products.
     """
     count, size = num_matvecs // 2, operator.shape[0]
     omega = ops.transpose(operator.draw("sphere", count, seed), (1, 0, 2))
@@ -115,7 +116,7 @@ def _xtrace(operator: Operator, num_matvecs: int, seed) -> tuple:
 
     ws = dots(w, s)
     x = w - s * ops.expand_dims(ws, 1)  # the vector within its own space
-    # The part of ω outside of it is stretched to the length that it has on the average.
+    # The part of ω outside of this space is stretched to its average length.
     left = ops.maximum(size - dots(x, x), 1e-6 * size)
     stretch = (size - count + 1) / left
     rest = ws * dots(s, r) - dots(t, x) + dots(x, ops.matmul(h, x))
@@ -124,19 +125,19 @@ def _xtrace(operator: Operator, num_matvecs: int, seed) -> tuple:
 
 
 def _in_units(rows) -> tuple:
-    """Images `(B, m, n)` over the largest entry of each example, and that, `(B,)`."""
+    """Images `(B, m, n)` divided by the largest entry of each example, and that entry, `(B,)`."""
     unit = magnitude(ops.transpose(rows, (1, 0, 2)))
     return rows / ops.reshape(unit, (-1, 1, 1)), unit
 
 
 def _basis_of(rows) -> tuple:
-    """Orthonormal rows `(B, m, n)` of the space of others, and the triangle R `(B, m, m)` of their columns' QR."""
+    """Orthonormal rows `(B, m, n)` that span the same space, and the triangle R `(B, m, m)` of the QR."""
     columns, triangle = ops.qr(ops.transpose(rows, (0, 2, 1)))
     return ops.transpose(columns, (0, 2, 1)), triangle
 
 
 def _inverse(triangle):
-    """Of an upper triangle; where it is singular (the rank is used up), of one that is close to it."""
+    """The inverse of an upper triangle. If it is singular (the rank is used up), that of a triangle close to it."""
     size = triangle.shape[-1]
     diagonal = ops.diagonal(triangle, axis1=1, axis2=2)
     largest = ops.max(ops.abs(diagonal), axis=-1, keepdims=True)
