@@ -1,7 +1,7 @@
 """Constraints on the input-output Jacobian, listed in `compile(jacobian_regularizers=[...])` like any regularizer.
 
-A constraint says what must hold of `J u` and where (`at`), an `enforcement` how a model is brought to obey it; how far
-it is violated is a metric in training and validation, and `verify` reports it of a trained model.
+A constraint says what must hold of `J u`, and where (`at`); its `enforcement` says how a model is made to obey it. The
+violation is a metric in training and validation, and `verify` reports it for a trained model.
 """
 
 from jvpreg.constraints import tangents

@@ -1,4 +1,4 @@
-"""The base class of constraints: a regularizer whose price is that of a violation."""
+"""The base class of constraints: regularizers whose penalty is the price of a violation."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -22,16 +22,16 @@ MULTIPLIER = "multiplier_max"
 class Constraint(Constrains, Carries, Scheduled, JacobianRegularizer):
     """Base class: a subclass says where it looks (`directions`, `cotangents`) and how far it is violated.
 
-    Its metrics, in training and validation, for a constraint named `monotone`: `monotone`, what the enforcement
-    charges; `monotone/violation_mean` and `monotone/violation_max`, of the largest component of each point, over the
-    points of an epoch; `monotone/violated`, the fraction of points where it exceeds the tolerance; and with an
+    Its metrics, in training and validation, for a constraint named `monotone`: `monotone`, the penalty;
+    `monotone/violation_mean` and `monotone/violation_max`, over the points of an epoch, where each point counts with
+    its largest component; `monotone/violated`, the fraction of points where this exceeds the tolerance; and with an
     `AugmentedLagrangian` `monotone/multiplier_max`, the largest multiplier.
 
     Args:
         enforcement: a `Penalty`, an `AugmentedLagrangian`, or a number, the weight of a penalty.
-        at: where it must hold: `"data"`, `"between"` (points between examples of the batch, each with the whole numbers
-            of one of them), or a sampler `(inputs, seed) -> points (N, …)` such as `Box`. Away from the data the model
-            is run once more, in inference mode, for all constraints of the same `at`; points have no labels and no
+        at: where it must hold: `"data"`, `"between"` (points between examples of the batch, each with the integers of
+            one of them), or a sampler `(inputs, seed) -> points (N, …)` such as `Box`. Away from the data the model is
+            run once more, in inference mode, for all constraints with the same `at`; points have no labels and no
             sample weights.
         tolerance: the violation above which a point counts as violated.
         name: of its metrics.
@@ -58,7 +58,7 @@ class Constraint(Constrains, Carries, Scheduled, JacobianRegularizer):
 
     @property
     def _place(self) -> str | Callable:
-        """Where it must hold; the data are the ends of what is between them."""
+        """Where it must hold. `"between"` includes the data, its end points."""
         return "data" if self.at is between else self.at
 
     @property
@@ -66,20 +66,20 @@ class Constraint(Constrains, Carries, Scheduled, JacobianRegularizer):
         return isinstance(self.enforcement, AugmentedLagrangian)
 
     def check(self, inputs, outputs):
-        """Whether a box of points fits the inputs."""
+        """Raises a ValueError if a box of points does not fit the inputs."""
         if isinstance(self.at, Box):
             self.at.check(inputs)
 
     def violation(self, seen):
-        """How far each component is violated, `(B, C)`: zero where it holds, and positive where it does not."""
+        """How far each component is violated, `(B, C)`: zero if it holds, otherwise positive."""
         raise NotImplementedError(f"{type(self).__name__} must override `violation(self, seen)`.")
 
     def components(self, outputs) -> int:
-        """How many components have a multiplier of their own: C, or 1 where all share one."""
+        """How many components have a multiplier of their own: C, or 1 if all share one."""
         return 1
 
     def intervals(self) -> Mapping[int, tuple[float, float]]:
-        """Between what the slope by a feature must lie, for features of which the constraint says so."""
+        """The interval in which the slope by a feature must lie, for each feature that the constraint limits."""
         return {}
 
     @property
@@ -88,7 +88,7 @@ class Constraint(Constrains, Carries, Scheduled, JacobianRegularizer):
         return False
 
     def contradicts(self, other):
-        """In which feature the slopes that the two allow at one place do not meet, or only in one number."""
+        """The feature for which the two allow no common slope at one place, or only a single number."""
         if not isinstance(other, Constraint) or self._place != other._place:
             return None
         mine, theirs = self.intervals(), other.intervals()
@@ -100,16 +100,16 @@ class Constraint(Constrains, Carries, Scheduled, JacobianRegularizer):
             if least == most and low < high and other_low < other_high:
                 return (
                     f"which leave the slope by feature {feature} nothing but {least:g}: {mine[feature]} and "
-                    f"{theirs[feature]}. If it is meant, say `Bounded({least:g}, {least:g}, [{feature}])`."
+                    f"{theirs[feature]}. If this is intended, say `Bounded({least:g}, {least:g}, [{feature}])`."
                 )
         return None
 
     def strength_at(self, step):
-        """The weight of the penalty at a training step; 1 where multipliers are the weights."""
+        """The weight of the penalty at a training step; 1 if multipliers are the weights."""
         return self.enforcement.weight_at(step)
 
     def carried_shape(self, outputs):
-        """Of the multipliers and what they are to grow by."""
+        """The shape of the multipliers and of the sums by which they will grow."""
         return self.enforcement.state_shape(self.components(outputs))
 
     def penalty(self, seen):
@@ -117,14 +117,14 @@ class Constraint(Constrains, Carries, Scheduled, JacobianRegularizer):
         return self.enforcement.price(self._components_of(seen), seen.carried)
 
     def sums_shape(self, carried_shape):
-        """One more than there are multipliers."""
+        """One number more than there are multipliers."""
         return (carried_shape[1] + 1,)
 
     def sums(self, seen, carried):
         """The sums of the violations over the examples, by multiplier, and the number of examples."""
         violation = ops.cast(ops.stop_gradient(self._components_of(seen)), carried.dtype)
         if seen.weights is not None:
-            # As in the loss: an example that counts for nothing there must not make multipliers grow.
+            # As in the loss: an example of weight 0 must not make multipliers grow.
             violation = violation * ops.expand_dims(ops.cast(seen.weights, violation.dtype), -1)
         if carried.shape[1] == 1:
             violation = ops.mean(violation, axis=1, keepdims=True)
@@ -139,19 +139,19 @@ class Constraint(Constrains, Carries, Scheduled, JacobianRegularizer):
         """The violation's mean, its maximum, the fraction of points, and the largest multiplier."""
         worst = ops.stop_gradient(ops.max(self._components_of(seen), axis=-1))
         worst = worst if seen.finite is None else nan_unless(seen.finite, worst)
-        unknown = ops.any(ops.isnan(worst))  # of no examples, which a replica may have, false
+        unknown = ops.any(ops.isnan(worst))  # False for no examples, which a replica may have
         measured = {
             "violation_mean": ops.mean(worst),
-            # Not every backend's maximum tells of what is not a number.
+            # Not every backend's maximum of a number and NaN is NaN.
             "violation_max": ops.where(unknown, math.nan, ops.max(worst)),
-            # Of what is not a number nothing is known, least of all that it holds. Not `logical_not`, of which
-            # TensorFlow's graphs make a `>`.
+            # A violation of NaN counts as violated. Not `logical_not`: TensorFlow's graphs would turn it into a `>`,
+            # which is false for NaN.
             "violated": ops.mean(ops.where(worst <= self.tolerance, 0.0, ops.ones_like(worst))),
         }
         return {**measured, MULTIPLIER: ops.max(seen.carried[0])} if self._has_multipliers else measured
 
     def _components_of(self, seen):
-        # The price, the sums and the measures are of the same one, which is computed once.
+        # The price, the sums and the measures use the same components, computed once.
         if self not in seen.computed:
             violation = self.violation(seen)
             seen.computed[self] = ops.cast(violation, keras.backend.result_type(violation.dtype, "float32"))

@@ -1,16 +1,16 @@
-"""What a config holds: objects themselves, as `get_config` returns them, or what Keras makes of them."""
+"""The values in a config: objects themselves, as `get_config` returns them, or their serialized form."""
 
 import keras
 
 
 def revive(value):
-    """The objects that a config's value stands for.
+    """The objects that a value of a config stands for.
 
     Args:
-        value: an object itself, as in what `get_config` returned, or its serialized form, or a list of either.
+        value: an object, as `get_config` returned it; its serialized form; or a list of either.
 
     Raises:
-        ValueError: a function or a class is not known to Keras.
+        ValueError: Keras does not know a function or a class.
     """
     if isinstance(value, (list, tuple)):
         return type(value)(revive(item) for item in value)

@@ -1,4 +1,4 @@
-"""In which directions a constraint looks: features, an array, or a field of directions."""
+"""The directions in which a constraint looks: features, an array, or a function of the inputs."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,17 +10,17 @@ from jvpreg.common import checks
 
 
 class Directions:
-    """Directions of the inputs, as a constraint is given them.
+    """Directions in the space of the inputs, as they are given to a constraint.
 
     Args:
         given: indices of features, for inputs `(B, D)`, as a list, a range or an array of integers; an array of floats
             `(P, …)`, the same directions for each example; or a function of the inputs that returns `(P, B, …)` or one
             direction `(B, …)`, or a list of such functions.
         argument: its name in errors.
-        features_only: whether nothing but features will do.
+        features_only: whether only features are allowed.
 
     Attributes:
-        given: as it was given; indices as a list.
+        given: the argument; indices become a list.
         features: the indices, or None.
 
     Raises:
@@ -54,14 +54,14 @@ class Directions:
 
     @property
     def count(self) -> int | None:
-        """P; None where only a call tells."""
+        """P; None if it is known only at a call."""
         if self.functions:
             counts: list[int] = [getattr(function, "num_directions", 0) for function in self.functions]
             return sum(counts) if all(counts) else None
         return len(self.features) if self.features else len(self.array)  # type: ignore[arg-type]
 
     def check(self, inputs) -> None:
-        """Raises a ValueError where they do not fit inputs `(B, …)`."""
+        """Raises a ValueError if they do not fit inputs `(B, …)`."""
         if self.functions:
             return
         leaves = tree.flatten(inputs)

@@ -1,4 +1,4 @@
-"""How a constraint is enforced: by a penalty of a given weight, or by multipliers that grow until it holds."""
+"""How a constraint is enforced: by a penalty with a given weight, or by multipliers that grow until it holds."""
 
 import math
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from jvpreg.constraints.configs import revive
 class Penalty:
     """The loss gains `weight × mean Σ v²`, v being the violations of an example.
 
-    A square has no slope where it is zero, so at any fixed weight a constraint that costs something is violated by
-    about `1 / weight` of what it costs. `AugmentedLagrangian` has no such remainder.
+    The slope of a square is zero where the square is. So at a fixed weight a constraint that has a cost stays violated,
+    in proportion to `cost / weight`. An `AugmentedLagrangian` leaves no such violation.
 
     Args:
         weight: not negative.
@@ -63,21 +63,21 @@ class Penalty:
 class AugmentedLagrangian:
     """The loss gains `mean Σ (λ v + rho/2 v²)`; every few steps each multiplier λ grows by `rho × mean v`.
 
-    The examples of a batch are others in each step, so an example has no multiplier of its own: there is one for each
-    component of a constraint (a feature and an output, say), for the requirement that its mean violation is zero. As
-    v is not negative, that is the constraint itself, at almost every point of what the points are drawn from. λ v
-    has a slope down to zero violation, so a finite λ holds the constraint exactly where a square never would, and λ
-    grows until it does.
+    Each batch has other examples, so an example has no multiplier of its own. There is one for each component of a
+    constraint (for example a feature and an output), for the requirement that its mean violation is zero. Since v is
+    not negative, this is the constraint itself, at almost every point of the distribution of points. λ v has a slope
+    down to zero violation, so a finite λ makes the constraint hold exactly, which a square does not; and λ grows until
+    the constraint holds.
 
-    Guaranteed is this much: where training settles with finite multipliers, the mean violation is zero on what the
-    points are drawn from. That it is small at points that were not drawn is to be measured (the validation metrics,
-    `verify`), and helped by drawing new points in every step (`at="between"`, or a sampler of the domain). Let the
-    learning rate fall to zero: at a constant one the kink of v keeps the weights moving about it.
+    What is guaranteed: if training settles with finite multipliers, the mean violation is zero over the distribution
+    of points. Whether it is small at points that were not drawn has to be measured (by the validation metrics or
+    `verify`); new points in every step help (`at="between"`, or a sampler of the domain). Let the learning rate fall to
+    zero: at a constant one, the kink of v keeps the weights moving around it.
 
     Args:
         rho: how fast multipliers grow, positive.
-        update_every: they grow every so many steps, by the mean over these. Only steps with penalties count: with a
-            `jacobian_interval` of 4, `update_every=5` is every 20 training steps.
+        update_every: the number of steps between updates, each by the mean over these steps. Only steps with penalties
+            count: with a `jacobian_interval` of 4, `update_every=5` means every 20 training steps.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -105,16 +105,16 @@ class AugmentedLagrangian:
         return self.weight
 
     def state_shape(self, components: int) -> tuple[int, int]:
-        """Of what is carried: rows of multipliers, of sums of violations, and of the number of steps in them."""
+        """The shape of what is carried: rows of multipliers, of sums of violations, and of the number of steps."""
         return 3, components
 
     def price(self, violation, carried):
-        """What violations `(B, C)` cost an example: `(B,)`."""
+        """The price of violations `(B, C)` for each example: `(B,)`."""
         multipliers = ops.cast(carried[0], violation.dtype)
         return ops.sum(multipliers * violation + self.rho / 2 * ops.square(violation), axis=-1)
 
     def advance(self, mean, carried):
-        """What is carried on after a step with the mean violations `(C,)`."""
+        """What is carried after a step with the mean violations `(C,)`."""
         multipliers, total, steps = ops.unstack(carried)
         total = total + mean
         steps = steps + 1.0

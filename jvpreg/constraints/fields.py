@@ -15,7 +15,7 @@ class _Field(Constraint):
     """A constraint on a model with as many outputs as inputs."""
 
     def check(self, inputs, outputs):
-        """Whether there are as many outputs as inputs, two or more."""
+        """Raises a ValueError if there are not as many outputs as inputs, at least two."""
         super().check(inputs, outputs)
         sizes = probes.dimension(inputs), probes.dimension(outputs)
         if sizes[0] != sizes[1] or sizes[0] < 2:
@@ -26,7 +26,7 @@ class _Field(Constraint):
 
     @property
     def is_constant_in_regions(self):
-        """It is a function of `J` alone."""
+        """True: the violation is a function of `J` alone."""
         return True
 
 
@@ -35,9 +35,9 @@ class Symmetric(_Field):
     """`J = Jᵀ`: a conservative field, the gradient of a potential.
 
     Args:
-        num_pairs: None looks at all pairs of coordinates, by as many directions as there are inputs; a number, at the
-            asymmetry `wᵀ J u − uᵀ J w` of so many pairs of random directions, with square `‖J − Jᵀ‖_F²` on average,
-            by two directions each.
+        num_pairs: None looks at all pairs of coordinates, by as many directions as there are inputs. A number looks at
+            the asymmetry `wᵀ J u − uᵀ J w` of this many pairs of random directions, by two directions each; on average
+            its square is `‖J − Jᵀ‖_F²`.
         **arguments: of every `Constraint`: `enforcement`, `at`, `tolerance`, `name`.
 
     The violations are the absolute asymmetries; all share one multiplier.
@@ -65,7 +65,7 @@ class Symmetric(_Field):
         return probes.draw("gaussian", inputs, 2 * self.num_pairs, seed)
 
     def violation(self, seen):
-        """`abs(J_kp − J_pk)`, or of the random pairs."""
+        """`abs(J_kp − J_pk)`, or the asymmetry of the random pairs."""
         products, directions = flatten(seen.jvp), flatten(seen.directions)
         if self.num_pairs is None:
             pairs = list(itertools.combinations(range(products.shape[0]), 2))
@@ -89,8 +89,8 @@ class DivergenceFree(_Field):
     Args:
         **arguments: of every `Constraint`: `enforcement`, `at`, `tolerance`, `name`.
 
-    The violation is `abs(tr J)`, exactly, by as many directions as there are inputs: an estimate of the trace by
-    fewer would not be zero where the trace is.
+    The violation is `abs(tr J)`, computed exactly, by as many directions as there are inputs: an estimate of the trace
+    from fewer directions would not be zero even if the trace is.
 
     Raises:
         ValueError: an argument is out of its range; in `compile`, the model is no field.

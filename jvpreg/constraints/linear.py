@@ -17,7 +17,7 @@ class Linear(_Directed):
         function: `function(inputs, outputs, products) -> g`, from `(B, …)`, `(B, …)` and `(P, B, …)` to `(B,)` or
             `(B, …)`. Register it with Keras, if the model is to be saved.
         directions: as `Bounded` takes them.
-        equality: whether g must be zero, and not just not positive.
+        equality: whether g must be zero; otherwise it must not be positive.
         **arguments: of every `Constraint`: `enforcement`, `at`, `tolerance`, `name`.
 
     The violation is `max(0, g)`, or `abs(g)`; all components share one multiplier.
@@ -44,7 +44,7 @@ class Linear(_Directed):
         self.equality = checks.boolean("equality", equality)
 
     def components(self, outputs):
-        """One for all: what the function returns is known only when it is called."""
+        """One for all: the shape that the function returns is known only after a call."""
         return 1
 
     def violation(self, seen):
@@ -61,7 +61,7 @@ class Linear(_Directed):
 
     @property
     def is_constant_in_regions(self):
-        """The function may depend on the point."""
+        """False: the function may depend on the point."""
         return False
 
     def get_config(self):

@@ -1,4 +1,4 @@
-"""Where a constraint is to hold beside the data: functions `(inputs, seed) -> points (N, …)`."""
+"""Points away from the data at which a constraint must hold: functions `(inputs, seed) -> points (N, …)`."""
 
 import keras
 import numpy as np
@@ -11,9 +11,9 @@ from jvpreg.common.seeds import independent
 
 @keras.saving.register_keras_serializable(package="jvpreg", name="between")
 def between(inputs, seed):
-    """Points between data: each example moved towards the next one of its batch, by a part that is drawn at random.
+    """Points between data: each example is moved a random part of the way to the next example of its batch.
 
-    Whole numbers beside floats, such as codes of categories, between which there is nothing, stay those of the example.
+    Integers beside floats, such as codes of categories, have nothing between them: a point keeps those of its example.
 
     Args:
         inputs: `(B, …)`, or a structure of them.
@@ -55,11 +55,11 @@ def between(inputs, seed):
 
 @keras.saving.register_keras_serializable(package="jvpreg")
 class Box:
-    """Points drawn uniformly from a box, anew in each step: a sampler of a domain.
+    """Points drawn uniformly from a box, new ones in each step: a sampler of a domain.
 
     Args:
         low: a number, or an array like one example.
-        high: as `low`, and nowhere below it.
+        high: like `low`, and nowhere below it.
         num_points: N.
 
     Raises:
@@ -89,7 +89,7 @@ class Box:
         return low + replicas.own_points(part) * (high - low)
 
     def check(self, inputs) -> None:
-        """Raises a ValueError where it is no box of inputs `(B, …)`."""
+        """Raises a ValueError if it is not a box of inputs `(B, …)`."""
         leaves = tree.flatten(inputs)
         if len(leaves) != 1:
             raise ValueError(
@@ -132,7 +132,7 @@ def _fit(low: np.ndarray, high: np.ndarray) -> bool:
 
 
 def as_points(given):
-    """What `at` stands for: `"data"`, or a function.
+    """The meaning of `at`: `"data"`, or a function.
 
     Raises:
         ValueError: it is neither.

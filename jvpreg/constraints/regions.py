@@ -12,7 +12,7 @@ from jvpreg.linearization import Linearization
 from jvpreg.products import linearize
 
 MOST_REGIONS = 20_000
-# Of the segment, or of the rectangle's sides: what is narrower is not told apart. In float32 points are no closer.
+# Relative to the segment or to the sides of the rectangle: narrower regions are not found. float32 has no finer points.
 RESOLUTION = {"float32": 1e-6, "float64": 1e-12}
 BATCH = 1024
 
@@ -21,11 +21,11 @@ class Segment:
     """The inputs `start + t (end − start)`, 0 ≤ t ≤ 1.
 
     Args:
-        start: like one example's input.
-        end: another one.
+        start: a point like one example's input.
+        end: another such point.
 
     Raises:
-        ValueError: they differ in shape, or not at all.
+        ValueError: they differ in shape, or are equal.
     """
 
     def __init__(self, start, end):
@@ -40,7 +40,7 @@ class Rectangle:
     """The inputs `corner + s first + t second`, 0 ≤ s, t ≤ 1: a box in two features, or any parallelogram.
 
     Args:
-        corner: like one example's input.
+        corner: a point like one example's input.
         first: one side of it, a vector.
         second: the other one.
 
@@ -62,7 +62,7 @@ class Region:
 
     Attributes:
         corners: `(n, 1)` or `(n, 2)`: the two ends t, or the corners (s, t) of a convex polygon in their order.
-        size: its part of the whole, from 0 to 1.
+        size: the fraction of the domain that it covers, from 0 to 1.
     """
 
     corners: np.ndarray
@@ -75,15 +75,15 @@ class Region:
 
 
 def regions(model, domain: Segment | Rectangle) -> list[Region]:
-    """The affine regions.
+    """The affine regions of a model on a segment or a rectangle.
 
     Args:
-        model: whose nonlinear operations freeze masks (ReLU and its kin, max pooling); on a rectangle, only those with
-            their kink at zero.
-        domain: where.
+        model: its nonlinear operations must freeze masks (ReLU and similar ones, max pooling); on a rectangle, only
+            those whose kink is at zero.
+        domain: the segment or rectangle.
 
     Returns:
-        Regions that cover the domain, along a segment in their order.
+        Regions that cover the domain; on a segment they are in its order.
 
     Raises:
         ValueError: the model is not affine between the kinks that were found; or it has too many regions.
@@ -99,7 +99,7 @@ def points_of(domain: Segment | Rectangle, places) -> np.ndarray:
 
 
 def _along(model, domain) -> list[Region]:
-    """By bisection: a region is convex, so two places with the same masks have nothing else between them."""
+    """By bisection: a region is convex, so if two places have the same masks, all places between them do."""
     resolution = _resolution(model, domain)
     known = dict(zip((0.0, 1.0), _masks(model, domain, [[0.0], [1.0]]), strict=True))
     wide = [(0.0, 1.0)]
@@ -116,7 +116,7 @@ def _along(model, domain) -> list[Region]:
 
 
 def _across(model, domain) -> list[Region]:
-    """By cutting: what a layer's kinks are in a polygon is known once the layers before it have none left there."""
+    """By cutting: the kinks of a layer in a polygon are known once the layers before it have no kinks left there."""
     resolution = _resolution(model, domain)
     waiting = [np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])]
     done: list[np.ndarray] = []
@@ -135,7 +135,7 @@ def _across(model, domain) -> list[Region]:
 
 
 def _first_kinks(model, domain, polygons, resolution) -> list[list[tuple[np.ndarray, float]]]:
-    """For each polygon the lines `normal · place = offset` in it that are kinks of the first node that has some."""
+    """For each polygon the lines `normal · place = offset` that are kinks of the first node which has some in it."""
     middles = np.array([polygon.mean(axis=0) for polygon in polygons])
     lin = _linearized(model, domain, middles)
     sides = [np.broadcast_to(side, (len(polygons), *side.shape)) for side in domain.sides]
@@ -162,7 +162,7 @@ def _first_kinks(model, domain, polygons, resolution) -> list[list[tuple[np.ndar
 
 
 def _halves(polygon, normal, offset, resolution) -> list[np.ndarray]:
-    """The polygon on both sides of a line; itself, where the line does not really cross it."""
+    """The parts of the polygon on both sides of a line; the polygon itself, if the line does not really cross it."""
     distances = (polygon @ normal - offset) / np.linalg.norm(normal)
     if distances.min() > -resolution or distances.max() < resolution:
         return [polygon]
@@ -203,7 +203,7 @@ def _check_affine(model, domain, found: list[Region]) -> None:
 
 
 def _masks(model, domain, places) -> list[bytes]:
-    """What is frozen as a mask, of each place, packed."""
+    """The frozen masks for each place, packed."""
     result = []
     for part in _batches(list(places)):
         lin = _linearized(model, domain, part)
@@ -214,7 +214,7 @@ def _masks(model, domain, places) -> list[bytes]:
 
 
 def _frozen_masks(node) -> list[tuple[Any, int]]:
-    """The masks of a node that depend on the input, with their axis of the examples."""
+    """The masks of a node that depend on the input, with the axis of the examples in each."""
     if node.pushforward is None:
         return []
     frozen = node.pushforward
@@ -227,7 +227,7 @@ def _linearized(model, domain, places) -> Linearization:
 
 
 def _rows(tensor, axis: int = 0) -> np.ndarray:
-    """As `(B, n)`."""
+    """The tensor as `(B, n)`."""
     array = np.moveaxis(ops.convert_to_numpy(tensor), axis, 0)
     array = array if array.dtype == bool else array.astype("float64")
     return array.reshape(len(array), -1)

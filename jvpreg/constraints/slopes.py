@@ -22,7 +22,7 @@ class _Directed(Constraint):
         self._directions = Directions(directions, argument, features_only)
 
     def check(self, inputs, outputs):
-        """Whether the directions fit the inputs."""
+        """Raises a ValueError if the directions do not fit the inputs."""
         super().check(inputs, outputs)
         self._directions.check(inputs)
 
@@ -31,13 +31,13 @@ class _Directed(Constraint):
         return self._directions(inputs)
 
     def components(self, outputs):
-        """One for each direction and output, where the number of directions is known."""
+        """One for each direction and output, if the number of directions is known."""
         count = self._directions.count
         return 1 if count is None else count * probes.dimension(outputs)
 
     @property
     def is_constant_in_regions(self):
-        """Unless the directions are a function of the inputs."""
+        """True unless the directions are a function of the inputs."""
         return not self._directions.functions
 
 
@@ -47,7 +47,7 @@ class Monotone(_Directed):
 
     Args:
         features: indices of features, for inputs `(B, D)`: a list, a range or an array of integers.
-        increasing: whether the outputs rise with the features, or fall.
+        increasing: whether the outputs rise with the features; otherwise they fall.
         **arguments: of every `Constraint`: `enforcement`, `at`, `tolerance`, `name`.
 
     The violation of a component is `max(0, −J e_i)`, with a multiplier for each feature and output.
@@ -82,7 +82,7 @@ class Monotone(_Directed):
         return ops.relu(-slopes if self.increasing else slopes)
 
     def intervals(self):
-        """Above or below zero."""
+        """The slopes above or below zero."""
         return dict.fromkeys(self.features, (0.0, math.inf) if self.increasing else (-math.inf, 0.0))
 
     def get_config(self):
@@ -95,8 +95,8 @@ class Bounded(_Directed):
     """`low ≤ J u ≤ high` for each direction u, and each output.
 
     Args:
-        low: the least slope; None: unbounded.
-        high: the largest; None: unbounded.
+        low: the smallest slope; None: unbounded.
+        high: the largest slope; None: unbounded.
         directions: a list of features, for inputs `(B, D)`; an array `(P, …)`, the same directions for each example;
             or a function of the inputs that returns `(P, B, …)`.
         **arguments: of every `Constraint`: `enforcement`, `at`, `tolerance`, `name`.
@@ -119,19 +119,19 @@ class Bounded(_Directed):
         self.low = -math.inf if low is None else checks.number("low", low, below=math.inf, finite=False)
         self.high = math.inf if high is None else checks.number("high", high, above=-math.inf, finite=False)
         if (self.low, self.high) == (-math.inf, math.inf):
-            raise checks.invalid("low", f"a bound where `high` is none, which is {high!r}", low)
+            raise checks.invalid("low", f"a bound if `high` is none, which is {high!r}", low)
         if self.low > self.high:
             raise checks.invalid("low", f"a bound that is not above `high`, which is {high!r}", low)
 
     def violation(self, seen):
-        """What is missing to `low`, or is above `high`."""
+        """By how much a slope is below `low`, or above `high`."""
         slopes = by_example(seen.jvp)
         parts = [ops.relu(self.low - slopes)] if self.low > -math.inf else []
         parts += [ops.relu(slopes - self.high)] if self.high < math.inf else []
         return sum(parts)
 
     def intervals(self):
-        """The bounds, of features."""
+        """The bounds, if the directions are features."""
         return dict.fromkeys(self._directions.features or [], (self.low, self.high))
 
     def get_config(self):
@@ -149,8 +149,8 @@ class Invariant(_Directed):
             `jvpreg.constraints.tangents`, a list of such functions, or what `Bounded` takes as directions.
         **arguments: of every `Constraint`: `enforcement`, `at`, `tolerance`, `name`.
 
-    The violation of a component is `abs(J u)`, with a multiplier for each direction and output where the number of
-    directions is known, and one for all where it is not.
+    The violation of a component is `abs(J u)`. Each direction and output has a multiplier if the number of directions
+    is known; otherwise all share one.
 
     Raises:
         ValueError: an argument is out of its range; in `compile`, the directions do not fit.
@@ -181,9 +181,9 @@ class KnownDerivative(_Directed):
     """`J u = t(x)`: derivatives that are known, at the data or as a function (Sobolev training).
 
     Args:
-        targets: a key of the dict of labels given to `fit`, whose entry is `(B, …)` with P·K numbers an example,
-            directions before outputs, and is kept from the loss and the metrics, which get the rest (the only other
-            entry itself, not in a dict); or a function of the inputs that returns such a tensor.
+        targets: a key in the dict of labels given to `fit`. Its entry is `(B, …)` with P·K numbers for each example,
+            directions before outputs. The loss and the metrics do not get it; they get the other entries (a single one
+            by itself, not in a dict). Or a function of the inputs that returns such a tensor.
         directions: as `Bounded` takes them; `[0, …, D − 1]` for whole gradients.
         **arguments: of every `Constraint`: `enforcement`, `at`, `tolerance`, `name`.
 
@@ -211,7 +211,7 @@ class KnownDerivative(_Directed):
         if not isinstance(targets, str) and not callable(targets):
             raise checks.invalid("targets", "a key of the labels, or a function of the inputs", targets)
         if isinstance(targets, str) and self.at != "data":
-            at = super().get_config()["at"]  # as its user wrote it
+            at = super().get_config()["at"]  # as the user wrote it
             raise ValueError(
                 "Invalid value for argument `targets`. Expected a function of the inputs, since points other than the "
                 f"data have no labels. Received: targets={targets!r}, at={at!r}"
@@ -246,7 +246,7 @@ class KnownDerivative(_Directed):
 
     @property
     def is_constant_in_regions(self):
-        """Targets are others at every point."""
+        """False: targets differ from point to point."""
         return False
 
     def get_config(self):
@@ -256,11 +256,11 @@ class KnownDerivative(_Directed):
 
 @keras.saving.register_keras_serializable(package="jvpreg")
 class Lipschitz(Constraint):
-    """`‖J‖ ≤ bound`, the operator norm that belongs to a norm of inputs and outputs; so `‖J u‖ ≤ bound · ‖u‖`.
+    """`‖J‖ ≤ bound`, in the operator norm of a norm of inputs and outputs; so `‖J u‖ ≤ bound · ‖u‖`.
 
-    The norm is exact: the whole Jacobian of each example is made in the shared pass, from as many cotangents as there
-    are outputs, or directions as there are inputs. Where both are many, `jvpreg.regularizers.SpectralNorm` estimates
-    the norm by one product.
+    The norm is exact: the whole Jacobian of each example is computed in the shared pass, from as many cotangents as
+    there are outputs, or as many directions as there are inputs. If both are many, `jvpreg.regularizers.SpectralNorm`
+    estimates the norm by one product.
 
     Args:
         bound: L, above 0.
@@ -268,8 +268,8 @@ class Lipschitz(Constraint):
         side: `"output"` makes the Jacobian from cotangents, `"input"` from directions.
         **arguments: of every `Constraint`: `enforcement`, `at`, `tolerance`, `name`.
 
-    The violation is `max(0, ‖J‖ − bound)`, with one multiplier. A bound at every point between two inputs bounds how
-    far apart their outputs are; at the data alone it does not.
+    The violation is `max(0, ‖J‖ − bound)`, with one multiplier. If the bound holds at every point between two inputs,
+    it bounds the distance of their outputs; if it holds at the data alone, it does not.
 
     Raises:
         ValueError: an argument is out of its range; in `compile`, another constraint contradicts it.
@@ -305,7 +305,7 @@ class Lipschitz(Constraint):
 
     def violation(self, seen):
         """`max(0, ‖J‖ − bound)`."""
-        # (B, K, D), or (B, D, K): the norms 1 and inf change places.
+        # For the shape (B, D, K) instead of (B, K, D), the norms 1 and inf change places.
         matrix = ops.transpose(flatten(seen.jvp if self.side == "input" else seen.vjp), (1, 0, 2))
         if self.norm == 2:
             norm = _largest_singular_value(matrix)
@@ -316,7 +316,7 @@ class Lipschitz(Constraint):
 
     @property
     def is_constant_in_regions(self):
-        """It is a function of `J` alone."""
+        """True: the violation is a function of `J` alone."""
         return True
 
     def get_config(self):
@@ -325,7 +325,7 @@ class Lipschitz(Constraint):
 
 
 def _largest_singular_value(matrix):
-    """Of each of `(B, n, m)`, n the smaller: `(B,)`. Its gradient is `u vᵀ`, as if the singular vectors stood still."""
+    """That of each of `(B, n, m)`, n the smaller: `(B,)`. Its gradient is `u vᵀ`, as if u and v were constant."""
     gram = ops.matmul(matrix, ops.transpose(matrix, (0, 2, 1)))
     vector = ops.stop_gradient(ops.linalg.eigh(ops.stop_gradient(gram))[1][:, :, -1:])
     square = ops.sum(ops.square(ops.matmul(ops.transpose(vector, (0, 2, 1)), matrix)), axis=(1, 2))

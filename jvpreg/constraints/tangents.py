@@ -1,9 +1,9 @@
 """Directions in which an image moves when it is translated, rotated, scaled or made brighter.
 
-Each is a transform of images `(B, H, W, C)` in floating point, `transform(images, amount)`, and its derivative by the
-amount at zero, which is what a call returns. Where a pixel comes from between pixels, it is interpolated by cubic
-convolution (Keys, a = −1/2), whose derivative at a pixel is the central difference; images go on beyond their border as
-they end there. Bilinear interpolation would have no derivative at zero, but one to each side.
+Each is a transform of images `(B, H, W, C)` in floating point, `transform(images, amount)`. A call returns its
+derivative by the amount, at amount zero. Between pixels, images are interpolated by cubic convolution (Keys,
+a = −1/2): its derivative at a pixel is the central difference, while bilinear interpolation has only one-sided
+derivatives there. Beyond their border, images have the values of the border.
 """
 
 import keras
@@ -13,10 +13,10 @@ from jvpreg.common import checks
 
 
 class _Transform:
-    """A transform with one amount, or two.
+    """A transform with one amount or two.
 
     Args:
-        size: the unit of the direction: a derivative by `amount / size`.
+        size: the unit of the direction, which is the derivative by `amount / size`.
     """
 
     num_directions = 1
@@ -30,7 +30,7 @@ class _Transform:
         return self.size * ops.stack([rows * y + columns * x for y, x in self._velocities(images)])
 
     def _velocities(self, images) -> list[tuple]:
-        """How fast the place that a pixel is taken from moves along rows and columns, for each direction."""
+        """For each direction, the velocity along rows and columns of the place from which a pixel is taken."""
         raise NotImplementedError
 
     def get_config(self) -> dict:
@@ -75,7 +75,7 @@ class Translation(_Transform):
 
 @keras.saving.register_keras_serializable(package="jvpreg.engine.tangents")
 class Rotation(_Transform):
-    """A rotation about the centre of the image, counterclockwise as one looks at it.
+    """A rotation about the centre of the image, counterclockwise for the viewer.
 
     Args:
         size: the unit, in radians.
@@ -104,7 +104,7 @@ class Scaling(_Transform):
     """An enlargement about the centre of the image.
 
     Args:
-        size: the unit, a logarithm: 0.1 is an enlargement by a factor of 1.1, nearly.
+        size: the unit, a logarithm: 0.1 enlarges by a factor of about 1.1.
 
     Example:
 
@@ -127,10 +127,10 @@ class Scaling(_Transform):
 
 @keras.saving.register_keras_serializable(package="jvpreg.engine.tangents")
 class Brightness(_Transform):
-    """The same added to each pixel.
+    """The same number added to each pixel.
 
     Args:
-        size: the unit, in those of the pixels.
+        size: the unit, in the pixels' own unit.
 
     Example:
 
@@ -167,7 +167,7 @@ def resample(images, rows, columns):
 
 
 def _weights(t):
-    """Of the four neighbours of a place that lies t past the second: `a = −1/2` (Keys, 1981)."""
+    """The weights of the four neighbours of a place, which is t past the second: `a = −1/2` (Keys, 1981)."""
     square, cube = t * t, t * t * t
     return (
         -0.5 * cube + square - 0.5 * t,
@@ -194,7 +194,7 @@ def _grid(images):
 
 
 def _from_centre(images):
-    """How far down and to the right of the centre each pixel is, `(1, H, W)`."""
+    """The distance of each pixel from the centre, down and to the right, `(1, H, W)`."""
     rows, columns = _grid(ops.convert_to_tensor(images))
     height, width = images.shape[1:3]
     return rows - (height - 1) / 2, columns - (width - 1) / 2
@@ -209,7 +209,7 @@ def _per_image(images, amount):
 
 
 def _of_each(axes, images) -> bool:
-    """Whether there is one amount for all images, or for each, as far as their number is known."""
+    """Whether there is one amount for each image, and not one for all, as far as their number is known."""
     return all(size in (1, None, images.shape[0]) or images.shape[0] is None for size in axes)
 
 

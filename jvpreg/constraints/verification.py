@@ -20,12 +20,12 @@ SHOWN = 3
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """The violation at given points.
+    """The violations at given points.
 
     Attributes:
-        constraint: which one.
-        violations: of the largest component of each point, `(N,)`.
-        components: `(N, C)`.
+        constraint: the constraint.
+        violations: of the largest component at each point, `(N,)`.
+        components: the violations of all components, `(N, C)`.
         tolerance: above which a point counts as violated.
         mean, max: of the violations.
         violated: the fraction of points.
@@ -43,12 +43,12 @@ class Report:
 
     @property
     def mean(self) -> float:
-        """Over the points."""
+        """The mean over the points."""
         return float(self.violations.mean())
 
     @property
     def max(self) -> float:
-        """Over the points."""
+        """The maximum over the points."""
         return float(self.violations.max())
 
     @property
@@ -69,7 +69,7 @@ class Report:
 
     @property
     def _is_violated(self) -> np.ndarray:
-        # Where the violation is not a number, nothing is certified.
+        # A violation of NaN counts as violated: it proves nothing.
         return ~(self.violations <= self.tolerance)
 
     def __repr__(self):
@@ -87,34 +87,34 @@ class Report:
 
 @dataclass(frozen=True, repr=False)
 class ExactReport(Report):
-    """The violation in every affine region of a segment or a rectangle; a region is what a point is in a `Report`.
+    """The violation in every affine region of a segment or a rectangle: `Report` with regions in place of points.
 
     Attributes:
-        regions: the regions, with their corners in coordinates of the domain and their part of it.
-        mean: over the domain: each region by its size.
-        violated: the part of the domain.
+        regions: the regions: their corners, in coordinates of the domain, and the fraction of it that they cover.
+        mean: over the domain, each region weighed by its size.
+        violated: the fraction of the domain.
     """
 
     regions: list[Region] = field(default_factory=list)
 
     @property
     def sizes(self) -> np.ndarray:
-        """The part of the domain that each region is, `(N,)`."""
+        """The fraction of the domain that each region covers, `(N,)`."""
         return np.array([region.size for region in self.regions])
 
     @property
     def mean(self) -> float:
-        """Over the domain."""
+        """The mean over the domain."""
         return float(self.sizes @ self.violations)
 
     @property
     def violated(self) -> float:
-        """The part of the domain."""
+        """The violated fraction of the domain."""
         return float(self.sizes @ self._is_violated)
 
     @property
     def holds(self) -> bool:
-        """Whether no region is violated, however small."""
+        """Whether no region is violated, however small it is."""
         return len(self.worst) == 0
 
     def __repr__(self):
@@ -135,17 +135,17 @@ def verify(model, constraint: Constraint, x, labels=None, seed: int = 0) -> Repo
 
     Args:
         model: a Keras model, or a `JacobianModel`.
-        constraint: any; its enforcement and `at` do not matter.
+        constraint: any constraint; its enforcement and `at` do not matter.
         x: points `(N, …)`; or a `Segment` or a `Rectangle`, on which every affine region of a piecewise affine model is
-            found and nothing is left out. There the constraint must be one on `J` in directions that are the same
-            everywhere, and the model's kinks those of masks: ReLU and its kin, on a segment max pooling too. What is
-            narrower than a millionth of the domain (1e-12 in float64) is not told apart.
+            found, so that nothing is left out. The constraint must then be one on `J` in directions that are the same
+            everywhere, and the model's kinks those of masks: ReLU and similar ones, on a segment also max pooling.
+            Regions narrower than a millionth of the domain (1e-12 in float64) are not found.
         labels: for `KnownDerivative`, a dict of `(N, …)`.
         seed: of random directions.
 
     Returns:
-        A `Report`, or an `ExactReport`. Where an output of the model is not finite, the violation is NaN, and counts as
-        one.
+        A `Report`, or an `ExactReport`. If an output of the model is not finite, the violation is NaN, and counts as
+        violated.
 
     Raises:
         ValueError: `x` or a label is not finite; the constraint does not fit the model; on a segment or a rectangle,
@@ -187,7 +187,7 @@ def verify(model, constraint: Constraint, x, labels=None, seed: int = 0) -> Repo
 
 
 def _violations(model, constraint: Constraint, x, labels, seed: int) -> np.ndarray:
-    """Of all points, a batch after the other: `(N, C)`."""
+    """The violations at all points, computed batch by batch: `(N, C)`."""
     leaves = [checks.tensor("x", leaf) for leaf in tree.flatten(x)]
     if not leaves or any(len(leaf.shape) == 0 or leaf.shape[0] != leaves[0].shape[0] for leaf in leaves):
         raise checks.invalid("x", "points (N, …), as many in each input", x)
@@ -211,7 +211,7 @@ def _violations(model, constraint: Constraint, x, labels, seed: int) -> np.ndarr
 
 
 def _check_finite(argument: str, given) -> None:
-    """Raises unless all numbers are finite: the slope of a ReLU at NaN is 0, which would obey any bound."""
+    """Raises unless all numbers are finite: the slope of a ReLU at NaN is 0, which satisfies any bound."""
     for leaf in tree.flatten(given):
         array = np.atleast_1d(0 if leaf is None else ops.convert_to_numpy(checks.tensor(argument, leaf)))
         finite = array.dtype.kind in "iub" or np.isfinite(array)

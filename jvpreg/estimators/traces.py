@@ -37,8 +37,7 @@ def trace(
     Returns:
         An `Estimate`, each part `(B,)`, unbiased. `num_matvecs` is what was computed: a multiple of 3 for Hutch++ and
         of 2 for XTrace. The estimates that XTrace averages share their products, so its `sem` is too small if the
-        spectrum
-        decays: about 0.7 of the spread.
+        spectrum decays: about 0.7 of the spread.
 
     Raises:
         ValueError: an argument is out of its range, or `J` is not square.

@@ -112,7 +112,7 @@ def test_what_does_not_fit_the_model(constraint, sizes, message, shape_known):
         (lambda: AugmentedLagrangian(0.0), "`rho`. Expected a finite number above 0"),
         (lambda: AugmentedLagrangian(1.0, update_every=0), "`update_every`"),
         (lambda: Bounded(1.0, 0.0, [0]), "`low`. Expected a bound that is not above `high`, which is 0.0"),
-        (lambda: Bounded(None, None, [0]), "`low`. Expected a bound where `high` is none, which is None"),
+        (lambda: Bounded(None, None, [0]), "`low`. Expected a bound if `high` is none, which is None"),
         (lambda: Lipschitz(0.0), "`bound`"),
         (lambda: Lipschitz(1.0, norm=3), "`norm`"),
         (lambda: Lipschitz(1.0, side="both"), "`side`"),
