@@ -1,7 +1,7 @@
 """Checks of arguments: one function for each kind, and one form for the error, which names the argument.
 
-Each returns the value as the caller is to keep it (a plain number where NumPy's was given), or raises a ValueError
-before anything is computed. They look at Python values, shapes and dtypes; only `classes` reads a tensor's numbers.
+Each returns the value for the caller to keep (a plain number for one of NumPy's), or raises a ValueError before
+anything is computed. They look at Python values, shapes and dtypes; only `classes` reads a tensor's numbers.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ from keras import ops
 LONGEST = 300  # characters of a value in an error
 MOST_ENTRIES = 16  # of an array that is shown as it is
 NUMBERS = "a dense array of real numbers"
-# What a ragged or sparse tensor of a backend has, and no dense one: by class, each backend would have to be imported.
+# Attributes that ragged and sparse tensors have, and dense ones do not. Their classes would have to be imported.
 RAGGED_OR_SPARSE = ("row_splits", "dense_shape", "nse", "is_sparse", "is_sparse_csr", "is_nested")
 
 
@@ -31,7 +31,7 @@ def invalid(name: str, expected: str, value, owner: str = "") -> ValueError:
         name: of the argument, as its caller writes it.
         expected: what was expected, in words.
         value: what was received.
-        owner: whose argument it is, where the name alone does not tell.
+        owner: whose argument it is, if its name alone does not tell.
     """
     of = f" of {owner}" if owner else ""
     received = f"Received: {name}={described(value)}"
@@ -39,7 +39,7 @@ def invalid(name: str, expected: str, value, owner: str = "") -> ValueError:
 
 
 def described(value) -> str:
-    """A value for an error: an array or a tensor by its shape, anything else as it prints, cut where it is long."""
+    """A value for an error: an array or a tensor by its shape, anything else as it prints, shortened if it is long."""
     if _is_ragged_or_sparse(value):
         return f"a ragged, sparse or symbolic {type(value).__name__}"  # which may have no shape to be told
     if hasattr(value, "shape") and hasattr(value, "dtype"):
@@ -70,7 +70,7 @@ def number(
     finite: bool = True,
     owner: str = "",
 ) -> Any:
-    """A number within bounds, `least` and `most` included, `above` and `below` not; finite, if that is not waived."""
+    """A number within bounds: `least` and `most` included, `above` and `below` not; it must be finite if `finite`."""
     if optional and value is None:
         return None
     bounds = [
@@ -97,7 +97,7 @@ def boolean(name: str, value, optional: bool = False) -> Any:
 
 def choice(name: str, value, choices: Collection) -> Any:
     """One of the choices."""
-    # No comparison with arrays, nor with True, which equals 1.
+    # Not compared with arrays; nor with True, which equals 1.
     comparable = value is None or isinstance(value, str) or is_integer(value)
     found = [known for known in choices if comparable and value == known]
     if not found:
@@ -146,11 +146,11 @@ def packages(owner: str, extra: str, *needed: str) -> None:
 
     Args:
         owner: what needs them.
-        extra: of this package, which installs them.
-        needed: their names, as they are imported.
+        extra: the extra of this package that installs them.
+        needed: the names by which they are imported.
 
     Raises:
-        ImportError: one is not, and what to do.
+        ImportError: one is not installed; the message says how to install it.
     """
     if missing := [package for package in needed if importlib.util.find_spec(package) is None]:
         raise ImportError(f"`{owner}` needs {' and '.join(missing)}. Install with `pip install jvpreg[{extra}]`.")
@@ -164,7 +164,7 @@ def function(name: str, value, expected: str, optional: bool = False) -> Any:
 
 
 def seed(name: str, value, generator: bool = False, optional: bool = False) -> Any:
-    """An integer, 0 or more; where they are taken, a generator or None."""
+    """An integer, 0 or more; a generator or None only if they are allowed."""
     if (optional and value is None) or (generator and isinstance(value, keras.random.SeedGenerator)):
         return value
     if not is_integer(value) or value < 0:
@@ -174,12 +174,12 @@ def seed(name: str, value, generator: bool = False, optional: bool = False) -> A
 
 
 def is_integer(value) -> bool:
-    """Whether it is one number, whole, and no boolean. NumPy's pass."""
+    """Whether it is one integer, and not a boolean. NumPy's integers pass."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_real(value) -> bool:
-    """Whether it is one real number, and no boolean. NumPy's pass."""
+    """Whether it is one real number, and not a boolean. NumPy's numbers pass."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
@@ -187,7 +187,7 @@ def float_dtype(name: str, value) -> str:
     """The name of a floating-point dtype."""
     try:
         dtype = keras.backend.standardize_dtype(value)
-    except Exception:  # What is no dtype at all fails in ways of its own.
+    except Exception:  # Not a dtype at all: backends fail in different ways.
         dtype = ""
     if not dtype or not keras.backend.is_float_dtype(dtype):
         raise invalid(name, "a floating-point dtype", value)
@@ -201,7 +201,7 @@ def tensor(name: str, value, dtype=None):
         raise invalid(name, NUMBERS, value)
     try:
         return ops.convert_to_tensor(value, dtype=dtype)
-    except Exception as error:  # Each backend has its own.
+    except Exception as error:  # Each backend has its own errors.
         raise invalid(name, NUMBERS, value) from error
 
 
@@ -214,13 +214,13 @@ def array(name: str, value) -> np.ndarray:
 
 
 def classes(name: str, indices, num_classes: int) -> None:
-    """Raises if there is no such class, as far as the indices can be read: a tensor in a graph cannot."""
+    """Raises if there is no such class, unless the indices are a tensor in a graph, which cannot be read."""
     try:
         array = np.asarray(indices if isinstance(indices, (np.ndarray, np.generic)) else ops.convert_to_numpy(indices))
     except Exception:  # A tensor that has no value yet. Each backend has its own error.
         return
     if array.dtype.kind not in "iuf":
-        raise invalid(name, "classes, whole numbers", indices)
+        raise invalid(name, "classes, integers", indices)
     wrong = (array < 0) | (array >= num_classes) | (array != np.floor(array))
     if wrong.any():
         expected = f"classes from 0 to {num_classes - 1}"
@@ -230,12 +230,12 @@ def classes(name: str, indices, num_classes: int) -> None:
 
 
 def _as_array(value) -> np.ndarray | None:
-    """Numbers, or lists of them, as an array; None where they are none."""
+    """Numbers, or lists of them, as an array; None if they are not numbers."""
     if isinstance(value, keras.KerasTensor) or value is None:
         return None
     try:
         return np.asarray(value)
-    except Exception:  # Lists of several lengths, tensors of a graph.
+    except Exception:  # For example lists of different lengths, tensors of a graph.
         leaves = keras.tree.flatten(value)
         return leaves[0] if leaves and all(hasattr(leaf, "dtype") for leaf in leaves) else None
 

@@ -1,6 +1,6 @@
-"""What Keras does with trees of tensors, and looks for symbols in, without the trees where there is but one tensor.
+"""Keras' functions for trees of tensors, and its searches for symbols, without a tree if there is only one tensor.
 
-Run eagerly, on Torch above all, they take more time than many an operation.
+In eager mode, above all on Torch, they take more time than many operations.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from keras import ops, tree
 
 
 def map_leaves(function: Callable, structure):
-    """`tree.map_structure`, without a tree where the structure is but a leaf."""
+    """`tree.map_structure`, without a tree if the structure is a single leaf."""
     nested = isinstance(structure, (list, tuple, dict))
     return tree.map_structure(function, structure) if nested else function(structure)
 

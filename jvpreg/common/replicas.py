@@ -1,6 +1,6 @@
-"""The replicas of `tf.distribute`: each takes a part of a batch, and some things are of the batch as a whole.
+"""The replicas of `tf.distribute`: each takes a part of a batch, and some results are those of the batch as a whole.
 
-On one device all of this is the identity. So it is on JAX, whose arrays are those of all devices together.
+On one device all of this is the identity; also on JAX, whose arrays are those of all devices together.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from keras import ops
 
 
 def number() -> int:
-    """How many replicas take this step; 1 where it is not taken by replicas."""
+    """The number of replicas that take this step; 1 if it is not taken by replicas."""
     context = _context()
     return 1 if context is None else context.num_replicas_in_sync
 
@@ -39,28 +39,28 @@ def total(tensors: list) -> list:
 
 
 def gathered(tensor):
-    """The tensors of all replicas, of one shape, `(number of replicas, …)`; those of the others have no gradient."""
+    """The tensors of all replicas, of one shape: `(number of replicas, …)`. Those of the others have no gradient."""
     return total([_in_its_place(tensor)])[0]
 
 
 def part_of_batch(size) -> tuple:
-    """How many examples the whole batch has, if this replica has `size` of them, and the index of its first."""
+    """The number of examples in the whole batch, if this replica has `size` of them, and the index of its first one."""
     if number() == 1:
         return size, 0
-    # As floats, since whole numbers of 32 bits are kept on the host, from where devices do not add them up.
+    # As floats: 32-bit integers are kept on the host, where devices do not sum them.
     sizes = ops.cast(gathered(ops.cast(size, "float32")), "int32")
     return ops.sum(sizes), ops.sum(sizes[: _place()])
 
 
 def own_part(tensor, size, start, axis: int = 0):
-    """What belongs to this replica's `size` examples, of a tensor that was made for the whole batch."""
+    """This replica's part, for its `size` examples, of a tensor that was made for the whole batch."""
     if number() == 1:
         return tensor
     return ops.take(tensor, start + ops.arange(size), axis=axis)
 
 
 def chosen_here(chosen, size, start):
-    """Of the indices of chosen examples of the whole batch, those of this replica's, counted from its first."""
+    """Of the indices of chosen examples of the whole batch, those of this replica, counted from its first example."""
     if number() == 1:
         return chosen
     here = ops.logical_and(chosen >= start, chosen < start + size)
@@ -68,30 +68,30 @@ def chosen_here(chosen, size, start):
 
 
 def own_points(points):
-    """This replica's of the points `(N, …)` that each of them has drawn."""
+    """This replica's share of the points `(N, …)`, all of which every replica has drawn."""
     count, replicas, place = points.shape[0], number(), _place()
     return points if replicas == 1 else points[count * place // replicas : count * (place + 1) // replicas]
 
 
 def rolled(tensor):
-    """For each example that before it in the whole batch; for the first one the last: `(B, …)`."""
+    """For each example the one before it in the whole batch, for the first one the last: `(B, …)`."""
     if number() == 1:
         return ops.roll(tensor, 1, axis=0)
     size = ops.shape(tensor)[0]
-    # A sum, since at the end of the data a replica may have no example, and so no last one.
+    # A sum: at the end of the data a replica may have no example, and so no last one.
     sizes, lasts = gathered(ops.cast(size, "float32")), gathered(ops.sum(tensor[-1:], axis=0))
-    # The nearest of the replicas before this one that has an example; the last of the order is this one.
+    # The nearest earlier replica that has an example; the search ends at this replica itself.
     order = ops.convert_to_tensor([(_place() - i) % number() for i in range(1, number() + 1)])
     nearest = ops.take(order, ops.argmax(ops.take(sizes, order) > 0))
     return ops.concatenate([ops.expand_dims(lasts[nearest], 0), tensor], axis=0)[:size]
 
 
 class Combined(NamedTuple):
-    """What several replicas have found, put together.
+    """The results of several replicas, combined.
 
     Attributes:
-        for_loss: the means of all, whose gradient is what this replica's examples contribute, times the number of
-            replicas: Keras divides losses by it, and adds up the gradients.
+        for_loss: the means of all. Their gradient is the contribution of this replica's examples, times the number of
+            replicas, since Keras divides losses by that number and sums the gradients.
         means: the means of all.
         measured: the measured numbers of all.
         sums: the sums of all.
@@ -104,13 +104,13 @@ class Combined(NamedTuple):
 
 
 def combine(means, counts, measured: Sequence = (), kinds: Sequence[tuple[int, str]] = (), sums: Sequence = ()):
-    """Puts together what replicas have found, by one reduction.
+    """Combines the results of replicas, by one reduction.
 
     Args:
         means: over this replica's examples, `(R,)`.
-        counts: over how many, `(R,)`.
+        counts: the number of these examples, `(R,)`.
         measured: further numbers.
-        kinds: of each of these, to which of the means it belongs, and its kind: `"max"`, or what is averaged.
+        kinds: for each of these, the index of the mean to which it belongs, and its kind: `"max"`; others are averaged.
         sums: over this replica's examples, tensors of any shape.
 
     Returns:

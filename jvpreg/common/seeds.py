@@ -1,4 +1,4 @@
-"""Seeds whose draws have nothing in common: neighbouring ones, and those of the parts of one model."""
+"""Seeds whose draws are independent: neighbouring seeds, and the seeds of the parts of one model."""
 
 import keras
 import numpy as np
@@ -6,23 +6,23 @@ from keras import ops
 
 
 def generator(seed: int | None, use: int = 0) -> keras.random.SeedGenerator:
-    """A generator for one of the uses that a user's seed has.
+    """A generator for one of several uses of a user's seed.
 
     Args:
         seed: an integer, or None for one that Keras draws.
-        use: which of them: no two share a draw, nor does one with what else was given the same seed.
+        use: the number of the use. No two uses share a draw with each other, or with anything else of the same seed.
     """
-    # What is no integer is Keras' to refuse.
+    # Keras refuses what is not an integer.
     return independent(keras.random.SeedGenerator(derived(seed, use) if isinstance(seed, int) else seed))
 
 
 def derived(seed: int, use: int) -> int:
-    """The seed of one of the uses that a whole seed has."""
+    """An integer seed for one of several uses of a seed."""
     return _hash(seed, use, 1)  # three numbers, so that it is none of a generator's own draws
 
 
 def independent(seed):
-    """The same seed or generator for `keras.random`, such that no draw of it is a later one of a neighbouring seed.
+    """The same seed or generator for `keras.random`, but none of its draws is a later draw of a neighbouring seed.
 
     Keras seeds Torch with the sum of a generator's seed and its count, so that draw i + 1 of seed 0 would be draw i of
     seed 1. On TensorFlow and JAX both numbers are the key, and the generator itself is returned.
@@ -37,7 +37,7 @@ def independent(seed):
 
 
 class _Hashed(keras.random.SeedGenerator):
-    """Another generator, by whose state it draws and is saved: what it returns is a hash of both of its numbers."""
+    """A generator with the state of another one. What it returns is a hash of both numbers of this state."""
 
     def __init__(self, generator: keras.random.SeedGenerator):
         self.__dict__.update(vars(generator))
