@@ -21,10 +21,10 @@ def compare(config: CompareConfig) -> dict[str, Any]:
         config: the shared configuration and the strengths.
 
     Returns:
-        What `comparison.json` holds: a row a run, and the machine that the times are from.
+        The content of `comparison.json`: one row for each run, and the machine on which the times were taken.
 
     Raises:
-        ExperimentError: where the folder holds runs of another configuration, or a key does not fit.
+        ExperimentError: the folder holds runs of another configuration, or a key does not fit.
     """
     devices.check_one_host(config.train, "compare")
     parent = Path(config.folder or f"runs/compare_{config.train.data.name}_{config.train.model.name}")
@@ -40,12 +40,12 @@ def compare(config: CompareConfig) -> dict[str, Any]:
 
 
 def run_name(strength: float) -> str:
-    """How a run is called in its folder's name, in the table and in the figure."""
+    """The name of a run in its folder's name, in the table and in the figure."""
     return f"strength {strength:g}" if strength else "plain"
 
 
 def run_config(config: CompareConfig, strength: float, parent: Path) -> TrainConfig:
-    """The configuration of one run, which goes on where its folder holds an interrupted one."""
+    """The configuration of one run; if its folder holds an interrupted run, it is continued."""
     folder = parent / run_name(strength).replace(" ", "-")
     return dataclasses.replace(
         config.train,
@@ -66,10 +66,10 @@ class Run(NamedTuple):
         return RunFolder(Path(self.config.folder or ""))
 
     def result(self) -> dict[str, Any]:
-        """The figures of the run, which is trained if it is not finished.
+        """The figures of the run. The run is trained if it is not finished.
 
         Raises:
-            ExperimentError: the folder holds a run of another configuration, or another process is at it.
+            ExperimentError: the folder holds a run of another configuration, or another process works in it.
         """
         if not self.folder.is_finished and not locks.is_held(self.folder.lock):
             Console().rule(self.folder.path.name)
@@ -77,10 +77,10 @@ class Run(NamedTuple):
 
 
 def step_seconds(config: CompareConfig, folders: dict[str, RunFolder]) -> dict[str, float]:
-    """Seconds a training step of each run, by the run's name.
+    """The seconds of a training step of each run, by the run's name.
 
-    Measured after training and in turn: an epoch's time tells as much of the machine's other work. On one device,
-    however many trained.
+    They are measured after training and in turn, since the time of an epoch also depends on the machine's other work;
+    and on one device, even if several trained.
     """
     batches = training_batches(config.train, data.load(config.train.data))
     models = {name: keras.models.load_model(folder.model) for name, folder in folders.items()}

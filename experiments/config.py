@@ -1,4 +1,4 @@
-"""Every key of a study's YAML file. Nothing here imports Keras, so that a typing error is told at once."""
+"""Every key of a study's YAML file. Nothing here imports Keras, so that a typing error is reported at once."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ class DataConfig:
     """digits comes with scikit-learn; the others through tensorflow-datasets, under TFDS_DATA_DIR."""
 
     train_examples: PositiveInt | None = None
-    """Train on a fixed, class-balanced subset of this many examples; on all of them by default."""
+    """Train on a fixed, class-balanced subset of this many examples; by default on all."""
 
     augment: bool = True
     """Random shifts by up to 4 pixels and left-right flips. Digits are never augmented."""
@@ -35,10 +35,10 @@ class ModelConfig:
     """Channels of the first stage, or units of each hidden layer of the MLP. A linear model has none."""
 
     batch_normalization: bool = True
-    """After each convolution; if not, the convolutions have biases."""
+    """Batch normalization after each convolution; without it, the convolutions have biases."""
 
     dropout: Dropout = 0.0
-    """Rate of the dropout on the last features, of a convolutional network before they are averaged."""
+    """Rate of the dropout on the last features; in a convolutional network, before they are averaged."""
 
 
 @dataclass
@@ -63,16 +63,16 @@ class JacobianConfig:
     """0 trains the plain model, with no penalty at all."""
 
     num_probes: PositiveInt = 1
-    """Random directions an example and step."""
+    """Random directions for each example in each step."""
 
     side: Literal["input", "output"] = "input"
     """Probe by `J u` with u like the input, or by `J^T v` with v like the logits."""
 
     interval: PositiveInt = 1
-    """Compute the penalty every so many steps, multiplied by as many."""
+    """k: compute the penalty in every k-th step, multiplied by k."""
 
     fraction: PositiveFraction = 1.0
-    """Compute the penalty on this part of each batch."""
+    """Compute the penalty on this fraction of each batch."""
 
 
 @dataclass
@@ -80,30 +80,30 @@ class ProbeConfig:
     """How often, and on how many test images, the health of the Jacobian is measured."""
 
     examples: PositiveInt = 64
-    """The first so many test images."""
+    """The number of test images, taken from the first on."""
 
     every_epochs: PositiveInt = 1
-    """Measure after every so many epochs."""
+    """Measure after every n-th epoch."""
 
     singular_values: PositiveInt = 5
-    """How many of the largest are measured; at most as many as there are classes."""
+    """How many of the largest singular values are measured; at most the number of classes."""
 
     pictures_every: PositiveInt = 5
-    """Draw the pictures anew after every so many measurements, and at the end."""
+    """Draw the pictures after every n-th measurement, and at the end."""
 
 
 @dataclass
 class GuardConfig:
-    """When the mean norm of the Jacobian counts as lost: against the median of the last five measurements."""
+    """When the mean norm of the Jacobian counts as lost, compared with the median of the last five measurements."""
 
     action: Literal["warn", "stop", "off"] = "warn"
-    """What to do about it; either way it is said in which layer it began."""
+    """stop ends training, warn goes on; both warn, and say in which layer it began. off: there is no guard."""
 
     explosion: PositiveFloat = 10.0
-    """How many times the reference it may be."""
+    """A norm above this many times the median counts as an explosion."""
 
     collapse: PositiveFloat = 0.1
-    """Which part of the reference it must be."""
+    """A norm below this fraction of the median counts as a collapse."""
 
 
 @dataclass
@@ -111,7 +111,7 @@ class RobustnessConfig:
     """The disturbances of the report after training; all sizes in pixel units, white being 1."""
 
     examples: PositiveInt = 1000
-    """Evaluate on the first so many test images."""
+    """The number of test images, taken from the first on."""
 
     noise: list[PositiveFloat] = field(default_factory=lambda: [0.05, 0.1, 0.2])
     """Standard deviations of the Gaussian noise."""
@@ -123,7 +123,7 @@ class RobustnessConfig:
     """Gradient steps of PGD."""
 
     pgd_step_size: PositiveFloat = 0.25
-    """Length of a PGD step, as a part of epsilon."""
+    """Length of a PGD step, as a fraction of epsilon."""
 
 
 @dataclass
@@ -131,7 +131,7 @@ class WandbConfig:
     """Where the run is tracked."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto is online where a W&B login is found and offline where there is none."""
+    """auto is online if there is a W&B login and a network, otherwise offline."""
 
     project: str = "jvpreg"
     """The W&B project."""
@@ -139,19 +139,19 @@ class WandbConfig:
 
 @dataclass
 class HostsConfig:
-    """Several machines that train one model, on JAX: the same command on each, but for the index."""
+    """Several machines that train one model, on JAX: the same command on each, except for the index."""
 
     count: PositiveInt = 1
-    """How many machines, or processes of one."""
+    """The number of machines, or of processes on one."""
 
     index: NonNegativeInt = 0
-    """Which of them this is, from 0. Host 0 alone writes the run folder and tracks the run."""
+    """The number of this one, from 0. Host 0 alone writes the run folder and tracks the run."""
 
     address: str | None = None
-    """Where the others find host 0, as HOST:PORT; the port is free there."""
+    """The address of host 0, as HOST:PORT; the port must be free there."""
 
     timeout: PositiveInt = 100
-    """So many seconds a host waits for the others: at the start, and in between for a sign of life."""
+    """How many seconds a host waits for the others at the start, and for a sign of life later."""
 
 
 @dataclass
@@ -172,7 +172,7 @@ class TrainConfig:
     """Passes over the training data."""
 
     batch_size: PositiveInt = 128
-    """Examples a step."""
+    """Examples in each step."""
 
     seed: NonNegativeInt = 0
     """Seed of the weights, the batches, the probes, the noise and the attacks."""
@@ -184,12 +184,12 @@ class TrainConfig:
     """The Keras dtype policy."""
 
     devices: PositiveInt = 1
-    """Share each batch among so many GPUs, or parts of the CPU where there is none, on TensorFlow and JAX. Of several
-    hosts each has so many."""
+    """Share each batch among this many GPUs, on TensorFlow and JAX; if there is none, among parts of the CPU. With
+    several hosts, each has this many."""
 
     layout: dict[str, list[str | None]] | None = None
-    """Split these variables over the devices instead, on JAX: from regular expressions of their paths to an entry an
-    axis, "model" where it is split and null where not."""
+    """Split these variables over the devices instead, on JAX: a dict from a regular expression of their paths to one
+    entry for each axis: "model" if it is split, otherwise null."""
 
     folder: str | None = None
     """The run folder; by default one under runs/, named after data, model, strength and seed."""
@@ -206,10 +206,10 @@ class CompareConfig:
     """The configuration that all runs share; strength, folder and resume are set by the comparison."""
 
     strengths: list[NonNegativeFloat] = field(default_factory=lambda: [0.0, 0.01])
-    """One run for each; 0 is the plain model."""
+    """One run for each strength; 0 is the plain model."""
 
     timed_steps: PositiveInt = 20
-    """Training steps of each model that are timed, in turn with the others, after training."""
+    """Training steps that are timed for each model, in turn with the others, after training."""
 
     folder: str | None = None
     """Where the runs and the comparison go; by default one under runs/, named after data and model."""
@@ -217,5 +217,5 @@ class CompareConfig:
 
 def as_plain_dict(config: Any) -> dict[str, Any]:
     """A configuration as nested dicts of plain values, for YAML and W&B."""
-    # Through JSON, because jsonargparse's restricted numbers are classes of their own.
+    # Through JSON, because the restricted numbers of jsonargparse have classes of their own.
     return json.loads(json.dumps(dataclasses.asdict(config)))

@@ -62,7 +62,7 @@ def load(config: DataConfig) -> Dataset:
     """Load a data set into memory.
 
     Raises:
-        ExperimentError: where the images are neither prepared nor to be had, or are too few.
+        ExperimentError: the images are not prepared and cannot be loaded, or are too few.
     """
     dataset = _digits() if config.name == "digits" else _tensorflow_dataset(config.name)
     if config.train_examples is None:
@@ -71,10 +71,10 @@ def load(config: DataConfig) -> Dataset:
 
 
 def balanced_subset(dataset: Dataset, examples: int) -> Dataset:
-    """The data set with so many training examples, the same number of each class, up to one; always the same ones.
+    """The data set with this many training examples, equally many of each class, up to one; always the same ones.
 
     Raises:
-        ExperimentError: there are not so many, or less than one for each class.
+        ExperimentError: there are fewer examples, or fewer are asked for than there are classes.
     """
     available, classes = len(dataset.train), dataset.num_classes
     if not classes <= examples <= available:
@@ -114,15 +114,15 @@ def channel_moments(split: Split) -> tuple[np.ndarray, np.ndarray]:
 class Batches(keras.utils.PyDataset):
     """Shuffled and, if wanted, augmented training batches: a pure function of seed, epoch and index.
 
-    A resumed run therefore sees the batches that the uninterrupted one would have seen, provided
-    that `start_epoch` is called when an epoch begins, as the callback of `order_epochs` does.
+    So a resumed run sees the batches that the uninterrupted one would have seen, if `start_epoch` is called when an
+    epoch begins, as the callback of `order_epochs` does.
 
     Args:
         split: the training examples.
-        batch_size: examples a batch; the last batch of an epoch may be smaller.
+        batch_size: examples in each batch; the last batch of an epoch may be smaller.
         seed: of the order and of the augmentation.
         augment: whether to shift and flip.
-        part: which of the examples of a batch there are, by their number: of several hosts each has its own.
+        part: the numbers of the examples of each batch that belong here: each of several hosts has its own.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Batches(keras.utils.PyDataset):
 def training_batches(
     dataset: Dataset, batch_size: int, seed: int, augment: bool, part: Callable[[int], slice] = slice
 ) -> Batches:
-    """The training batches of a data set; digits are never augmented, for a mirrored 2 is not a 5."""
+    """The training batches of a data set. Digits are never augmented, since a mirrored 2 is not a 5."""
     return Batches(dataset.train, batch_size, seed, augment and dataset.name != "digits", part)
 
 
@@ -203,8 +203,8 @@ def _tensorflow_dataset(name: str) -> Dataset:
 
     if importlib.util.find_spec("tensorflow") is None:
         raise ExperimentError(
-            f"--data.name={name}: tensorflow-datasets reads its files by TensorFlow, which is not installed here, on "
-            "whichever backend a model runs. Run `pip install tensorflow`, or try --data.name=digits."
+            f"--data.name={name}: tensorflow-datasets reads its files with TensorFlow, which is not installed here; "
+            "it is needed on every backend. Run `pip install tensorflow`, or try --data.name=digits."
         )
     builder = tfds.builder(name)
     if not builder.is_prepared():
@@ -221,7 +221,7 @@ def _tensorflow_dataset(name: str) -> Dataset:
 
 
 def _require_connection(name: str, address: str, folder: object) -> None:
-    # tensorflow-datasets would try for more than three minutes before it says that there is no network.
+    # tensorflow-datasets would try for more than three minutes before it reports that there is no network.
     if failure := network.failure(address):
         raise ExperimentError(
             f"The data set {name!r} is not in {folder}, and {address} cannot be reached ({failure}). "

@@ -1,4 +1,4 @@
-"""Several devices: `--devices=N`, of several hosts too, and `--layout` where a model is split over them."""
+"""Several devices: `--devices=N`, also of several hosts, and `--layout` to split a model over them."""
 
 import contextlib
 import functools
@@ -13,15 +13,15 @@ from experiments.data import Dataset
 from experiments.errors import ExperimentError
 
 BATCH, MODEL = "batch", "model"
-"""The axes of a mesh: `DataParallel` has the first one, a layout splits variables along the second."""
+"""The axes of a mesh: `DataParallel` has only the first, a layout splits variables along the second."""
 
 
 @contextlib.contextmanager
 def used(config: TrainConfig) -> Iterator[None]:
-    """A context in which what is built is built on the devices of a configuration. It is entered before all else.
+    """A context in which models are built on the devices of a configuration. Enter it before anything else.
 
     Raises:
-        ExperimentError: the machine has not so many devices.
+        ExperimentError: the machine has fewer devices.
     """
     if config.devices * config.hosts.count == 1:
         yield
@@ -38,7 +38,7 @@ def used(config: TrainConfig) -> Iterator[None]:
 
 @contextlib.contextmanager
 def undistributed() -> Iterator[None]:
-    """A context in which variables are of this host alone: Keras makes some when it first saves a model."""
+    """A context in which variables belong to this host alone: Keras makes some when it first saves a model."""
     distribution = keras.distribution.distribution()
     keras.distribution.set_distribution(None)
     try:
@@ -48,7 +48,7 @@ def undistributed() -> Iterator[None]:
 
 
 def check(config: TrainConfig) -> None:
-    """Raises an ExperimentError where the keys do not fit each other or the backend."""
+    """Raises an ExperimentError if the keys do not fit each other or the backend."""
     backend = keras.backend.backend()
     _check_hosts(config.hosts, backend)
     if config.layout is not None:
@@ -68,7 +68,7 @@ def check(config: TrainConfig) -> None:
 
 
 def check_dataset(config: TrainConfig, dataset: Dataset) -> None:
-    """Raises an ExperimentError where the last batch cannot be shared: JAX divides no batch unevenly."""
+    """Raises an ExperimentError if the last batch cannot be shared: JAX does not divide a batch unevenly."""
     devices = config.devices * config.hosts.count
     if devices == 1 or config.layout is not None or keras.backend.backend() != "jax":
         return
@@ -86,7 +86,7 @@ def check_dataset(config: TrainConfig, dataset: Dataset) -> None:
 
 
 def check_one_host(config: TrainConfig, study: str) -> None:
-    """Raises an ExperimentError where a study is to train on several hosts together, which `train` alone does."""
+    """Raises an ExperimentError if a study other than `train` is to train on several hosts together."""
     if config.hosts != HostsConfig():
         raise ExperimentError(
             f"--train.hosts: `{study}` trains each model on one host; `train` alone takes several. Received: "
@@ -95,7 +95,7 @@ def check_one_host(config: TrainConfig, study: str) -> None:
 
 
 def check_one_device(config: TrainConfig, study: str) -> None:
-    """Raises an ExperimentError where a study is to train on several devices, which it does not."""
+    """Raises an ExperimentError if a study that trains on one device is to use several."""
     check_one_host(config, study)
     if config.devices > 1 or config.layout is not None:
         raise ExperimentError(
@@ -105,7 +105,7 @@ def check_one_device(config: TrainConfig, study: str) -> None:
 
 
 def _named(config: TrainConfig) -> str:
-    """The devices, by the keys that they were asked for with."""
+    """The devices, named by the keys of the command."""
     devices = f"--devices={config.devices}"
     return devices if config.hosts.count == 1 else f"--hosts.count={config.hosts.count} times {devices}"
 
@@ -126,7 +126,7 @@ def _check_hosts(hosts: HostsConfig, backend: str) -> None:
     name, colon, port = (hosts.address or "").rpartition(":")
     if not (name and colon and port.isdigit() and 0 < int(port) < 2**16):
         raise ExperimentError(
-            f"--hosts.address={hosts.address}: expected where host 0 can be found, as HOST:PORT, such as 10.0.0.1:1234."
+            f"--hosts.address={hosts.address}: expected the address of host 0 as HOST:PORT, such as 10.0.0.1:1234."
         )
 
 
@@ -149,9 +149,9 @@ def _check_layout(config: TrainConfig, backend: str) -> None:
 
 @functools.cache
 def _mirrored(count: int):
-    """A MirroredStrategy over GPUs, or where there are none over logical devices of the CPU.
+    """A MirroredStrategy over GPUs; if there are none, over logical devices of the CPU.
 
-    One for all runs of a process: TensorFlow takes the reductions of a second one for those of the first.
+    All runs of a process share it: TensorFlow takes the reductions of a second strategy for those of the first.
     """
     import tensorflow as tf
 
@@ -160,7 +160,7 @@ def _mirrored(count: int):
         _check_there_are(len(gpus), count, "GPU")
         return tf.distribute.MirroredStrategy([f"GPU:{i}" for i in range(count)])
     cpu = tf.config.list_physical_devices("CPU")[0]
-    # TensorFlow has started where something has run before: it then keeps the devices that it has.
+    # If TensorFlow has already started, it keeps the devices that it has.
     with contextlib.suppress(RuntimeError):
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * count)
     _check_there_are(len(tf.config.list_logical_devices("CPU")), count, "CPU")
@@ -168,10 +168,10 @@ def _mirrored(count: int):
 
 
 def _distribution(config: TrainConfig) -> Any:
-    """Of JAX: the batch over all devices; with a layout the variables that it names, and the batch stays whole."""
+    """JAX's distribution: of the batch; with a layout, of the variables that it names, and the batch stays whole."""
     import jax
 
-    # JAX has started where something has run before: it then keeps the devices that it has.
+    # If JAX has already started, it keeps the devices that it has.
     with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", config.devices)
     found = [[f"{one.platform}:{one.id}" for one in jax.local_devices(i)] for i in range(jax.process_count())]

@@ -1,7 +1,7 @@
-"""Several hosts that train one model, on JAX: the same command on each, but for `--hosts.index`.
+"""Several hosts that train one model, on JAX: the same command on each, except for `--hosts.index`.
 
-JAX ends a process at once, by an abort in a thread of its own, when another host is lost or none answers. So a host
-works in a second process, and the one that was started waits for it and tells in a sentence what became of it.
+If another host is lost, or none answers, JAX aborts the process at once, from a thread of its own. So a host works
+in a second process, and the process that was started waits for it and reports its end in one sentence.
 
     run(config)                           the process that was started
       python -m experiments.host_process  the process that works
@@ -31,13 +31,13 @@ from experiments.run_folder import RunFolder, differences
 ROOT = Path(__file__).parents[1]
 
 CONFIG, JOINED, OUTCOME, LOG = "config.yaml", "joined", "outcome.json", "log"
-"""What the two processes of a host tell each other, in a temporary folder."""
+"""The messages between the two processes of a host, in a temporary folder."""
 
 PATIENCE = 10
-"""Seconds that a process has to end by itself when it is asked to."""
+"""The seconds that a process has to end by itself after it was asked to."""
 
 _words: dict[str, Any] = {}
-"""Of a process that has joined others: `config`, and whether it has `begun`."""
+"""The state of a process that has joined others: its `config`, and whether training has `begun`."""
 
 
 def run(config: TrainConfig) -> dict[str, Any]:
@@ -47,13 +47,13 @@ def run(config: TrainConfig) -> dict[str, Any]:
         The figures of the run, which are host 0's.
 
     Raises:
-        ExperimentError: one of the hosts cannot do its part, has stopped, or is not to be reached.
+        ExperimentError: one of the hosts cannot do its part, has stopped, or cannot be reached.
     """
     with tempfile.TemporaryDirectory(prefix="host-") as name:
         folder = Path(name)
         (folder / CONFIG).write_text(yaml.safe_dump(as_plain_dict(config)), encoding="utf-8")
         paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        # It ends when its standard input does, and so when this process is killed.
+        # It ends when its standard input closes, and so also when this process is killed.
         worker = subprocess.Popen(
             [sys.executable, "-m", "experiments.host_process", name],
             env={**os.environ, "PYTHONPATH": paths},
@@ -76,7 +76,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
 
 
 def stop(worker: subprocess.Popen) -> None:
-    """End a process: it closes what is open, unless it waits for another host."""
+    """End a process. It closes what is open, unless it waits for another host."""
     worker.terminate()
     try:
         worker.wait(PATIENCE)
@@ -86,7 +86,7 @@ def stop(worker: subprocess.Popen) -> None:
 
 
 def alone(config: HostsConfig) -> str:
-    """What is told where not all hosts came together."""
+    """The message if not all hosts came together."""
     return (
         f"the {config.count} hosts did not come together within --hosts.timeout={config.timeout} seconds. Host 0 "
         f"listens at --hosts.address={config.address}: start the same command on each host, with an --hosts.index of "
@@ -95,10 +95,10 @@ def alone(config: HostsConfig) -> str:
 
 
 def lost(config: HostsConfig) -> str:
-    """What is told where another host stopped in between."""
+    """The message if another host stopped during training."""
     return (
-        f"another host has stopped, or was silent for --hosts.timeout={config.timeout} seconds. What it says itself "
-        "tells why. Then start all hosts again with --resume=auto."
+        f"another host has stopped, or was silent for --hosts.timeout={config.timeout} seconds. Its own message "
+        "says why. Then start all hosts again with --resume=auto."
     )
 
 
@@ -124,7 +124,7 @@ def join(config: TrainConfig) -> None:
             raise ExperimentError(f"--hosts.address={address}: host 0 cannot listen there ({error}).") from error
     jax.config.update("jax_num_cpu_devices", config.devices)
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM
-    # `keras.distribution.initialize` calls just this, without the limits of time.
+    # `keras.distribution.initialize` calls only this, without the time limits.
     jax.distributed.initialize(
         address,
         hosts.count,
@@ -139,7 +139,7 @@ def join(config: TrainConfig) -> None:
 
 
 def exchange(word: bytes) -> list[bytes]:
-    """What each host says here, in their order; all must be here."""
+    """The words of all hosts, in their order. It waits until every host is here."""
     from jax.experimental import multihost_utils
 
     sizes = multihost_utils.process_allgather(np.array([len(word)]))[:, 0]
@@ -153,14 +153,14 @@ def have_begun() -> bool:
 
 
 def begin(folder: RunFolder, **word: Any) -> dict[str, Any]:
-    """Agree to train, which each host does once; the others get the state of host 0's run in their folders.
+    """Agree to train, once on each host. The other hosts get the state of host 0's run in their folders.
 
     Args:
-        folder: on host 0 of the run, on another one an empty one.
-        **word: `error`, why this host cannot do its part; or of host 0 the `result` of a run that is finished.
+        folder: on host 0 the run's folder, on another host an empty one.
+        **word: `error`, why this host cannot do its part; on host 0 also the `result` of a run that is finished.
 
     Returns:
-        The word of host 0; an empty one where the process has not joined others.
+        The word of host 0; an empty one if the process has not joined others.
 
     Raises:
         ExperimentError: a host cannot do its part, or was given another command.
@@ -194,19 +194,19 @@ def packed(folder: RunFolder) -> bytes:
 
 
 def end(result: dict[str, Any]) -> dict[str, Any]:
-    """Wait for all, and for the result of host 0, which alone has one."""
+    """Wait for all hosts, and for the result of host 0, which alone has one."""
     if not have_begun():  # the run was finished
         begin(RunFolder(Path()), result=result)
     return json.loads(exchange(json.dumps(result).encode())[0])
 
 
 def part(config: HostsConfig, size: int) -> slice:
-    """Which of a batch of so many examples are this host's."""
+    """The part of a batch of this size that belongs to this host."""
     share = size // config.count
     return slice(config.index * share, (config.index + 1) * share)
 
 
 def part_of_batches(config: HostsConfig, count: int, batch_size: int) -> np.ndarray:
-    """The indices of this host's examples, of so many that are taken in batches."""
+    """The indices of this host's examples, out of `count` that are taken in batches."""
     batches = [np.arange(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     return np.concatenate([batch[part(config, len(batch))] for batch in batches])

@@ -1,4 +1,4 @@
-"""A run's folder: what lies where in it, and whether a run may start or continue there.
+"""A run's folder: what it holds, and whether a run may start or continue there.
 
 config.yaml       the configuration
 history.csv       a row an epoch
@@ -9,7 +9,7 @@ model.keras       the trained model
 robustness.json   accuracy under noise and attack
 result.json       the figures in one place; written last, so that it marks a finished run
 wandb/            what Weights & Biases writes
-lock              held by the process that works here; lock.json tells which it is, or was
+lock              held by the process that works here; lock.json says which one that is, or was
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from experiments.backup import Backups, Progress, as_csv
 from experiments.config import TrainConfig, as_plain_dict
 from experiments.errors import ExperimentError, say
 
-# A run is the same run wherever its folder lies and however often it was interrupted.
+# A run stays the same run wherever its folder is and however often it was interrupted.
 NOT_COMPARED = ("folder", "resume", "hosts.index", "hosts.address", "hosts.timeout")
 
 
@@ -58,7 +58,7 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether a run was brought to its end here."""
+        """Whether a run was finished here."""
         return self.read_result() is not None
 
     def held(self) -> contextlib.AbstractContextManager[None]:
@@ -73,14 +73,14 @@ class RunFolder:
         return locks.held(self.lock, self.path)
 
     def check(self, config: TrainConfig) -> Progress:
-        """See whether a run may start here, or go on. Nothing is changed.
+        """See whether a run may start or continue here. Nothing is changed.
 
         Returns:
             How far the run has come.
 
         Raises:
-            ExperimentError: where the folder holds a run and is to start one, holds none and is to resume
-                one, or holds a run of another configuration.
+            ExperimentError: the folder holds a run and is to start one, holds none and is to resume one, or holds a
+                run of another configuration.
         """
         if self.holds_run and not config.resume:
             raise ExperimentError(
@@ -99,7 +99,7 @@ class RunFolder:
         return progress
 
     def open(self, progress: Progress) -> None:
-        """Prepare the folder for a run that has come so far; damaged files are mended. Only for whoever holds it."""
+        """Prepare the folder for a run that has made this progress, and mend damaged files. Only for its holder."""
         files.discard_unfinished(self.path)
         for unfinished in self.jacobian.glob(".*"):  # a measurement or a picture
             files.discard(unfinished)
@@ -107,7 +107,7 @@ class RunFolder:
         self._mend(self.history, as_csv(progress.rows) if progress.rows else None)
 
     def read_history(self) -> dict[str, list[float]]:
-        """The columns of the history, with one value an epoch; empty before the first epoch's end."""
+        """The columns of the history, with one value for each epoch; empty before the end of the first epoch."""
         if not self.history.exists():
             return {}
         rows = list(csv.DictReader(io.StringIO(self.history.read_text())))
@@ -119,7 +119,7 @@ class RunFolder:
         return found if found and "robustness" in found and is_archive(self.model) else None
 
     def _stored_config(self, wanted: dict[str, Any]) -> dict[str, Any] | None:
-        # Of a run without a backup: no epoch is lost if it begins anew.
+        # For a run without a backup: no epoch is lost if it starts again.
         try:
             stored = yaml.safe_load(self.config.read_text(encoding="utf-8"))
         except (FileNotFoundError, UnicodeDecodeError, yaml.YAMLError):

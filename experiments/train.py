@@ -22,20 +22,20 @@ from experiments.errors import ExperimentError, say
 from experiments.run_folder import RunFolder, is_archive
 
 MONITOR = "val_accuracy"
-"""What the best model is the best by."""
+"""The measure by which the best model is chosen."""
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
-    """Train one model, or go on with its training, and fill its run folder.
+    """Train one model, or continue its training, and fill its run folder.
 
     Args:
         config: what to train; see `experiments.config`.
 
     Returns:
-        What `result.json` holds: the figures after the last epoch.
+        The content of `result.json`: the figures after the last epoch.
 
     Raises:
-        ExperimentError: where the data or W&B cannot be had, or the folder does not fit or is in use; see
+        ExperimentError: the data or W&B is not available, or the folder does not fit or is in use; see
             `RunFolder.open`.
     """
     devices.check(config)
@@ -50,9 +50,9 @@ def train(config: TrainConfig) -> dict[str, Any]:
 
 
 def train_on(config: TrainConfig, folder: RunFolder, progress: Progress) -> dict[str, Any]:
-    """Train what is left of a run and report on it, in a folder that is held."""
+    """Train the remaining epochs of a run and report on it, in a folder that this process holds."""
     with devices.used(config):
-        # All of these may fail, and must leave no run behind that would have to be resumed.
+        # All of these may fail, and must not leave a run behind that would have to be resumed.
         dataset, mode = prepare(config), tracking.mode(config.wandb)
         hosts.begin(folder)
         folder.open(progress)
@@ -77,7 +77,7 @@ def train_on(config: TrainConfig, folder: RunFolder, progress: Progress) -> dict
 
 
 def follow(config: TrainConfig) -> dict[str, Any]:
-    """Train what is left of a run together with host 0, and write nothing of it.
+    """Train the remaining epochs of a run together with host 0, and write nothing of it.
 
     Returns:
         Nothing: host 0 has the figures.
@@ -95,10 +95,10 @@ def follow(config: TrainConfig) -> dict[str, Any]:
 
 
 def prepare(config: TrainConfig) -> data.Dataset:
-    """Set what holds for a whole process, and load the data.
+    """Set what applies to a whole process, and load the data.
 
     Raises:
-        ExperimentError: the data cannot be had, or not be shared by the devices.
+        ExperimentError: the data is not available, or the devices cannot share it.
     """
     keras.utils.set_random_seed(config.seed)
     keras.config.set_dtype_policy(config.precision)
@@ -108,14 +108,14 @@ def prepare(config: TrainConfig) -> data.Dataset:
 
 
 def restore(model: jvpreg.JacobianModel, folder: RunFolder, progress: Progress) -> None:
-    """Bring the model to where the run has come, and see whether the best model is there."""
+    """Bring the model to the state that the run has reached, and look for the best model."""
     folder.backups.restore(model)
     if progress.best is None or is_archive(folder.best_model):
         return
     if progress.rows[-1][MONITOR] == progress.best:
         save_model(model, folder.best_model)
     else:
-        say(f"{folder.best_model} is damaged or not there. Of the epochs that are left, the best is kept.")
+        say(f"{folder.best_model} is damaged or missing. The best model of the remaining epochs is kept.")
         progress.best = None
 
 
@@ -134,19 +134,19 @@ def trained_model(folder: str) -> keras.Model:
 
 
 def trained_dataset(folder: str) -> data.Dataset:
-    """The data set of a run, as it was trained on."""
+    """The data set on which a run was trained."""
     path = RunFolder(Path(folder)).config
     try:
         config = DataConfig(**yaml.safe_load(path.read_text(encoding="utf-8"))["data"])
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError) as error:
         raise ExperimentError(
-            f"{path} does not tell what the model was trained on. `train` with --resume=true mends it."
+            f"{path} does not say on what data the model was trained. `train` with --resume=true mends it."
         ) from error
     return data.load(config)
 
 
 def default_folder(config: TrainConfig) -> str:
-    """The folder of a run that names none."""
+    """The folder of a run whose configuration names none."""
     strength = f"strength-{config.jacobian.strength:g}"
     return f"runs/{config.data.name}_{config.model.name}_{strength}_seed-{config.seed}"
 
@@ -180,14 +180,14 @@ def compiled_model(config: TrainConfig, dataset: data.Dataset, steps: int) -> jv
 
 
 def regularizers(config: JacobianConfig) -> list[jvpreg.regularizers.JacobianNorm]:
-    """The penalty of a configuration; none at strength 0."""
+    """The penalty of a configuration; an empty list at strength 0."""
     if config.strength == 0:
         return []
     return [jvpreg.regularizers.JacobianNorm(config.strength, num_probes=config.num_probes, side=config.side)]
 
 
 def optimizer(config: OptimizerConfig, steps: int) -> keras.optimizers.Optimizer:
-    """The optimizer, with a learning rate that falls to zero along a cosine in so many steps."""
+    """The optimizer, with a learning rate that falls to zero along a cosine over this many steps."""
     schedule = keras.optimizers.schedules.CosineDecay(config.learning_rate, steps)
     decay = config.weight_decay or None
     if config.name == "adam":
@@ -207,7 +207,7 @@ def fit(
     folder: RunFolder,
     progress: Progress,
 ) -> None:
-    """Train for the epochs that are left, logging to the folder and to the active W&B run."""
+    """Train the remaining epochs, logging to the folder and to the active W&B run."""
     is_first = config.hosts.index == 0
     if progress.stopped or progress.epochs == config.epochs:
         if not is_first:
@@ -220,7 +220,7 @@ def fit(
     test = dataset.test.take(hosts.part_of_batches(config.hosts, len(dataset.test), config.batch_size))
     model.fit(
         batches,
-        shuffle=False,  # the batches are shuffled, in an order that a resumed run finds again
+        shuffle=False,  # the batches are shuffled already, in an order that a resumed run repeats
         validation_data=(test.images(), test.labels),
         validation_batch_size=config.batch_size // config.hosts.count,
         initial_epoch=progress.epochs,
@@ -246,14 +246,14 @@ def callbacks(
         seed_epochs(config.seed),
         probe,
         *readers,
-        # After them: an epoch counts as done once everything else about it is on disk.
+        # Last: an epoch counts as finished once everything else about it is on disk.
         EpochEnd(folder.backups, progress, folder.history, folder.best_model, MONITOR),
         jvpreg.callbacks.JacobianProgbarLogger(probe),
     ]
 
 
 def seed_epochs(seed: int) -> keras.callbacks.Callback:
-    """Seed each epoch anew: what draws from a library's own generator, as dropout on Torch does, is in no backup."""
+    """Seed each epoch anew: a library's own generator (for dropout on Torch) is in no backup."""
 
     def start(epoch: int, logs: dict | None) -> None:
         keras.utils.set_random_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
@@ -262,7 +262,7 @@ def seed_epochs(seed: int) -> keras.callbacks.Callback:
 
 
 def jacobian_callbacks(dataset: data.Dataset, config: TrainConfig, folder: RunFolder) -> list[keras.callbacks.Callback]:
-    """The probe, which writes into the logs, and what reads it."""
+    """The probe, which writes into the logs, and the callbacks that read it."""
     probe = jvpreg.callbacks.JacobianProbe(
         dataset.test.take(slice(config.probe.examples)).images(),
         metrics={
@@ -294,7 +294,7 @@ def jacobian_callbacks(dataset: data.Dataset, config: TrainConfig, folder: RunFo
 
 
 def report(dataset: data.Dataset, config: TrainConfig, folder: RunFolder) -> dict[str, Any]:
-    """Draw the curves, measure the robustness of the model that was saved, and put the figures together."""
+    """Draw the curves, measure the robustness of the saved model, and collect the figures."""
     history = folder.read_history()
     plots.training_curves(history, folder.curves)
     robust = robustness.evaluate(trained_model(str(folder.path)), dataset.test, config.robustness, config.seed)
@@ -315,7 +315,7 @@ def last_measurement(history: dict[str, list[float]], key: str) -> float:
 
 
 def announce(folder: RunFolder, run: Any) -> None:
-    """Say where everything is."""
+    """Say where the results are."""
     console = Console(soft_wrap=True, highlight=False)
     console.print(f"Run folder: {folder.path}")
     console.print(f"Curves: {folder.curves}")

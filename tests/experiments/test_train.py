@@ -256,7 +256,7 @@ def test_a_teacher_whose_folder_is_damaged_is_told(tmp_path):
         trained_model(str(folder.path))
     cut(folder.config)
     folder.config.write_text(folder.config.read_text()[:10])
-    with pytest.raises(ExperimentError, match="does not tell what the model was trained on"):
+    with pytest.raises(ExperimentError, match="does not say on what data the model was trained"):
         trained_dataset(str(folder.path))
 
 
