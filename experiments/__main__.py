@@ -27,13 +27,13 @@ from experiments.verify import VerifyConfig, verify
 
 
 class Study(NamedTuple):
-    """A subcommand.
+    """A subcommand of the command line.
 
     Attributes:
         config: the dataclass that types its keys.
         run: is called with an instance of it.
-        goes_on: how it goes on after it was stopped: by the words that are added to the command, "" for none; None if
-            it begins anew.
+        goes_on: how to continue it after it was stopped: the words to add to the command, "" for none; None if it can
+            only begin again.
     """
 
     config: type
@@ -46,7 +46,7 @@ class Terminated(KeyboardInterrupt):
 
 
 def train(config: TrainConfig) -> object:
-    """Train one model; the import waits for valid keys, because Keras takes seconds to load."""
+    """Train one model. The import waits for valid keys, because Keras takes seconds to load."""
     from experiments.train import train
 
     return train(config)
@@ -76,7 +76,7 @@ STUDIES = {
 
 
 def benchmark_studies() -> dict[str, Study]:
-    """The studies under `benchmark`, which are loaded only where one is asked for."""
+    """The studies under `benchmark`, which are loaded only if one is asked for."""
     import experiments.benchmark as benchmark
 
     return {
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0; 2 after an error that the user can mend; 130 or 143 if the process was asked to end.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    # TensorFlow's start-up notes would bury the progress bar. It reads this when it is first imported.
+    # TensorFlow's start-up messages would hide the progress bar. It reads this when it is first imported.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     before = signal.signal(signal.SIGTERM, terminate)
     study = None
@@ -128,10 +128,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def as_yaml(word: str) -> str:
-    """A word of the command whose value is as Python writes it, by which a sweep's agent passes it: None is null."""
+    """A word of the command in YAML. A sweep's agent passes values as Python writes them: None becomes null."""
     key, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
     if value == "None" or (value[:1] in ("[", "{") and "None" in value):
-        with contextlib.suppress(ValueError, SyntaxError):  # of a text that is no literal of Python's
+        with contextlib.suppress(ValueError, SyntaxError):  # a text that is not a Python literal
             return f"{key}{equals}{json.dumps(ast.literal_eval(value))}"
     return word
 
@@ -143,12 +143,12 @@ def configuration(words: Sequence[str]) -> str:
 
 
 def terminate(number: int, frame: object) -> None:
-    """End as by Ctrl-C: what is open is closed."""
+    """End as after Ctrl-C: close what is open."""
     raise Terminated
 
 
 def hint(study: Study | None, words: Sequence[str]) -> str:
-    """What to do after a study was stopped."""
+    """What the user can do after a study was stopped."""
     command = shlex.join(["python", "-m", "experiments", *words])
     if study is None or study.goes_on is None:
         return f"Start again with `{command}`"
@@ -160,7 +160,7 @@ def parse(program: str, studies: Mapping[str, Study], words: Sequence[str]) -> t
     """The study that the words name, and its typed configuration.
 
     Raises:
-        ArgumentError: where a key is unknown or a value has the wrong type; it names the key.
+        ArgumentError: a key is unknown or a value has the wrong type; the error names the key.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     note = (
@@ -176,7 +176,7 @@ def parse(program: str, studies: Mapping[str, Study], words: Sequence[str]) -> t
     for name, study in studies.items():
         subparser = ArgumentParser(description=study.config.__doc__, exit_on_error=False)
         subparser.add_argument("--config", action="config", help="A YAML file that holds the keys below.")
-        subparser.add_class_arguments(study.config, as_positional=True)  # what has no default, as `status FOLDER`
+        subparser.add_class_arguments(study.config, as_positional=True)  # keys without a default, as in `status FOLDER`
         subcommands.add_subcommand(name, subparser, help=study.config.__doc__)
     try:
         chosen = parser.instantiate(parser.parse_args([as_yaml(word) for word in words]))

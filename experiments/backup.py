@@ -1,4 +1,4 @@
-"""Backups of a training run: all that an epoch's end leaves, in one folder: it is whole or not there."""
+"""Backups of a training run: the whole state at the end of an epoch, in a folder that is complete or does not exist."""
 
 import csv
 import dataclasses
@@ -11,22 +11,22 @@ from typing import Any
 from experiments import files
 
 KEPT = 2
-"""So many backups are kept: if the newest is damaged, the one before it is there."""
+"""The number of backups that are kept: if the newest is damaged, the one before it is used."""
 
-# An archive, which Python writes: HDF5 itself crashes the process when the disk is full.
+# An archive, which Python writes: HDF5 crashes the process if the disk is full.
 STATE, PROGRESS = "state.keras", "progress.json"
 PREFIX = "backup-"
 
 
 @dataclasses.dataclass
 class Progress:
-    """How far a run has come.
+    """The progress of a run.
 
     Attributes:
         config: the run's configuration, as `config.yaml` has it.
         rows: of the history, one for each finished epoch, by column.
-        best: the highest value of what the best model is chosen by; None before the first epoch's end.
-        stopped: whether training was ended before its last epoch, as by a guard.
+        best: the best value so far of the measure by which the best model is chosen; None before the first epoch ends.
+        stopped: whether training ended before its last epoch, for example by a guard.
     """
 
     config: dict[str, Any]
@@ -43,8 +43,8 @@ class Progress:
 class Backups:
     """The backups of a run: folders `backup-00003`, by the number of finished epochs.
 
-    A backup holds the weights, the optimizer's state, that of the penalties (their step, multipliers and singular
-    vectors), those of the seeds, of dropout too, and the run's progress with a digest of the other file.
+    A backup holds the weights, the optimizer's state, the state of the penalties (their step, multipliers and singular
+    vectors) and of the seeds (those of dropout too), and the run's progress with a digest of the other file.
 
     Args:
         folder: where they are.
@@ -54,7 +54,7 @@ class Backups:
         self.folder = folder
 
     def save(self, model: Any, progress: Progress) -> None:
-        """Back up the end of an epoch; older backups are removed once it is there."""
+        """Back up the end of an epoch, and then remove older backups."""
         path = self.folder / f"{PREFIX}{progress.epochs:05d}"
         files.remove(path)  # of an epoch that is trained a second time, because this one is damaged
         with files.beside(path) as unfinished:
@@ -66,19 +66,19 @@ class Backups:
             files.remove(old)
 
     def progress(self, tell: Callable[[str], None]) -> Progress | None:
-        """What the newest whole backup says of the run; None if there is none.
+        """The progress in the newest whole backup; None if there is none.
 
         Args:
-            tell: is told of each that is damaged.
+            tell: called with a message for each backup that is damaged.
         """
         found = self._newest_whole(tell)
         return found[1] if found else None
 
     def restore(self, model: Any) -> None:
-        """Bring a compiled model to the state in the newest whole backup; leave it as it is if there is none."""
+        """Bring a compiled model to the state of the newest whole backup; do nothing if there is none."""
         found = self._newest_whole(lambda message: None)
         if found:
-            # Built as `fit` would do it: the optimizer's variables are part of the state.
+            # Built as in `fit`: the optimizer's variables are part of the state.
             model.optimizer.build(model.trainable_variables)
             model.load_weights(found[0] / STATE)
 
@@ -102,7 +102,7 @@ class Backups:
 
 
 def digest(path: Path) -> str:
-    """By which a file is known to be whole."""
+    """A digest that shows whether a file is complete."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -116,7 +116,7 @@ def write_history(rows: list[dict[str, float]], path: Path) -> None:
 
 
 def as_csv(rows: list[dict[str, float]]) -> str:
-    """Rows as the text of a CSV file, with a line of headings; NaN where a row lacks a column of another."""
+    """Rows as the text of a CSV file, with a line of headings; NaN for a column that a row does not have."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), "nan", lineterminator="\n")
     writer.writeheader()

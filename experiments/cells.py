@@ -1,4 +1,4 @@
-"""The cells of a study: independent trainings, worked off by any number of processes that share the study's folder."""
+"""The cells of a study: independent trainings, shared among any number of processes that use the study's folder."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -11,17 +11,17 @@ from experiments import files, locks
 from experiments.errors import ExperimentError, say
 
 PAUSE = 1.0
-"""Seconds after which cells that other processes hold are looked at again."""
+"""Seconds after which this process looks again at the cells that others hold."""
 
 
 class Work(Protocol):
-    """What can be done by one process at a time, and is then done."""
+    """Something that only one process does at a time, and that is done only once."""
 
     def result(self) -> dict[str, Any]:
-        """What came of it, now or before.
+        """The result, computed now or before.
 
         Raises:
-            locks.InUseError: another process is at it.
+            locks.InUseError: another process works on it.
         """
 
 
@@ -30,7 +30,7 @@ class Cell(NamedTuple):
 
     Attributes:
         path: the cell's file, ending in `.json`.
-        settings: all that the result depends on, in plain values.
+        settings: everything on which the result depends, in plain values.
         run: trains the cell.
     """
 
@@ -39,10 +39,10 @@ class Cell(NamedTuple):
     run: Callable[[], dict[str, Any]]
 
     def result(self) -> dict[str, Any]:
-        """What the cell's file holds, or what `run` returns, which is then written there.
+        """The result in the cell's file; if there is none, that of `run`, which is then written there.
 
         Raises:
-            ExperimentError: the file holds a result of other settings, or another process is at it.
+            ExperimentError: the file holds a result of other settings, or another process works on it.
         """
         found = self._finished()
         if found is not None:
@@ -56,7 +56,7 @@ class Cell(NamedTuple):
                     say(f"{self.path} is damaged: it is worked out again.")
                 found = self.run()
                 files.write_json(self.path, {"settings": self.settings, "result": found})
-            # While it is held: whoever takes it next finds the result first.
+            # Written while the lock is held, so that the next holder finds the result.
             for file in (locks.told_in(lock), lock):
                 file.unlink(missing_ok=True)
         return found
@@ -81,13 +81,13 @@ def lock_of(path: Path) -> Path:
 
 
 def work_off(works: Sequence[Work], tell: Callable[[int, dict[str, Any]], None]) -> list[dict[str, Any]]:
-    """All results, each worked out by one of the processes that do this at the same time.
+    """All results, each computed by one of the processes that call this at the same time.
 
-    Takes what is free, in order, and comes back for what others hold. What a process holds that dies is free at once.
+    It takes what is free, in order, and then returns to what others held. If a process dies, what it held is free.
 
     Args:
         works: cells, or what else there is to do.
-        tell: is called with the place of a work and its result, in the order in which they are found.
+        tell: called with the index of a work and its result, in the order in which results are found.
 
     Returns:
         The results, in the order of `works`.
@@ -107,7 +107,7 @@ def work_off(works: Sequence[Work], tell: Callable[[int, dict[str, Any]], None])
         if len(results) == before:
             if not waiting:
                 left = len(works) - before
-                say(f"Waiting for what others are at ({left} left): {holder}.")
+                say(f"Waiting for what other processes work on ({left} left): {holder}.")
             waiting = True
             time.sleep(PAUSE)
     return [results[place] for place in range(len(works))]
@@ -119,6 +119,6 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
 
 
 def percent(values: Sequence[float]) -> str:
-    """Mean and deviation of parts, as a table's cell in per cent."""
+    """The mean and deviation of fractions, as a table's cell in per cent."""
     mean, deviation = mean_and_deviation(values)
     return f"{100 * mean:.2f}" + (f" ± {100 * deviation:.2f}" if len(values) > 1 else "")

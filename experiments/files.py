@@ -1,6 +1,6 @@
-"""Files that are whole or not there: each is written beside its place and renamed, whatever stops the process.
+"""Files that are complete or do not exist: each is written under another name and renamed, whatever stops the process.
 
-Without Keras, and so not by the files of jvpreg's callbacks: `status` and errors in a key are told in a moment.
+It does not use the files of jvpreg's callbacks, which import Keras: `status` and errors in a key must come at once.
 """
 
 import contextlib
@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 UNFINISHED = ".unfinished-"
-"""How the name of what is still being written begins."""
+"""The prefix of the name of a file that is still being written."""
 
 
 @contextlib.contextmanager
 def beside(path: Path) -> Iterator[Path]:
-    """A path in the same folder to write a file or a folder at, which takes its place at the end, whole or not at all.
+    """A path in the same folder at which to write a file or a folder. At the end it is renamed to `path`.
 
-    A file that was there is replaced; a folder must not be there. The name has the ending of the file, by which
-    writers know its format, and is no other process's.
+    A file that exists is replaced; a folder must not exist yet. The name has the file's ending, by which writers know
+    the format, and no other process has the same.
 
     Args:
         path: where the file or the folder will be. Folders above it are made.
@@ -35,7 +35,7 @@ def beside(path: Path) -> Iterator[Path]:
             synchronize(part)
         os.replace(unfinished, path)
     except BaseException:
-        # What could not be written because the disk is full can often be removed; the first error is the one to tell.
+        # A partial file on a full disk can often still be removed. The first error is the one to report.
         with contextlib.suppress(OSError):
             discard(unfinished)
         raise
@@ -43,12 +43,12 @@ def beside(path: Path) -> Iterator[Path]:
 
 
 def unfinished_name(path: Path) -> Path:
-    """A name in the same folder that no other process has, on no host, nor this one a second time."""
+    """A name in the same folder that is unique, among the processes of all hosts and within this one."""
     return path.with_name(f"{UNFINISHED}{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}-{path.name}")
 
 
 def synchronize(path: Path) -> None:
-    """Wait until the disk has a file, or the names in a folder: a rename must not be there before what it renames."""
+    """Wait until a file, or the names in a folder, are on disk: a rename must not get there before what it renames."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -83,7 +83,7 @@ def read_object(path: Path) -> dict[str, Any] | None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder if it is there; a folder at once, so that no part of it is taken for the whole."""
+    """Remove a file or a folder if it exists; a folder all at once, so that no part of it is taken for the whole."""
     if path.is_dir():
         removed = unfinished_name(path)
         os.replace(path, removed)
@@ -93,7 +93,7 @@ def remove(path: Path) -> None:
 
 
 def discard(path: Path) -> None:
-    """Remove what nothing looks for."""
+    """Remove a path that nothing reads any more."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -101,7 +101,7 @@ def discard(path: Path) -> None:
 
 
 def discard_unfinished(folder: Path, name: str | None = None) -> None:
-    """Remove what killed processes left unfinished: of one name, or of all in a folder and below.
+    """Remove what killed processes left unfinished: of one name, or everything in a folder and below.
 
     Only for whoever holds the lock of what was being written there.
     """

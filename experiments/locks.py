@@ -1,4 +1,4 @@
-"""A lock keeps a second process out of a run's folder or a study's cell, and tells who holds it."""
+"""A lock keeps a second process out of a run's folder or a study's cell, and says who holds it."""
 
 import contextlib
 import datetime
@@ -14,7 +14,7 @@ from experiments import files
 from experiments.errors import ExperimentError
 
 PATIENCE = 0.5
-"""Seconds for which to ask for a lock again: `holder` has it for a moment, to see whether it is free."""
+"""Seconds for which to ask for a lock again: `holder` takes it for a moment to see whether it is free."""
 
 
 class Holder(NamedTuple):
@@ -38,7 +38,7 @@ class InUseError(ExperimentError):
     """Another process holds the lock.
 
     Args:
-        what: that it works on.
+        what: the path on which it works.
         holder: which process it is.
     """
 
@@ -51,11 +51,11 @@ class InUseError(ExperimentError):
 
 @contextlib.contextmanager
 def held(lock: Path, what: Path) -> Iterator[None]:
-    """Hold a lock, which is free again when the process ends, however it ends.
+    """Hold a lock. When the process ends, however that happens, the lock is free again.
 
     Args:
         lock: the lock's file, which stays. Beside it a JSON file tells who holds it.
-        what: is locked, for the message.
+        what: the path that is locked, for the message.
 
     Raises:
         InUseError: another process has it.
@@ -83,7 +83,7 @@ def is_held(lock: Path) -> bool:
 
 
 def last_holder(lock: Path) -> Holder:
-    """Who holds a lock, or held it last, as far as that is told."""
+    """The process that holds a lock, or held it last, if that is known."""
     found = files.read_object(told_in(lock)) or {}
     return Holder(**{key: found[key] for key in Holder._fields if key in found})
 

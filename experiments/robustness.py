@@ -19,7 +19,7 @@ Disturbance = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class RobustnessReport:
-    """Accuracies, parts of 1, on the same examples.
+    """Accuracies, as fractions of 1, on the same examples.
 
     Attributes:
         examples: how many examples.

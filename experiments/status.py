@@ -1,4 +1,4 @@
-"""What each run and each cell below a folder is at. Without Keras: it is there in a moment."""
+"""The state of each run and each cell below a folder. It does not import Keras, and so answers at once."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from experiments.run_folder import RunFolder
 
 @dataclass
 class StatusConfig:
-    """Tell what each run and each cell of a study below a folder is at: finished, running or stopped."""
+    """Show the state of each run and each cell of a study below a folder: finished, running or stopped."""
 
     folder: str
     """The folder of a run, of a comparison or of another study that has cells."""
@@ -73,7 +73,7 @@ def row(name: str, finished: bool, lock: Path, epochs: str) -> dict[str, str]:
 
 
 def epochs(run: RunFolder) -> str:
-    """How many epochs of a run are finished, of how many."""
+    """How many epochs of a run are finished, and how many there are."""
     done = run.backups.epochs()
     try:
         config: Any = yaml.safe_load(run.config.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Weights & Biases: online where there is a login and a network, otherwise offline, off where that is wanted."""
+"""Weights & Biases: online if there is a login and a network, otherwise offline; or off."""
 
 import os
 import re
@@ -16,22 +16,22 @@ RUN_ID = re.compile(r"[a-z0-9]{8}")
 
 
 Mode = Literal["online", "offline", "disabled"] | None
-"""Of W&B; None: W&B reads it from the environment."""
+"""The W&B entity; if None, W&B reads it from the environment."""
 
 
 def start(config: TrainConfig, folder: RunFolder, mode: Mode) -> Any:
-    """Begin the W&B run of a training run, or go on with it.
+    """Begin the W&B run of a training run, or continue it.
 
     Args:
         config: becomes the W&B configuration.
         folder: W&B's files go into its `wandb/`; the run's identity is kept there for a resumed run.
-        mode: what `mode` chose.
+        mode: the result of `mode`.
 
     Returns:
-        The W&B run. Its mode is on it; a disabled one swallows what is logged.
+        The W&B run, which knows its mode; a disabled one discards what is logged.
 
     Raises:
-        ExperimentError: W&B is to be online, and cannot be.
+        ExperimentError: W&B must be online by the configuration, and cannot be reached.
     """
     try:
         return wandb.init(
@@ -54,7 +54,7 @@ def run_id(folder: RunFolder) -> str:
     known = path.read_text(encoding="utf-8", errors="replace").strip() if path.exists() else ""
     if RUN_ID.fullmatch(known):
         return known
-    # W&B's own folders end in it.
+    # W&B's own folders end in this identity.
     earlier = sorted(path.parent.glob("*run-*-*"))
     chosen = earlier[-1].name.rpartition("-")[2] if earlier else secrets.token_hex(4)
     files.write_text(path, chosen)
@@ -62,7 +62,7 @@ def run_id(folder: RunFolder) -> str:
 
 
 def whereabouts(run: Any) -> str:
-    """One line that says where to look for a W&B run."""
+    """One line that says where to find a W&B run."""
     if run.disabled:
         return "off"
     if run.offline:
@@ -72,17 +72,17 @@ def whereabouts(run: Any) -> str:
 
 
 def mode(config: WandbConfig) -> Mode:
-    """Whether a run is online, by what is asked for, the login and the network.
+    """The mode of a run, from the configuration, the login and the network.
 
     Raises:
-        ExperimentError: W&B is to be online, and cannot be reached.
+        ExperimentError: W&B must be online by the configuration, and cannot be reached.
     """
     from_environment = os.environ.get("WANDB_MODE", "auto")
     if config.mode in ("offline", "disabled"):
         return config.mode
     if config.mode == "auto" and from_environment not in ("auto", "online"):
         return None  # W&B reads it itself
-    # Before W&B tries: without a network, its login takes 18 s, and a run 93 s, and the process does not end.
+    # Checked before W&B tries: without a network its login takes 18 s, a run 93 s, and the process does not end.
     address = wandb.setup().settings.base_url
     failure = network.failure(address)
     if "online" in (config.mode, from_environment):

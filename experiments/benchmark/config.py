@@ -14,10 +14,10 @@ class TimingConfig:
     """How calls are compiled, checked and timed."""
 
     batch_size: PositiveInt = 64
-    """Examples a step, or a call."""
+    """Examples in each step, or in each call."""
 
     jit_compile: bool = True
-    """Compile by XLA on TensorFlow, by `jax.jit` on JAX, by `torch.compile` on Torch. If not: a plain graph on
+    """Compile by XLA on TensorFlow, by `jax.jit` on JAX, by `torch.compile` on Torch. Otherwise: a plain graph on
     TensorFlow, eager on JAX and Torch."""
 
     rounds: PositiveInt = 30
@@ -52,14 +52,14 @@ class StepConfig(BenchmarkConfig):
     """Measure what a penalty on the Jacobian adds to a training step, on the backend that KERAS_BACKEND names."""
 
     batch_normalization: Literal["training", "inference"] = "training"
-    """training: batch statistics, which jvpreg freezes and autodiff moves along, so that the two compute different
-    derivatives. inference: frozen layers on moving statistics, where all compute the same."""
+    """training: batch statistics, which are constant in jvpreg's tangents and move in autodiff's, so that the
+    derivatives differ. inference: moving averages, with which all ways compute the same."""
 
     memory: bool = True
     """Measure the peak memory of each entry, in a process of its own."""
 
     memory_steps: PositiveInt = 3
-    """Steps of which the peak memory is taken."""
+    """Steps during which the peak memory is measured."""
 
     only: list[str] | None = None
     """Names of the entries to measure beside the plain step; all of them by default."""
@@ -78,7 +78,7 @@ class DistillConfig(BiasesConfig):
     """Measure what full-Jacobian and attention matching add to a training step, on the backend of KERAS_BACKEND."""
 
     teacher: ModelConfig = field(default_factory=lambda: ModelConfig("vgg9", 32, batch_normalization=False))
-    """A VGG-n without normalization, of four stages or more, as the student, `model`, is."""
+    """A VGG-n without normalization, of at least four stages, like the student, `model`."""
 
 
 @dataclass
@@ -114,7 +114,7 @@ class ProductsConfig(TimingConfig):
     """What the studies of `J u` on architectures of `verify` share."""
 
     batch_size: PositiveInt = 2
-    """Examples a call."""
+    """Examples in each call."""
 
     image_size: PositiveInt | None = None
     """Height and width of images, for the architectures that take images; by default the smallest that each takes."""
@@ -126,8 +126,8 @@ class ProductsConfig(TimingConfig):
     """Turns of each entry after the first call and before the rounds that count."""
 
     tolerance: PositiveFloat = 1e-3
-    """Relative error of a product above which an entry is wrong and is not timed; where autodiff in float32 without
-    jit is off by more, as much as twice that."""
+    """Relative error of a product above which an entry is wrong and is not timed. If autodiff in float32 without jit
+    has a larger error, twice that error is allowed."""
 
 
 @dataclass
@@ -144,7 +144,7 @@ class JvpConfig(ProductsConfig):
     """Directions, pushed in one call."""
 
     time_limit: PositiveInt = 1800
-    """Seconds that an architecture may take; its row has what was measured by then."""
+    """Seconds that an architecture may take; its row has what was measured until then."""
 
 
 @dataclass
@@ -152,7 +152,7 @@ class ProbesConfig(ProductsConfig):
     """Measure what several Jacobian-vector products at one point cost, on the backend that KERAS_BACKEND names."""
 
     architecture: str = "VGG16"
-    """Its name, as `verify` has it."""
+    """Name of the architecture, as in `verify`."""
 
     counts: list[PositiveInt] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
     """Numbers of directions, pushed in one call."""
@@ -163,15 +163,15 @@ class IterateConfig(ProductsConfig):
     """Measure what Jacobian-vector products at one point, each of which waits for the one before, cost."""
 
     architecture: str = "VGG16"
-    """Its name, as `verify` has it."""
+    """Name of the architecture, as in `verify`."""
 
     counts: list[PositiveInt] = field(default_factory=lambda: [1, 4, 16])
-    """Numbers of products, two at least."""
+    """Numbers of products, at least two."""
 
 
 @dataclass
 class LayersConfig(TimingConfig):
-    """Measure how much slower than a layer the layer with its product is, layer by layer, on the backend that
+    """Measure how much slower a layer with its product is than the layer alone, layer by layer, on the backend that
     KERAS_BACKEND names."""
 
     batch_size: PositiveInt = 32
@@ -202,10 +202,10 @@ class MemoryConfig(BenchmarkConfig):
     own, on the processor, on the backend that KERAS_BACKEND names."""
 
     batch_size: PositiveInt = 256
-    """Images of a call: enough for their activations to rise above the noise of some megabytes."""
+    """Images in each call: enough that their activations stand out from the noise of a few megabytes."""
 
     num_probes: PositiveInt = 8
-    """Directions of the product of several at once."""
+    """Directions of the entry with several products at once."""
 
 
 @dataclass

@@ -28,40 +28,40 @@ class ConstraintsConfig:
     """Units of each hidden layer."""
 
     steps: PositiveInt = 2000
-    """Training steps, of `invariance` those of the runs with a constraint."""
+    """Training steps; in `invariance`, those of the runs with a constraint."""
 
     measurements: PositiveInt = 10
-    """How often the violation is measured on the way."""
+    """How often the violation is measured during training."""
 
     batch_size: PositiveInt = 64
-    """Examples a step."""
+    """Examples in each step."""
 
     points: PositiveInt = 128
-    """Points at which the constraint is looked at in a step, where it is not at the data: `divergence`."""
+    """In `divergence`, where the constraint is not at the data: points at which it is looked at in each step."""
 
     learning_rate: PositiveFloat = 0.01
-    """Of Adam, at the first step; it falls to zero along a cosine."""
+    """Learning rate of Adam at the first step; it falls to zero along a cosine."""
 
     weights: list[NonNegativeFloat] = field(default_factory=lambda: [0.0, 1.0, 10.0, 100.0])
-    """Of the fixed penalties; 0 is the network without a constraint."""
+    """Weights of the fixed penalties; 0 is the network without a constraint."""
 
     rho: PositiveFloat | None = 10.0
-    """Of the augmented Lagrangian; None trains none."""
+    """rho of the augmented Lagrangian; None trains none."""
 
     update_every: PositiveInt = 10
     """Steps from one update of the multipliers to the next."""
 
     examples: list[PositiveInt] = field(default_factory=lambda: [8, 16, 32, 64])
-    """Of `derivative`: how many points are known."""
+    """In `derivative`: how many points are known."""
 
     noise: NonNegativeFloat = 0.1
-    """Of `divergence`: the standard deviation of what is added to each component of the field."""
+    """In `divergence`: the standard deviation of the noise on each component of the field."""
 
     angle: PositiveFloat = 15.0
-    """Of `invariance`: test images are turned by up to so many degrees, as augmented images are."""
+    """In `invariance`: test images are turned by up to this many degrees, like augmented images."""
 
     shift: PositiveFloat = 1.0
-    """Of `invariance`: and moved by up to so many pixels."""
+    """In `invariance`: they are also moved by up to this many pixels."""
 
     seeds: PositiveInt = 3
     """Runs of each setting, with splits, noise and weights of their own."""

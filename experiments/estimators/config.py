@@ -14,19 +14,19 @@ class EstimatorsConfig:
     for the exact values."""
 
     examples: PositiveInt = 4
-    """Images at which the largest singular value and eigenvalue are sought."""
+    """Images at which the largest singular value and eigenvalue are computed."""
 
     block: PositiveInt = 30
-    """How many singular values and eigenvalues are sought at once, beside one."""
+    """How many singular values and eigenvalues are computed at once, beside one."""
 
     block_examples: PositiveInt = 2
-    """Images at which that many are sought; the first ones."""
+    """Images at which that many are computed; the first ones."""
 
     steps: list[PositiveInt] = field(default_factory=lambda: [1, 2, 3, 5, 7, 10])
-    """Numbers of steps after which the iterations are looked at."""
+    """Numbers of steps after which the iterations are compared."""
 
     single_steps: PositiveInt = 20
-    """The most steps for one value, which are cheap: beside those above, every fifth up to this one."""
+    """The largest number of steps for one value, which are cheap: every fifth up to it is added to those above."""
 
     timed_examples: PositiveInt = 10
     """Images at which ten steps for one value are timed; a tenth of them for a block. The paper has 100."""
@@ -35,10 +35,10 @@ class EstimatorsConfig:
     """Random vectors of each trajectory of the Frobenius norm."""
 
     trajectories: PositiveInt = 8
-    """Trajectories that are drawn; 32 times as many are counted."""
+    """Trajectories that are drawn; 32 times as many are evaluated."""
 
     trace_dimension: PositiveInt = 300
-    """Of the matrices with a known spectrum."""
+    """Size of the matrices with a known spectrum."""
 
     trace_matvecs: list[PositiveInt] = field(default_factory=lambda: [12, 24, 36, 48, 60, 90, 120])
     """Products that each estimate of the trace may spend; multiples of 6 suit every method."""

@@ -22,22 +22,22 @@ class FixedPointConfig:
     """Channels of the fixed point, which has half the height and width of the image."""
 
     tolerance: PositiveFloat = 1e-3
-    """Of the solves while training."""
+    """Tolerance of the solves in training."""
 
     max_iterations: PositiveInt = 30
-    """Of each solve while training."""
+    """Largest number of iterations of each solve in training."""
 
     strengths: list[NonNegativeFloat] = field(default_factory=lambda: [0.0, 1e-3])
-    """Of the penalty `strength * mean(||df/dz||_F^2)`; 0 is the plain model."""
+    """Strengths of the penalty `strength * mean(||df/dz||_F^2)`; 0 is the plain model."""
 
     seeds: list[NonNegativeInt] = field(default_factory=lambda: [0])
-    """One run for each, at each strength."""
+    """Seeds: one run for each, at each strength."""
 
     epochs: PositiveInt = 5
     """Passes over the training data."""
 
     batch_size: PositiveInt = 64
-    """Examples a step."""
+    """Examples in each step."""
 
     probed: PositiveInt = 16
     """Test images on which the spectral radius is measured."""
@@ -46,13 +46,13 @@ class FixedPointConfig:
     """Test images on which the accuracy is measured."""
 
     tolerances: list[PositiveFloat] = field(default_factory=lambda: [1e-1, 1e-2, 1e-4, 1e-6, 1e-8])
-    """At which the gradient is measured, in float64, on as many training images as are probed."""
+    """Tolerances at which the gradient is measured, in float64, on as many training images as are probed."""
 
     depths: list[PositiveInt] = field(default_factory=lambda: [5, 20, 40])
     """Iterations at which the memory of a training step is measured."""
 
     memory_batch_size: PositiveInt = 256
-    """Examples of these steps."""
+    """Examples in each of these steps."""
 
     folder: str = "runs/fixed_point"
     """Where the files go."""

@@ -16,10 +16,10 @@ class HealthConfig:
     """The healthy setting; the others differ from it in one key each. Probe, guard and W&B keys are not used."""
 
     healthy_runs: PositiveInt = 4
-    """Runs of the healthy setting, with a seed each, whose spread is what a run must leave to be told apart."""
+    """Seeds of the healthy runs. A run is told apart once it leaves their range."""
 
     large_learning_rate: PositiveFloat = 0.1
-    """Of the run that learns too fast."""
+    """Learning rate of the run that learns too fast."""
 
     strong_penalty: NonNegativeFloat = 0.3
     """Strength of the penalty of the run that is regularized too much."""
@@ -28,7 +28,7 @@ class HealthConfig:
     """Test images on which the loss is measured."""
 
     every_batches: PositiveInt = 20
-    """Measure after every so many batches, and after the first, second, fourth, eighth and so on."""
+    """Measure after every n-th batch, and after the first, second, fourth, eighth and so on."""
 
     folder: str = "runs/health"
     """Where the files go."""

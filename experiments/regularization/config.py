@@ -19,13 +19,13 @@ class RegularizationConfig:
     """A VGG-n; `dropout` is set by the study."""
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """The same for all."""
+    """The same for all runs."""
 
     examples_per_class: list[PositiveInt] = field(default_factory=lambda: [50, 100, 500])
-    """A column of the table for each."""
+    """Images per class: one column of the table for each number."""
 
     seeds: list[NonNegativeInt] = field(default_factory=lambda: [0, 1])
-    """Of the weights and the batches; the examples are always the same."""
+    """Seeds of the weights and the batches; the examples are always the same."""
 
     dropout: list[Dropout] = field(default_factory=lambda: [0.5])
     """Rates of the dropout after the last convolution, a row for each."""
@@ -40,13 +40,13 @@ class RegularizationConfig:
     """Training steps of every cell, rounded up to whole epochs."""
 
     batch_size: PositiveInt = 64
-    """Examples a step."""
+    """Examples in each step."""
 
     probed: PositiveInt = 512
     """Test images on which the bias-Jacobian of the trained model is measured."""
 
     jit_compile: bool = False
-    """XLA; a plain TensorFlow graph is the faster one on CPU."""
+    """XLA; on CPU a plain TensorFlow graph is faster."""
 
     folder: str = "runs/regularization"
     """Where the files go; cells that it holds are not trained again."""

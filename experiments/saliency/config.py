@@ -16,16 +16,16 @@ class SaliencyConfig:
     """Test images on the page."""
 
     examples: PositiveInt = 256
-    """Test images for the curves, the first that the model gets right."""
+    """Test images for the curves: the first ones that the model classifies correctly."""
 
     fractions: list[ClosedUnitInterval] = field(default_factory=lambda: [0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9, 1.0])
-    """Parts of the pixels that are removed, or kept."""
+    """Fractions of the pixels that are removed, or kept."""
 
     batch_size: PositiveInt = 32
-    """Images at once."""
+    """Images that are computed at once."""
 
     seed: NonNegativeInt = 0
-    """Of the random map that the others are held against."""
+    """Seed of the random map with which the others are compared."""
 
     folder: str = "runs/saliency"
     """Where the files go."""

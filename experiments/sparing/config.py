@@ -19,31 +19,31 @@ class SparingConfig:
     """The architecture."""
 
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """The same for all."""
+    """The same for all runs."""
 
     strength: PositiveFloat = 0.001
-    """Of the penalty, which is the mean of `‖J‖_F²`; by one random direction an example."""
+    """Strength of the penalty, which is the mean of `‖J‖_F²`, by one random direction for each example."""
 
     intervals: list[PositiveInt] = field(default_factory=lambda: [4])
-    """The penalty on every so many steps, a row for each."""
+    """k: the penalty in every k-th step; a row for each."""
 
     fractions: list[PositiveFraction] = field(default_factory=lambda: [0.25])
-    """The penalty on this part of each batch, a row for each."""
+    """The penalty on this fraction of each batch; a row for each."""
 
     seeds: list[NonNegativeInt] = field(default_factory=lambda: [0, 1, 2])
-    """Of the weights, the batches and the directions; the examples are always the same."""
+    """Seeds of the weights, the batches and the directions; the examples are always the same."""
 
     epochs: PositiveInt = 8
     """Passes over the training data."""
 
     batch_size: PositiveInt = 64
-    """Examples a step."""
+    """Examples in each step."""
 
     probed: PositiveInt = 512
-    """Test images on which the Jacobian of the trained model is measured, all of it."""
+    """Test images on which the whole Jacobian of the trained model is measured."""
 
     jit_compile: bool = False
-    """XLA; a plain TensorFlow graph is the faster one on CPU."""
+    """XLA; on CPU a plain TensorFlow graph is faster."""
 
     folder: str = "runs/sparing"
     """Where the files go; cells that it holds are not trained again."""

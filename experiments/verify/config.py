@@ -9,7 +9,7 @@ from experiments.kinds import PositiveFloat
 
 @dataclass
 class VerifyConfig:
-    """Hold the products of whole architectures against autodiff in float64, on the backend that KERAS_BACKEND names."""
+    """Compare the products of whole architectures with autodiff in float64, on the backend that KERAS_BACKEND names."""
 
     only: list[str] | None = None
     """Names of the architectures, as keras.applications has them, or RNN and UNet; all of them by default."""
@@ -21,13 +21,13 @@ class VerifyConfig:
     """Examples at which the Jacobians are taken."""
 
     time_limit: PositiveInt = 600
-    """Seconds that an architecture may take; its row says what was not measured by then."""
+    """Seconds that an architecture may take; its row then says what was not measured."""
 
     tolerance: PositiveFloat = 1e-9
     """Relative error in float64 above which a row is wrong."""
 
     float32_tolerance: PositiveFloat = 1e-3
-    """Relative error in float32 above which a row is wrong, where autodiff without jit stays below it."""
+    """Relative error in float32 above which a row is wrong, if autodiff without jit stays below it."""
 
     seed: NonNegativeInt = 0
     """Seed of the weights, the inputs and the directions."""
@@ -36,4 +36,4 @@ class VerifyConfig:
     """Where the files go; by default runs/verify-BACKEND."""
 
     resume: bool = False
-    """Keep the rows of the folder that are ok, and measure the others."""
+    """Keep the rows of the folder that are ok, and measure only the others."""
