@@ -26,14 +26,17 @@ Example:
 """
 
 import itertools
+from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import ops
 
 from jvpreg.common import checks
+from jvpreg.common.typing import ArrayLike, Seed, Tensor
 
 
-def stack(x, u):
+def stack(x: ArrayLike, u: ArrayLike) -> Tensor:
     """The batch `[x, u, 0]`.
 
     Args:
@@ -63,7 +66,7 @@ def stack(x, u):
     return ops.concatenate([x, ops.reshape(u, (-1, *ops.shape(x)[1:])), ops.zeros_like(x)])
 
 
-def unstack(h, num_probes: int | None = None):
+def unstack(h: Tensor, num_probes: int | None = None) -> tuple[Tensor, Tensor]:
     """What a network returned for `stack(x, u)`, as `f(x)` and `J u`.
 
     Args:
@@ -83,7 +86,7 @@ def unstack(h, num_probes: int | None = None):
     return parts[0], products[0] if num_probes is None else products
 
 
-def activation(h, negative_slope: float = 0.0, num_probes: int | None = None):
+def activation(h: Tensor, negative_slope: float = 0.0, num_probes: int | None = None) -> Tensor:
     """A piecewise-linear activation of `h`, `((P+2)·B, …)`: slope 1 where `x > 0` and `negative_slope` elsewhere.
 
     ReLU by default, leaky ReLU for `negative_slope > 0`, the absolute value for −1.
@@ -95,7 +98,14 @@ def activation(h, negative_slope: float = 0.0, num_probes: int | None = None):
     return _join(ops.where(parts[:1] > 0, parts, negative_slope * parts if negative_slope else 0.0))
 
 
-def max_pool(h, pool_size, strides=None, padding: str = "valid", data_format=None, num_probes: int | None = None):
+def max_pool(
+    h: Tensor,
+    pool_size: int | Sequence[int],
+    strides: int | Sequence[int] | None = None,
+    padding: str = "valid",
+    data_format: str | None = None,
+    num_probes: int | None = None,
+) -> Tensor:
     """Max pooling of `h`, `((P+2)·B, *spatial, C)`, by the winners of `x`; a tie goes to the first entry.
 
     Other arguments as in `keras.ops.max_pool`. The spatial sizes must be known.
@@ -111,11 +121,11 @@ def max_pool(h, pool_size, strides=None, padding: str = "valid", data_format=Non
             raise checks.invalid(name, f"an integer, or {rank} of them", sizes)
     checks.choice("padding", padding, ("valid", "same"))
     checks.choice("data_format", data_format, ("channels_last", "channels_first", None))
-    windows = (pool_size,) * rank if checks.is_integer(pool_size) else tuple(pool_size)
-    strides = windows if strides is None else (strides,) * rank if checks.is_integer(strides) else tuple(strides)
+    windows = _each(pool_size, rank)
+    steps = windows if strides is None else _each(strides, rank)
     first = 3 if (data_format or keras.config.image_data_format()) == "channels_first" else 2
     widths, lengths = [(0, 0)] * len(parts.shape), []
-    for axis, window, stride in zip(range(first, first + rank), windows, strides, strict=True):
+    for axis, window, stride in zip(range(first, first + rank), windows, steps, strict=True):
         size = parts.shape[axis]
         count = -(-size // stride) if padding == "same" else (size - window) // stride + 1
         if count < 1:
@@ -126,8 +136,8 @@ def max_pool(h, pool_size, strides=None, padding: str = "valid", data_format=Non
     # The same in every part: only the winners in the part of `x` are ever read.
     parts = ops.pad(parts, widths, constant_values=-float("inf"))
 
-    def entry(offsets):
-        cuts = [slice(start, start + n, step) for start, n, step in zip(offsets, lengths, strides, strict=True)]
+    def entry(offsets: tuple[int, ...]) -> Tensor:
+        cuts = [slice(start, start + n, step) for start, n, step in zip(offsets, lengths, steps, strict=True)]
         return parts[(slice(None),) * first + tuple(cuts)]
 
     best, *rest = map(entry, itertools.product(*map(range, windows)))
@@ -136,7 +146,11 @@ def max_pool(h, pool_size, strides=None, padding: str = "valid", data_format=Non
     return _join(best)
 
 
-def dropout(h, rate: float, seed=None, num_probes: int | None = None):
+def _each(size: Any, rank: int) -> tuple[int, ...]:
+    return (size,) * rank if checks.is_integer(size) else tuple(size)
+
+
+def dropout(h: Tensor, rate: float, seed: Seed | None = None, num_probes: int | None = None) -> Tensor:
     """Dropout of `h`, `((P+2)·B, …)`, by one mask `(B, …)`; leave it out, or pass `rate=0`, outside training.
 
     Other arguments as in `keras.random.dropout`: from the same seed, the mask is that of `dropout(x, …)`.
@@ -151,8 +165,15 @@ def dropout(h, rate: float, seed=None, num_probes: int | None = None):
 
 
 def batch_normalization(
-    h, mean=None, variance=None, axis=-1, offset=None, scale=None, epsilon=1e-3, num_probes: int | None = None
-):
+    h: Tensor,
+    mean: ArrayLike | None = None,
+    variance: ArrayLike | None = None,
+    axis: int = -1,
+    offset: ArrayLike | None = None,
+    scale: ArrayLike | None = None,
+    epsilon: float = 1e-3,
+    num_probes: int | None = None,
+) -> Tensor:
     """Batch normalization of `h`, `((P+2)·B, …)`, by the statistics of `x`, which are frozen: no tangent moves them.
 
     Other arguments as in `keras.ops.batch_normalization`, but `mean` and `variance`, both `(C,)`: given, they are the
@@ -169,7 +190,7 @@ def batch_normalization(
     return ops.batch_normalization(h, mean, variance, axis, offset=offset, scale=scale, epsilon=epsilon)
 
 
-def _split(h, num_probes):
+def _split(h: Tensor, num_probes: int | None) -> Tensor:
     """((P+2)·B, …) to (P+2, B, …)."""
     h = checks.tensor("h", h)
     if not keras.backend.is_float_dtype(keras.backend.standardize_dtype(h.dtype)):
@@ -185,6 +206,6 @@ def _split(h, num_probes):
     return ops.reshape(h, (count, -1, *ops.shape(h)[1:]))
 
 
-def _join(parts):
+def _join(parts: Tensor) -> Tensor:
     """(P+2, B, …) to ((P+2)·B, …)."""
     return ops.reshape(parts, (-1, *ops.shape(parts)[2:]))

@@ -7,6 +7,7 @@ from keras import ops, tree
 
 from jvpreg.common import checks
 from jvpreg.common.dtypes import as_floats, has_tangents
+from jvpreg.common.typing import Structure, Tensor, WeightTangents
 from jvpreg.engine import matrices
 from jvpreg.engine.frozen_graph import FrozenGraph
 from jvpreg.engine.frozen_model import FrozenModel
@@ -39,7 +40,12 @@ class Linearization(FrozenModel):
         fallbacks: a dict from the name of each node that was left to the backend's autodiff to the reason.
     """
 
-    def jvp(self, u=None, weights: Mapping | Sequence | None = None, taps: Mapping[str, Any] | None = None):
+    def jvp(
+        self,
+        u: Structure | None = None,
+        weights: WeightTangents | None = None,
+        taps: Mapping[str, Tensor] | None = None,
+    ) -> Structure:
         """The pushforward: `J u`, and the derivative along directions of the weights and of nodes' outputs.
 
         Args:
@@ -94,7 +100,7 @@ class Linearization(FrozenModel):
         products = self._push(tangents[:count], taps, dict(zip(along, tangents[count:last], strict=True)))
         return pack_products(products, self.outputs, probed)
 
-    def vjp(self, v):
+    def vjp(self, v: Structure) -> Structure:
         """The pullback `Jᵀ v`.
 
         Args:
@@ -111,7 +117,7 @@ class Linearization(FrozenModel):
         self._check_moving(self.inputs, "x")
         return self.gradients(v, nodes=[])[0]
 
-    def modified_vjp(self, v, change: Callable[[Node, list], list]):
+    def modified_vjp(self, v: Structure, change: Callable[[Node, list], list]) -> Structure:
         """The pullback node by node, the last node first, with `change` applied to the cotangents of each node.
 
         Args:
@@ -143,7 +149,7 @@ class Linearization(FrozenModel):
         filled = [zeros(count, x) if t is None else t for t, x in zip(pulled, self.inputs, strict=True)]
         return pack_products(filled, self.inputs[0] if len(self.inputs) == 1 else self.inputs, probed)
 
-    def _cotangents(self, v) -> tuple[list, bool]:
+    def _cotangents(self, v: Structure) -> tuple[list, bool]:
         """A flat list `(P, B, …)` like the outputs, None for zero, and whether the probe axis was there."""
         outputs = as_floats(tree.flatten(self.outputs))
         flat = flatten_like(v, self.outputs, "v")
@@ -153,7 +159,9 @@ class Linearization(FrozenModel):
     def _check_moving(self, tangents: list, argument: str) -> None:
         check_moving(tangents, [value.primal for value in self._graph.inputs], argument)
 
-    def gradients(self, v, nodes: Sequence[str] | None = None, with_inputs: bool = True) -> tuple[Any, dict[str, Any]]:
+    def gradients(
+        self, v: Structure, nodes: Sequence[str] | None = None, with_inputs: bool = True
+    ) -> tuple[Structure, dict[str, Tensor]]:
         """`Jᵀ v`, and the gradient of `vᵀ f` with respect to the outputs of nodes, all in one backward pass.
 
         Args:
@@ -181,8 +189,7 @@ class Linearization(FrozenModel):
         known = self.node_outputs()
         nodes = checks.names("nodes", nodes, optional=True)
         with_inputs = checks.boolean("with_inputs", with_inputs)
-        unknown = [name for name in nodes or [] if name not in known]
-        if unknown:
+        if unknown := [name for name in nodes or [] if name not in known]:
             raise ValueError(
                 f"Invalid value for argument `nodes`. Expected names among {list(known)}. "
                 f"Received: {', '.join(unknown)}"
@@ -192,15 +199,14 @@ class Linearization(FrozenModel):
         mixed = [name for name in names if known[name].shape[:1] != self.inputs[0].shape[:1]]
         mixed = [name for name in mixed if self._place_of(name) == MIXED]
         if mixed and self._whole is None:
-            batch = ops.shape(self.inputs[0])[0]
             raise ValueError(
                 f"There is no gradient of each example at `{mixed[0]}`, which returned {tuple(known[mixed[0]].shape)}: "
-                f"its entries depend on several of the {batch} examples. Name other `nodes`."
+                f"its entries depend on several of the {ops.shape(self.inputs[0])[0]} examples. Name other `nodes`."
             )
         inputs = [zeros(count, x) for x in self.inputs] if with_inputs else []
         taps = [ops.zeros((count, *self.shape_at(name)), known[name].dtype) for name in names]
 
-        def push(tangents):
+        def push(tangents: list) -> list:
             entering = tangents[: len(inputs)] if with_inputs else [None] * len(self.inputs)
             taps = dict(zip(names, tangents[len(inputs) :], strict=True))
             return self._push(entering, taps, scaled_kernels=False)
@@ -214,8 +220,8 @@ class Linearization(FrozenModel):
         return at_inputs, dict(zip(names, at_nodes, strict=True))
 
     def bias_jacobians(
-        self, v, nodes: Sequence[str] | None = None, with_inputs: bool = True
-    ) -> tuple[Any, dict[str, Any]]:
+        self, v: Structure, nodes: Sequence[str] | None = None, with_inputs: bool = True
+    ) -> tuple[Structure, dict[str, Tensor]]:
         """`Jᵀ v`, and the bias-Jacobians of nodes: `∂(vᵀ f)/∂y ⊙ c`, y being a node's output and c its intercept.
 
         With `⟨x, Jᵀ v⟩`, those of all nodes sum to `vᵀ f(x)`.
@@ -253,7 +259,7 @@ class Linearization(FrozenModel):
             found[name] = self.by_example(name, product, probed)
         return at_inputs, found
 
-    def gains(self, u) -> dict[str, Any]:
+    def gains(self, u: Structure) -> dict[str, Tensor]:
         """By how much each node stretches the tangent that comes to it, when `J u` goes through the model.
 
         Args:
@@ -283,7 +289,7 @@ class Linearization(FrozenModel):
                 gains[node.name] = ops.where(before > 0, _norm(out) / ops.where(before > 0, before, 1.0), before)
         return gains
 
-    def tangents_by_slot(self, u) -> dict[int, Any]:
+    def tangents_by_slot(self, u: Structure) -> dict[int, Tensor]:
         """The tangents `(P, B, …)` inside the model from `u` to `J u`, by the `slot` of the values of `nodes`.
 
         Args:
@@ -306,7 +312,7 @@ class Linearization(FrozenModel):
         ]
         return {value.slot: tangent for value, tangent in values if tangent is not None}
 
-    def jacobian(self, chunk_size: int = 64):
+    def jacobian(self, chunk_size: int = 64) -> Structure:
         """The whole Jacobian of each example, computed in chunks of rows or of columns, whichever are fewer.
 
         Args:
@@ -330,7 +336,7 @@ class Linearization(FrozenModel):
         self._check_moving(self.inputs, "x")
         return matrices.materialize(self.inputs, tree.flatten(self.outputs), self._push, self._pull, chunk_size)
 
-    def affine_map(self, chunk_size: int = 64):
+    def affine_map(self, chunk_size: int = 64) -> tuple[Structure, Structure]:
         """The slope `A = J` and the intercept `b = f(x) − J x` of each example.
 
         If the model is piecewise affine, `A x + b` is the model itself in the whole region around `x`.
@@ -349,7 +355,7 @@ class Linearization(FrozenModel):
         intercepts = [y - ju[0] if has_tangents(y) else y for y, ju in pairs]
         return slope, tree.pack_sequence_as(self.outputs, intercepts)
 
-    def linear_operator(self, example: int = 0):
+    def linear_operator(self, example: int = 0) -> Any:
         """The Jacobian (K, D) of one example as a `scipy.sparse.linalg.LinearOperator`, for `svds`, `eigs` or `lsqr`.
 
         Several inputs or outputs are one long vector each, in their order. Nothing is materialized.
@@ -369,7 +375,7 @@ class Linearization(FrozenModel):
         return matrices.linear_operator(part.inputs, tree.flatten(part.outputs), part._push, part._pull)
 
 
-def _norm(tangents: list):
+def _norm(tangents: list) -> Tensor:
     """The norm of all entries of tangents `(P, …)` together, `(P,)`."""
     flat = [at_least_float32(ops.reshape(t, (ops.shape(t)[0], -1))) for t in tangents]
     joined = flat[0] if len(flat) == 1 else ops.concatenate(flat, axis=-1)

@@ -9,9 +9,10 @@ from keras import ops, tree
 from jvpreg.common import checks, replicas, seeds
 from jvpreg.common.dtypes import widest_dtype
 from jvpreg.common.eager import cast
+from jvpreg.common.typing import DType, Seed, Structure, Tensor
 
 
-def draw(kind: str, like, num_probes: int, seed):
+def draw(kind: str, like: Structure, num_probes: int, seed: Seed) -> Structure:
     """Draws directions for each example.
 
     Args:
@@ -53,7 +54,7 @@ def draw(kind: str, like, num_probes: int, seed):
     return split(vectors, tree.pack_sequence_as(like, tensors))
 
 
-def basis(like):
+def basis(like: Structure) -> Structure:
     """The D canonical basis vectors, the same for each example: `(D, B, …)`.
 
     Args:
@@ -76,14 +77,14 @@ def basis(like):
     return split(vectors, tree.pack_sequence_as(like, tensors))
 
 
-def _spaces(like) -> list:
+def _spaces(like: Structure) -> list:
     tensors = [checks.tensor("like", x) for x in tree.flatten(like)]
     if not tensors or any(len(tensor.shape) == 0 or 0 in tuple(tensor.shape) for tensor in tensors):
         raise checks.invalid("like", "tensors (B, …) with one entry an example at least", like)
     return tensors
 
 
-def dimension(like) -> int:
+def dimension(like: Structure) -> int:
     """D, the number of entries an example of a structure of tensors `(B, …)` has."""
     sizes = [math.prod(x.shape[1:]) if None not in x.shape[1:] else None for x in tree.flatten(like)]
     if None in sizes:
@@ -94,7 +95,7 @@ def dimension(like) -> int:
     return sum(sizes)  # type: ignore[arg-type]
 
 
-def split(vectors, like):
+def split(vectors: Tensor, like: Structure) -> Structure:
     """Vectors `(P, B, D)` as directions like `like`, with a leading probe axis: `(P, B, …)`, in float32 at least."""
     parts, start = [], 0
     for tensor in tree.flatten(like):
@@ -106,7 +107,7 @@ def split(vectors, like):
     return tree.pack_sequence_as(like, parts)
 
 
-def _random(distribution: str, shape, dtype, seed):
+def _random(distribution: str, shape: tuple, dtype: DType, seed: Seed) -> Tensor:
     """As `keras.random.normal` and `keras.random.uniform`, but on TensorFlow by the same generator under XLA."""
     if keras.backend.backend() != "tensorflow":
         return getattr(keras.random, distribution)(shape, dtype=dtype, seed=seeds.independent(seed))
@@ -118,20 +119,20 @@ def _random(distribution: str, shape, dtype, seed):
     return getattr(tf.random, f"stateless_{distribution}")(shape, state, dtype=dtype, alg="philox")
 
 
-def _gaussian(shape, dtype, seed):
+def _gaussian(shape: tuple, dtype: DType, seed: Seed) -> Tensor:
     return _random("normal", shape, dtype, seed)
 
 
-def _rademacher(shape, dtype, seed):
+def _rademacher(shape: tuple, dtype: DType, seed: Seed) -> Tensor:
     return ops.where(_random("uniform", shape, "float32", seed) < 0.5, ops.ones((), dtype), -ops.ones((), dtype))
 
 
-def _sphere(shape, dtype, seed):
+def _sphere(shape: tuple, dtype: DType, seed: Seed) -> Tensor:
     vectors = _gaussian(shape, dtype, seed)
     return vectors * (math.sqrt(shape[-1]) / ops.norm(vectors, axis=-1, keepdims=True))
 
 
-def _orthogonal(shape, dtype, seed):
+def _orthogonal(shape: tuple, dtype: DType, seed: Seed) -> Tensor:
     num_probes, batch, size = shape
     # The Q of a Gaussian matrix is uniform over all rotations once R has a positive diagonal (Mezzadri, 2007).
     # LAPACK gives R other signs, and then the directions have a mean that is not zero.

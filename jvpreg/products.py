@@ -5,13 +5,14 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import keras
 from keras import ops, tree
 
 from jvpreg.common import checks
 from jvpreg.common.dtypes import as_floats
+from jvpreg.common.typing import Structure, WeightTangents
 from jvpreg.engine.autodiff import LeftToAutodiff
 from jvpreg.engine.companions import Companions
 from jvpreg.engine.frozen_graph import FrozenGraph
@@ -34,13 +35,23 @@ from jvpreg.rules.registry import unwrap
 BatchStatistics = Literal["moving", "frozen", "coupled"]
 Fallback = Literal["warn", "allow", "error"]
 
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of `linearize`."""
+
+    training: bool
+    batch_statistics: BatchStatistics | None
+    fallback: Fallback
+    xla: bool | None
+
+
 _warned_of_head: "weakref.WeakSet[Any]" = weakref.WeakSet()
 _warned_of_fallback: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 
 def linearize(
-    model,
-    x,
+    model: keras.Layer,
+    x: Structure,
     training: bool = False,
     batch_statistics: BatchStatistics | None = None,
     fallback: Fallback = "warn",
@@ -94,7 +105,7 @@ def linearize(
     return Linearization(graph, as_floats(inputs), outputs, flatten=flatten, fallbacks=fallbacks)
 
 
-def jvp(model, x, u, **kwargs):
+def jvp(model: keras.Layer, x: Structure, u: Structure, **kwargs: Unpack[Options]) -> tuple[Structure, Structure]:
     """`f(x)` and `J u`. Shapes and keyword arguments as in `linearize` and `Linearization.jvp`.
 
     The tangents go through the model along with `x`: in one scan with a recurrent cell, and in the same call of a
@@ -117,7 +128,7 @@ def jvp(model, x, u, **kwargs):
     return outputs, pack_products(companions.products(graph), outputs, probed)
 
 
-def vjp(model, x, v, **kwargs):
+def vjp(model: keras.Layer, x: Structure, v: Structure, **kwargs: Unpack[Options]) -> tuple[Structure, Structure]:
     """`f(x)` and `Jᵀ v`. Shapes and keyword arguments as in `linearize` and `Linearization.vjp`.
 
     Example:
@@ -130,7 +141,9 @@ def vjp(model, x, v, **kwargs):
     return linearization.outputs, linearization.vjp(v)
 
 
-def weight_jvp(model, x, weights, **kwargs):
+def weight_jvp(
+    model: keras.Layer, x: Structure, weights: WeightTangents, **kwargs: Unpack[Options]
+) -> tuple[Structure, Structure]:
     """`f(x)` and `d/dε f(x; W + ε U)`. Weights as in `Linearization.jvp`, keyword arguments as in `linearize`.
 
     Example:
@@ -164,7 +177,7 @@ def weight_jvp(model, x, weights, **kwargs):
     return outputs, pack_products(companions.products(graph), outputs, probed)
 
 
-def jacobian(model, x, chunk_size: int = 64, **kwargs):
+def jacobian(model: keras.Layer, x: Structure, chunk_size: int = 64, **kwargs: Unpack[Options]) -> Structure:
     """The whole Jacobian `(B, *output, *input)`. As `Linearization.jacobian`, keyword arguments as in `linearize`.
 
     Example:
@@ -193,7 +206,11 @@ def _linearize_options(
 
 
 def _freeze(
-    model, x, inputs: list, options: tuple[Context, Fallback], companions: Companions | None = None
+    model: keras.Layer,
+    x: Structure,
+    inputs: list,
+    options: tuple[Context, Fallback],
+    companions: Companions | None = None,
 ) -> tuple[FrozenGraph, Any, dict[str, str]]:
     """The frozen graph, the outputs in the model's own structure, and what was left to autodiff, with the reasons."""
     along = companions if companions is not None and companions.go_along else None
@@ -209,7 +226,7 @@ def _freeze(
     return graph, tree.map_structure(lambda value: value.primal, outputs), fallbacks
 
 
-def _checked_model(model):
+def _checked_model(model: keras.Layer) -> keras.Layer:
     """The operation that a model really computes. Raises if the model is none, or is not built."""
     model = unwrap(model)
     if not isinstance(model, keras.Operation):
@@ -230,7 +247,7 @@ def _callers_level() -> int:
     return level
 
 
-def _warn_of_fallback(model, fallbacks: dict[str, LeftToAutodiff]) -> None:
+def _warn_of_fallback(model: keras.Layer, fallbacks: dict[str, LeftToAutodiff]) -> None:
     if model in _warned_of_fallback:
         return
     _warned_of_fallback.add(model)
@@ -243,7 +260,7 @@ def _warn_of_fallback(model, fallbacks: dict[str, LeftToAutodiff]) -> None:
     )
 
 
-def _warn_of_probabilities(model, heads: Sequence[Node]) -> None:
+def _warn_of_probabilities(model: keras.Layer, heads: Sequence[Node]) -> None:
     if not isinstance(model, keras.Model) or model in _warned_of_head:
         return
     for head in heads:

@@ -1,10 +1,14 @@
 """`TangentModel`: outputs and Jacobian-vector product as one Keras model, to deploy where there is no autodiff."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import keras
 from keras import tree
 
 from jvpreg.common import checks
 from jvpreg.common.dtypes import has_tangents
+from jvpreg.common.typing import Config, DType, Structure, Tensor
 from jvpreg.engine.inputs import flatten_inputs
 from jvpreg.engine.tangents import flatten_tangents
 from jvpreg.products import jvp
@@ -35,7 +39,7 @@ class TangentModel(keras.Model):
     ((4, 3), (4, 3))
     """
 
-    def __init__(self, base: keras.Model, **kwargs):
+    def __init__(self, base: keras.Model, **kwargs: Any):
         base = unwrap(base)
         if not isinstance(base, keras.Model) or isinstance(base, TangentModel) or not base.built:
             raise checks.invalid("base", "a Keras model, built", base)
@@ -45,7 +49,7 @@ class TangentModel(keras.Model):
         # A base without a graph has no known inputs: Keras records those of the first call, for `export`.
         self.built = bool(getattr(base, "inputs", None))
 
-    def call(self, inputs):
+    def call(self, inputs: Structure) -> Structure:
         """`(f(x), J u)` for `inputs` = `[x, u]`.
 
         Args:
@@ -61,13 +65,20 @@ class TangentModel(keras.Model):
         x, u = self._split(inputs)
         return jvp(self.base, x, u, fallback="error")
 
-    def compute_output_spec(self, inputs, **kwargs):
+    def compute_output_spec(self, inputs: Structure, **kwargs: Any) -> Structure:
         """The base model's outputs twice, the second time in float32 at least."""
         x, _ = self._split(inputs)
         outputs = self.base.compute_output_spec(x)
         return outputs, tree.map_structure(_tangent_spec, outputs)
 
-    def export(self, filepath, format="tf_saved_model", verbose=None, input_signature=None, **kwargs):
+    def export(
+        self,
+        filepath: str,
+        format: str = "tf_saved_model",
+        verbose: bool | None = None,
+        input_signature: Structure | None = None,
+        **kwargs: Any,
+    ) -> None:
         """As `keras.Model.export`, with inputs that are named and have the dtypes that the base model expects."""
         input_signature = self._input_signature() if input_signature is None else input_signature
         super().export(filepath, format, verbose=verbose, input_signature=input_signature, **kwargs)
@@ -79,11 +90,11 @@ class TangentModel(keras.Model):
         several = len(self.base.inputs) > 1
         floatx = keras.config.floatx()
 
-        def spec(tensor, prefix, dtype):
+        def spec(tensor: Tensor, prefix: str, dtype: DType) -> Tensor:
             name = f"{prefix}_{tensor.name}" if several else prefix
             return keras.InputSpec(shape=(None, *tensor.shape[1:]), dtype=dtype, name=name)
 
-        def tangent(tensor):
+        def tangent(tensor: Tensor) -> Tensor:
             return spec(tensor, "u", tensor.dtype if keras.backend.is_float_dtype(tensor.dtype) else floatx)
 
         # A Sequential model keeps its one input in a list.
@@ -91,7 +102,7 @@ class TangentModel(keras.Model):
         primals = tree.map_structure(lambda tensor: spec(tensor, "x", tensor.dtype), structure)
         return [[primals, tree.map_structure(tangent, structure)]]
 
-    def _split(self, inputs) -> tuple:
+    def _split(self, inputs: Structure) -> tuple:
         """`x` and `u`, of the same shapes."""
         if not isinstance(inputs, (list, tuple)) or len(inputs) != 2:
             received = f"{len(inputs)} of them" if isinstance(inputs, (list, tuple)) else f"{type(inputs).__name__}"
@@ -109,12 +120,12 @@ class TangentModel(keras.Model):
                 )
         return x, u
 
-    def get_config(self):
+    def get_config(self) -> Config:
         """The base model."""
         return {"base": keras.saving.serialize_keras_object(self.base), "name": self.name}
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: Config, custom_objects: Mapping[str, Any] | None = None) -> "TangentModel":
         """The model that `get_config` described."""
         base = keras.saving.deserialize_keras_object(config["base"], custom_objects=custom_objects)
         return cls(**{**config, "base": base})
@@ -125,6 +136,6 @@ def _alike(shape: tuple, other: tuple) -> bool:
     return len(shape) == len(other) and all(a is None or b is None or a == b for a, b in pairs)
 
 
-def _tangent_spec(output):
+def _tangent_spec(output: Tensor) -> Structure:
     dtype = output.dtype if has_tangents(output) else keras.config.floatx()
     return keras.KerasTensor(output.shape, "float32" if dtype in ("float16", "bfloat16") else dtype)

@@ -1,18 +1,20 @@
 """Checks that a pushforward rule is right, for the package's rules and for a user's own."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops, tree
 
 from jvpreg.common import checks, keras_private
+from jvpreg.common.typing import Seed, Shapes, Structure, Tensor
 from jvpreg.engine.inputs import call_signature
 from jvpreg.engine.transpose import transpose
 from jvpreg.estimators.norms import squared_norm
 from jvpreg.linearization import Linearization
-from jvpreg.products import linearize
+from jvpreg.products import BatchStatistics, linearize
 
 # The step of the differences, in float64. A penalty is larger than its products: its rounding needs a longer step.
 STEP = 1e-6
@@ -20,12 +22,12 @@ PENALTY_STEP = 1e-5
 
 
 def check_rule(
-    layer,
-    input_shape,
+    layer: keras.Layer,
+    input_shape: Shapes,
     *,
     batch_size: int = 3,
     training: bool = False,
-    batch_statistics=None,
+    batch_statistics: BatchStatistics | None = None,
     jit: bool = False,
     reference: Callable | None = None,
     tolerance: float = 1e-10,
@@ -73,7 +75,17 @@ def check_rule(
         _check_rule(layer, input_shape, batch_size, training, batch_statistics, jit, reference, tolerance, seed)
 
 
-def _check_rule(layer, input_shape, batch_size, training, batch_statistics, jit, reference, tolerance, seed):
+def _check_rule(
+    layer: keras.Layer,
+    input_shape: Shapes,
+    batch_size: int,
+    training: bool,
+    batch_statistics: BatchStatistics | None,
+    jit: bool,
+    reference: Callable | None,
+    tolerance: float,
+    seed: Seed,
+) -> None:
     shapes = [input_shape] if isinstance(input_shape, tuple) else list(input_shape)
     random = np.random.default_rng(seed)
     if not isinstance(layer, keras.Model):
@@ -93,7 +105,7 @@ def _check_rule(layer, input_shape, batch_size, training, batch_statistics, jit,
 
 
 @contextlib.contextmanager
-def float64():
+def float64() -> Iterator[None]:
     """A context in which Keras computes in float64: models made in it are of float64, on every backend.
 
     Raises:
@@ -125,13 +137,18 @@ def float64():
 class _Case:
     """A layer with its inputs and everything that is drawn for one check."""
 
-    def __init__(self, layer, inputs, training, batch_statistics, reference, random, tolerance):
-        self.layer, self.inputs, self.training, self.batch_statistics = (
-            layer,
-            inputs,
-            training,
-            batch_statistics,
-        )
+    def __init__(
+        self,
+        layer: keras.Layer,
+        inputs: list,
+        training: bool,
+        batch_statistics: BatchStatistics | None,
+        reference: Callable | None,
+        random: np.random.Generator,
+        tolerance: float,
+    ):
+        self.layer, self.inputs = layer, inputs
+        self.training, self.batch_statistics = training, batch_statistics
         self.reference = reference or self._call
         self.tolerance = tolerance
         # Every evaluation starts from these values, so that seeds and moving averages are the same in each.
@@ -142,19 +159,19 @@ class _Case:
         self.v = [self._draw(random, y) for y in self.outputs]
 
     @staticmethod
-    def _draw(random, like):
+    def _draw(random: np.random.Generator, like: Structure) -> Tensor:
         return ops.convert_to_tensor(random.normal(size=like.shape))
 
-    def _call(self, *inputs):
+    def _call(self, *inputs: Structure) -> Structure:
         takes_training = "training" in call_signature(self.layer).parameters
         keywords = {"training": self.training} if takes_training else {}
         return self.layer(list(inputs) if len(inputs) > 1 else inputs[0], **keywords)
 
-    def _stateless(self, values, function):
+    def _stateless(self, values: Sequence[Tensor], function: Callable) -> Any:
         with keras.StatelessScope(state_mapping=list(zip(self.variables, values, strict=True))):
             return function()
 
-    def _linearize(self, inputs) -> Linearization:
+    def _linearize(self, inputs: Structure) -> Linearization:
         packed = list(inputs) if len(inputs) > 1 else inputs[0]
         return linearize(self.layer, packed, training=self.training, batch_statistics=self.batch_statistics)
 
@@ -162,8 +179,8 @@ class _Case:
         """Everything that compares products with the Jacobian at one point."""
         u, w, v, count = self.u, self.w, self.v, len(self.inputs)
 
-        def products(values, inputs, u, w, v):
-            def run():
+        def products(values: Sequence[Tensor], inputs: Structure, u: list, w: list, v: list) -> list:
+            def run() -> list:
                 lin = self._linearize(inputs)
                 self._check_shapes("the primal", tree.flatten(lin.outputs), self.outputs)
                 sum_of_both = [2.0 * a - 3.0 * b for a, b in zip(u, w, strict=True)]
@@ -187,7 +204,7 @@ class _Case:
         results = compiled(products)(self.values, self.inputs, u, w, v)
         outputs, ju, both, combined, jtv, complete, last = [[_numpy(leaf) for leaf in result] for result in results]
 
-        def reference(inputs):
+        def reference(inputs: Structure) -> list:
             return tree.flatten(self._stateless(self.values, lambda: self.reference(*inputs)))
 
         self._compare("the primal", outputs, self.outputs)
@@ -219,7 +236,7 @@ class _Case:
         random = np.random.default_rng(2)
         moved = [random.normal(size=self.variables[i].shape) for i in indices]
 
-        def probes(tangent, own: int):
+        def probes(tangent: Tensor, own: int) -> Tensor:
             """The tangent in a probe of its own, and in the last probe, which has all of them."""
             stacked = np.zeros((count + 2, *np.shape(tangent)))
             stacked[own] = stacked[-1] = tangent
@@ -228,8 +245,8 @@ class _Case:
         u = [probes(_numpy(a), count) for a in self.u]
         tangents = [probes(tangent, k) for k, tangent in enumerate(moved)]
 
-        def products(values, inputs, u, tangents):
-            def run():
+        def products(values: Sequence[Tensor], inputs: Structure, u: list, tangents: list) -> list:
+            def run() -> list:
                 pairs = [(self.variables[i], tangent) for i, tangent in zip(indices, tangents, strict=True)]
                 return tree.flatten(self._linearize(inputs).jvp(_pack(u), weights=pairs))
 
@@ -239,9 +256,8 @@ class _Case:
             received = [_numpy(leaf) for leaf in compiled(products)(self.values, self.inputs, u, tangents)]
         except Exception as error:
             error.add_note(
-                f"{self._name}: this was raised by a part of its weights. Each takes a tangent of the weight, "
-                "`(P, *weight.shape)` (of an `Affine` `(*weight.shape)`), and residuals `(1, B, …)`; "
-                "`jvpreg.rules.align` gives a tangent the axes that it lacks."
+                f"{self._name}: this was raised by a part of its weights, which takes a tangent `(P, *weight.shape)` "
+                "and residuals `(1, B, …)`. `jvpreg.rules.align` gives a tangent the axes that it lacks."
             )
             raise
         for k, (i, tangent) in enumerate(zip(indices, moved, strict=True)):
@@ -269,8 +285,7 @@ class _Case:
                 continue
             moved = [value + STEP if j == i else value for j, value in enumerate(self.values)]
             outputs = tree.flatten(self._stateless(moved, lambda: self.reference(*self.inputs)))
-            pairs = zip(outputs, self.outputs, strict=True)
-            assert all(np.array_equal(_numpy(y), _numpy(before)) for y, before in pairs), (
+            assert all(np.array_equal(_numpy(a), _numpy(b)) for a, b in zip(outputs, self.outputs, strict=True)), (
                 f"{self._name}: the output depends on `{variable.path}`, and the pushforward has no part for it. "
                 "Expected a pair `(variable, part)` among its `weights`."
             )
@@ -279,13 +294,13 @@ class _Case:
         """The gradient of `mean ‖J u‖²` by inputs and weights, along random directions, by finite differences."""
         trainable = [i for i, variable in enumerate(self.variables) if variable.trainable]
 
-        def penalty(points):
+        def penalty(points: list) -> list:
             inputs, weights = points[: len(self.inputs)], points[len(self.inputs) :]
             values = list(self.values)
             for i, weight in zip(trainable, weights, strict=True):
                 values[i] = weight
 
-            def run():
+            def run() -> list:
                 products = self._linearize(inputs).jvp(_pack([ops.expand_dims(a, 0) for a in self.u]))
                 return [ops.mean(squared_norm(products))]
 
@@ -301,7 +316,7 @@ class _Case:
         for moved in range(len(points)):
             direction = random.normal(size=points[moved].shape)
 
-            def along(distance, moved=moved, direction=direction):
+            def along(distance: float, moved: int = moved, direction: Tensor = direction) -> float:
                 shifted = [x + distance * direction if i == moved else x for i, x in enumerate(points)]
                 return float(_numpy(evaluate(shifted)[0]))
 
@@ -318,7 +333,14 @@ class _Case:
                 scale=abs(slope) + 1e-4 * (1e-3 + abs(along(0.0))),
             )
 
-    def _compare(self, what: str, received: Sequence, expected: Sequence, tolerance=None, scale=None) -> None:
+    def _compare(
+        self,
+        what: str,
+        received: Sequence,
+        expected: Sequence,
+        tolerance: float | None = None,
+        scale: float | None = None,
+    ) -> None:
         tolerance = self.tolerance if tolerance is None else tolerance
         self._check_shapes(what, received, expected)
         for a, b in zip(received, expected, strict=True):
@@ -343,11 +365,11 @@ class _Case:
         return f"The rule of `{self.layer.name}` ({type(self.layer).__name__})"
 
 
-def _pack(leaves: list):
+def _pack(leaves: list) -> Structure:
     return leaves[0] if len(leaves) == 1 else leaves
 
 
-def _numpy(tensor) -> np.ndarray:
+def _numpy(tensor: Tensor) -> np.ndarray:
     if isinstance(tensor, (float, np.ndarray, np.generic)):
         # Not by way of a tensor: backends convert a Python float to float32.
         return np.asarray(tensor)

@@ -2,7 +2,9 @@
 
 import ast
 import importlib
+import importlib.resources
 import pkgutil
+import tomllib
 import types
 from pathlib import Path
 
@@ -21,6 +23,13 @@ def test_a_module_is_not_hidden_by_what_its_package_exports(name):
     parent, _, own = name.rpartition(".")
     importlib.import_module(name)
     assert isinstance(getattr(importlib.import_module(parent), own), types.ModuleType)
+
+
+def test_type_checkers_are_told_of_the_types():
+    marker = importlib.resources.files("jvpreg") / "py.typed"
+    assert marker.is_file()
+    settings = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())
+    assert marker.name in settings["tool"]["setuptools"]["package-data"]["jvpreg"]  # so that it is installed
 
 
 def test_few_modules_are_at_the_root():

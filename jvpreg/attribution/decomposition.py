@@ -3,7 +3,7 @@
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, Unpack
 
 import keras
 import numpy as np
@@ -11,11 +11,12 @@ from keras import layers, ops, tree
 
 from jvpreg.common import checks
 from jvpreg.common.dtypes import has_tangents
+from jvpreg.common.typing import Structure, Tensor
 from jvpreg.engine.finite import finite_examples, nan_unless
 from jvpreg.engine.node import Node
 from jvpreg.engine.tangents import check_count, flatten_like
 from jvpreg.linearization import Linearization
-from jvpreg.products import linearize
+from jvpreg.products import Options, linearize
 
 Source = Literal["bias", "normalization", "other"]
 
@@ -45,32 +46,34 @@ class FullJacobian:
         target_output: `vᵀ f(x)`, `(B,)`.
     """
 
-    inputs: Any
-    outputs: Any
-    input_jacobian: Any
-    bias_jacobians: dict[str, Any]
+    inputs: Structure
+    outputs: Structure
+    input_jacobian: Structure
+    bias_jacobians: dict[str, Tensor]
     sources: dict[str, Source]
-    target_output: Any
+    target_output: Tensor
 
-    def from_input(self):
+    def from_input(self) -> Tensor:
         """What the input contributes, `⟨x, Jᵀ v⟩`: `(B,)`."""
         pairs = zip(tree.flatten(self.inputs), tree.flatten(self.input_jacobian), strict=True)
         return sum(_sum_of_each(ops.cast(x, gradient.dtype) * gradient) for x, gradient in pairs)
 
-    def from_biases(self, source: Source | None = None):
+    def from_biases(self, source: Source | None = None) -> Tensor:
         """What the biases contribute, all of them or those of one kind: `(B,)`."""
         checks.choice("source", source, ("bias", "normalization", "other", None))
         found = [_sum_of_each(c) for name, c in self.bias_jacobians.items() if source in (None, self.sources[name])]
         return sum(found, ops.zeros_like(self.target_output))
 
-    def completeness_error(self):
+    def completeness_error(self) -> Tensor:
         """The difference of the output and the sum of contributions, relative to all their sizes: `(B,)`."""
         parts = [self.from_input(), *(_sum_of_each(c) for c in self.bias_jacobians.values())]
         size = sum(ops.abs(part) for part in parts)
         return ops.abs(sum(parts) - self.target_output) / ops.where(size > 0, size, 1.0)
 
 
-def full_jacobian(model, x, target=None, **kwargs) -> FullJacobian:
+def full_jacobian(
+    model: keras.Layer | Linearization, x: Structure | None, target: Structure | None = None, **kwargs: Unpack[Options]
+) -> FullJacobian:
     """The full-Jacobian of each example: what the input and every source of bias contribute to one output.
 
     Exact for every network, smooth ones included: the intercept of a smooth activation is a source of bias too.
@@ -128,7 +131,7 @@ def full_jacobian(model, x, target=None, **kwargs) -> FullJacobian:
     )
 
 
-def as_cotangent(outputs, target):
+def as_cotangent(outputs: Structure, target: Structure | None) -> Structure:
     """The cotangent of a target: see `full_jacobian`.
 
     Raises:
@@ -155,7 +158,7 @@ def as_cotangent(outputs, target):
     return tree.pack_sequence_as(outputs, cast)
 
 
-def class_cotangent(outputs, labels):
+def class_cotangent(outputs: Tensor, labels: Tensor) -> Tensor:
     """The cotangent of class indices `(B,)` for outputs `(B, K)`; NaN if there is no such class.
 
     It is for labels in a compiled step, which cannot be checked: with zeros, training would silently learn nothing.
@@ -165,7 +168,7 @@ def class_cotangent(outputs, labels):
     return ops.where(ops.expand_dims(valid, -1), rows, math.nan)
 
 
-def _of_classes(target, outputs):
+def _of_classes(target: Structure, outputs: Tensor) -> Tensor | None:
     """The cotangent of one class for all examples, or of one for each; None where the target is none of these."""
     batch, count = outputs.shape
     if checks.is_integer(target):
@@ -184,7 +187,7 @@ def _of_classes(target, outputs):
     return class_cotangent(outputs, indices)
 
 
-def _like(target, output):
+def _like(target: Structure, output: Tensor) -> Tensor:
     """A cotangent in the dtype of the output."""
     cotangent = checks.tensor("target", target)
     pairs = zip(cotangent.shape, output.shape, strict=False)
@@ -201,6 +204,6 @@ def _source(node: Node) -> Source:
     return "bias" if getattr(node.layer, "bias", None) is not None else "other"
 
 
-def _sum_of_each(tensor):
+def _sum_of_each(tensor: Tensor) -> Tensor:
     """The sum of all entries of each example: `(B, …)` to `(B,)`."""
     return ops.sum(ops.reshape(tensor, (ops.shape(tensor)[0], -1)), axis=-1)

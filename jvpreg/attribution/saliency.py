@@ -15,6 +15,7 @@ from keras import ops
 from jvpreg.attribution.decomposition import FullJacobian, as_cotangent
 from jvpreg.attribution.decomposition import full_jacobian as decompose
 from jvpreg.common import checks, seeds
+from jvpreg.common.typing import ArrayLike, Structure, Tensor
 from jvpreg.engine.finite import finite_examples, nan_unless
 from jvpreg.engine.node import Node
 from jvpreg.linearization import Linearization
@@ -24,7 +25,9 @@ from jvpreg.products import linearize
 INTERPOLATIONS = ("bilinear", "nearest", "bicubic", "lanczos3", "lanczos5")
 
 
-def full_jacobian(model, x, target=None, interpolation: str = "bilinear"):
+def full_jacobian(
+    model: keras.Layer, x: Structure, target: Structure | None = None, interpolation: str = "bilinear"
+) -> Tensor:
     """The full-Jacobian map: the sum of `|x ⊙ ∇ₓ f|` and of the resized `|Σ_c f^b|` of every spatial layer.
 
     Channels are summed before the absolute value; nothing else is done: layers are not normalized against each other.
@@ -59,7 +62,9 @@ def full_jacobian(model, x, target=None, interpolation: str = "bilinear"):
     return at_input + _from_biases(full, interpolation)
 
 
-def bias_jacobian(model, x, target=None, interpolation: str = "bilinear"):
+def bias_jacobian(
+    model: keras.Layer, x: Structure, target: Structure | None = None, interpolation: str = "bilinear"
+) -> Tensor:
     """The full-Jacobian map without the input's part.
 
     Args:
@@ -79,7 +84,7 @@ def bias_jacobian(model, x, target=None, interpolation: str = "bilinear"):
     return _from_biases(full, interpolation) + 0 * ops.reshape(full.target_output, (-1, 1, 1))
 
 
-def input_gradient(model, x, target=None):
+def input_gradient(model: keras.Layer, x: Structure, target: Structure | None = None) -> Tensor:
     """The gradient at each pixel in absolute values: `Σ_c |∇ₓ f|`.
 
     Args:
@@ -96,7 +101,9 @@ def input_gradient(model, x, target=None):
     return _known(linearization, ops.sum(ops.abs(_gradient(linearization, target)), axis=-1))
 
 
-def integrated_gradients(model, x, target=None, baseline=0.0, num_steps: int = 32):
+def integrated_gradients(
+    model: keras.Layer, x: Structure, target: Structure | None = None, baseline: ArrayLike = 0.0, num_steps: int = 32
+) -> Tensor:
     """The gradient averaged on the line from a baseline to the image, times their difference: `Σ_c (x − x₀) ⊙ ∫ ∇f`.
 
     Args:
@@ -130,7 +137,14 @@ def integrated_gradients(model, x, target=None, baseline=0.0, num_steps: int = 3
     return _known(linearization, ops.sum((x - start) * total / num_steps, axis=-1))
 
 
-def smooth_grad(model, x, target=None, noise: float = 0.15, num_samples: int = 16, seed: int = 0):
+def smooth_grad(
+    model: keras.Layer,
+    x: Structure,
+    target: Structure | None = None,
+    noise: float = 0.15,
+    num_samples: int = 16,
+    seed: int = 0,
+) -> Tensor:
     """The gradient averaged over noisy copies of the image: the sum of its absolute values at each pixel.
 
     Args:
@@ -164,7 +178,7 @@ def smooth_grad(model, x, target=None, noise: float = 0.15, num_samples: int = 1
     return _known(linearization, ops.sum(ops.abs(total), axis=-1) / num_samples)
 
 
-def guided_backpropagation(model, x, target=None):
+def guided_backpropagation(model: keras.Layer, x: Structure, target: Structure | None = None) -> Tensor:
     """The gradient at each pixel in absolute values, if every ReLU passes back positive gradients only.
 
     Args:
@@ -179,14 +193,20 @@ def guided_backpropagation(model, x, target=None):
     """
     linearization = linearize(model, _images(x))
 
-    def guide(node, cotangents):
+    def guide(node: Node, cotangents: list) -> list:
         return [ops.maximum(c, 0.0) for c in cotangents] if _is_relu(node) else cotangents
 
     gradient = linearization.modified_vjp(as_cotangent(linearization.outputs, target), guide)
     return _known(linearization, ops.sum(ops.abs(gradient), axis=-1))
 
 
-def grad_cam(model, x, target=None, layer: str | None = None, interpolation: str = "bilinear"):
+def grad_cam(
+    model: keras.Layer,
+    x: Structure,
+    target: Structure | None = None,
+    layer: str | None = None,
+    interpolation: str = "bilinear",
+) -> Tensor:
     """A layer's channels, weighted by their mean gradients, where their sum is positive.
 
     Args:
@@ -235,7 +255,7 @@ METHODS: dict[str, Callable] = {
 }
 
 
-def figure(images, maps: Mapping[str, Any], titles: Sequence[str] | None = None):
+def figure(images: ArrayLike, maps: Mapping[str, Any], titles: Sequence[str] | None = None) -> Any:
     """Lays out images and their maps as in table 5 of the paper: a row for each image, a column for each method.
 
     Args:
@@ -273,7 +293,7 @@ def figure(images, maps: Mapping[str, Any], titles: Sequence[str] | None = None)
     return page
 
 
-def _images(x):
+def _images(x: Structure) -> Tensor:
     """Raises unless `x` is one batch of images with the channels last."""
     if keras.config.image_data_format() != "channels_last":
         raise ValueError("Saliency maps need `keras.config.image_data_format()` to be channels_last.")
@@ -285,23 +305,23 @@ def _images(x):
     return images
 
 
-def _known(linearization: Linearization, maps):
+def _known(linearization: Linearization, maps: Tensor) -> Tensor:
     """Maps `(B, H, W)`, with NaN for examples with an input or an output that is not finite."""
     return nan_unless(finite_examples(linearization), maps)
 
 
-def _gradient(linearization: Linearization, target):
+def _gradient(linearization: Linearization, target: Structure) -> Tensor:
     return linearization.vjp(as_cotangent(linearization.outputs, target))
 
 
-def _from_biases(full: FullJacobian, interpolation: str):
+def _from_biases(full: FullJacobian, interpolation: str) -> Tensor:
     size = full.inputs.shape[1:3]
     spatial = [c for c in full.bias_jacobians.values() if len(c.shape) == 4]
     maps = [_resized(ops.abs(ops.sum(c, axis=-1)), size, interpolation) for c in spatial]
     return sum(maps, ops.zeros(ops.shape(full.inputs)[:3], full.input_jacobian.dtype))
 
 
-def _resized(maps, size, interpolation: str):
+def _resized(maps: Tensor, size: Sequence[int], interpolation: str) -> Tensor:
     resized = ops.image.resize(ops.expand_dims(maps, -1), size, interpolation=interpolation)
     return ops.cast(resized[..., 0], maps.dtype)
 

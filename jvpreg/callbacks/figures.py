@@ -83,7 +83,7 @@ def mean_density(density: SpectralDensity) -> tuple[np.ndarray, np.ndarray]:
     return grid, np.mean(rows, axis=0) if rows else np.full(GRID, np.nan)
 
 
-def _curves(figure, axes, epochs, values, symbol) -> None:
+def _curves(figure: Any, axes: Any, epochs: np.ndarray, values: Sequence, symbol: str) -> None:
     """The mean over the examples, with its standard error as bars, and the middle 80 % of the examples as a band."""
     import matplotlib
 
@@ -111,7 +111,7 @@ def _curves(figure, axes, epochs, values, symbol) -> None:
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def _eigenvalues(figure, axes, epochs, values, symbol) -> None:
+def _eigenvalues(figure: Any, axes: Any, epochs: np.ndarray, values: Sequence, symbol: str) -> None:
     """The eigenvalues of all examples in the complex plane; later epochs are lighter."""
     import matplotlib
     from matplotlib.cm import ScalarMappable
@@ -133,7 +133,7 @@ def _eigenvalues(figure, axes, epochs, values, symbol) -> None:
     figure.colorbar(ScalarMappable(limits, "viridis"), ax=axes, label="epoch", ticks=MaxNLocator(integer=True))
 
 
-def _density(figure, axes, epochs, values, symbol) -> None:
+def _density(figure: Any, axes: Any, epochs: np.ndarray, values: Sequence, symbol: str) -> None:
     """The density averaged over the examples, as a column of colors for each epoch."""
     from matplotlib.colors import PowerNorm
 

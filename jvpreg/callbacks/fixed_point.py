@@ -6,6 +6,7 @@ import warnings
 import keras
 
 from jvpreg.common import keras_private
+from jvpreg.common.typing import Logs
 from jvpreg.layers import FixedPoint
 
 
@@ -39,13 +40,13 @@ class FixedPointMonitor(keras.callbacks.Callback):
     ['equilibrium/iterations', 'equilibrium/linear_unconverged']
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.layers: list[FixedPoint] = []
         self._summary: dict[str, float] = {}
         self._fitting = False
 
-    def set_model(self, model):
+    def set_model(self, model: keras.Model) -> None:
         """Finds the layers."""
         super().set_model(model)
         self.layers = [layer for layer in keras_private.layers_within(model) if isinstance(layer, FixedPoint)]
@@ -58,23 +59,23 @@ class FixedPointMonitor(keras.callbacks.Callback):
         for layer in self.layers:
             layer.is_watched = True
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs | None = None) -> None:
         """Forgets what was counted before."""
         self._fitting = True
         self._take()
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
         """Forgets the solves of other callbacks between epochs."""
         self._take()
         self._summary = {}
 
-    def on_test_begin(self, logs=None):
+    def on_test_begin(self, logs: Logs | None = None) -> None:
         """Separates the epoch's training from its validation."""
         counted = self._take()
         if self._fitting:
             self._summary |= counted
 
-    def on_test_end(self, logs=None):
+    def on_test_end(self, logs: Logs | None = None) -> None:
         """Notes how the validation went; in `evaluate`, warns or raises."""
         counted = self._take()
         if self._fitting:
@@ -82,7 +83,7 @@ class FixedPointMonitor(keras.callbacks.Callback):
         else:
             self._tell(counted)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         """Puts the numbers into the logs, and warns or raises."""
         if not self._summary:
             self._summary = self._take()
@@ -90,7 +91,7 @@ class FixedPointMonitor(keras.callbacks.Callback):
             logs.update(self._summary)
         self._tell(self._summary)
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Logs | None = None) -> None:
         """Lets the layers warn by themselves again."""
         self._fitting = False
         for layer in self.layers:

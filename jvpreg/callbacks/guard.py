@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections import deque
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import keras
@@ -15,6 +16,8 @@ from jvpreg.callbacks.probe import JacobianProbe
 from jvpreg.callbacks.reader import check_probe, checked_probe
 from jvpreg.common import checks
 from jvpreg.common.dtypes import has_tangents
+from jvpreg.common.typing import Logs, Structure, Tensor
+from jvpreg.engine.node import Node
 from jvpreg.linearization import Linearization
 from jvpreg.rules.registry import unwrap
 
@@ -105,7 +108,7 @@ class JacobianGuard(keras.callbacks.Callback):
         self._key = f"{probe.prefix}/{metric}"
         self._layers: _Layers | None = None
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs | None = None) -> None:
         """Checks that the probe measures the metric, and forgets earlier events."""
         check_probe(self)
         if self.probe.keys and self._key not in self.probe.keys:
@@ -119,20 +122,20 @@ class JacobianGuard(keras.callbacks.Callback):
         self._state: str | None = None
         self._epoch: int | None = None
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
         """Remembers the epoch; before the first epoch of a `fit`, judges those that were measured earlier."""
         if self._epoch is None:
             self._look_back()
         self._epoch = epoch
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Logs | None = None) -> None:
         """Looks at the batch's measurement, if there is one."""
-        if self._key in (logs or {}):
+        if logs and self._key in logs:
             self._look(logs[self._key], batch)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         """Looks at the epoch's measurement, if there is one."""
-        if self.probe.epoch == epoch and self._key in (logs or {}):
+        if self.probe.epoch == epoch and logs and self._key in logs:
             self._look(logs[self._key], None)
 
     def _look_back(self) -> None:
@@ -224,12 +227,12 @@ class _State(NamedTuple):
 class _Layers:
     """The state of each node of a model, measured by a function that is compiled once."""
 
-    def __init__(self, base):
+    def __init__(self, base: keras.Model):
         self.base = base
         self.names: list[str] = []
         self._measurement = Measurement(base, self._state)
 
-    def measure(self, x) -> _State:
+    def measure(self, x: Structure) -> _State:
         found = self._measurement.predict_on_batch(x)
         # All examples have the same value.
         weights, output, gains = (np.asarray(found[key])[0] for key in ("weights", "output", "gains"))
@@ -251,11 +254,11 @@ class _Layers:
         return {key: ops.broadcast_to(ops.stack(row), (batch, len(nodes))) for key, row in found.items()}
 
 
-def _weights(node) -> list:
+def _weights(node: Node) -> list:
     """The weights of a node: those of its layer, and those that an operation of an opened layer takes as inputs."""
     return [*getattr(node.operation, "weights", []), *(value.primal for value in node.inputs if not value.batched)]
 
 
-def _all_finite(tensors):
+def _all_finite(tensors: Iterable[Tensor]) -> Tensor:
     finite = [ops.all(ops.isfinite(ops.convert_to_tensor(t))) for t in tensors if has_tangents(t)]
     return ops.all(ops.stack(finite)) if finite else ops.convert_to_tensor(True)

@@ -1,9 +1,11 @@
 """What Keras does not tell a callback: which others are listed before it, and how many batches were taken."""
 
+from typing import Any
+
 import keras
 
 
-def listed_before(callback: keras.callbacks.Callback, frame) -> list[keras.callbacks.Callback]:
+def listed_before(callback: keras.callbacks.Callback, frame: Any) -> list[keras.callbacks.Callback]:
     """The callbacks before this one in the list that is just giving it its model; none if there is no such list.
 
     Args:

@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops, tree
 
 from jvpreg.common import replicas
+from jvpreg.common.typing import ArrayLike, Structure
 from jvpreg.engine.inputs import standardize_inputs
 from jvpreg.products import linearize
 
@@ -23,7 +24,7 @@ class Measurement(keras.Model):
         function: a `Linearization` to a dict of tensors `(B, …)`, or a dict of such dicts.
     """
 
-    def __init__(self, base, function: Callable):
+    def __init__(self, base: keras.Model, function: Callable):
         # The name is given: Keras would make one from the class's name, and the base may have the same.
         super().__init__(autocast=False, name="measurement")
         self.base = base
@@ -33,13 +34,13 @@ class Measurement(keras.Model):
         # TensorFlow's XLA cannot compute eigenvalues of a general matrix.
         self.compile(jit_compile=False if keras.backend.backend() == "tensorflow" else "auto")
 
-    def call(self, x):
+    def call(self, x: Structure) -> Structure:
         """The function at the linearization at `x`."""
         if any(isinstance(leaf, keras.KerasTensor) for leaf in tree.flatten(x)):
             return {"symbolic": keras.KerasTensor((tree.flatten(x)[0].shape[0],))}
         return self.function(linearize(self.base, x, training=False))
 
-    def make_predict_function(self, force=False):
+    def make_predict_function(self, force: bool = False) -> Callable:
         """As Keras'. In the scope of a strategy with several replicas, each of them would measure the whole batch."""
         if not replicas.is_scope():
             return super().make_predict_function(force)
@@ -48,7 +49,7 @@ class Measurement(keras.Model):
         self.predict_function = self._undivided
         return self.predict_function
 
-    def first_example(self, x) -> dict:
+    def first_example(self, x: Structure) -> dict:
         """The function's result for the first example of the batch `x`, uncompiled.
 
         Raises:
@@ -64,14 +65,14 @@ class Measurement(keras.Model):
             found = self.function(linearize(self.base, tree.map_structure(lambda leaf: leaf[:1], x), training=False))
             return tree.map_structure(ops.convert_to_numpy, found)
 
-    def is_finite(self, x) -> bool:
+    def is_finite(self, x: Structure) -> bool:
         """Whether the outputs of the measured model are finite, uncompiled."""
         with keras.StatelessScope():
             outputs = self.base(tree.map_structure(ops.convert_to_tensor, x), training=False)
         return all(bool(ops.all(ops.isfinite(leaf))) for leaf in tree.flatten(outputs))
 
 
-def as_arrays(x):
+def as_arrays(x: Structure) -> Structure:
     """A batch as NumPy arrays, whichever library its tensors are of.
 
     Raises:
@@ -82,7 +83,7 @@ def as_arrays(x):
     return as_array("x", x) if rows else tree.map_structure(lambda leaf: as_array("x", leaf), x)
 
 
-def as_array(argument: str, given) -> np.ndarray:
+def as_array(argument: str, given: ArrayLike) -> np.ndarray:
     """A tensor of any library as an array.
 
     Raises:

@@ -10,6 +10,7 @@ from jvpreg.callbacks.files import write_whole
 from jvpreg.callbacks.probe import JacobianProbe
 from jvpreg.callbacks.reader import ProbeReader, picture
 from jvpreg.common import checks
+from jvpreg.common.typing import Logs
 
 
 class JacobianPictures(ProbeReader):
@@ -62,7 +63,7 @@ class JacobianPictures(ProbeReader):
         self._undrawn = False
         self._begins = True
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs | None = None) -> None:
         """Makes the folder, and opens TensorBoard's file."""
         super().on_train_begin(logs)
         self._undrawn = False
@@ -72,19 +73,19 @@ class JacobianPictures(ProbeReader):
         if self.log_dir is not None:
             self._events = _Events(self.log_dir / "jacobian")
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
         """Tells TensorBoard with which epoch a `fit` begins: it drops what an earlier one wrote from there on."""
         if self._events is not None and self._begins:
             self._events.begin(epoch)
         self._begins = False
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         """Writes the numbers, and draws the epoch's measurement, if there is one."""
         if self._events is not None:
             self._events.add_scalars(logs or {}, epoch)
         super().on_epoch_end(epoch, logs)
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Logs | None = None) -> None:
         """Draws what was measured since the last picture, and closes TensorBoard's file."""
         if self._undrawn:
             self._draw()
@@ -136,7 +137,7 @@ class _Events:
         image = Summary.Image(encoded_image_string=png, width=width, height=height, colorspace=3)
         self._write(step, summary=Summary(value=[Summary.Value(tag=tag, image=image)]))
 
-    def _write(self, step: int, **content) -> None:
+    def _write(self, step: int, **content: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
 
         self._writer.add_event(Event(wall_time=time.time(), step=step, **content))

@@ -18,6 +18,7 @@ from jvpreg.callbacks.history import History, Measured, values_of
 from jvpreg.callbacks.hooks import batches_taken, is_due, listed_before
 from jvpreg.callbacks.measurement import Measurement, as_array, as_arrays
 from jvpreg.common import checks
+from jvpreg.common.typing import ArrayLike, Logs, Seed, Structure, Tensor
 from jvpreg.engine.finite import finite_examples, nan_unless
 from jvpreg.estimators import Estimate, SpectralDensity
 from jvpreg.linearization import Linearization
@@ -111,10 +112,10 @@ class JacobianProbe(keras.callbacks.Callback):
 
     def __init__(
         self,
-        x,
+        x: Structure,
         metrics: Sequence[str] | Mapping[str, str | Callable] = ("frobenius_norm", "spectral_norm"),
         *,
-        labels=None,
+        labels: ArrayLike | None = None,
         layers: Sequence[str] = (),
         blocks: Sequence[str] = (),
         every_epochs: int = 1,
@@ -172,7 +173,7 @@ class JacobianProbe(keras.callbacks.Callback):
         if self._blank:
             self._kept.keep_like(self._blank)
 
-    def set_model(self, model):
+    def set_model(self, model: keras.Model) -> None:
         """Checks all arguments against the model, and the order of the callbacks."""
         super().set_model(model)
         base = unwrap(model)
@@ -186,20 +187,20 @@ class JacobianProbe(keras.callbacks.Callback):
             self._measurement = measurement
         _warn_of_readers(self, listed_before(self, inspect.currentframe()))
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs | None = None) -> None:
         """Makes the folder."""
         self._begins = True
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
         """Reads the history before the first epoch of a `fit`, and starts to count batches."""
         if self._begins:  # Only now is the epoch known: a callback may have restored a backup.
             self.restore(epoch)
             self._begins = False
         self._batches = 0
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         """Puts the measurement, or NaN, into `logs`."""
         due = epoch == 0 or (epoch + 1) % self.every_epochs == 0 or not self._blank
         self.epoch = epoch if due else None
@@ -212,7 +213,7 @@ class JacobianProbe(keras.callbacks.Callback):
         if logs is not None:
             logs.update(self._summary(measured))
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Logs | None = None) -> None:
         """Puts the measurement into the batch's `logs`, when it is due."""
         if self.every_batches is None:
             return
@@ -288,7 +289,7 @@ class JacobianProbe(keras.callbacks.Callback):
         return summary
 
 
-def _functions(metrics, seed) -> dict[str, Callable]:
+def _functions(metrics: Any, seed: Seed) -> dict[str, Callable]:
     """The metrics as a dict from name to function of a linearization."""
     listed = list(metrics) if isinstance(metrics, (list, tuple)) else []
     pairs = list(metrics.items()) if isinstance(metrics, Mapping) else [(name, name) for name in listed]
@@ -305,12 +306,12 @@ def _functions(metrics, seed) -> dict[str, Callable]:
     return {name: of if callable(of) else _seeded(ESTIMATORS[of], seed) for name, of in named.items()}
 
 
-def _seeded(estimator: Callable, seed) -> Callable:
+def _seeded(estimator: Callable, seed: Seed) -> Callable:
     takes_seed = "seed" in inspect.signature(estimator).parameters
     return functools.partial(estimator, seed=seed) if takes_seed else estimator
 
 
-def _classes(labels, size: int) -> dict[str, np.ndarray]:
+def _classes(labels: Structure, size: int) -> dict[str, np.ndarray]:
     """The examples of each class, by the prefix of the class's names in `logs`."""
     if labels is None:
         return {}
@@ -324,14 +325,14 @@ def _classes(labels, size: int) -> dict[str, np.ndarray]:
     return {f"class_{label}/": labels == label for label in np.unique(labels)}
 
 
-def _batch_size(x) -> int:
+def _batch_size(x: Structure) -> int:
     leaves = [checks.tensor("x", leaf) for leaf in tree.flatten(x)]
     if not leaves or any(len(leaf.shape) == 0 or leaf.shape[0] == 0 for leaf in leaves):
         raise checks.invalid("x", "a batch (B, …) of one example at least", x)
     return int(leaves[0].shape[0])
 
 
-def _tensors(function: Callable, linearization: Linearization, finite) -> dict:
+def _tensors(function: Callable, linearization: Linearization, finite: Tensor) -> dict:
     """The parts of a metric's estimate, each `(B, …)`, as floats; NaN for examples that are not finite."""
     result = function(linearization)
     if isinstance(result, SpectralDensity):

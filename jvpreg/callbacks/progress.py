@@ -9,6 +9,7 @@ import keras
 
 from jvpreg.callbacks.probe import JacobianProbe
 from jvpreg.callbacks.reader import check_probe, checked_probe
+from jvpreg.common.typing import Logs
 
 WIDTH = 100  # columns
 INDENT = 4
@@ -58,16 +59,16 @@ class JacobianProgbarLogger(keras.callbacks.ProgbarLogger):
         # Keras, too, runs its bar at the same time as the next step.
         self.async_safe = True
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs | None = None) -> None:
         """Checks that the probe is there."""
         super().on_train_begin(logs)
         check_probe(self)
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Logs | None = None) -> None:
         """Moves the bar."""
         super().on_train_batch_end(batch, self._others(logs))
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         """Ends the bar, and prints the lines."""
         super().on_epoch_end(epoch, self._others(logs))
         if self.verbose and self.probe.epoch == epoch:

@@ -8,6 +8,7 @@ import keras
 from jvpreg.callbacks.figures import history_png
 from jvpreg.callbacks.probe import JacobianProbe
 from jvpreg.common import checks
+from jvpreg.common.typing import Logs
 
 
 class ProbeReader(keras.callbacks.Callback):
@@ -23,11 +24,11 @@ class ProbeReader(keras.callbacks.Callback):
         self.probe = checked_probe(probe)
         self.every_epochs = checks.count("every_epochs", every_epochs)
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs | None = None) -> None:
         """Checks that the probe is there."""
         check_probe(self)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         """Reads the epoch's measurement, if there is one."""
         if self.probe.epoch == epoch:
             last = epoch + 1 == (self.params or {}).get("epochs")
@@ -43,7 +44,7 @@ def picture(name: str, history: Mapping[int, Mapping[str, Any]]) -> bytes:
     return history_png(name, list(history), [values[name] for values in history.values()])
 
 
-def checked_probe(probe) -> JacobianProbe:
+def checked_probe(probe: Any) -> JacobianProbe:
     """The probe of a callback that reads one.
 
     Raises:
@@ -54,7 +55,7 @@ def checked_probe(probe) -> JacobianProbe:
     return probe
 
 
-def check_probe(callback) -> None:
+def check_probe(callback: keras.callbacks.Callback) -> None:
     """Raises unless the probe that a callback reads has the same model."""
     if callback.probe.model is not callback.model:
         name = type(callback).__name__

@@ -37,5 +37,5 @@ def settings(probe: JacobianProbe, model: keras.Model | None, config: Mapping[st
     return {key: entry}
 
 
-def _penalty(penalty, weight: str) -> dict[str, Any]:
+def _penalty(penalty: Any, weight: str) -> dict[str, Any]:
     return {"name": penalty.name, "class": type(penalty).__name__, weight: float(getattr(penalty, weight))}

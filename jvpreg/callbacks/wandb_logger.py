@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -16,6 +17,7 @@ from jvpreg.callbacks.reader import ProbeReader, picture
 from jvpreg.callbacks.rows import Rows, read_epochs, rows_before
 from jvpreg.callbacks.settings import settings
 from jvpreg.common import checks
+from jvpreg.common.typing import Logs
 from jvpreg.estimators import SpectralDensity
 
 
@@ -88,7 +90,7 @@ class JacobianWandbLogger(ProbeReader):
         self._begins = True
         self._steps = self._passed = 0
 
-    def set_model(self, model):
+    def set_model(self, model: keras.Model) -> None:
         """Checks that no earlier logger completes its rows."""
         super().set_model(model)
         before = listed_before(self, inspect.currentframe())
@@ -98,14 +100,14 @@ class JacobianWandbLogger(ProbeReader):
                 "have two rows. Swap them, or leave it out: `JacobianWandbLogger` logs the same."
             )
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs | None = None) -> None:
         """Checks that a run is active, sets the axes of its charts, and writes into its config."""
         super().on_train_begin(logs)
         self._begins = True
         self._rows = Rows.of(self._run())
         self._tell(self._run())
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
         """Completes the row of the last epoch; before the first one of a `fit`, logs what the run lacks."""
         assert self._rows is not None
         self._rows.complete()
@@ -115,13 +117,13 @@ class JacobianWandbLogger(ProbeReader):
             self._steps = self._steps_taken()
             self._repeat(self._rows, epoch, (self.params or {}).get("epochs"))
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(self, batch: int, logs: Logs | None = None) -> None:
         """Completes the row of the last batch."""
         assert self._rows is not None
         self._rows.complete()
         self._rows.log_repeated()  # Only now has each logger had its `on_epoch_begin`.
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Logs | None = None) -> None:
         """Begins the row of the batch if it is due. It stays open for loggers that are listed later."""
         if self.every_batches is None:
             return
@@ -132,14 +134,14 @@ class JacobianWandbLogger(ProbeReader):
             row = {**(logs or {}), "batch_step": self._steps, **self._learning_rate()}
             self._rows.add("batch", self._steps, {f"batch/{key}": value for key, value in row.items()})
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         """Begins the row of the epoch. It stays open for loggers that are listed later."""
         assert self._rows is not None
         if not self._run().disabled:
             numbers = {**(logs or {}), **self._learning_rate()}
             self._rows.add("epoch", epoch, self._row(epoch, numbers, (self.params or {}).get("epochs")))
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Logs | None = None) -> None:
         """Completes the row of the last epoch."""
         assert self._rows is not None
         self._rows.complete()
@@ -171,7 +173,7 @@ class JacobianWandbLogger(ProbeReader):
             raise RuntimeError("`JacobianWandbLogger` needs an active run: call `wandb.init()` before `fit`.")
         return self._wandb.run
 
-    def _tell(self, run) -> None:
+    def _tell(self, run: Any) -> None:
         for step, names in (
             ("epoch/epoch", ["epoch", self.probe.prefix]),
             ("batch/batch_step", ["batch"] * (self.every_batches is not None)),
@@ -219,7 +221,7 @@ class JacobianWandbLogger(ProbeReader):
                 row[f"{key}_history"] = self._image(picture(name, history))
         return row
 
-    def _histogram(self, value):
+    def _histogram(self, value: Any) -> Any:
         if isinstance(value, SpectralDensity):
             points, density = mean_density(value)
             if not np.isfinite(density).all():
@@ -232,7 +234,7 @@ class JacobianWandbLogger(ProbeReader):
         numbers = numbers[np.isfinite(numbers)].astype("float64")
         return self._wandb.Histogram(numbers) if numbers.size else None
 
-    def _image(self, png: bytes):
+    def _image(self, png: bytes) -> Any:
         from PIL import Image
 
         return self._wandb.Image(Image.open(io.BytesIO(png)))

@@ -3,18 +3,20 @@
 import keras
 from keras import ops
 
+from jvpreg.common.typing import Tensor
+
 
 def as_floats(tensors: list) -> list:
     """Inputs or outputs, whole numbers as floats: tangents and probes can be like them, and count for nothing."""
     return [x if has_tangents(x) else ops.cast(x, keras.config.floatx()) for x in tensors]
 
 
-def has_tangents(tensor) -> bool:
+def has_tangents(tensor: Tensor) -> bool:
     """Whether a tensor holds real or complex numbers, which can have a tangent."""
     return keras.backend.is_float_dtype(keras.backend.standardize_dtype(tensor.dtype)) or is_complex(tensor)
 
 
-def is_complex(tensor) -> bool:
+def is_complex(tensor: Tensor) -> bool:
     """Whether a tensor holds complex numbers."""
     return "complex" in keras.backend.standardize_dtype(tensor.dtype)
 

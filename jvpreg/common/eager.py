@@ -7,24 +7,26 @@ from collections.abc import Callable
 
 from keras import ops, tree
 
+from jvpreg.common.typing import DType, Structure, Tensor
 
-def map_leaves(function: Callable, structure):
+
+def map_leaves(function: Callable, structure: Structure) -> Structure:
     """`tree.map_structure`, without a tree if the structure is a single leaf."""
     nested = isinstance(structure, (list, tuple, dict))
     return tree.map_structure(function, structure) if nested else function(structure)
 
 
-def leaves_of(structure) -> list:
+def leaves_of(structure: Structure) -> list:
     """`tree.flatten`, likewise."""
     return tree.flatten(structure) if isinstance(structure, (list, tuple, dict)) else [structure]
 
 
-def shape_of(tensor) -> tuple:
+def shape_of(tensor: Tensor) -> tuple:
     """`ops.shape`, only where a size is unknown."""
     shape = tuple(tensor.shape)
     return ops.shape(tensor) if None in shape else shape
 
 
-def cast(tensor, dtype):
+def cast(tensor: Tensor, dtype: DType) -> Tensor:
     """`ops.cast`, only where there is something to cast."""
     return tensor if tensor.dtype == dtype else ops.cast(tensor, dtype)

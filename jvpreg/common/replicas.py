@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
+from jvpreg.common.typing import Tensor
+
 
 def number() -> int:
     """The number of replicas that take this step; 1 if it is not taken by replicas."""
@@ -38,12 +40,12 @@ def total(tensors: list) -> list:
     return tensors if context is None or not tensors else context.all_reduce("sum", tensors)
 
 
-def gathered(tensor):
+def gathered(tensor: Tensor) -> Tensor:
     """The tensors of all replicas, of one shape: `(number of replicas, …)`. Those of the others have no gradient."""
     return total([_in_its_place(tensor)])[0]
 
 
-def part_of_batch(size) -> tuple:
+def part_of_batch(size: int | Tensor) -> tuple:
     """The number of examples in the whole batch, if this replica has `size` of them, and the index of its first one."""
     if number() == 1:
         return size, 0
@@ -52,14 +54,14 @@ def part_of_batch(size) -> tuple:
     return ops.sum(sizes), ops.sum(sizes[: _place()])
 
 
-def own_part(tensor, size, start, axis: int = 0):
+def own_part(tensor: Tensor, size: int | Tensor, start: int | Tensor, axis: int = 0) -> Tensor:
     """This replica's part, for its `size` examples, of a tensor that was made for the whole batch."""
     if number() == 1:
         return tensor
     return ops.take(tensor, start + ops.arange(size), axis=axis)
 
 
-def chosen_here(chosen, size, start):
+def chosen_here(chosen: Tensor, size: int | Tensor, start: int | Tensor) -> Tensor:
     """Of the indices of chosen examples of the whole batch, those of this replica, counted from its first example."""
     if number() == 1:
         return chosen
@@ -67,13 +69,13 @@ def chosen_here(chosen, size, start):
     return ops.take(chosen, ops.nonzero(here)[0]) - start
 
 
-def own_points(points):
+def own_points(points: Tensor) -> Tensor:
     """This replica's share of the points `(N, …)`, all of which every replica has drawn."""
     count, replicas, place = points.shape[0], number(), _place()
     return points if replicas == 1 else points[count * place // replicas : count * (place + 1) // replicas]
 
 
-def rolled(tensor):
+def rolled(tensor: Tensor) -> Tensor:
     """For each example the one before it in the whole batch, for the first one the last: `(B, …)`."""
     if number() == 1:
         return ops.roll(tensor, 1, axis=0)

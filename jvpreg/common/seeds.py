@@ -4,6 +4,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from jvpreg.common.typing import Seed
+
 
 def generator(seed: int | None, use: int = 0) -> keras.random.SeedGenerator:
     """A generator for one of several uses of a user's seed.
@@ -21,7 +23,7 @@ def derived(seed: int, use: int) -> int:
     return _hash(seed, use, 1)  # three numbers, so that it is none of a generator's own draws
 
 
-def independent(seed):
+def independent(seed: Seed) -> Seed:
     """The same seed or generator for `keras.random`, but none of its draws is a later draw of a neighbouring seed.
 
     Keras seeds Torch with the sum of a generator's seed and its count, so that draw i + 1 of seed 0 would be draw i of
@@ -43,7 +45,7 @@ class _Hashed(keras.random.SeedGenerator):
         self.__dict__.update(vars(generator))
         self._generator = generator
 
-    def next(self, ordered: bool = True):
+    def next(self, ordered: bool = True) -> np.ndarray:
         """The next seed for Keras, on the host, where Torch's generators take it."""
         seed, count = ops.convert_to_numpy(self._generator.next(ordered)).tolist()
         return np.array([_hash(seed, count), 0])

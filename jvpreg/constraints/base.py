@@ -7,12 +7,13 @@ import keras
 from keras import ops
 
 from jvpreg.common import checks
+from jvpreg.common.typing import Config, Structure, Tensor
 from jvpreg.constraints.configs import revive
 from jvpreg.constraints.enforcement import AugmentedLagrangian, Penalty, as_enforcement
 from jvpreg.constraints.points import Box, as_points, between
 from jvpreg.engine.finite import nan_unless
 from jvpreg.estimators.operator import flatten
-from jvpreg.regularizers.base import JacobianRegularizer
+from jvpreg.regularizers.base import JacobianRegularizer, Seen
 from jvpreg.regularizers.capabilities import Carries, Constrains, Scheduled
 
 MEASURES = {"violation_mean": "mean", "violation_max": "max", "violated": "mean"}
@@ -65,16 +66,16 @@ class Constraint(Constrains, Carries, Scheduled, JacobianRegularizer):
     def _has_multipliers(self) -> bool:
         return isinstance(self.enforcement, AugmentedLagrangian)
 
-    def check(self, inputs, outputs):
+    def check(self, inputs: Structure, outputs: Structure) -> None:
         """Raises a ValueError if a box of points does not fit the inputs."""
         if isinstance(self.at, Box):
             self.at.check(inputs)
 
-    def violation(self, seen):
+    def violation(self, seen: Seen) -> Tensor:
         """How far each component is violated, `(B, C)`: zero if it holds, otherwise positive."""
         raise NotImplementedError(f"{type(self).__name__} must override `violation(self, seen)`.")
 
-    def components(self, outputs) -> int:
+    def components(self, outputs: Structure) -> int:
         """How many components have a multiplier of their own: C, or 1 if all share one."""
         return 1
 
@@ -87,7 +88,7 @@ class Constraint(Constrains, Carries, Scheduled, JacobianRegularizer):
         """Whether the violation of a piecewise affine model is constant in each of its regions."""
         return False
 
-    def contradicts(self, other):
+    def contradicts(self, other: JacobianRegularizer) -> str | None:
         """The feature for which the two allow no common slope at one place, or only a single number."""
         if not isinstance(other, Constraint) or self._place != other._place:
             return None
@@ -104,23 +105,23 @@ class Constraint(Constrains, Carries, Scheduled, JacobianRegularizer):
                 )
         return None
 
-    def strength_at(self, step):
+    def strength_at(self, step: Tensor) -> Tensor:
         """The weight of the penalty at a training step; 1 if multipliers are the weights."""
         return self.enforcement.weight_at(step)
 
-    def carried_shape(self, outputs):
+    def carried_shape(self, outputs: Structure) -> tuple[int, ...] | None:
         """The shape of the multipliers and of the sums by which they will grow."""
         return self.enforcement.state_shape(self.components(outputs))
 
-    def penalty(self, seen):
+    def penalty(self, seen: Seen) -> Tensor:
         """What the enforcement charges: `(B,)`."""
         return self.enforcement.price(self._components_of(seen), seen.carried)
 
-    def sums_shape(self, carried_shape):
+    def sums_shape(self, carried_shape: tuple[int, ...]) -> tuple[int, ...]:
         """One number more than there are multipliers."""
         return (carried_shape[1] + 1,)
 
-    def sums(self, seen, carried):
+    def sums(self, seen: Seen, carried: Tensor) -> Tensor:
         """The sums of the violations over the examples, by multiplier, and the number of examples."""
         violation = ops.cast(ops.stop_gradient(self._components_of(seen)), carried.dtype)
         if seen.weights is not None:
@@ -130,12 +131,12 @@ class Constraint(Constrains, Carries, Scheduled, JacobianRegularizer):
             violation = ops.mean(violation, axis=1, keepdims=True)
         return ops.sum(ops.pad(violation, ((0, 0), (0, 1)), constant_values=1.0), axis=0)
 
-    def carry(self, carried, sums):
+    def carry(self, carried: Tensor, sums: Tensor) -> Tensor:
         """The multipliers after this step."""
         assert isinstance(self.enforcement, AugmentedLagrangian)
         return self.enforcement.advance(sums[:-1] / ops.maximum(sums[-1], 1.0), carried)
 
-    def measure(self, seen):
+    def measure(self, seen: Seen) -> dict[str, Tensor]:
         """The violation's mean, its maximum, the fraction of points, and the largest multiplier."""
         worst = ops.stop_gradient(ops.max(self._components_of(seen), axis=-1))
         worst = worst if seen.finite is None else nan_unless(seen.finite, worst)
@@ -150,20 +151,20 @@ class Constraint(Constrains, Carries, Scheduled, JacobianRegularizer):
         }
         return {**measured, MULTIPLIER: ops.max(seen.carried[0])} if self._has_multipliers else measured
 
-    def _components_of(self, seen):
+    def _components_of(self, seen: Seen) -> Tensor:
         # The price, the sums and the measures use the same components, computed once.
         if self not in seen.computed:
             violation = self.violation(seen)
             seen.computed[self] = ops.cast(violation, keras.backend.result_type(violation.dtype, "float32"))
         return seen.computed[self]
 
-    def get_config(self):
+    def get_config(self) -> Config:
         """The arguments of `__init__`."""
         at = "between" if self.at is between else self.at
         return {"enforcement": self.enforcement, "at": at, "tolerance": self.tolerance, "name": self.name}
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Config) -> "Constraint":
         """The constraint that `get_config` described.
 
         Raises:
@@ -172,7 +173,7 @@ class Constraint(Constrains, Carries, Scheduled, JacobianRegularizer):
         return cls(**{key: revive(value) for key, value in config.items()})
 
 
-def by_example(products):
+def by_example(products: Structure) -> Tensor:
     """Products `(P, B, …)`, or a structure of them, as components of each example: `(B, P·K)`."""
     flat = flatten(products)
     count, size = flat.shape[0], flat.shape[2]

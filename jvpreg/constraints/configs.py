@@ -1,9 +1,11 @@
 """The values in a config: objects themselves, as `get_config` returns them, or their serialized form."""
 
+from typing import Any
+
 import keras
 
 
-def revive(value):
+def revive(value: Any) -> Any:
     """The objects that a value of a config stands for.
 
     Args:

@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops, tree
 
 from jvpreg.common import checks
+from jvpreg.common.typing import Structure
 
 
 class Directions:
@@ -27,7 +28,7 @@ class Directions:
         ValueError: it is none of these.
     """
 
-    def __init__(self, given, argument: str, features_only: bool = False):
+    def __init__(self, given: Any, argument: str, features_only: bool = False):
         if ops.is_tensor(given):
             given = ops.convert_to_numpy(ops.stop_gradient(checks.tensor(argument, given)))
         if isinstance(given, range) or (isinstance(given, np.ndarray) and given.ndim == 1 and given.dtype.kind in "iu"):
@@ -60,7 +61,7 @@ class Directions:
             return sum(counts) if all(counts) else None
         return len(self.features) if self.features else len(self.array)  # type: ignore[arg-type]
 
-    def check(self, inputs) -> None:
+    def check(self, inputs: Structure) -> None:
         """Raises a ValueError if they do not fit inputs `(B, …)`."""
         if self.functions:
             return
@@ -78,7 +79,7 @@ class Directions:
                 f"Received: an array {self.array.shape}, and inputs {[('B', *x.shape[1:]) for x in leaves]}"
             )
 
-    def __call__(self, inputs):
+    def __call__(self, inputs: Structure) -> Structure:
         """Directions `(P, B, …)` at inputs `(B, …)`."""
         self.check(inputs)
         if self.functions:
@@ -91,11 +92,11 @@ class Directions:
         return ops.broadcast_to(vectors, (vectors.shape[0], ops.shape(x)[0], *shape))
 
 
-def _is_index(value) -> bool:
+def _is_index(value: Any) -> bool:
     return checks.is_integer(value) and value >= 0
 
 
-def _with_probes(drawn, inputs):
+def _with_probes(drawn: Structure, inputs: Structure) -> Structure:
     """One direction `(B, …)` as `(1, B, …)`."""
     pairs: Sequence[tuple[Any, Any]] = list(zip(tree.flatten(drawn), tree.flatten(inputs), strict=False))
     if all(len(direction.shape) == len(x.shape) for direction, x in pairs):

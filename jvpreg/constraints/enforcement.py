@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import keras
 from keras import ops
 
 from jvpreg.common import checks
+from jvpreg.common.typing import Config, Tensor
 from jvpreg.constraints.configs import revive
 
 
@@ -37,7 +39,7 @@ class Penalty:
         self.weight = checks.number("weight", weight, least=0)
         self.schedule = checks.function("schedule", schedule, "a function of the training step", optional=True)
 
-    def weight_at(self, step):
+    def weight_at(self, step: Tensor) -> Tensor:
         """The weight at a training step."""
         return self.weight if self.schedule is None else self.weight * self.schedule(step)
 
@@ -45,16 +47,16 @@ class Penalty:
         """None: nothing is carried from step to step."""
         return
 
-    def price(self, violation, carried):
+    def price(self, violation: Tensor, carried: Tensor) -> Tensor:
         """What violations `(B, C)` cost an example: `(B,)`."""
         return ops.sum(ops.square(violation), axis=-1)
 
-    def get_config(self) -> dict:
+    def get_config(self) -> Config:
         """The arguments of `__init__`."""
         return {"weight": self.weight, "schedule": self.schedule}
 
     @classmethod
-    def from_config(cls, config: dict) -> "Penalty":
+    def from_config(cls, config: Config) -> "Penalty":
         """The enforcement that `get_config` described."""
         return cls(config["weight"], revive(config["schedule"]))
 
@@ -100,7 +102,7 @@ class AugmentedLagrangian:
         self.rho = checks.number("rho", rho, above=0)
         self.update_every = checks.count("update_every", update_every)
 
-    def weight_at(self, step):
+    def weight_at(self, step: Tensor) -> Tensor:
         """1: the multipliers are the weights."""
         return self.weight
 
@@ -108,12 +110,12 @@ class AugmentedLagrangian:
         """The shape of what is carried: rows of multipliers, of sums of violations, and of the number of steps."""
         return 3, components
 
-    def price(self, violation, carried):
+    def price(self, violation: Tensor, carried: Tensor) -> Tensor:
         """The price of violations `(B, C)` for each example: `(B,)`."""
         multipliers = ops.cast(carried[0], violation.dtype)
         return ops.sum(multipliers * violation + self.rho / 2 * ops.square(violation), axis=-1)
 
-    def advance(self, mean, carried):
+    def advance(self, mean: Tensor, carried: Tensor) -> Tensor:
         """What is carried after a step with the mean violations `(C,)`."""
         multipliers, total, steps = ops.unstack(carried)
         total = total + mean
@@ -122,17 +124,17 @@ class AugmentedLagrangian:
         grown = ops.where(due, multipliers + self.rho * total / steps, multipliers)
         return ops.stack([grown, ops.where(due, 0.0, total), ops.where(due, 0.0, steps)])
 
-    def get_config(self) -> dict:
+    def get_config(self) -> Config:
         """The arguments of `__init__`."""
         return {"rho": self.rho, "update_every": self.update_every}
 
     @classmethod
-    def from_config(cls, config: dict) -> "AugmentedLagrangian":
+    def from_config(cls, config: Config) -> "AugmentedLagrangian":
         """The enforcement that `get_config` described."""
         return cls(**config)
 
 
-def as_enforcement(given) -> Penalty | AugmentedLagrangian:
+def as_enforcement(given: Any) -> Penalty | AugmentedLagrangian:
     """The enforcement; a number is the weight of a penalty."""
     if isinstance(given, (Penalty, AugmentedLagrangian)):
         return given

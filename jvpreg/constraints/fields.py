@@ -1,20 +1,23 @@
 """Constraints on vector fields: conservative, or free of divergence."""
 
 import itertools
+from typing import Any
 
 import keras
 from keras import ops
 
 from jvpreg import probes
 from jvpreg.common import checks
+from jvpreg.common.typing import Config, Seed, Structure, Tensor
 from jvpreg.constraints.base import Constraint
 from jvpreg.estimators.operator import flatten
+from jvpreg.regularizers.base import Seen
 
 
 class _Field(Constraint):
     """A constraint on a model with as many outputs as inputs."""
 
-    def check(self, inputs, outputs):
+    def check(self, inputs: Structure, outputs: Structure) -> None:
         """Raises a ValueError if there are not as many outputs as inputs, at least two."""
         super().check(inputs, outputs)
         sizes = probes.dimension(inputs), probes.dimension(outputs)
@@ -25,7 +28,7 @@ class _Field(Constraint):
             )
 
     @property
-    def is_constant_in_regions(self):
+    def is_constant_in_regions(self) -> bool:
         """True: the violation is a function of `J` alone."""
         return True
 
@@ -54,17 +57,17 @@ class Symmetric(_Field):
     1
     """
 
-    def __init__(self, num_pairs: int | None = None, **arguments):
+    def __init__(self, num_pairs: int | None = None, **arguments: Any):
         super().__init__(**arguments)
         self.num_pairs = checks.count("num_pairs", num_pairs, optional=True)
 
-    def directions(self, inputs, labels, seed):
+    def directions(self, inputs: Structure, labels: Structure | None, seed: Seed) -> Structure:
         """The basis of the inputs, or pairs of random directions."""
         if self.num_pairs is None:
             return probes.basis(inputs)
         return probes.draw("gaussian", inputs, 2 * self.num_pairs, seed)
 
-    def violation(self, seen):
+    def violation(self, seen: Seen) -> Tensor:
         """`abs(J_kp − J_pk)`, or the asymmetry of the random pairs."""
         products, directions = flatten(seen.jvp), flatten(seen.directions)
         if self.num_pairs is None:
@@ -77,7 +80,7 @@ class Symmetric(_Field):
             ]
         return ops.abs(ops.stack(parts, axis=-1))
 
-    def get_config(self):
+    def get_config(self) -> Config:
         """The arguments of `__init__`."""
         return {**super().get_config(), "num_pairs": self.num_pairs}
 
@@ -105,14 +108,14 @@ class DivergenceFree(_Field):
     'divergence_free'
     """
 
-    def __init__(self, **arguments):
+    def __init__(self, **arguments: Any):
         super().__init__(**arguments)
 
-    def directions(self, inputs, labels, seed):
+    def directions(self, inputs: Structure, labels: Structure | None, seed: Seed) -> Structure:
         """The basis of the inputs."""
         return probes.basis(inputs)
 
-    def violation(self, seen):
+    def violation(self, seen: Seen) -> Tensor:
         """`abs(tr J)`."""
         products = flatten(seen.jvp)
         trace = sum(products[i, :, i] for i in range(products.shape[0]))

@@ -1,12 +1,15 @@
 """The general constraint on what a model computes and how it changes."""
 
 from collections.abc import Callable
+from typing import Any
 
 import keras
 from keras import ops
 
 from jvpreg.common import checks
+from jvpreg.common.typing import Config, DirectionsLike, Structure, Tensor
 from jvpreg.constraints.slopes import _Directed
+from jvpreg.regularizers.base import Seen
 
 
 @keras.saving.register_keras_serializable(package="jvpreg")
@@ -38,16 +41,16 @@ class Linear(_Directed):
     ['linear', 'linear/violated']
     """
 
-    def __init__(self, function: Callable, directions, equality: bool = False, **arguments):
+    def __init__(self, function: Callable, directions: DirectionsLike, equality: bool = False, **arguments: Any):
         super().__init__(directions, "directions", arguments)
         self.function = checks.function("function", function, "a function of inputs, outputs and products")
         self.equality = checks.boolean("equality", equality)
 
-    def components(self, outputs):
+    def components(self, outputs: Structure) -> int:
         """One for all: the shape that the function returns is known only after a call."""
         return 1
 
-    def violation(self, seen):
+    def violation(self, seen: Seen) -> Tensor:
         """`max(0, g)`, or `abs(g)`."""
         value = self.function(seen.inputs, seen.outputs, seen.jvp)
         outputs = keras.tree.flatten(seen.outputs)[0]
@@ -60,11 +63,11 @@ class Linear(_Directed):
         return ops.abs(value) if self.equality else ops.relu(value)
 
     @property
-    def is_constant_in_regions(self):
+    def is_constant_in_regions(self) -> bool:
         """False: the function may depend on the point."""
         return False
 
-    def get_config(self):
+    def get_config(self) -> Config:
         """The arguments of `__init__`."""
         config = {"function": self.function, "directions": self._directions.given, "equality": self.equality}
         return {**super().get_config(), **config}

@@ -1,5 +1,8 @@
 """Points away from the data at which a constraint must hold: functions `(inputs, seed) -> points (N, …)`."""
 
+from collections.abc import Callable
+from typing import Any
+
 import keras
 import numpy as np
 from keras import ops, tree
@@ -7,10 +10,11 @@ from keras import ops, tree
 from jvpreg.common import checks, replicas
 from jvpreg.common.dtypes import has_tangents
 from jvpreg.common.seeds import independent
+from jvpreg.common.typing import ArrayLike, Config, Seed, Structure
 
 
 @keras.saving.register_keras_serializable(package="jvpreg", name="between")
-def between(inputs, seed):
+def between(inputs: Structure, seed: Seed) -> Structure:
     """Points between data: each example is moved a random part of the way to the next example of its batch.
 
     Integers beside floats, such as codes of categories, have nothing between them: a point keeps those of its example.
@@ -43,7 +47,7 @@ def between(inputs, seed):
     part = keras.random.uniform((batch,), dtype="float32", seed=independent(seed))
     part = replicas.own_part(part, size, start)
 
-    def moved(x):
+    def moved(x: Structure) -> Structure:
         x = ops.convert_to_tensor(x)
         if not has_tangents(x):
             return x
@@ -73,14 +77,14 @@ class Box:
     (64, 2)
     """
 
-    def __init__(self, low, high, num_points: int):
+    def __init__(self, low: ArrayLike, high: ArrayLike, num_points: int):
         bounds = [checks.array("low", low), checks.array("high", high)]
         if not _fit(*bounds) or np.any(bounds[0] > bounds[1]):
             raise checks.invalid("low", f"numbers like `high`, nowhere above it, which is {high!r}", low)
         self.low, self.high = (bound.tolist() for bound in bounds)
         self.num_points = checks.count("num_points", num_points)
 
-    def __call__(self, inputs, seed):
+    def __call__(self, inputs: Structure, seed: Seed) -> Structure:
         """Points `(N, …)` like `inputs` (B, …)."""
         self.check(inputs)
         inputs = ops.convert_to_tensor(inputs)
@@ -88,7 +92,7 @@ class Box:
         part = keras.random.uniform((self.num_points, *inputs.shape[1:]), dtype=inputs.dtype, seed=independent(seed))
         return low + replicas.own_points(part) * (high - low)
 
-    def check(self, inputs) -> None:
+    def check(self, inputs: Structure) -> None:
         """Raises a ValueError if it is not a box of inputs `(B, …)`."""
         leaves = tree.flatten(inputs)
         if len(leaves) != 1:
@@ -104,22 +108,22 @@ class Box:
                 expected = f"a number, or an array like one example, {shape}"
                 raise checks.invalid(name, expected, np.asarray(getattr(self, name)))
 
-    def get_config(self) -> dict:
+    def get_config(self) -> Config:
         """The arguments of `__init__`."""
         return {"low": self.low, "high": self.high, "num_points": self.num_points}
 
     @classmethod
-    def from_config(cls, config: dict) -> "Box":
+    def from_config(cls, config: Config) -> "Box":
         """The box that `get_config` described."""
         return cls(**config)
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, Box) and self.get_config() == other.get_config()
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(str(self.get_config()))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"Box(low={self.low}, high={self.high}, num_points={self.num_points})"
 
 
@@ -131,7 +135,7 @@ def _fit(low: np.ndarray, high: np.ndarray) -> bool:
     return True
 
 
-def as_points(given):
+def as_points(given: Any) -> str | Callable:
     """The meaning of `at`: `"data"`, or a function.
 
     Raises:

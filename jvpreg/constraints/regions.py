@@ -1,13 +1,17 @@
 """The affine regions of a piecewise affine model on a segment or a rectangle, found exactly."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
 from jvpreg.common import checks
+from jvpreg.common.typing import ArrayLike, Tensor
+from jvpreg.engine.node import Node
 from jvpreg.linearization import Linearization
 from jvpreg.products import linearize
 
@@ -28,7 +32,7 @@ class Segment:
         ValueError: they differ in shape, or are equal.
     """
 
-    def __init__(self, start, end):
+    def __init__(self, start: ArrayLike, end: ArrayLike):
         self.origin = checks.array("start", start)
         last = checks.array("end", end)
         if last.shape != self.origin.shape or not np.any(last != self.origin):
@@ -48,7 +52,7 @@ class Rectangle:
         ValueError: they differ in shape, or a side is zero.
     """
 
-    def __init__(self, corner, first, second):
+    def __init__(self, corner: ArrayLike, first: ArrayLike, second: ArrayLike):
         self.origin = checks.array("corner", corner)
         self.sides = [checks.array("first", first), checks.array("second", second)]
         for name, side in zip(("first", "second"), self.sides, strict=True):
@@ -74,7 +78,7 @@ class Region:
         return self.corners.mean(axis=0)
 
 
-def regions(model, domain: Segment | Rectangle) -> list[Region]:
+def regions(model: keras.Model, domain: Segment | Rectangle) -> list[Region]:
     """The affine regions of a model on a segment or a rectangle.
 
     Args:
@@ -93,12 +97,12 @@ def regions(model, domain: Segment | Rectangle) -> list[Region]:
     return found
 
 
-def points_of(domain: Segment | Rectangle, places) -> np.ndarray:
+def points_of(domain: Segment | Rectangle, places: ArrayLike) -> np.ndarray:
     """The inputs `(N, …)` at places `(N, 1)` or `(N, 2)`."""
     return domain.origin + np.tensordot(np.asarray(places, "float64"), np.stack(domain.sides), axes=1)
 
 
-def _along(model, domain) -> list[Region]:
+def _along(model: keras.Layer, domain: Segment | Rectangle) -> list[Region]:
     """By bisection: a region is convex, so if two places have the same masks, all places between them do."""
     resolution = _resolution(model, domain)
     known = dict(zip((0.0, 1.0), _masks(model, domain, [[0.0], [1.0]]), strict=True))
@@ -115,7 +119,7 @@ def _along(model, domain) -> list[Region]:
     return [Region(np.array([[a], [b]]), b - a) for a, b in itertools.pairwise(ends)]
 
 
-def _across(model, domain) -> list[Region]:
+def _across(model: keras.Layer, domain: Segment | Rectangle) -> list[Region]:
     """By cutting: the kinks of a layer in a polygon are known once the layers before it have no kinks left there."""
     resolution = _resolution(model, domain)
     waiting = [np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])]
@@ -134,7 +138,9 @@ def _across(model, domain) -> list[Region]:
     return [Region(polygon, _area(polygon)) for polygon in done]
 
 
-def _first_kinks(model, domain, polygons, resolution) -> list[list[tuple[np.ndarray, float]]]:
+def _first_kinks(
+    model: keras.Layer, domain: Segment | Rectangle, polygons: Sequence[np.ndarray], resolution: float
+) -> list[list[tuple[np.ndarray, float]]]:
     """For each polygon the lines `normal · place = offset` that are kinks of the first node which has some in it."""
     middles = np.array([polygon.mean(axis=0) for polygon in polygons])
     lin = _linearized(model, domain, middles)
@@ -161,7 +167,7 @@ def _first_kinks(model, domain, polygons, resolution) -> list[list[tuple[np.ndar
     return kinks
 
 
-def _halves(polygon, normal, offset, resolution) -> list[np.ndarray]:
+def _halves(polygon: np.ndarray, normal: np.ndarray, offset: float, resolution: float) -> list[np.ndarray]:
     """The parts of the polygon on both sides of a line; the polygon itself, if the line does not really cross it."""
     distances = (polygon @ normal - offset) / np.linalg.norm(normal)
     if distances.min() > -resolution or distances.max() < resolution:
@@ -177,12 +183,12 @@ def _halves(polygon, normal, offset, resolution) -> list[np.ndarray]:
     return [np.array(side) for side in sides]
 
 
-def _area(polygon) -> float:
+def _area(polygon: np.ndarray) -> float:
     x, y = polygon.T
     return float(abs(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1))) / 2)
 
 
-def _check_affine(model, domain, found: list[Region]) -> None:
+def _check_affine(model: keras.Layer, domain: Segment | Rectangle, found: list[Region]) -> None:
     """Raises if the model is not the affine map of a region's middle at the region's corners."""
     for part in _batches(found):
         lin = _linearized(model, domain, [region.middle for region in part])
@@ -202,7 +208,7 @@ def _check_affine(model, domain, found: list[Region]) -> None:
                 )
 
 
-def _masks(model, domain, places) -> list[bytes]:
+def _masks(model: keras.Layer, domain: Segment | Rectangle, places: ArrayLike) -> list[bytes]:
     """The frozen masks for each place, packed."""
     result = []
     for part in _batches(list(places)):
@@ -213,7 +219,7 @@ def _masks(model, domain, places) -> list[bytes]:
     return result
 
 
-def _frozen_masks(node) -> list[tuple[Any, int]]:
+def _frozen_masks(node: Node) -> list[tuple[Any, int]]:
     """The masks of a node that depend on the input, with the axis of the examples in each."""
     if node.pushforward is None:
         return []
@@ -222,11 +228,11 @@ def _frozen_masks(node) -> list[tuple[Any, int]]:
     return [(mask(r), axis) for r, axis, mask in gates if mask is not None and not node.is_constant(r)]
 
 
-def _linearized(model, domain, places) -> Linearization:
+def _linearized(model: keras.Layer, domain: Segment | Rectangle, places: ArrayLike) -> Linearization:
     return linearize(model, points_of(domain, places).astype(model.variable_dtype))
 
 
-def _rows(tensor, axis: int = 0) -> np.ndarray:
+def _rows(tensor: Tensor, axis: int = 0) -> np.ndarray:
     """The tensor as `(B, n)`."""
     array = np.moveaxis(ops.convert_to_numpy(tensor), axis, 0)
     array = array if array.dtype == bool else array.astype("float64")
@@ -237,11 +243,11 @@ def _batches(items: list) -> list[list]:
     return [items[start : start + BATCH] for start in range(0, len(items), BATCH)]
 
 
-def _resolution(model, domain) -> float:
+def _resolution(model: keras.Layer, domain: Segment | Rectangle) -> float:
     return RESOLUTION.get(model.variable_dtype, RESOLUTION["float32"])
 
 
-def _too_many(model) -> ValueError:
+def _too_many(model: keras.Layer) -> ValueError:
     return ValueError(
         f"`{model.name}` has more than {MOST_REGIONS} affine regions here. Expected a smaller model or domain. Verify "
         "it at points instead."

@@ -2,41 +2,43 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import keras
 from keras import ops, tree
 
 from jvpreg import probes
 from jvpreg.common import checks
+from jvpreg.common.typing import Config, DirectionsLike, Seed, Structure, Tensor
 from jvpreg.constraints.base import Constraint, by_example
 from jvpreg.constraints.directions import Directions
 from jvpreg.estimators.operator import flatten
+from jvpreg.regularizers.base import Seen
 
 
 class _Directed(Constraint):
     """A constraint on `J u` in given directions, with a multiplier for each direction and output."""
 
-    def __init__(self, directions, argument: str, arguments: dict, features_only: bool = False):
+    def __init__(self, directions: DirectionsLike, argument: str, arguments: dict, features_only: bool = False):
         super().__init__(**arguments)
         self._directions = Directions(directions, argument, features_only)
 
-    def check(self, inputs, outputs):
+    def check(self, inputs: Structure, outputs: Structure) -> None:
         """Raises a ValueError if the directions do not fit the inputs."""
         super().check(inputs, outputs)
         self._directions.check(inputs)
 
-    def directions(self, inputs, labels, seed):
+    def directions(self, inputs: Structure, labels: Structure | None, seed: Seed) -> Structure:
         """The directions, `(P, B, …)`."""
         return self._directions(inputs)
 
-    def components(self, outputs):
+    def components(self, outputs: Structure) -> int:
         """One for each direction and output, if the number of directions is known."""
         count = self._directions.count
         return 1 if count is None else count * probes.dimension(outputs)
 
     @property
-    def is_constant_in_regions(self):
+    def is_constant_in_regions(self) -> bool:
         """True unless the directions are a function of the inputs."""
         return not self._directions.functions
 
@@ -71,21 +73,21 @@ class Monotone(_Directed):
      'monotone/violation_mean']
     """
 
-    def __init__(self, features: Sequence[int], increasing: bool = True, **arguments):
+    def __init__(self, features: Sequence[int], increasing: bool = True, **arguments: Any):
         super().__init__(features, "features", arguments, features_only=True)
         self.features = list(self._directions.features or [])
         self.increasing = checks.boolean("increasing", increasing)
 
-    def violation(self, seen):
+    def violation(self, seen: Seen) -> Tensor:
         """`max(0, −J e_i)`, or `max(0, J e_i)`."""
         slopes = by_example(seen.jvp)
         return ops.relu(-slopes if self.increasing else slopes)
 
-    def intervals(self):
+    def intervals(self) -> dict[int, tuple[float, float]]:
         """The slopes above or below zero."""
         return dict.fromkeys(self.features, (0.0, math.inf) if self.increasing else (-math.inf, 0.0))
 
-    def get_config(self):
+    def get_config(self) -> Config:
         """The arguments of `__init__`."""
         return {**super().get_config(), "features": self.features, "increasing": self.increasing}
 
@@ -114,7 +116,7 @@ class Bounded(_Directed):
     {0: (-1.0, 1.0)}
     """
 
-    def __init__(self, low: float | None, high: float | None, directions, **arguments):
+    def __init__(self, low: float | None, high: float | None, directions: DirectionsLike, **arguments: Any):
         super().__init__(directions, "directions", arguments)
         self.low = -math.inf if low is None else checks.number("low", low, below=math.inf, finite=False)
         self.high = math.inf if high is None else checks.number("high", high, above=-math.inf, finite=False)
@@ -123,18 +125,18 @@ class Bounded(_Directed):
         if self.low > self.high:
             raise checks.invalid("low", f"a bound that is not above `high`, which is {high!r}", low)
 
-    def violation(self, seen):
+    def violation(self, seen: Seen) -> Tensor:
         """By how much a slope is below `low`, or above `high`."""
         slopes = by_example(seen.jvp)
         parts = [ops.relu(self.low - slopes)] if self.low > -math.inf else []
         parts += [ops.relu(slopes - self.high)] if self.high < math.inf else []
         return sum(parts)
 
-    def intervals(self):
+    def intervals(self) -> dict[int, tuple[float, float]]:
         """The bounds, if the directions are features."""
         return dict.fromkeys(self._directions.features or [], (self.low, self.high))
 
-    def get_config(self):
+    def get_config(self) -> Config:
         """The arguments of `__init__`."""
         low, high = (None if math.isinf(bound) else bound for bound in (self.low, self.high))
         return {**super().get_config(), "low": low, "high": high, "directions": self._directions.given}
@@ -164,14 +166,14 @@ class Invariant(_Directed):
     'invariant'
     """
 
-    def __init__(self, tangents, **arguments):
+    def __init__(self, tangents: DirectionsLike, **arguments: Any):
         super().__init__(tangents, "tangents", arguments)
 
-    def violation(self, seen):
+    def violation(self, seen: Seen) -> Tensor:
         """`abs(J u)`."""
         return ops.abs(by_example(seen.jvp))
 
-    def get_config(self):
+    def get_config(self) -> Config:
         """The arguments of `__init__`."""
         return {**super().get_config(), "tangents": self._directions.given}
 
@@ -206,7 +208,7 @@ class KnownDerivative(_Directed):
     True
     """
 
-    def __init__(self, targets: str | Callable, directions, **arguments):
+    def __init__(self, targets: str | Callable, directions: DirectionsLike, **arguments: Any):
         super().__init__(directions, "directions", arguments)
         if not isinstance(targets, str) and not callable(targets):
             raise checks.invalid("targets", "a key of the labels, or a function of the inputs", targets)
@@ -219,7 +221,7 @@ class KnownDerivative(_Directed):
         self.targets = targets
         self.label_keys = (targets,) if isinstance(targets, str) else ()
 
-    def violation(self, seen):
+    def violation(self, seen: Seen) -> Tensor:
         """`abs(J u − t)`."""
         slopes = by_example(seen.jvp)
         targets = ops.convert_to_tensor(self._targets_of(seen), dtype=slopes.dtype)
@@ -233,7 +235,7 @@ class KnownDerivative(_Directed):
             )
         return ops.abs(slopes - ops.reshape(targets, ops.shape(slopes)))
 
-    def _targets_of(self, seen):
+    def _targets_of(self, seen: Seen) -> Tensor:
         if not isinstance(self.targets, str):
             return self.targets(seen.inputs)
         if not isinstance(seen.labels, dict) or self.targets not in seen.labels:
@@ -245,11 +247,11 @@ class KnownDerivative(_Directed):
         return seen.labels[self.targets]
 
     @property
-    def is_constant_in_regions(self):
+    def is_constant_in_regions(self) -> bool:
         """False: targets differ from point to point."""
         return False
 
-    def get_config(self):
+    def get_config(self) -> Config:
         """The arguments of `__init__`."""
         return {**super().get_config(), "targets": self.targets, "directions": self._directions.given}
 
@@ -288,22 +290,22 @@ class Lipschitz(Constraint):
         bound: float,
         norm: Literal[1, 2, "inf"] = 2,
         side: Literal["input", "output"] = "output",
-        **arguments,
+        **arguments: Any,
     ):
         super().__init__(**arguments)
         self.bound = checks.number("bound", bound, above=0)
         self.norm = checks.choice("norm", norm, (1, 2, "inf"))
         self.side = checks.choice("side", side, ("input", "output"))
 
-    def directions(self, inputs, labels, seed):
+    def directions(self, inputs: Structure, labels: Structure | None, seed: Seed) -> Structure | None:
         """The basis of the inputs, if that is the side."""
         return probes.basis(inputs) if self.side == "input" else None
 
-    def cotangents(self, outputs, labels, seed):
+    def cotangents(self, outputs: Structure, labels: Structure | None, seed: Seed) -> Structure | None:
         """The basis of the outputs, if that is the side."""
         return probes.basis(outputs) if self.side == "output" else None
 
-    def violation(self, seen):
+    def violation(self, seen: Seen) -> Tensor:
         """`max(0, ‖J‖ − bound)`."""
         # For the shape (B, D, K) instead of (B, K, D), the norms 1 and inf change places.
         matrix = ops.transpose(flatten(seen.jvp if self.side == "input" else seen.vjp), (1, 0, 2))
@@ -315,16 +317,16 @@ class Lipschitz(Constraint):
         return ops.expand_dims(ops.relu(norm - self.bound), -1)
 
     @property
-    def is_constant_in_regions(self):
+    def is_constant_in_regions(self) -> bool:
         """True: the violation is a function of `J` alone."""
         return True
 
-    def get_config(self):
+    def get_config(self) -> Config:
         """The arguments of `__init__`."""
         return {**super().get_config(), "bound": self.bound, "norm": self.norm, "side": self.side}
 
 
-def _largest_singular_value(matrix):
+def _largest_singular_value(matrix: Tensor) -> Tensor:
     """That of each of `(B, n, m)`, n the smaller: `(B,)`. Its gradient is `u vᵀ`, as if u and v were constant."""
     gram = ops.matmul(matrix, ops.transpose(matrix, (0, 2, 1)))
     vector = ops.stop_gradient(ops.linalg.eigh(ops.stop_gradient(gram))[1][:, :, -1:])

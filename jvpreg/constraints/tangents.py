@@ -6,10 +6,13 @@ a = −1/2): its derivative at a pixel is the central difference, while bilinear
 derivatives there. Beyond their border, images have the values of the border.
 """
 
+from typing import Any
+
 import keras
 from keras import ops
 
 from jvpreg.common import checks
+from jvpreg.common.typing import Config, Tensor
 
 
 class _Transform:
@@ -24,21 +27,21 @@ class _Transform:
     def __init__(self, size: float = 1.0):
         self.size = checks.number("size", size, above=0)
 
-    def __call__(self, images):
+    def __call__(self, images: Tensor) -> Tensor:
         """The directions `(P, B, H, W, C)` at images `(B, H, W, C)`."""
         rows, columns = _differences(_checked(images))
         return self.size * ops.stack([rows * y + columns * x for y, x in self._velocities(images)])
 
-    def _velocities(self, images) -> list[tuple]:
+    def _velocities(self, images: Tensor) -> list[tuple]:
         """For each direction, the velocity along rows and columns of the place from which a pixel is taken."""
         raise NotImplementedError
 
-    def get_config(self) -> dict:
+    def get_config(self) -> Config:
         """The arguments of `__init__`."""
         return {"size": self.size}
 
     @classmethod
-    def from_config(cls, config: dict):
+    def from_config(cls, config: Config) -> "_Transform":
         """The transform that `get_config` described."""
         return cls(**config)
 
@@ -59,7 +62,7 @@ class Translation(_Transform):
 
     num_directions = 2
 
-    def transform(self, images, amount):
+    def transform(self, images: Tensor, amount: Tensor) -> Tensor:
         """Images moved down and to the right by `amount`, `(B, 2)` or `(2,)`, in pixels."""
         images = _checked(images)
         amount = checks.tensor("amount", amount, images.dtype)
@@ -69,7 +72,7 @@ class Translation(_Transform):
         rows, columns = _grid(images)
         return resample(images, rows - amount[:, 0, None, None], columns - amount[:, 1, None, None])
 
-    def _velocities(self, images):
+    def _velocities(self, images: Tensor) -> list[tuple]:
         return [(-1.0, 0.0), (0.0, -1.0)]
 
 
@@ -86,7 +89,7 @@ class Rotation(_Transform):
     >>> per_degree = jvpreg.constraints.tangents.Rotation(size=math.pi / 180)
     """
 
-    def transform(self, images, amount):
+    def transform(self, images: Tensor, amount: Tensor) -> Tensor:
         """Images turned by `amount`, `(B,)` or a number, in radians."""
         images = _checked(images)
         (rows, columns), (y, x) = _grid(images), _from_centre(images)
@@ -94,7 +97,7 @@ class Rotation(_Transform):
         moved_y, moved_x = cosine * y + sine * x, cosine * x - sine * y
         return resample(images, rows - y + moved_y, columns - x + moved_x)
 
-    def _velocities(self, images):
+    def _velocities(self, images: Tensor) -> list[tuple]:
         y, x = _from_centre(images)
         return [(x[..., None], -y[..., None])]
 
@@ -113,14 +116,14 @@ class Scaling(_Transform):
     1
     """
 
-    def transform(self, images, amount):
+    def transform(self, images: Tensor, amount: Tensor) -> Tensor:
         """Images larger by a factor `exp(amount)`, `(B,)` or a number."""
         images = _checked(images)
         (rows, columns), (y, x) = _grid(images), _from_centre(images)
         smaller = ops.exp(-_per_image(images, amount))
         return resample(images, rows - y + smaller * y, columns - x + smaller * x)
 
-    def _velocities(self, images):
+    def _velocities(self, images: Tensor) -> list[tuple]:
         y, x = _from_centre(images)
         return [(-y[..., None], -x[..., None])]
 
@@ -139,17 +142,17 @@ class Brightness(_Transform):
     0.5
     """
 
-    def transform(self, images, amount):
+    def transform(self, images: Tensor, amount: Tensor) -> Tensor:
         """Images brighter by `amount`, `(B,)` or a number."""
         images = _checked(images)
         return images + _per_image(images, amount)[..., None]
 
-    def __call__(self, images):
+    def __call__(self, images: Tensor) -> Tensor:
         """The direction, `(1, B, H, W, C)`."""
         return self.size * ops.expand_dims(ops.ones_like(_checked(images)), 0)
 
 
-def resample(images, rows, columns):
+def resample(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Images `(B, H, W, C)` taken at fractional places `(B, H, W)`, by cubic convolution."""
     height, width, channels = images.shape[1:]
     top, left = ops.floor(rows), ops.floor(columns)
@@ -166,7 +169,7 @@ def resample(images, rows, columns):
     return result
 
 
-def _weights(t):
+def _weights(t: Tensor) -> tuple:
     """The weights of the four neighbours of a place, which is t past the second: `a = −1/2` (Keys, 1981)."""
     square, cube = t * t, t * t * t
     return (
@@ -177,7 +180,7 @@ def _weights(t):
     )
 
 
-def _differences(images):
+def _differences(images: Tensor) -> Tensor:
     """The central differences along rows and columns, each `(B, H, W, C)`."""
     height, width = images.shape[1:3]
     padded = ops.concatenate([images[:, :1], images, images[:, -1:]], axis=1)
@@ -186,21 +189,21 @@ def _differences(images):
     return rows, (padded[:, :, 2:] - padded[:, :, :width]) / 2
 
 
-def _grid(images):
+def _grid(images: Tensor) -> tuple[Tensor, Tensor]:
     """The row and the column of each pixel, `(1, H, W)`."""
     height, width = images.shape[1:3]
     rows, columns = ops.meshgrid(ops.arange(height), ops.arange(width), indexing="ij")
     return ops.cast(rows, images.dtype)[None], ops.cast(columns, images.dtype)[None]
 
 
-def _from_centre(images):
+def _from_centre(images: Tensor) -> tuple[Tensor, Tensor]:
     """The distance of each pixel from the centre, down and to the right, `(1, H, W)`."""
     rows, columns = _grid(ops.convert_to_tensor(images))
     height, width = images.shape[1:3]
     return rows - (height - 1) / 2, columns - (width - 1) / 2
 
 
-def _per_image(images, amount):
+def _per_image(images: Tensor, amount: Tensor) -> Tensor:
     """An amount for each image, `(B, 1, 1)`."""
     amount = checks.tensor("amount", amount, images.dtype)
     if len(amount.shape) > 1 or not _of_each(amount.shape, images):
@@ -208,12 +211,12 @@ def _per_image(images, amount):
     return ops.broadcast_to(ops.reshape(amount, (-1, 1, 1)), (ops.shape(images)[0], 1, 1))
 
 
-def _of_each(axes, images) -> bool:
+def _of_each(axes: Any, images: Tensor) -> bool:
     """Whether there is one amount for each image, and not one for all, as far as their number is known."""
     return all(size in (1, None, images.shape[0]) or images.shape[0] is None for size in axes)
 
 
-def _checked(images):
+def _checked(images: Tensor) -> Tensor:
     images = checks.tensor("images", images)
     if len(images.shape) != 4 or not keras.backend.is_float_dtype(keras.backend.standardize_dtype(images.dtype)):
         raise checks.invalid("images", "floats (B, H, W, C)", images)

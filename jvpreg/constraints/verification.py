@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops, tree
 
 from jvpreg.common import checks, seeds
+from jvpreg.common.typing import ArrayLike, Structure
 from jvpreg.constraints.base import Constraint
 from jvpreg.constraints.regions import Rectangle, Region, Segment, points_of, regions
 from jvpreg.engine.finite import nan_unless
@@ -38,7 +39,7 @@ class Report:
     tolerance: float
     violations: np.ndarray = field(init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "violations", self.components.max(axis=1))
 
     @property
@@ -72,7 +73,7 @@ class Report:
         # A violation of NaN counts as violated: it proves nothing.
         return ~(self.violations <= self.tolerance)
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         count = len(self.violations)
         lines = [
             f"`{self.constraint.name}` ({type(self.constraint).__name__}) "
@@ -117,7 +118,7 @@ class ExactReport(Report):
         """Whether no region is violated, however small it is."""
         return len(self.worst) == 0
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         lines = [
             f"`{self.constraint.name}` ({type(self.constraint).__name__}) "
             f"{'holds' if self.holds else 'is violated'} in {'all' if self.holds else len(self.worst)} of "
@@ -130,7 +131,9 @@ class ExactReport(Report):
         return "\n".join(lines)
 
 
-def verify(model, constraint: Constraint, x, labels=None, seed: int = 0) -> Report:
+def verify(
+    model: keras.Layer, constraint: Constraint, x: Structure, labels: Structure | None = None, seed: int = 0
+) -> Report:
     """Where a model violates a constraint, and by how much, in inference mode.
 
     Args:
@@ -186,7 +189,9 @@ def verify(model, constraint: Constraint, x, labels=None, seed: int = 0) -> Repo
     return ExactReport(constraint, components, constraint.tolerance, regions=found)
 
 
-def _violations(model, constraint: Constraint, x, labels, seed: int) -> np.ndarray:
+def _violations(
+    model: keras.Layer, constraint: Constraint, x: Structure, labels: Structure | None, seed: int
+) -> np.ndarray:
     """The violations at all points, computed batch by batch: `(N, C)`."""
     leaves = [checks.tensor("x", leaf) for leaf in tree.flatten(x)]
     if not leaves or any(len(leaf.shape) == 0 or leaf.shape[0] != leaves[0].shape[0] for leaf in leaves):
@@ -210,7 +215,7 @@ def _violations(model, constraint: Constraint, x, labels, seed: int) -> np.ndarr
     return np.concatenate(parts)
 
 
-def _check_finite(argument: str, given) -> None:
+def _check_finite(argument: str, given: ArrayLike) -> None:
     """Raises unless all numbers are finite: the slope of a ReLU at NaN is 0, which satisfies any bound."""
     for leaf in tree.flatten(given):
         array = np.atleast_1d(0 if leaf is None else ops.convert_to_numpy(checks.tensor(argument, leaf)))

@@ -7,9 +7,10 @@ import keras
 from keras import ops
 
 from jvpreg.common import checks
-from jvpreg.distillation.base import MatchingLoss, squared_distance
+from jvpreg.common.typing import Config, Structure, Tensor
+from jvpreg.distillation.base import MatchingLoss, View, squared_distance
 from jvpreg.distillation.maps import alike
-from jvpreg.distillation.pairs import LayerPairs
+from jvpreg.distillation.pairs import LayerPairs, Site
 
 
 @keras.saving.register_keras_serializable(package="jvpreg")
@@ -50,27 +51,27 @@ class AttentionMatching(MatchingLoss):
         self.layers = layers if isinstance(layers, str) else [list(pair) for pair in layers]
         self.normalized = checks.boolean("normalized", normalized)
 
-    def see(self, view, sites, directions):
+    def see(self, view: View, sites: Sequence[Site], directions: Structure | None) -> list:
         """The attention map of each layer, `(B, *sizes)`."""
         return [self._attention(view.node_output(site.nodes[-1]), site.channel_axis) for site in sites]
 
-    def _attention(self, activation, channel_axis):
+    def _attention(self, activation: Tensor, channel_axis: int) -> Tensor:
         activation = ops.cast(activation, keras.backend.result_type(activation.dtype, "float32"))
         return ops.sum((ops.square if self.normalized else ops.abs)(activation), axis=channel_axis)
 
-    def distance(self, teacher, student):
+    def distance(self, teacher: list, student: list) -> Tensor:
         """The distance of each example, over all pairs: `(B,)`."""
         maps = [alike(g, f, keep_sum=False) for g, f in zip(teacher, student, strict=True)]
         if self.normalized:
             maps = [(_unit(g), _unit(f)) for g, f in maps]
         return squared_distance([g for g, _ in maps], [f for _, f in maps])
 
-    def get_config(self):
+    def get_config(self) -> Config:
         """The arguments of `__init__`."""
         return {**super().get_config(), "layers": self.layers, "normalized": self.normalized}
 
 
-def _unit(attention):
+def _unit(attention: Tensor) -> Tensor:
     """Each example's map divided by its norm; a map of zeros stays zero."""
     flat = ops.reshape(attention, (ops.shape(attention)[0], -1))
     square = ops.sum(ops.square(flat), axis=-1, keepdims=True)

@@ -8,6 +8,7 @@ import keras
 from keras import ops, tree
 
 from jvpreg.common import checks
+from jvpreg.common.typing import Config, Seed, Structure, Tensor
 from jvpreg.distillation.pairs import LayerPairs, Site
 from jvpreg.linearization import Linearization
 
@@ -33,8 +34,8 @@ class View:
     def __init__(
         self,
         linearization: Linearization,
-        labels,
-        cotangents: dict[str, Any],
+        labels: Structure | None,
+        cotangents: dict[str, Tensor],
         nodes: Sequence[str],
         with_inputs: bool,
     ):
@@ -52,11 +53,11 @@ class View:
         """`Jᵀ v` for a target's cotangent v: a flat list like the inputs, `(B, …)`."""
         return [gradient[self._places[target]] for gradient in tree.flatten(self._at_inputs)]
 
-    def bias_jacobian(self, target: str, node: str):
+    def bias_jacobian(self, target: str, node: str) -> Tensor:
         """`∂(vᵀ f)/∂y ⊙ c` at a node with output y and intercept c: `(B, …)`, shaped like y, the examples first."""
         return self._at_nodes[node][self._places[target]]
 
-    def node_output(self, node: str):
+    def node_output(self, node: str) -> Tensor:
         """A node's output, `(B, …)`."""
         return self.linearization.node_outputs([node])[node]
 
@@ -105,13 +106,13 @@ class MatchingLoss(keras.distillation.DistillationLoss):
         self.weight = checks.number("weight", weight, least=0, owner=type(self).__name__)
         self.name = checks.text("name", name, optional=True) or snake_case(type(self).__name__)
 
-    def draw(self, inputs, seed):
+    def draw(self, inputs: Structure, seed: Seed) -> Structure:
         """Random directions `(P, B, …)` like the inputs, the same for teacher and student."""
         raise NotImplementedError(
             f"{type(self).__name__} draws directions and must override `draw(self, inputs, seed)`."
         )
 
-    def see(self, view: View, sites: Sequence[Site], directions) -> list:
+    def see(self, view: View, sites: Sequence[Site], directions: Structure | None) -> list:
         """The tensors to compare of one network, each `(B, …)`.
 
         Args:
@@ -121,15 +122,15 @@ class MatchingLoss(keras.distillation.DistillationLoss):
         """
         raise NotImplementedError(f"{type(self).__name__} must override `see(self, view, sites, directions)`.")
 
-    def distance(self, teacher: list, student: list):
+    def distance(self, teacher: list, student: list) -> Tensor:
         """The distance between what was seen of teacher and student, `(B,)`."""
         raise NotImplementedError(f"{type(self).__name__} must override `distance(self, teacher, student)`.")
 
-    def measure(self, teacher: list, student: list) -> dict[str, Any]:
+    def measure(self, teacher: list, student: list) -> dict[str, Tensor]:
         """What is reported beside the distance, each `(B,)`, by the names in `measures`. It is not trained on."""
         return {}
 
-    def validate_model_compatibility(self, teacher, student):
+    def validate_model_compatibility(self, teacher: keras.Model, student: keras.Model) -> None:
         """Tells Keras' own `Distiller` that it cannot compute this loss.
 
         Raises:
@@ -140,12 +141,12 @@ class MatchingLoss(keras.distillation.DistillationLoss):
             "`keras.distillation.Distiller` gives. Use `jvpreg.JacobianDistiller`."
         )
 
-    def get_config(self) -> dict:
+    def get_config(self) -> Config:
         """The arguments of `__init__`, as Keras serializes them."""
         return {"weight": self.weight, "name": self.name}
 
     @classmethod
-    def from_config(cls, config: dict) -> "MatchingLoss":
+    def from_config(cls, config: Config) -> "MatchingLoss":
         """The loss that `get_config` described."""
         return cls(**config)
 
@@ -167,14 +168,14 @@ class KerasLoss(MatchingLoss):
         if layers != (None, None):
             self.pairs = LayerPairs([layers], "outputs", type(loss).__name__)
 
-    def see(self, view, sites, directions):
+    def see(self, view: View, sites: Sequence[Site], directions: Structure | None) -> list:
         """The outputs, or the layer's output."""
         return [view.node_output(sites[0].nodes[-1])] if sites else view.outputs
 
-    def distance(self, teacher, student):
+    def distance(self, teacher: list, student: list) -> Tensor:
         """The loss of each example, as a batch of one."""
 
-        def of_one(pair):
+        def of_one(pair: tuple) -> Tensor:
             one_each = tree.map_structure(lambda tensor: ops.expand_dims(tensor, 0), pair)
             return self.loss.compute_loss(*[side[0] if len(side) == 1 else side for side in one_each])
 
@@ -186,7 +187,7 @@ def snake_case(name: str) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
 
 
-def squared_distance(teacher: Sequence, student: Sequence):
+def squared_distance(teacher: Sequence, student: Sequence) -> Tensor:
     """`Σ ‖a − b‖²` over pairs of tensors `(B, …)`, of each example: `(B,)`, in float32 at least."""
     parts = []
     for a, b in zip(teacher, student, strict=True):

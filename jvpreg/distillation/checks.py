@@ -1,18 +1,20 @@
 """Checks of a distiller's arguments: teacher, student and losses must fit each other, before anything is computed."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import ops, tree
 
 from jvpreg.common import checks, keras_private
+from jvpreg.common.typing import Structure
 from jvpreg.distillation.base import KerasLoss, MatchingLoss
 from jvpreg.layers.jacobian_penalty import JacobianPenalty
 from jvpreg.rules.registry import unwrap
 from jvpreg.training.model import JacobianModel
 
 
-def zeros_like_inputs(model: keras.Model, role: str):
+def zeros_like_inputs(model: keras.Model, role: str) -> Structure:
     """One example of zeros, as the model's input."""
     specs = getattr(model, "inputs", None)
     if not specs and model.built:  # a subclassed model
@@ -31,7 +33,7 @@ def metric_names(losses: Sequence[MatchingLoss]) -> list[str]:
     return [name for loss in losses for name in (loss.name, *(f"{loss.name}_{measure}" for measure in loss.measures))]
 
 
-def checked_losses(losses) -> tuple[MatchingLoss, ...]:
+def checked_losses(losses: Any) -> tuple[MatchingLoss, ...]:
     """The losses as matching losses.
 
     Raises:
@@ -50,7 +52,7 @@ def checked_losses(losses) -> tuple[MatchingLoss, ...]:
     return checked
 
 
-def check_models(teacher, student) -> None:
+def check_models(teacher: keras.Model, student: keras.Model) -> None:
     """Raises a ValueError if the two models cannot be teacher and student."""
     for role, model in (("teacher", teacher), ("student", student)):
         if not isinstance(model, keras.Model) or (role == "student" and isinstance(model, JacobianModel)):
@@ -81,7 +83,7 @@ def check_models(teacher, student) -> None:
         )
 
 
-def _output_shapes(model) -> list[tuple] | None:
+def _output_shapes(model: keras.Model) -> list[tuple] | None:
     """The output shapes for one example; None if they are not known before the model runs."""
     outputs = getattr(model, "outputs", None)
     return [tuple(output.shape[1:]) for output in outputs] if outputs else None

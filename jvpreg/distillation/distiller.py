@@ -1,6 +1,6 @@
 """`JacobianDistiller`: a student that is trained to match its teacher, through plain `compile` and `fit`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -9,16 +9,19 @@ from keras import ops, tree
 
 from jvpreg.attribution.decomposition import as_cotangent
 from jvpreg.common import checks, replicas
+from jvpreg.common.typing import Config, Structure, Tensor
 from jvpreg.distillation.base import KerasLoss, MatchingLoss, View
 from jvpreg.distillation.checks import check_models, checked_losses, metric_names, zeros_like_inputs
 from jvpreg.distillation.pairs import Site
 from jvpreg.engine.finite import finite_examples, nan_unless
 from jvpreg.linearization import Linearization
 from jvpreg.products import linearize
+from jvpreg.regularizers.base import JacobianRegularizer
 from jvpreg.regularizers.full_jacobian import target_cotangent
 from jvpreg.regularizers.serving import weighted_mean
 from jvpreg.rules.registry import register_wrapper, unwrap
 from jvpreg.training.model import JacobianModel
+from jvpreg.training.steps import Step
 from jvpreg.training.trackers import PenaltyTracker
 from jvpreg.training.weighting import compiled_labels, example_weights, own_keys
 
@@ -72,7 +75,7 @@ class JacobianDistiller(JacobianModel):
         student: keras.Model,
         losses: Sequence[MatchingLoss | keras.distillation.DistillationLoss],
         seed: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         matching = checked_losses(losses)
         check_models(teacher, student)
@@ -94,15 +97,15 @@ class JacobianDistiller(JacobianModel):
         return True
 
     @property
-    def penalty_metrics(self):
+    def penalty_metrics(self) -> list[keras.metrics.Metric]:
         """The metrics of the regularizers, of the distances, and of what else is measured."""
         return [*super().penalty_metrics, *self._matching_trackers]
 
-    def reported_names(self, regularizers):
+    def reported_names(self, regularizers: Sequence[JacobianRegularizer]) -> list[str]:
         """The names of the regularizers' metrics and of the distances."""
         return [*super().reported_names(regularizers), *metric_names(self.matching_losses)]
 
-    def compile(self, *args, jacobian_regularizers: Sequence = (), **kwargs):
+    def compile(self, *args: Any, jacobian_regularizers: Sequence = (), **kwargs: Any) -> None:
         """As `JacobianModel.compile`. `jacobian_evaluate` applies to the distances too; interval and fraction do not.
 
         Raises:
@@ -110,11 +113,11 @@ class JacobianDistiller(JacobianModel):
         """
         super().compile(*args, jacobian_regularizers=jacobian_regularizers, **kwargs)
 
-    def base_inputs(self, inputs):
+    def base_inputs(self, inputs: Structure) -> Structure:
         """The inputs, without the teacher's products that may come with them."""
         return _split(inputs)[0]
 
-    def penalty(self, step, labels, sample_weight, training):
+    def penalty(self, step: Step, labels: Structure | None, sample_weight: Structure | None, training: bool) -> Tensor:
         """The sum of `weight × mean(distance)` over the matching losses, and the regularizers' penalties."""
         (x, products), linearization = _split(step.inputs), step.linearization
         seed = self.training_seed if training else self.evaluation_seed
@@ -137,7 +140,9 @@ class JacobianDistiller(JacobianModel):
             self.steps_taken.assign(self.steps_taken + 1)
         return total
 
-    def _compare(self, products: dict, seen: dict, finite, sample_weight, training: bool):
+    def _compare(
+        self, products: dict, seen: dict, finite: Tensor | None, sample_weight: Structure | None, training: bool
+    ) -> Tensor:
         """The weighted sum of the mean distances; NaN for examples that are not finite. Also updates the trackers."""
         weights = example_weights(sample_weight, own_keys(self.jacobian_regularizers))
         number = self.steps_taken + 1 if training else None
@@ -168,7 +173,7 @@ class JacobianDistiller(JacobianModel):
         """The targets that losses ask for, each with one of these losses."""
         return {loss.target: loss for loss in self.matching_losses if loss.target is not None}
 
-    def _teacher_products(self, x, labels, directions: dict) -> dict[str, Any]:
+    def _teacher_products(self, x: Structure, labels: Structure, directions: dict) -> dict[str, Any]:
         """What the losses see of the teacher, each `(B, …)`, by name; and the cotangent of its largest output."""
         linearization = linearize(self.teacher, x, xla=bool(self.jit_compile))
         targets = self._targets()
@@ -181,7 +186,7 @@ class JacobianDistiller(JacobianModel):
         return products | {key: value for key, value in cotangents.items() if key == "predicted"}
 
     def _see(
-        self, linearization: Linearization, labels, cotangents: dict, directions: dict, side: int
+        self, linearization: Linearization, labels: Structure | None, cotangents: dict, directions: dict, side: int
     ) -> dict[str, Any]:
         """What the losses see of the teacher (side 0) or of the student (side 1)."""
         sites = {name: [pair[side] for pair in pairs] for name, pairs in self._sites.items()}
@@ -195,7 +200,7 @@ class JacobianDistiller(JacobianModel):
             for i, tensor in enumerate(loss.see(view, sites[loss.name], directions[loss.name]))
         }
 
-    def with_teacher(self, x, y=None, batch_size: int = 128) -> dict[str, Any]:
+    def with_teacher(self, x: Structure, y: Structure | None = None, batch_size: int = 128) -> dict[str, np.ndarray]:
         """The data with what the losses see of the teacher, computed once. Pass it to `fit` in place of `x`.
 
         It is for data that is the same in every epoch: then the teacher runs only once. If input-Jacobians are
@@ -236,7 +241,7 @@ class JacobianDistiller(JacobianModel):
         products = _TeacherProducts(self).predict(given, batch_size=batch_size, verbose=0)
         return {INPUTS: x, PRODUCTS: products}
 
-    def _check_labels(self, y) -> None:
+    def _check_labels(self, y: Structure) -> None:
         """Raises if labels are class indices for outputs `(B, K)`, K > 1, and there is no such class."""
         labels, shapes = tree.flatten(y), [output.shape for output in getattr(self.student, "outputs", None) or ()]
         if len(labels) == 1 and len(shapes) == 1 and len(shapes[0]) == 2 and shapes[0][1] != 1:
@@ -253,7 +258,7 @@ class JacobianDistiller(JacobianModel):
             sites |= {loss.name: loss.pairs.find(teacher, student) for loss in paired if loss.pairs is not None}
         return sites
 
-    def get_config(self):
+    def get_config(self) -> Config:
         """The teacher, the student, the losses and the seed."""
         losses = [loss.loss if isinstance(loss, KerasLoss) else loss for loss in self.matching_losses]
         return {
@@ -265,7 +270,7 @@ class JacobianDistiller(JacobianModel):
         }
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: Config, custom_objects: Mapping[str, Any] | None = None) -> "JacobianDistiller":
         """The distiller that `get_config` described."""
         parts = {
             key: keras.saving.deserialize_keras_object(config[key], custom_objects=custom_objects)
@@ -285,12 +290,12 @@ class _TeacherProducts(keras.Model):
         self.distiller = distiller
         self.built = True
 
-    def call(self, given):
+    def call(self, given: Structure) -> Structure:
         nothing = dict.fromkeys(loss.name for loss in self.distiller.matching_losses)
         return self.distiller._teacher_products(given[INPUTS], given.get("labels"), nothing)
 
 
-def _split(inputs) -> tuple[Any, dict[str, Any] | None]:
+def _split(inputs: Structure) -> tuple[Any, dict[str, Any] | None]:
     """The inputs, and the teacher's products if they came with them."""
     if isinstance(inputs, dict) and PRODUCTS in inputs:
         return inputs[INPUTS], inputs[PRODUCTS]
@@ -303,5 +308,5 @@ def _of_loss(loss: MatchingLoss, products: dict[str, Any]) -> list:
     return [products[f"{loss.name}/{i}"] for i in range(count)]
 
 
-def _roles(distiller: JacobianDistiller):
+def _roles(distiller: JacobianDistiller) -> tuple[tuple[keras.Model, str], ...]:
     return (distiller.teacher, "teacher"), (distiller.student, "student")

@@ -9,9 +9,10 @@ from keras import ops, tree
 
 from jvpreg import probes
 from jvpreg.common import checks
-from jvpreg.distillation.base import TARGETS, MatchingLoss, squared_distance
+from jvpreg.common.typing import Config, Seed, Structure, Tensor
+from jvpreg.distillation.base import TARGETS, MatchingLoss, View, squared_distance
 from jvpreg.distillation.maps import alike
-from jvpreg.distillation.pairs import LayerPairs
+from jvpreg.distillation.pairs import LayerPairs, Site
 
 
 @keras.saving.register_keras_serializable(package="jvpreg")
@@ -62,25 +63,25 @@ class JacobianMatching(MatchingLoss):
         self.draws = num_probes is not None
         self.sees_inputs = num_probes is None
 
-    def draw(self, inputs, seed):
+    def draw(self, inputs: Structure, seed: Seed) -> Structure:
         """Standard normal directions, `(P, B, …)`."""
         return probes.draw("gaussian", inputs, self.num_probes or 1, seed)
 
-    def see(self, view, sites, directions):
+    def see(self, view: View, sites: Sequence[Site], directions: Structure | None) -> list:
         """The input-Jacobian of the target, like the inputs; or `J u`, `(B, P, …)` like the outputs."""
         if directions is None:
-            return view.input_jacobian(self.target)
+            return view.input_jacobian(self.target)  # type: ignore[arg-type]  # not None without directions
         return [ops.moveaxis(product, 0, 1) for product in tree.flatten(view.linearization.jvp(directions))]
 
-    def distance(self, teacher, student):
+    def distance(self, teacher: list, student: list) -> Tensor:
         """The distance of each example, over all inputs; or the mean over the probes: `(B,)`."""
         return squared_distance(teacher, student) / (self.num_probes or 1)
 
-    def measure(self, teacher, student):
+    def measure(self, teacher: list, student: list) -> dict[str, Tensor]:
         """The angle in degrees, `(B,)`."""
         return {"angle": angle(teacher, student)}
 
-    def get_config(self):
+    def get_config(self) -> Config:
         """The arguments of `__init__`."""
         return {**super().get_config(), "target": self.target, "num_probes": self.num_probes}
 
@@ -123,26 +124,26 @@ class BiasJacobianMatching(MatchingLoss):
         super().__init__(weight, name)
         self.pairs = LayerPairs(layers, "biases", type(self).__name__)
         self.layers = layers if isinstance(layers, str) else [list(pair) for pair in layers]
-        self.target = checks.choice("target", target, TARGETS)
+        self.target: Literal["label", "predicted"] = checks.choice("target", target, TARGETS)
 
-    def see(self, view, sites, directions):
+    def see(self, view: View, sites: Sequence[Site], directions: Structure | None) -> list:
         """The bias-Jacobian of each layer, summed over its channels: `(B, *sizes)`."""
         return [
             sum(ops.sum(view.bias_jacobian(self.target, node), axis=site.channel_axis) for node in site.nodes)
             for site in sites
         ]
 
-    def distance(self, teacher, student):
+    def distance(self, teacher: list, student: list) -> Tensor:
         """The distance of each example, over all pairs: `(B,)`."""
         maps = [alike(g, f, keep_sum=True) for g, f in zip(teacher, student, strict=True)]
         return squared_distance([g for g, _ in maps], [f for _, f in maps])
 
-    def get_config(self):
+    def get_config(self) -> Config:
         """The arguments of `__init__`."""
         return {**super().get_config(), "layers": self.layers, "target": self.target}
 
 
-def angle(left: Sequence, right: Sequence):
+def angle(left: Sequence, right: Sequence) -> Tensor:
     """The angle between two lists of tensors `(B, …)`, each list one vector an example: degrees, `(B,)`.
 
     By half-angles, since an arccos near 1 loses all digits. With one vector of zeros it is 90, with two it is 0.
@@ -153,7 +154,7 @@ def angle(left: Sequence, right: Sequence):
     return (360 / math.pi) * ops.arctan2(_length(a - b), _length(a + b))
 
 
-def _unit(tensors: Sequence):
+def _unit(tensors: Sequence) -> Tensor:
     flat = [ops.reshape(tensor, (ops.shape(tensor)[0], -1)) for tensor in tensors]
     joined = ops.concatenate(flat, axis=-1)
     # In units of the largest entry first: the square of a small number may be 0.
@@ -163,5 +164,5 @@ def _unit(tensors: Sequence):
     return joined / ops.where(length > 0, length, 1.0)
 
 
-def _length(vectors):
+def _length(vectors: Tensor) -> Tensor:
     return ops.sqrt(ops.sum(ops.square(vectors), axis=-1))

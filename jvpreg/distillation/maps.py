@@ -1,10 +1,14 @@
 """Maps: feature maps with their channels summed, `(B, *sizes)`; and how two of them get the same size."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from keras import ops
 
+from jvpreg.common.typing import Tensor
 
-def shrink(tensor, sizes, keep_sum: bool):
+
+def shrink(tensor: Tensor, sizes: Sequence[int], keep_sum: bool) -> Tensor:
     """A map `(B, …)` on fewer positions, `(B, *sizes)`: each new one stands for the area that it covers.
 
     By matrix products, which have gradients of any order on every backend.
@@ -23,7 +27,7 @@ def shrink(tensor, sizes, keep_sum: bool):
     return tensor
 
 
-def alike(teacher, student, keep_sum: bool) -> tuple:
+def alike(teacher: Tensor, student: Tensor, keep_sum: bool) -> tuple:
     """Two maps, each shrunk to the smaller of the two sizes, axis by axis."""
     sizes = [min(a, b) for a, b in zip(teacher.shape[1:], student.shape[1:], strict=True)]
     return shrink(teacher, sizes, keep_sum), shrink(student, sizes, keep_sum)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from keras import layers
 
@@ -157,7 +157,7 @@ def _has_bias(node: Node) -> bool:
     return getattr(node.operation, "bias", None) is not None or isinstance(node.operation, NORMALIZATIONS)
 
 
-def _checked_pairs(layers, owner: str):
+def _checked_pairs(layers: Any, owner: str) -> Any:
     pairs = layers if isinstance(layers, (list, tuple)) else ()
     if not pairs or not all(
         isinstance(pair, (list, tuple)) and len(pair) == 2 and all(isinstance(path, str) for path in pair)

@@ -1,7 +1,7 @@
 """A model frozen at `x`: its nodes, what it adds, its parts, and the two passes over it."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import keras
@@ -10,6 +10,7 @@ from keras import ops, tree
 
 from jvpreg.common import checks
 from jvpreg.common.dtypes import as_floats
+from jvpreg.common.typing import ArrayLike, Structure, Tensor
 from jvpreg.engine.frozen_graph import FrozenGraph
 from jvpreg.engine.node import Node, Value, tangent_shape
 from jvpreg.engine.paths import is_within, unknown
@@ -42,7 +43,12 @@ class FrozenModel:
     """
 
     def __init__(
-        self, graph: FrozenGraph, inputs: list, outputs, flatten: Callable, fallbacks: Mapping[str, str] | None = None
+        self,
+        graph: FrozenGraph,
+        inputs: list,
+        outputs: Structure,
+        flatten: Callable,
+        fallbacks: Mapping[str, str] | None = None,
     ):
         self.inputs = inputs
         self.outputs = outputs
@@ -50,7 +56,7 @@ class FrozenModel:
         self._graph = graph
         self._flatten_inputs = flatten
         # A part of a batch cuts its intercepts out of those of the whole.
-        self._whole: Callable[[Sequence[str] | None], dict[str, Any]] | None = None
+        self._whole: Callable[[Sequence[str] | None], dict[str, Tensor]] | None = None
 
     @property
     def given_inputs(self) -> list:
@@ -78,12 +84,12 @@ class FrozenModel:
         return self._graph.weights
 
     @property
-    def _part_size(self):
+    def _part_size(self) -> int | Tensor | None:
         """The number of examples if this is a part of a batch; None for the whole batch."""
         return None if self._whole is None else ops.shape(self.inputs[0])[0]
 
     @property
-    def intercepts(self) -> dict[str, Any]:
+    def intercepts(self) -> dict[str, Tensor]:
         """What each node adds to its linear part: `c = y − pushforward(x)`, a dict from node name to `(B, …)`.
 
         It is the bias of an affine layer, the implicit bias of batch normalization, `σ(x) − σ'(x)·x` of a smooth
@@ -93,7 +99,7 @@ class FrozenModel:
         """
         return self.intercepts_of(None)
 
-    def intercepts_of(self, nodes: Sequence[str] | None) -> dict[str, Any]:
+    def intercepts_of(self, nodes: Sequence[str] | None) -> dict[str, Tensor]:
         """The `intercepts` of nodes of these names only, at the cost of these only; None: of all."""
         nodes = checks.names("nodes", nodes, optional=True)
         known = [name for node in self.nodes for name in node.output_names]
@@ -101,7 +107,7 @@ class FrozenModel:
             raise checks.invalid("nodes", f"names among {known}", nodes)
         return self._graph.intercepts(nodes) if self._whole is None else self._whole(nodes)
 
-    def node_outputs(self, layers: Sequence[str] | None = None) -> dict[str, Any]:
+    def node_outputs(self, layers: Sequence[str] | None = None) -> dict[str, Tensor]:
         """The outputs of nodes to which a tangent can be added, a dict from name to `(B, …)`.
 
         Args:
@@ -115,7 +121,7 @@ class FrozenModel:
         found = {name: value for node in chosen for name, value in _named_outputs(node)}
         return {name: value.primal for name, value in found.items() if value.batched and value.has_tangents}
 
-    def shape_at(self, name: str, batch=None) -> tuple:
+    def shape_at(self, name: str, batch: int | Tensor | None = None) -> tuple:
         """The shape of a node's output for a batch of this size; by default for as many examples as there are here.
 
         Raises:
@@ -126,7 +132,7 @@ class FrozenModel:
             batch = ops.shape(self.inputs[0])[0]
         return tangent_shape((1, batch, self._graph.places), value)[1:]
 
-    def by_example(self, name: str, tensor, probed: bool = False):
+    def by_example(self, name: str, tensor: Tensor, probed: bool = False) -> Tensor:
         """A tensor like a node's output, with the axis of the examples first: `(B, …)`.
 
         Within a `TimeDistributed` layer, or between a transpose and the one that undoes it, the examples of a node's
@@ -166,7 +172,7 @@ class FrozenModel:
             raise checks.invalid("name", f"one of {list(self._values)}", name)
         return found
 
-    def take(self, indices) -> Self:
+    def take(self, indices: ArrayLike) -> Self:
         """The linearization of the examples at `indices`, an integer vector `(N,)`, only. Nothing is run again.
 
         Raises:
@@ -200,7 +206,7 @@ class FrozenModel:
                 raise checks.invalid("indices", f"at least one index of a batch of {batch}", given)
             indices = ops.convert_to_tensor(known % batch)
 
-        def cut(tensor):
+        def cut(tensor: Tensor) -> Tensor:
             return ops.take(tensor, indices, axis=0)
 
         part = type(self)(
@@ -211,7 +217,7 @@ class FrozenModel:
             self.fallbacks,
         )
 
-        def whole(names):
+        def whole(names: Sequence[str] | None) -> dict[str, Tensor]:
             found = self.intercepts_of(names).items()
             return {name: ops.take(value, indices, axis=self._place_of(name).axis) for name, value in found}
 
@@ -291,7 +297,7 @@ class FrozenModel:
             raise unknown(argument, layer, [node.name for node in self.nodes], expected, owner)
         return found
 
-    def _part(self, nodes: list[Node], start: Value, ends: list[Value], outputs) -> Self:
+    def _part(self, nodes: list[Node], start: Value, ends: list[Value], outputs: Structure) -> Self:
         if self._whole is not None:
             raise ValueError("Expected the linearization of a whole batch: call `after` or `block` first, then `take`.")
         graph = FrozenGraph(nodes, [start], ends, self._graph.variables)
@@ -305,7 +311,13 @@ class FrozenModel:
         push = functools.partial(self._push, scaled_kernels=False)
         return transpose(push, [zeros(count, x) for x in self.inputs], filled)
 
-    def _push(self, tangents: Sequence, taps: dict[str, Any] | None = None, weights=None, **options) -> list:
+    def _push(
+        self,
+        tangents: Sequence,
+        taps: dict[str, Tensor] | None = None,
+        weights: Mapping[int, Tensor] | None = None,
+        **options: Any,
+    ) -> list:
         """The tangent pass: input tangents `(P, B, …)` (None: zero) and taps by node name, to output tangents."""
         products = self._graph.push(tangents, self._part_size, taps=taps, weights=weights, **options)
         given = [*tangents, *(taps or {}).values(), *(weights or {}).values()]
@@ -323,5 +335,5 @@ def _single_output(layer: str, node: Node) -> Value:
     return node.outputs[0]
 
 
-def _named_outputs(node: Node):
+def _named_outputs(node: Node) -> Iterable[tuple[str, Value]]:
     return zip(node.output_names, node.outputs, strict=True)

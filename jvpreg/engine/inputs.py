@@ -112,7 +112,7 @@ def check_moving(tangents: list, inputs: list, argument: str) -> None:
         )
 
 
-def graph_of(model):
+def graph_of(model: keras.Layer) -> keras.Model | None:
     """The model itself if its inputs are known: a functional one, or a Sequential one that is built; otherwise None."""
     built = isinstance(model, keras.Sequential) and hasattr(model, "inputs")
     return model if built or isinstance(model, keras.Function) else None

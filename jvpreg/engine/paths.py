@@ -8,6 +8,7 @@ own names count the layers of the whole process, so they differ from one model o
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import keras
 
@@ -17,7 +18,7 @@ from jvpreg.rules.registry import find_rule, unwrap
 MOST_LISTED = 12  # paths in an error
 
 
-def layer_paths(model) -> dict[str, keras.Layer]:
+def layer_paths(model: keras.Layer) -> dict[str, keras.Layer]:
     """The layers of a model by their paths, which every argument that names a layer takes.
 
     Args:
@@ -51,7 +52,7 @@ def layer_paths(model) -> dict[str, keras.Layer]:
     return {name: layer for name, _, layer in walk(model)}
 
 
-def walk(owner, name: str = "", path: str = "") -> Iterator[tuple[str, str, keras.Layer]]:
+def walk(owner: Any, name: str = "", path: str = "") -> Iterator[tuple[str, str, keras.Layer]]:
     """The layers within one: what each is called, how its attributes reach it, and itself, each layer once.
 
     Args:
@@ -62,7 +63,9 @@ def walk(owner, name: str = "", path: str = "") -> Iterator[tuple[str, str, kera
     yield from _walk(owner, name, path, not is_graph(owner), {id(owner)})
 
 
-def _walk(owner, name: str, path: str, by_attributes: bool, seen: set[int]):
+def _walk(
+    owner: Any, name: str, path: str, by_attributes: bool, seen: set[int]
+) -> Iterator[tuple[str, str, keras.Layer]]:
     pairs = _attributes_of(owner) if by_attributes else [(layer.name, layer) for layer in owner.layers]
     names = [attribute if by_attributes and is_made_up(layer) else layer.name for attribute, layer in pairs]
     mark = "." if by_attributes else "/"
@@ -83,23 +86,23 @@ def join(owner: str, mark: str, own: str) -> str:
     return f"{owner}{mark}{own}" if owner else own
 
 
-def is_graph(operation) -> bool:
+def is_graph(operation: Any) -> bool:
     """Whether an operation is a graph of others: a Sequential or functional model with Keras' own `call`."""
     graph = isinstance(operation, (keras.Sequential, keras.Function))
     return graph and type(operation).call.__module__.split(".")[0] == "keras"
 
 
-def is_made_up(layer) -> bool:
+def is_made_up(layer: keras.Layer) -> bool:
     """Whether Keras made up the name of a layer, from its class."""
     return re.fullmatch(rf"{keras_private.name_of_class(type(layer).__name__)}(_\d+)?", layer.name) is not None
 
 
-def stable_name(layer) -> str:
+def stable_name(layer: keras.Layer) -> str:
     """A layer's name, without Keras' counter."""
     return keras_private.name_of_class(type(layer).__name__) if is_made_up(layer) else layer.name
 
 
-def _attributes_of(owner) -> list[tuple[str, keras.Layer]]:
+def _attributes_of(owner: Any) -> list[tuple[str, keras.Layer]]:
     """The layers that a layer or model holds, each with its attribute, in the order in which Keras tracked them."""
     if is_graph(owner):
         return [(f"layers.{i}", layer) for i, layer in enumerate(owner.layers)]
@@ -113,7 +116,7 @@ def _attributes_of(owner) -> list[tuple[str, keras.Layer]]:
     return [found[id(layer)] for layer in held_by_keras if id(layer) in found]
 
 
-def _within(value, path: str = "") -> Iterator[tuple[str, keras.Layer]]:
+def _within(value: Any, path: str = "") -> Iterator[tuple[str, keras.Layer]]:
     if isinstance(value, keras.Layer):
         yield path, value
     elif isinstance(value, (Mapping, list, tuple)):

@@ -8,6 +8,7 @@ from keras import ops, tree
 
 from jvpreg.common import checks
 from jvpreg.common.dtypes import has_tangents
+from jvpreg.common.typing import Structure, Tensor
 from jvpreg.engine.inputs import flatten_inputs, graph_of
 
 
@@ -138,17 +139,17 @@ def weight_tangents(pairs: Sequence[tuple[Any, Any]], known: Sequence) -> list[t
     return found
 
 
-def zeros(num_probes, like):
+def zeros(num_probes: int | Tensor, like: Tensor) -> Tensor:
     """Zero tangents `(P, B, …)` of `like` (B, …); in floats if `like` holds integers."""
     return ops.zeros((num_probes, *ops.shape(like)), dtype=like.dtype if has_tangents(like) else None)
 
 
-def pack_products(products: list, structure, probed: bool):
+def pack_products(products: list, structure: Structure, probed: bool) -> Structure:
     """Flat products `(P, B, …)` as users get them: in a structure, in float32 at least, without P if none was given."""
     return tree.pack_sequence_as(structure, [at_least_float32(p if probed else p[0]) for p in products])
 
 
-def at_least_float32(tensor):
+def at_least_float32(tensor: Tensor) -> Tensor:
     """A tensor of 16 bits in float32; any other as it is."""
     dtype = keras.backend.standardize_dtype(tensor.dtype)
     return ops.cast(tensor, "float32") if dtype in ("float16", "bfloat16") else tensor

@@ -4,6 +4,7 @@ from keras import ops
 
 from jvpreg import probes
 from jvpreg.common import checks
+from jvpreg.common.typing import Seed, Tensor
 from jvpreg.engine.finite import finite_examples
 from jvpreg.engine.paths import is_within
 from jvpreg.estimators.operator import Operator, by_example
@@ -15,7 +16,7 @@ from jvpreg.linearization import Linearization
 
 @by_example
 def fixed_point_spectral_radius(
-    linearization: Linearization, layer: str | None = None, tol: float = 1e-2, num_iterations: int = 20, seed=0
+    linearization: Linearization, layer: str | None = None, tol: float = 1e-2, num_iterations: int = 20, seed: Seed = 0
 ) -> Estimate:
     """The spectral radius of `∂_z f` at the fixed point of a `FixedPoint` layer's cell.
 
@@ -48,7 +49,7 @@ def fixed_point_spectral_radius(
     size, batch = probes.dimension(z), ops.shape(z)[0]
     finite = ops.reshape(finite_examples(linearization), (1, -1, 1))
 
-    def matvec(vectors):
+    def matvec(vectors: Tensor) -> Tensor:
         count = ops.shape(vectors)[0]
         tangents = ops.reshape(ops.cast(vectors, z.dtype), (count, batch, *z.shape[1:]))
         return ops.where(finite, ops.reshape(pushforward.state_product(tangents), (count, batch, size)), 0.0)

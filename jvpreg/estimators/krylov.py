@@ -10,13 +10,15 @@ import keras
 import numpy as np
 from keras import ops
 
+from jvpreg.common.typing import DType, Tensor
+
 
 def probed(product: Callable) -> Callable:
     """A product of `(P, B, n)` as a product of rows `(B, P, n)`."""
     return lambda rows: ops.transpose(product(ops.transpose(rows, (1, 0, 2))), (1, 0, 2))
 
 
-def block_krylov(apply: Callable, start, num_steps: int, sizes: Sequence[int]) -> tuple:
+def block_krylov(apply: Callable, start: Tensor, num_steps: int, sizes: Sequence[int]) -> tuple:
     """An orthonormal basis of the space that `start` and its images span, and the images of the basis.
 
     Args:
@@ -34,7 +36,7 @@ def block_krylov(apply: Callable, start, num_steps: int, sizes: Sequence[int]) -
     basis = ops.zeros((batch, num_steps * width, size), dtype)
     images = [ops.zeros((batch, num_steps * width, image_size), dtype) for image_size in sizes]
 
-    def step(j, state):
+    def step(j: Tensor, state: tuple) -> tuple:
         block, largest, basis, *images = state
         applied = apply(block)
         at = (0, j * width, 0)
@@ -48,7 +50,7 @@ def block_krylov(apply: Callable, start, num_steps: int, sizes: Sequence[int]) -
     return tuple(state[2:])
 
 
-def orthonormal(rows, floor, basis=None):
+def orthonormal(rows: Tensor, floor: Tensor, basis: Tensor | None = None) -> Tensor:
     """Orthonormal rows `(B, k, n)` that span the same space, without that of `basis`.
 
     A row of which no more than `floor` (B, 1) is left becomes zero. If rows depend on each other, one of them becomes
@@ -70,7 +72,7 @@ def orthonormal(rows, floor, basis=None):
     return rows
 
 
-def lanczos(product: Callable, start, num_steps: int) -> tuple:
+def lanczos(product: Callable, start: Tensor, num_steps: int) -> tuple:
     """The tridiagonal matrices of a symmetric operator, from each of many starting vectors.
 
     Args:
@@ -86,7 +88,7 @@ def lanczos(product: Callable, start, num_steps: int) -> tuple:
     basis = ops.zeros((num_steps, probes, batch, size), dtype)
     alphas = betas = ops.zeros((num_steps, probes, batch), dtype)
 
-    def step(j, state):
+    def step(j: Tensor, state: tuple) -> tuple:
         vector, largest, basis, alphas, betas = state
         basis = ops.slice_update(basis, (j, 0, 0, 0), ops.expand_dims(vector, 0))
         image = product(vector)
@@ -107,6 +109,6 @@ def lanczos(product: Callable, start, num_steps: int) -> tuple:
     return tuple(ops.fori_loop(0, num_steps, step, state)[3:])
 
 
-def precision(dtype) -> float:
+def precision(dtype: DType) -> float:
     """The relative length below which a remainder of a vector is only rounding."""
     return 10 * float(np.finfo(keras.backend.standardize_dtype(dtype)).eps)

@@ -7,12 +7,13 @@ from keras import ops, tree
 
 from jvpreg import probes as probes_module
 from jvpreg.common import checks
+from jvpreg.common.typing import Seed, Structure, Tensor
 from jvpreg.estimators.operator import Operator, as_operator, by_example, magnitude
 from jvpreg.estimators.result import Estimate
 from jvpreg.linearization import Linearization
 
 
-def squared_norm(products):
+def squared_norm(products: Structure) -> Tensor:
     """`‖·‖²` of each probe's product with each example: a structure of `(P, B, …)` to `(P, B)`."""
     return sum(ops.sum(ops.square(ops.reshape(t, (*ops.shape(t)[:2], -1))), axis=-1) for t in tree.flatten(products))
 
@@ -23,7 +24,7 @@ def frobenius_norm(
     num_probes: int = 16,
     side: Literal["input", "output"] | None = None,
     probes: str = "sphere",
-    seed=0,
+    seed: Seed = 0,
 ) -> Estimate:
     """`‖J‖_F` of each example.
 
@@ -89,7 +90,7 @@ def _exact_norm(operator: Operator) -> Estimate:
     return Estimate(value, zero, zero, ops.isfinite(value), operator.shape[1])
 
 
-def mean_and_sem(samples):
+def mean_and_sem(samples: Tensor) -> tuple[Tensor, Tensor]:
     """The mean of samples `(P, B)` over P, and its standard error."""
     count = samples.shape[0]
     deviation = ops.std(samples, axis=0) * math.sqrt(count / (count - 1))

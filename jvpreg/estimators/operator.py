@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
 import keras
@@ -12,6 +12,7 @@ from keras import ops, tree
 from jvpreg import probes
 from jvpreg.common import checks
 from jvpreg.common.dtypes import widest_dtype
+from jvpreg.common.typing import DType, Seed, Structure, Tensor
 from jvpreg.engine.finite import finite_examples, nan_unless
 from jvpreg.linearization import Linearization
 
@@ -43,7 +44,15 @@ class Operator:
     6.0
     """
 
-    def __init__(self, matvec, rmatvec, shape, batch_size, dtype=None, chunk_size: int = 16):
+    def __init__(
+        self,
+        matvec: Callable[[Tensor], Tensor],
+        rmatvec: Callable[[Tensor], Tensor] | None,
+        shape: Sequence[int],
+        batch_size: int | Tensor,
+        dtype: DType | None = None,
+        chunk_size: int = 16,
+    ):
         several = (list, tuple, np.ndarray)
         sizes = [int(size) for size in shape if checks.is_integer(size)] if isinstance(shape, several) else []
         if len(sizes) != 2 or len(shape) != 2 or min(sizes) < 1:
@@ -66,11 +75,11 @@ class Operator:
         """Whether inputs and outputs have the same dimension."""
         return self.shape[0] == self.shape[1]
 
-    def matvec(self, vectors):
+    def matvec(self, vectors: Tensor) -> Tensor:
         """`A v` of each: `(P, B, n)` to `(P, B, m)`."""
         return self._in_chunks(self._matvec, vectors, self.shape[0])
 
-    def rmatvec(self, vectors):
+    def rmatvec(self, vectors: Tensor) -> Tensor:
         """`Aᵀ v` of each: `(P, B, m)` to `(P, B, n)`.
 
         Raises:
@@ -93,7 +102,7 @@ class Operator:
         """`A` or `Aᵀ`, whichever has no more inputs than outputs: the same singular values."""
         return self if self.shape[1] <= self.shape[0] else self.transpose
 
-    def over(self, unit) -> "Operator":
+    def over(self, unit: Tensor) -> "Operator":
         """`A` divided by a unit for each example, `(B,)`: see `magnitude`."""
         unit = ops.expand_dims(unit, -1)
         backward = None if self._rmatvec is None else lambda v: self.rmatvec(v) / unit
@@ -101,20 +110,20 @@ class Operator:
             lambda v: self.matvec(v) / unit, backward, self.shape, self.batch_size, self.dtype, self.chunk_size
         )
 
-    def magnitude(self, seed):
+    def magnitude(self, seed: Seed) -> Tensor:
         """A rough size of `A`, by one product: the largest entry in the image of a random vector, `(B,)`."""
         return magnitude(self.matvec(self.draw("sphere", 1, seed)))
 
-    def basis(self):
+    def basis(self) -> Tensor:
         """The canonical basis of the inputs, `(n, B, n)`."""
         size = self.shape[1]
         return ops.broadcast_to(ops.expand_dims(ops.eye(size, dtype=self.dtype), 1), (size, self.batch_size, size))
 
-    def draw(self, kind: str, num_probes: int, seed):
+    def draw(self, kind: str, num_probes: int, seed: Seed) -> Tensor:
         """Random vectors of the inputs, `(P, B, n)`: see `jvpreg.probes.draw`."""
         return probes.draw(kind, ops.zeros((self.batch_size, self.shape[1]), self.dtype), num_probes, seed)
 
-    def _in_chunks(self, product, vectors, size: int):
+    def _in_chunks(self, product: Callable, vectors: Tensor, size: int) -> Tensor:
         count, chunk = vectors.shape[0], self.chunk_size
         if count <= chunk:
             return ops.cast(product(vectors), self.dtype)
@@ -122,7 +131,7 @@ class Operator:
         vectors = ops.pad(vectors, ((0, missing), (0, 0), (0, 0)))
         images = ops.zeros((count + missing, self.batch_size, size), self.dtype)
 
-        def step(i, images):
+        def step(i: Tensor, images: Tensor) -> Tensor:
             part = ops.slice(vectors, (i * chunk, 0, 0), (chunk, self.batch_size, vectors.shape[2]))
             return ops.slice_update(images, (i * chunk, 0, 0), ops.cast(product(part), self.dtype))
 
@@ -166,10 +175,10 @@ def as_operator(source: Linearization | Operator) -> Operator:
     # A decomposition of a matrix that holds a NaN fails for the whole batch.
     finite = ops.reshape(finite_examples(source), (1, -1, 1))
 
-    def forward(vectors):
+    def forward(vectors: Tensor) -> Tensor:
         return ops.where(finite, flatten(source.jvp(probes.split(vectors, inputs))), 0.0)
 
-    def backward(vectors):
+    def backward(vectors: Tensor) -> Tensor:
         return ops.where(finite, flatten(source.vjp(probes.split(vectors, outputs))), 0.0)
 
     dtype = widest_dtype([*source.inputs, *tree.flatten(outputs)])
@@ -183,14 +192,14 @@ def spaces(linearization: Linearization) -> tuple:
     return inputs[0] if len(inputs) == 1 else inputs, linearization.outputs
 
 
-def flatten(structure):
+def flatten(structure: Structure) -> Tensor:
     """Products `(P, B, …)` as one tensor `(P, B, n)`."""
     # The size is known even if the batch is not.
     leaves = [ops.reshape(leaf, (*ops.shape(leaf)[:2], math.prod(leaf.shape[2:]))) for leaf in tree.flatten(structure)]
     return leaves[0] if len(leaves) == 1 else ops.concatenate(leaves, axis=-1)
 
 
-def magnitude(vectors):
+def magnitude(vectors: Tensor) -> Tensor:
     """The largest entry of each example in `(P, B, n)`, `(B,)`: a unit in which squares do not overflow."""
     largest = ops.max(ops.abs(vectors), axis=(0, 2))
     return ops.where(largest > 0, largest, 1.0)

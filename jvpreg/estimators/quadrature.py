@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 from keras import ops
 
 from jvpreg.common import checks
+from jvpreg.common.typing import Seed, Tensor
 from jvpreg.estimators.krylov import lanczos
 from jvpreg.estimators.norms import mean_and_sem
 from jvpreg.estimators.operator import Operator, as_operator, by_example, check_square
@@ -27,14 +28,14 @@ class Quadrature(NamedTuple):
         coarser: the measures after half of the steps; None if the measure is exact, and P is 1.
     """
 
-    nodes: Any
-    weights: Any
+    nodes: Tensor
+    weights: Tensor
     size: int
     num_matvecs: int
-    unit: Any
-    coarser: Any = None
+    unit: Tensor
+    coarser: Any = None  # a `Quadrature`, for those who know that it is there
 
-    def sums(self, function: Callable):
+    def sums(self, function: Callable) -> Tensor:
         """`Σ_i f(λ_i)` over the spectrum, by each of the P measures: `(P, B)`.
 
         `function` gets the nodes, which are over the unit: of `JᵀJ` they are `(σ / unit)²`. The caller scales back.
@@ -44,7 +45,7 @@ class Quadrature(NamedTuple):
         values = ops.where(counts, function(ops.where(counts, self.nodes, 1.0)), 0.0)
         return self.size * ops.sum(self.weights * values, axis=-1)
 
-    def residual(self, function: Callable):
+    def residual(self, function: Callable) -> Tensor:
         """How much `Σ_i f(λ_i)` changed in the second half of the steps, `(B,)`."""
         # The last step alone says too little: if f has a kink at 0, the error falls only like 1/m.
         sums = ops.mean(self.sums(function), axis=0)
@@ -52,7 +53,7 @@ class Quadrature(NamedTuple):
             ops.zeros_like(sums) if self.coarser is None else ops.abs(sums - ops.mean(self.coarser.sums(function), 0))
         )
 
-    def sem(self, samples):
+    def sem(self, samples: Tensor) -> Tensor:
         """The standard error of the mean of samples `(P, B)`; 0 if the measure is exact."""
         return ops.zeros_like(samples[0]) if self.coarser is None else mean_and_sem(samples)[1]
 
@@ -63,7 +64,7 @@ class Quadrature(NamedTuple):
         return Estimate(value, self.sem(samples), residual, residual <= tol * ops.abs(value), self.num_matvecs)
 
 
-def gram_quadrature(linearization: Linearization | Operator, num_probes: int, num_steps: int, seed) -> Quadrature:
+def gram_quadrature(linearization: Linearization | Operator, num_probes: int, num_steps: int, seed: Seed) -> Quadrature:
     """The spectral measure of `JᵀJ` or `J Jᵀ`, the smaller one: the squares of the singular values.
 
     If it has no more than `num_probes·num_steps` dimensions, the Jacobian is materialized, which is exact.
@@ -88,7 +89,9 @@ def gram_quadrature(linearization: Linearization | Operator, num_probes: int, nu
     )
 
 
-def _quadrature(product: Callable, operator: Operator, unit, num_probes: int, num_steps: int, seed) -> Quadrature:
+def _quadrature(
+    product: Callable, operator: Operator, unit: Tensor, num_probes: int, num_steps: int, seed: Seed
+) -> Quadrature:
     size = operator.shape[1]
     start = operator.draw("sphere", num_probes, seed) / math.sqrt(size)
     alphas, betas = lanczos(product, start, num_steps)
@@ -106,7 +109,7 @@ def _quadrature(product: Callable, operator: Operator, unit, num_probes: int, nu
     return Quadrature(nodes[:count], weights[:count], size, num_probes * num_steps + 1, unit, coarser)
 
 
-def _gauss(alphas, betas) -> tuple:
+def _gauss(alphas: Tensor, betas: Tensor) -> tuple:
     """Nodes and weights `(P, B, m)` of tridiagonal matrices `(m, P, B)`, by Golub and Welsch."""
     size = alphas.shape[0]
     diagonal, beside = (ops.expand_dims(ops.transpose(part, (1, 2, 0)), -1) for part in (alphas, betas))
@@ -122,7 +125,7 @@ def log_determinant(
     num_probes: int = 8,
     num_steps: int = 20,
     tol: float = 1e-2,
-    seed=0,
+    seed: Seed = 0,
 ) -> Estimate:
     """`log |det(I + A)|` of each example, where A is `J Jᵀ` (which gives the same as `JᵀJ`) or a square `J` itself.
 
@@ -178,7 +181,7 @@ def log_determinant(
     return found._replace(residual=residual, converged=converged, num_matvecs=found.num_matvecs + 2)
 
 
-def _asymmetry(operator: Operator, vector):
+def _asymmetry(operator: Operator, vector: Tensor) -> Tensor:
     """`‖J v − Jᵀ v‖ / ‖J v‖` of a vector `(1, B, n)`, as `(B,)`."""
     image = operator.matvec(vector)
     length = ops.norm(image[0], axis=-1)
@@ -198,7 +201,7 @@ def _exact_log_determinant(operator: Operator) -> Estimate:
 
 @by_example
 def inverse_frobenius_norm(
-    linearization: Linearization | Operator, num_probes: int = 8, num_steps: int = 20, tol: float = 1e-2, seed=0
+    linearization: Linearization | Operator, num_probes: int = 8, num_steps: int = 20, tol: float = 1e-2, seed: Seed = 0
 ) -> Estimate:
     """`‖J⁻¹‖_F` of each example, for a square Jacobian: the root of `Σ 1/σ_i²`.
 
@@ -250,9 +253,9 @@ class SpectralDensity(NamedTuple):
         num_matvecs: products that were computed for each example.
     """
 
-    points: Any
-    value: Any
-    sem: Any
+    points: Tensor
+    value: Tensor
+    sem: Tensor
     num_matvecs: int
 
 
@@ -263,7 +266,7 @@ def spectral_density(
     width: float = 0.02,
     num_probes: int = 8,
     num_steps: int = 20,
-    seed=0,
+    seed: Seed = 0,
 ) -> SpectralDensity:
     """How the singular values of each example's Jacobian are distributed, over those of its smaller side.
 
@@ -304,7 +307,7 @@ def spectral_density(
     relative = unit * ops.linspace(0.0, 1.1, num_points, dtype=sigma.dtype)
     scale = width * unit
 
-    def at(points):
+    def at(points: Tensor) -> Tensor:
         # The part of a Gaussian below 0 is reflected: there are no singular values there.
         at = ops.reshape(points, (1, -1, 1))
         height = sum(ops.exp(-0.5 * ((sigma + sign * at) / ops.expand_dims(scale, 0)) ** 2) for sign in (-1, 1))

@@ -3,6 +3,7 @@
 from keras import ops
 
 from jvpreg.common import checks
+from jvpreg.common.typing import Seed, Tensor
 from jvpreg.estimators.norms import frobenius_norm
 from jvpreg.estimators.operator import Operator, as_operator, by_example
 from jvpreg.estimators.quadrature import gram_quadrature
@@ -18,7 +19,7 @@ def stable_rank(
     tol: float = 1e-3,
     num_iterations: int = 10,
     max_restarts: int = 10,
-    seed=0,
+    seed: Seed = 0,
 ) -> Estimate:
     """`‖J‖_F² / σ₁²` of each example: between 1 and the rank.
 
@@ -73,7 +74,7 @@ def stable_rank(
 
 @by_example
 def effective_rank(
-    linearization: Linearization | Operator, num_probes: int = 8, num_steps: int = 20, tol: float = 1e-2, seed=0
+    linearization: Linearization | Operator, num_probes: int = 8, num_steps: int = 20, tol: float = 1e-2, seed: Seed = 0
 ) -> Estimate:
     """`exp(H)` of each example, where H is the entropy of the singular values, normalized to sum to 1.
 
@@ -116,5 +117,5 @@ def effective_rank(
     return Estimate(value, sem, residual, residual <= tol * value, found.num_matvecs)
 
 
-def _sigma_log_sigma(squares):
+def _sigma_log_sigma(squares: Tensor) -> Tensor:
     return 0.5 * ops.sqrt(squares) * ops.log(ops.where(squares > 0, squares, 1.0))

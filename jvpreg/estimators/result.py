@@ -1,6 +1,8 @@
 """What an estimator returns."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from jvpreg.common.typing import Structure, Tensor
 
 
 class Estimate(NamedTuple):
@@ -20,9 +22,9 @@ class Estimate(NamedTuple):
         vectors: the vectors that belong to the values, if the estimator returns any; otherwise None.
     """
 
-    value: Any
-    sem: Any
-    residual: Any
-    converged: Any
-    num_matvecs: Any
-    vectors: Any = None
+    value: Tensor
+    sem: Tensor
+    residual: Tensor
+    converged: Tensor
+    num_matvecs: int | Tensor
+    vectors: Structure = None

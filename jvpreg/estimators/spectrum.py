@@ -1,6 +1,6 @@
 """Singular values and eigenvalues by block Krylov spaces and Rayleigh-Ritz."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import keras
 import numpy as np
@@ -8,6 +8,7 @@ from keras import ops
 
 from jvpreg import probes
 from jvpreg.common import checks
+from jvpreg.common.typing import Seed, Tensor
 from jvpreg.estimators.krylov import block_krylov, probed
 from jvpreg.estimators.operator import Operator, as_operator, by_example, magnitude, spaces
 from jvpreg.estimators.result import Estimate
@@ -24,13 +25,13 @@ class RitzValues(NamedTuple):
         gram_residual: `‖AᵀA v − σ² v‖`, `(B, k)`.
     """
 
-    values: Any
-    inputs: Any
-    images: Any
-    gram_residual: Any
+    values: Tensor
+    inputs: Tensor
+    images: Tensor
+    gram_residual: Tensor
 
     @property
-    def residual(self):
+    def residual(self) -> Tensor:
         """A bound: there is a singular value at most this far from σ."""
         # σ² is within ρ of an eigenvalue λ of AᵀA, and |σ − √λ| = |σ² − λ| / (σ + √λ), which is at most √ρ too.
         root = ops.sqrt(self.gram_residual)
@@ -45,7 +46,7 @@ def top_singular_values(
     tol: float = 1e-3,
     num_iterations: int = 10,
     max_restarts: int = 10,
-    seed=0,
+    seed: Seed = 0,
 ) -> Estimate:
     """The k largest singular values of each example's Jacobian, with their vectors.
 
@@ -85,7 +86,7 @@ def top_singular_values(
     [2.4495, 0.0]
     """
     operator = as_operator(linearization)
-    ritz, unit, converged, num_matvecs = _singular_triplets(operator, k, tol, num_iterations, max_restarts, seed)
+    ritz, unit, converged, num_matvecs = _triplets(operator, k, tol, num_iterations, max_restarts, seed)
     # Not the left vectors of the SVD: for repeated values, rounding may pair them with other right vectors.
     right, left = _completed(ritz.inputs), _completed(ritz.images)
     if operator.upright is not operator:
@@ -129,7 +130,7 @@ def spectral_norm(
     tol: float = 1e-3,
     num_iterations: int = 10,
     max_restarts: int = 10,
-    seed=0,
+    seed: Seed = 0,
 ) -> Estimate:
     """`σ₁` of each example's Jacobian: `top_singular_values` with `k=1`, each part `(B,)`.
 
@@ -203,7 +204,7 @@ def top_eigenvalues(
     tol: float = 1e-3,
     num_iterations: int = 20,
     max_restarts: int = 10,
-    seed=0,
+    seed: Seed = 0,
 ) -> Estimate:
     """The k eigenvalues of largest magnitude: of `J` if it is square, otherwise of `J Jᵀ`.
 
@@ -246,15 +247,15 @@ def top_eigenvalues(
     """
     operator = as_operator(linearization)
     if not operator.is_square:
-        ritz, unit, _, num_matvecs = _singular_triplets(operator, k, tol, num_iterations // 2 or 1, max_restarts, seed)
+        ritz, unit, _, num_matvecs = _triplets(operator, k, tol, num_iterations // 2 or 1, max_restarts, seed)
         value = ops.square(unit * ritz.values)
         converged = ritz.gram_residual <= tol * ops.square(ritz.values[:, :1])
         return Estimate(value, ops.zeros_like(value), unit**2 * ritz.gram_residual, converged, num_matvecs)
     _check_iteration(k, tol, num_iterations, max_restarts, seed, operator.shape[0])
-    return _eigenvalues(operator, k, tol, num_iterations, max_restarts, seed)
+    return _arnoldi(operator, k, tol, num_iterations, max_restarts, seed)
 
 
-def _eigenvalues(operator: Operator, k: int, tol: float, num_iterations: int, max_restarts: int, seed) -> Estimate:
+def _arnoldi(operator: Operator, k: int, tol: float, num_iterations: int, max_restarts: int, seed: Seed) -> Estimate:
     """For a square Jacobian: of the whole matrix if it is small, otherwise by Arnoldi's method with restarts."""
     size, batch = operator.shape[0], operator.batch_size
     # Two more than asked for: a conjugate pair then restarts as its whole plane, and the k-th value is separated.
@@ -266,14 +267,14 @@ def _eigenvalues(operator: Operator, k: int, tol: float, num_iterations: int, ma
     unit = operator.magnitude(seed)
     matvec = probed(operator.over(unit).matvec)
 
-    def cycle(i, _real, _imaginary, _residual, rows_real, rows_imaginary):
+    def cycle(i: Tensor, _real: Tensor, _imaginary: Tensor, _residual: Tensor, *rows: Tensor) -> tuple:
         # A pair has one row for the real and one for the imaginary part; they span the same plane.
         upper = ops.expand_dims(_imaginary >= 0, -1)
-        start = ops.where(upper, rows_real, rows_imaginary)
+        start = ops.where(upper, *rows)
         basis, images = block_krylov(lambda rows: (matvec(rows),), start, num_iterations, (size,))
         return i + 1, *_eigenpairs(basis, images, width)
 
-    def unfinished(i, real, imaginary, residual, *_):
+    def unfinished(i: Tensor, real: Tensor, imaginary: Tensor, residual: Tensor, *_: Tensor) -> Tensor:
         largest = ops.sqrt(real**2 + imaginary**2)[:, :1]
         return ops.logical_and(i <= max_restarts, ops.logical_not(ops.all(residual[:, :k] <= tol * largest)))
 
@@ -285,7 +286,7 @@ def _eigenvalues(operator: Operator, k: int, tol: float, num_iterations: int, ma
     return _eigenvalue_estimate([part[:, :k] for part in found], ops.expand_dims(unit, -1), tol, num_matvecs)
 
 
-def _eigenpairs(basis, images, k: int) -> tuple:
+def _eigenpairs(basis: Tensor, images: Tensor, k: int) -> tuple:
     """The k Ritz pairs of largest magnitude: real and imaginary parts of λ, ‖A v − λ v‖, and the parts of v."""
     # The basis are the columns of V, and H = Vᵀ A V; here its rows hold the components of the images.
     projected = ops.matmul(basis, ops.transpose(images, (0, 2, 1)))
@@ -308,7 +309,7 @@ def _eigenpairs(basis, images, k: int) -> tuple:
     return real, imaginary, residual, *rows
 
 
-def _eigenvalue_estimate(pairs, unit, tol, num_matvecs) -> Estimate:
+def _eigenvalue_estimate(pairs: list | tuple, unit: Tensor, tol: float, num_matvecs: int | Tensor) -> Estimate:
     real, imaginary, residual, rows_real, rows_imaginary = pairs
     value = _complex(unit * real, unit * imaginary)
     converged = residual <= tol * ops.sqrt(real**2 + imaginary**2)[:, :1]
@@ -316,13 +317,13 @@ def _eigenvalue_estimate(pairs, unit, tol, num_matvecs) -> Estimate:
     return Estimate(value, ops.zeros_like(real), unit * residual, converged, num_matvecs, vectors)
 
 
-def _complex(real, imaginary):
+def _complex(real: Tensor, imaginary: Tensor) -> Tensor:
     # Not `ops.view_as_complex`, which has only single precision on TensorFlow.
     dtype = "complex128" if keras.backend.standardize_dtype(real.dtype) == "float64" else "complex64"
     return ops.cast(real, dtype) + 1j * ops.cast(imaginary, dtype)
 
 
-def _singular_triplets(operator: Operator, k, tol, num_iterations, max_restarts, seed) -> tuple:
+def _triplets(operator: Operator, k: int, tol: float, num_iterations: int, max_restarts: int, seed: Seed) -> tuple:
     """The k largest triplets of the upright operator divided by its unit; the unit; `converged`; the products."""
     _check_iteration(k, tol, num_iterations, max_restarts, seed, min(operator.shape))
     operator = operator.upright
@@ -334,15 +335,15 @@ def _singular_triplets(operator: Operator, k, tol, num_iterations, max_restarts,
         operator, unit = operator.over(unit), ops.expand_dims(unit, -1)
         forward, backward = probed(operator.matvec), probed(operator.rmatvec)
 
-        def apply(rows):
+        def apply(rows: Tensor) -> tuple:
             images = forward(rows)
             return images, backward(images)
 
-        def cycle(i, _values, start, _images, _residual):
+        def cycle(i: Tensor, _values: Tensor, start: Tensor, _images: Tensor, _residual: Tensor) -> tuple:
             basis, images, returned = block_krylov(apply, start, num_iterations, (outputs, size))
             return i + 1, *_ritz(basis, images, returned, k)
 
-        def unfinished(i, *parts):
+        def unfinished(i: Tensor, *parts: Tensor) -> Tensor:
             ritz = RitzValues(*parts)
             done = ops.all(ritz.residual <= tol * ritz.values[:, :1])
             return ops.logical_and(i <= max_restarts, ops.logical_not(done))
@@ -370,7 +371,7 @@ def _materialized(operator: Operator, k: int) -> tuple:
     return _ritz(basis, images, ops.matmul(images, ops.transpose(images, (0, 2, 1))), k), unit
 
 
-def _ritz(basis, images, returned, k: int) -> RitzValues:
+def _ritz(basis: Tensor, images: Tensor, returned: Tensor, k: int) -> RitzValues:
     """Rayleigh-Ritz: `A` within the rows of `basis`, where `images` are their `A v` and `returned` their `AᵀA v`."""
     # The SVD of the triangle R is that of all images; their Gram matrix would lose half of the digits.
     _, triangle = ops.qr(ops.transpose(images, (0, 2, 1)))
@@ -381,7 +382,7 @@ def _ritz(basis, images, returned, k: int) -> RitzValues:
     return RitzValues(values, inputs, ops.matmul(right, images), ops.norm(off, axis=-1))
 
 
-def _completed(rows):
+def _completed(rows: Tensor) -> Tensor:
     """Orthonormal rows `(B, k, n)`, from rows of which some may be zero or not complete.
 
     A singular value of zero has such vectors if the space became invariant before it was complete.
@@ -391,7 +392,7 @@ def _completed(rows):
     return ops.transpose(columns, (0, 2, 1)) * ops.cast(ops.expand_dims(signs, -1), rows.dtype)
 
 
-def _check_iteration(k, tol, num_iterations, max_restarts, seed, size: int) -> None:
+def _check_iteration(k: int, tol: float, num_iterations: int, max_restarts: int, seed: Seed, size: int) -> None:
     checks.count("k", k, most=size)
     checks.count("num_iterations", num_iterations)
     checks.count("max_restarts", max_restarts, least=0)

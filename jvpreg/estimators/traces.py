@@ -6,6 +6,7 @@ from typing import Literal
 from keras import ops
 
 from jvpreg.common import checks
+from jvpreg.common.typing import Seed, Tensor
 from jvpreg.estimators.krylov import probed
 from jvpreg.estimators.norms import mean_and_sem
 from jvpreg.estimators.operator import Operator, as_operator, by_example, check_square, magnitude
@@ -20,7 +21,7 @@ def trace(
     linearization: Linearization | Operator,
     num_matvecs: int = 32,
     method: Literal["hutchinson", "hutch++", "xtrace"] = "xtrace",
-    seed=0,
+    seed: Seed = 0,
 ) -> Estimate:
     """`tr J` of each example: the divergence of a vector field.
 
@@ -71,14 +72,14 @@ def trace(
     return Estimate(value, sem, ops.zeros_like(value), ops.isfinite(value), spent)
 
 
-def _hutchinson(operator: Operator, num_matvecs: int, seed) -> tuple:
+def _hutchinson(operator: Operator, num_matvecs: int, seed: Seed) -> tuple:
     """Estimates `(B, m)`, the number of products, and the unit `(B,)` in which the estimates are."""
     rows = ops.transpose(operator.draw("rademacher", num_matvecs, seed), (1, 0, 2))
     images, unit = _in_units(probed(operator.matvec)(rows))
     return ops.sum(rows * images, axis=-1), num_matvecs, unit
 
 
-def _hutch_plus_plus(operator: Operator, num_matvecs: int, seed) -> tuple:
+def _hutch_plus_plus(operator: Operator, num_matvecs: int, seed: Seed) -> tuple:
     count = num_matvecs // 3
     matvec = probed(operator.matvec)
     drawn = ops.transpose(operator.draw("rademacher", 2 * count, seed), (1, 0, 2))
@@ -91,7 +92,7 @@ def _hutch_plus_plus(operator: Operator, num_matvecs: int, seed) -> tuple:
     return ops.expand_dims(known, -1) + ops.sum(rest * matvec(rest), axis=-1), 3 * count, unit
 
 
-def _xtrace(operator: Operator, num_matvecs: int, seed) -> tuple:
+def _xtrace(operator: Operator, num_matvecs: int, seed: Seed) -> tuple:
     """Estimates `(B, m)`: each uses the space of all vectors but one, and that one for the rest.
 
     With `A Ω = Q R`, the space of all images but the i-th is that of `Q` without one unit vector `s_i`, which is
@@ -110,7 +111,7 @@ def _xtrace(operator: Operator, num_matvecs: int, seed) -> tuple:
     s = ops.transpose(_inverse(r), (0, 2, 1))
     s = s / ops.norm(s, axis=1, keepdims=True)
 
-    def dots(a, b):
+    def dots(a: Tensor, b: Tensor) -> Tensor:
         return ops.sum(a * b, axis=1)
 
     ws = dots(w, s)
@@ -123,19 +124,19 @@ def _xtrace(operator: Operator, num_matvecs: int, seed) -> tuple:
     return known + stretch * rest, 2 * count, unit
 
 
-def _in_units(rows) -> tuple:
+def _in_units(rows: Tensor) -> tuple:
     """Images `(B, m, n)` divided by the largest entry of each example, and that entry, `(B,)`."""
     unit = magnitude(ops.transpose(rows, (1, 0, 2)))
     return rows / ops.reshape(unit, (-1, 1, 1)), unit
 
 
-def _basis_of(rows) -> tuple:
+def _basis_of(rows: Tensor) -> tuple:
     """Orthonormal rows `(B, m, n)` that span the same space, and the triangle R `(B, m, m)` of the QR."""
     columns, triangle = ops.qr(ops.transpose(rows, (0, 2, 1)))
     return ops.transpose(columns, (0, 2, 1)), triangle
 
 
-def _inverse(triangle):
+def _inverse(triangle: Tensor) -> Tensor:
     """The inverse of an upper triangle. If it is singular (the rank is used up), that of a triangle close to it."""
     size = triangle.shape[-1]
     diagonal = ops.diagonal(triangle, axis1=1, axis2=2)

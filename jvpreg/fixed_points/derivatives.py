@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from jvpreg.common import replicas
+from jvpreg.common.typing import Tensor
 from jvpreg.engine.transpose import transpose
 from jvpreg.rules.contract import Gate, Pushforward
 
@@ -119,7 +120,7 @@ _SOLVE = {"tensorflow": _solve_attached, "torch": _solve_attached, "jax": _solve
 _ATTACH = {"tensorflow": _attach_tensorflow, "torch": _attach_torch}
 
 
-def unrecorded():
+def unrecorded() -> contextlib.AbstractContextManager:
     """A context in which Torch records nothing for backpropagation. Other backends do not record what is stopped."""
     if keras.backend.backend() != "torch":
         return contextlib.nullcontext()
@@ -185,7 +186,7 @@ class ImplicitPushforward(Gate):
             examples=cell.examples,
         )
 
-    def state_product(self, tangents):
+    def state_product(self, tangents: Tensor) -> Tensor:
         """`∂_z f w` at the fixed point, for tangents `(P, B, …)` like z: one product, and no solve."""
         return self.cell.function(None, tangents, *self.broadcast_residuals()[1:])
 

@@ -5,11 +5,13 @@ example that has converged is kept as it is; so is one whose image is not finite
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
+
+from jvpreg.common.typing import Tensor
 
 ANDERSON_WINDOW = 5
 BROYDEN_WINDOW = 10
@@ -27,10 +29,10 @@ class Solution(NamedTuple):
         converged: whether the residual is within the tolerance, `(B,)`.
     """
 
-    value: Any
-    residual: Any
-    iterations: Any
-    converged: Any
+    value: Tensor
+    residual: Tensor
+    iterations: Tensor
+    converged: Tensor
 
 
 def find_fixed_point(

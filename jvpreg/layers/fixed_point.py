@@ -3,13 +3,14 @@
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import keras
 import numpy as np
 from keras import ops
 
 from jvpreg.common import checks, keras_private
+from jvpreg.common.typing import Config, Shapes, Structure, Tensor
 from jvpreg.engine.inputs import call_signature
 from jvpreg.engine.paths import is_graph
 from jvpreg.engine.tracer import freeze
@@ -81,7 +82,7 @@ class FixedPoint(keras.layers.Layer):
         adjoint_solver: LinearSolver = "gmres",
         unconverged: Literal["warn", "error", "ignore"] = "warn",
         state_shape: Sequence[int] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         _check_cell(cell)
         checks.choice("solver", solver, NONLINEAR)
@@ -107,7 +108,7 @@ class FixedPoint(keras.layers.Layer):
             shape=(len(COUNTS),), initializer="zeros", trainable=False, aggregation="mean", name="counts"
         )
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shapes) -> None:
         """Builds the cell, and checks what it returns."""
         x = keras.KerasTensor(input_shape, dtype=self.compute_dtype)
         z = keras.KerasTensor((input_shape[0], *self._state(input_shape)), dtype=self.compute_dtype)
@@ -120,32 +121,32 @@ class FixedPoint(keras.layers.Layer):
                 "cell, or give the shape of z as `state_shape`."
             )
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Structure, training: bool | None = None) -> Structure:
         """The fixed point, like z."""
         if keras_private.asks_for_shapes():  # Torch asks with tensors of arbitrary content.
             return ops.zeros(self.compute_output_shape(inputs.shape), self.compute_dtype)
         return self.find(inputs, bool(training))
 
-    def find(self, x, training: bool):
+    def find(self, x: Structure, training: bool) -> Tensor:
         """The fixed point, differentiable in `x` and the weights. Updates the state of the cell, once."""
         values = self._values()
         solution = self._solve(x, values, training)
         value = ops.reshape(ops.cast(solution.value, self.compute_dtype), (-1, *self._state(x.shape)))
         moving = [i for i, (variable, _) in enumerate(values) if variable.trainable]
 
-        def function(points, z):
+        def function(points: list, z: Tensor) -> Tensor:
             chosen = list(values)
             for i, point in zip(moving, points[1:], strict=True):
                 chosen[i] = (values[i][0], point)
             with keras.StatelessScope(state_mapping=chosen):
                 return self._evaluate(points[0], z, training)
 
-        def frozen(z):
+        def frozen(z: Tensor) -> Tensor:
             context = Context(training, "coupled" if training else "moving")
             with keras.StatelessScope(state_mapping=values):
                 return freeze(self.cell, *self._arguments(x, z), context=context)[1]
 
-        def pull(z, v):
+        def pull(z: Tensor, v: Tensor) -> Tensor:
             cell = frozen(z)
             residuals = [ops.expand_dims(residual, 0) for residual in cell.residuals]
             loop = self._loop(z, cell.examples == "coupled")
@@ -162,7 +163,7 @@ class FixedPoint(keras.layers.Layer):
         self._tell([examples, counts[1], counts[0], examples - counts[2], 0.0])
         return z
 
-    def solution(self, inputs, training: bool = False) -> Solution:
+    def solution(self, inputs: Structure, training: bool = False) -> Solution:
         """What the solver finds: it has no derivative, and no state is updated.
 
         Args:
@@ -174,7 +175,7 @@ class FixedPoint(keras.layers.Layer):
         """
         return self._solve(ops.convert_to_tensor(inputs, self.compute_dtype), self._values(), training)
 
-    def freeze(self, x, z, context: Context) -> ImplicitPushforward:
+    def freeze(self, x: Structure, z: Tensor, context: Context) -> ImplicitPushforward:
         """The layer frozen at the fixed point z."""
         assert context.linearize is not None
         _, cell = context.linearize(self.cell, *self._arguments(x, z))
@@ -192,13 +193,13 @@ class FixedPoint(keras.layers.Layer):
         """The variables of the cell with their current values; of seeds and statistics these are copies."""
         return [(v, v.value if v.trainable else ops.stop_gradient(ops.copy(v.value))) for v in self.cell.variables]
 
-    def _solve(self, x, values, training: bool) -> Solution:
+    def _solve(self, x: Structure, values: list, training: bool) -> Solution:
         x = ops.stop_gradient(x)
         stopped = [(variable, ops.stop_gradient(value)) for variable, value in values]
         shape = (-1, *self._state(x.shape))
         dtype = keras.backend.result_type(self.compute_dtype, "float32")
 
-        def function(rows):
+        def function(rows: Tensor) -> Tensor:
             z = ops.reshape(ops.cast(rows, self.compute_dtype), shape)
             # Each evaluation has a scope: dropout has the same mask in all, and no state changes.
             with keras.StatelessScope(state_mapping=stopped):
@@ -208,15 +209,15 @@ class FixedPoint(keras.layers.Layer):
         with derivatives.unrecorded():
             return find_fixed_point(function, start, self.solver, self.tolerance, self.max_iterations)
 
-    def _loop(self, z, coupled: bool) -> Callable:
+    def _loop(self, z: Tensor, coupled: bool) -> Callable:
         """The solver of `w = rhs + A w`, for each example; if A couples them, for the batch as a whole."""
 
-        def loop(matvec, rhs):
+        def loop(matvec: Callable, rhs: Tensor) -> Tensor:
             dtype = keras.backend.result_type(rhs.dtype, "float32")
             probes = rhs.shape[0] if len(rhs.shape) > len(z.shape) else 1
             shape = (probes, -1) if coupled else (-1, math.prod(z.shape[1:]))
 
-            def product(rows):
+            def product(rows: Tensor) -> Tensor:
                 image = matvec(ops.reshape(ops.cast(rows, rhs.dtype), ops.shape(rhs)))
                 return start + ops.cast(ops.reshape(image, shape), dtype)
 
@@ -230,7 +231,7 @@ class FixedPoint(keras.layers.Layer):
 
         return loop
 
-    def _poisoned(self, tensor, converged):
+    def _poisoned(self, tensor: Tensor, converged: Tensor) -> Tensor:
         # A product, so that the gradient is NaN too.
         if self.unconverged != "error":
             return tensor
@@ -246,7 +247,7 @@ class FixedPoint(keras.layers.Layer):
                 stacklevel=2,
             )
 
-    def _hear(self, counts, at_once: bool) -> None:
+    def _hear(self, counts: Tensor, at_once: bool) -> None:
         self._heard += np.asarray(counts)
         examples, iterations, residual, failed, linear = (float(count) for count in counts)
         if not failed and not linear:
@@ -267,16 +268,16 @@ class FixedPoint(keras.layers.Layer):
         if self.unconverged == "warn" and not self.is_watched:
             warnings.warn(told, stacklevel=2)
 
-    def _evaluate(self, x, z, training: bool):
+    def _evaluate(self, x: Structure, z: Tensor, training: bool) -> Tensor:
         takes_training = "training" in call_signature(self.cell).parameters
         keywords = {"training": training} if takes_training else {}
         return ops.cast(self.cell(*self._arguments(x, z), **keywords), self.compute_dtype)
 
-    def _arguments(self, x, z) -> tuple:
+    def _arguments(self, x: Structure, z: Tensor) -> tuple:
         """The arguments with which the cell is called."""
         return (x, z) if _takes_two(self.cell) else ([x, z],)
 
-    def _state(self, input_shape) -> tuple[int, ...]:
+    def _state(self, input_shape: Shapes) -> tuple[int, ...]:
         """The shape of z, without the batch."""
         shape = self.state_shape
         if shape is None:
@@ -288,11 +289,11 @@ class FixedPoint(keras.layers.Layer):
             )
         return shape
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shapes) -> Shapes:
         """The shape of z."""
         return (input_shape[0], *self._state(input_shape))
 
-    def get_config(self):
+    def get_config(self) -> Config:
         """The arguments of `__init__`."""
         return {
             **super().get_config(),
@@ -306,13 +307,13 @@ class FixedPoint(keras.layers.Layer):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Config) -> "FixedPoint":
         """The layer that `get_config` described."""
         return cls(**{**config, "cell": keras.saving.deserialize_keras_object(config["cell"])})
 
 
 @register_rule(FixedPoint)
-def fixed_point(layer, x, context):
+def fixed_point(layer: keras.Layer, x: Structure, context: Context) -> tuple[Tensor, ImplicitPushforward]:
     """`w = ∂ₓf u + ∂_z f w`, with the cell frozen at a fixed point that moves with the weights."""
     parts = keras_private.layers_within(layer.cell)
     normalized = any(isinstance(part, keras.layers.BatchNormalization) for part in parts)
@@ -328,14 +329,14 @@ def fixed_point(layer, x, context):
         return z, layer.freeze(x, z, context)
 
 
-def _takes_two(cell) -> bool:
+def _takes_two(cell: keras.Layer) -> bool:
     """Whether the cell's `call` takes x and z as two arguments, and not as a list."""
     parameters = call_signature(cell).parameters.values()
     own = [p for p in parameters if p.name not in ("training", "mask") and p.default is p.empty and p.kind <= 1]
     return not is_graph(cell) and len(own) == 2
 
 
-def _check_cell(cell) -> None:
+def _check_cell(cell: keras.Layer) -> None:
     if not isinstance(cell, keras.Layer):
         raise checks.invalid("cell", "a Keras model or layer of x and z", cell)
     count = len(cell.inputs) if is_graph(cell) else 2

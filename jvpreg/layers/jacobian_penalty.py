@@ -1,11 +1,13 @@
 """A penalty on the Jacobian of one block, inside any model."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import ops, tree
 
 from jvpreg.common import checks, keras_private, replicas, seeds
+from jvpreg.common.typing import Config, Shapes, Structure
 from jvpreg.engine.inputs import call_signature
 from jvpreg.products import linearize
 from jvpreg.regularizers.base import JacobianRegularizer
@@ -49,7 +51,7 @@ class JacobianPenalty(keras.layers.Layer):
         block: keras.Layer,
         regularizers: Sequence[JacobianRegularizer],
         seed: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         if not isinstance(block, keras.Layer):
             raise checks.invalid("block", "a Keras model or layer", block)
@@ -70,7 +72,7 @@ class JacobianPenalty(keras.layers.Layer):
         self._seed_generator = seeds.generator(self.seed)
         self._carried: list = []
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shapes) -> None:
         """Builds the block."""
         if not self.block.built:
             self.block.build(input_shape)
@@ -82,7 +84,7 @@ class JacobianPenalty(keras.layers.Layer):
             variable = carried_variable(regularizer, outputs, seeds.derived(self.seed or 0, 1 + i))
             self._carried.append(variable and self.add_weight(**variable))
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Structure, training: bool | None = None) -> Structure:
         """What the block computes."""
         symbolic = any(isinstance(x, keras.KerasTensor) for x in tree.flatten(inputs))
         if not training or symbolic or not self.regularizers:
@@ -101,12 +103,12 @@ class JacobianPenalty(keras.layers.Layer):
             self.add_loss(regularizer.strength * combined.for_loss[i])
         return linearization.outputs
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         """As Keras', with the state of the seed: a loaded layer draws what this one would have drawn."""
         super().save_own_variables(store)
         store["seed"] = ops.convert_to_numpy(self._seed_generator.state)
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         """Loads what `save_own_variables` stored."""
         store = {key: store[key] for key in store.keys()}  # noqa: SIM118 -- an h5 store has no __iter__
         state = store.pop("seed", None)
@@ -114,11 +116,11 @@ class JacobianPenalty(keras.layers.Layer):
             self._seed_generator.state.assign(state)
         super().load_own_variables(store)
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shapes) -> Shapes:
         """The block's."""
         return self.block.compute_output_shape(input_shape)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         """The block and its regularizers."""
         return {
             **super().get_config(),
@@ -128,7 +130,7 @@ class JacobianPenalty(keras.layers.Layer):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Config) -> "JacobianPenalty":
         """The layer that `get_config` described."""
         parts = {key: keras.saving.deserialize_keras_object(config[key]) for key in ("block", "regularizers")}
         return cls(**{**config, **parts})
@@ -137,6 +139,6 @@ class JacobianPenalty(keras.layers.Layer):
 register_wrapper(JacobianPenalty, lambda layer: layer.block)
 
 
-def _call(block, inputs, training):
+def _call(block: keras.Layer, inputs: Structure, training: bool | None) -> Structure:
     takes_training = "training" in call_signature(block).parameters
     return block(inputs, training=training) if takes_training else block(inputs)

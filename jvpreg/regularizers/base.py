@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jvpreg.common import checks
+from jvpreg.common.typing import Config, Seed, Structure, Tensor
 
 
 @dataclass(frozen=True)
@@ -29,17 +30,17 @@ class Seen:
         computed: a place in which its methods keep results for each other.
     """
 
-    jvp: Any
-    vjp: Any
-    directions: Any
-    cotangents: Any
-    inputs: Any
-    outputs: Any
-    labels: Any
+    jvp: Structure
+    vjp: Structure
+    directions: Structure
+    cotangents: Structure
+    inputs: Structure
+    outputs: Structure
+    labels: Structure
     found: Any = None
-    carried: Any = None
-    weights: Any = None
-    finite: Any = None
+    carried: Tensor = None
+    weights: Tensor | None = None
+    finite: Tensor | None = None
     computed: dict = field(default_factory=dict, repr=False, compare=False)
 
 
@@ -94,31 +95,31 @@ class JacobianRegularizer:
         snake_case = re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
         self.name = checks.text("name", name, optional=True) or self.default_name or snake_case
 
-    def check(self, inputs, outputs) -> None:
+    def check(self, inputs: Structure, outputs: Structure) -> None:
         """Raises a ValueError, at `compile`, if it does not fit a model with such inputs and outputs, `(B, …)`."""
         return
 
-    def directions(self, inputs, labels, seed):
+    def directions(self, inputs: Structure, labels: Structure | None, seed: Seed) -> Structure | None:
         """Directions `(P, B, …)` like `inputs`, to be pushed forward; or None.
 
         Draw random ones by `jvpreg.probes.draw`: then each replica of `tf.distribute` draws for its examples what one
         device would draw for them. `keras.random` draws the same on every replica.
         """
-        return
+        return None
 
-    def cotangents(self, outputs, labels, seed):
+    def cotangents(self, outputs: Structure, labels: Structure | None, seed: Seed) -> Structure | None:
         """Cotangents `(Q, B, …)` like `outputs`, to be pulled back; or None."""
-        return
+        return None
 
-    def penalty(self, seen: Seen):
+    def penalty(self, seen: Seen) -> Tensor:
         """The penalty of each example, `(B,)`, from what was seen."""
         raise NotImplementedError(f"{type(self).__name__} must override `penalty(self, seen)`.")
 
-    def get_config(self) -> dict:
+    def get_config(self) -> Config:
         """The arguments of `__init__`, as Keras serializes them."""
         return {"strength": self.strength, "name": self.name}
 
     @classmethod
-    def from_config(cls, config: dict) -> "JacobianRegularizer":
+    def from_config(cls, config: Config) -> "JacobianRegularizer":
         """The regularizer that `get_config` described."""
         return cls(**config)

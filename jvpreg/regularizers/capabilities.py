@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from jvpreg.common.typing import Seed, Structure, Tensor
 from jvpreg.linearization import Linearization
 from jvpreg.regularizers.base import JacobianRegularizer, Seen
 
@@ -29,11 +30,11 @@ class Looks:
     ['hidden_norm', 'loss']
     """
 
-    def draw(self, linearization: Linearization, inputs, seed):
+    def draw(self, linearization: Linearization, inputs: Structure, seed: Seed) -> Any:
         """The random numbers that `look` needs, for the examples of `inputs`, which may be a part of the batch."""
         return
 
-    def look(self, linearization: Linearization, drawn, labels):
+    def look(self, linearization: Linearization, drawn: Any, labels: Structure | None) -> Any:
         """What the regularizer sees by products of its own; it becomes `seen.found`. `drawn` comes from `draw`."""
         raise NotImplementedError(f"{type(self).__name__} must override `look(self, linearization, drawn, labels)`.")
 
@@ -47,7 +48,7 @@ class Carries:
 
     carried_start = "normal"
 
-    def carried_shape(self, outputs) -> tuple[int, ...] | None:
+    def carried_shape(self, outputs: Structure) -> tuple[int, ...] | None:
         """The shape of the variable, for outputs `(B, …)`; None if there is none."""
         raise NotImplementedError(f"{type(self).__name__} must override `carried_shape(self, outputs)`.")
 
@@ -55,14 +56,14 @@ class Carries:
         """The shape of what `sums` returns; by default the shape of the variable."""
         return carried_shape
 
-    def sums(self, seen: Seen, carried):
+    def sums(self, seen: Seen, carried: Tensor) -> Tensor:
         """What `carry` needs of the examples: a tensor of sums over them, computed after the products.
 
         Under `tf.distribute` each replica sees some of the examples, and `carry` gets the sums over all.
         """
         raise NotImplementedError(f"{type(self).__name__} must override `sums(self, seen, carried)`.")
 
-    def carry(self, carried, sums):
+    def carry(self, carried: Tensor, sums: Tensor) -> Tensor:
         """The variable's value for the next step. If it is not finite, the variable keeps its value."""
         raise NotImplementedError(f"{type(self).__name__} must override `carry(self, carried, sums)`.")
 
@@ -70,7 +71,7 @@ class Carries:
 class Searches(Carries):
     """A regularizer that finds its directions from what it carries, in place of `directions` and `cotangents`."""
 
-    def search(self, linearization: Linearization, carried):
+    def search(self, linearization: Linearization, carried: Tensor) -> Tensor:
         """Directions `(P, B, …)` like the inputs. It may compute products with the Jacobian, at their own cost."""
         raise NotImplementedError(f"{type(self).__name__} must override `search(self, linearization, carried)`.")
 
@@ -80,7 +81,7 @@ class Scheduled:
 
     scheduled = True
 
-    def strength_at(self, step):
+    def strength_at(self, step: Tensor) -> Tensor:
         """The weight in the loss at a training step, counted from 1."""
         raise NotImplementedError(f"{type(self).__name__} must override `strength_at(self, step)`.")
 
@@ -99,7 +100,7 @@ class Constrains:
         """Why the two cannot both hold, in words; None if they can, as far as this is known beforehand."""
         return None
 
-    def measure(self, seen: Seen) -> dict:
+    def measure(self, seen: Seen) -> dict[str, Tensor]:
         """A scalar for each name in `measures`."""
         return {}
 
@@ -109,7 +110,7 @@ def carried_name(name: str) -> str:
     return f"carried_{name.replace('/', '>')}"
 
 
-def carried_variable(regularizer: JacobianRegularizer, outputs, seed: int) -> dict[str, Any] | None:
+def carried_variable(regularizer: JacobianRegularizer, outputs: Structure, seed: int) -> dict[str, Any] | None:
     """The arguments of the `keras.Variable` that a regularizer carries, for outputs `(B, …)`; None if it carries none.
 
     All replicas of `tf.distribute` assign the same value to it.

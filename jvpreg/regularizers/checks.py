@@ -2,10 +2,13 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import keras
+from keras import tree
 
 from jvpreg.common import checks
+from jvpreg.common.typing import Shape, Structure, Tensor
 from jvpreg.engine.inputs import graph_of
 from jvpreg.linearization import Linearization
 from jvpreg.regularizers.base import JacobianRegularizer
@@ -15,7 +18,7 @@ from jvpreg.regularizers.capabilities import Carries, Constrains, Looks, Schedul
 HOOKS: dict[str, type] = {"look": Looks, "carry": Carries, "search": Searches, "strength_at": Scheduled}
 
 
-def check_regularizers(regularizers, argument: str) -> tuple[JacobianRegularizer, ...]:
+def check_regularizers(regularizers: Any, argument: str) -> tuple[JacobianRegularizer, ...]:
     """The regularizers as a tuple; None is an empty one.
 
     Raises:
@@ -43,13 +46,13 @@ def check_regularizers(regularizers, argument: str) -> tuple[JacobianRegularizer
     return tuple(regularizers or ())
 
 
-def check_fit(regularizers: Sequence[JacobianRegularizer], inputs, outputs) -> None:
+def check_fit(regularizers: Sequence[JacobianRegularizer], inputs: Structure, outputs: Structure) -> None:
     """Raises a ValueError if one does not fit a model with such inputs and outputs, `(B, …)`."""
     for regularizer in regularizers:
         regularizer.check(inputs, outputs)
 
 
-def check_inputs(regularizers: Sequence[JacobianRegularizer], model) -> None:
+def check_inputs(regularizers: Sequence[JacobianRegularizer], model: keras.Layer) -> None:
     """Raises a ValueError if a model takes integers only and a regularizer looks along its inputs."""
     graph = graph_of(model)
     dtypes = [] if graph is None else [keras.backend.standardize_dtype(tensor.dtype) for tensor in graph.inputs]
@@ -58,10 +61,42 @@ def check_inputs(regularizers: Sequence[JacobianRegularizer], model) -> None:
         _refuse_constant(regularizers, f"`{model.name}` takes integers alone, {dtypes}")
 
 
-def check_dependence(regularizers: Sequence[JacobianRegularizer], linearization: Linearization, model) -> None:
+def check_dependence(
+    regularizers: Sequence[JacobianRegularizer], linearization: Linearization, model: keras.Layer
+) -> None:
     """Raises a ValueError if the Jacobian is zero whatever the weights are, and a regularizer looks at it."""
     if linearization.is_constant:
         _refuse_constant(regularizers, f"The outputs of `{model.name}` do not depend on an input of real numbers")
+
+
+def check_carried(regularizer: JacobianRegularizer, carried: Tensor | None, outputs: Structure) -> None:
+    """Raises if the variable that a regularizer carries does not exist."""
+    if carried is None and isinstance(regularizer, Carries) and regularizer.carried_shape(outputs) is not None:
+        raise ValueError(
+            f"`{regularizer.name}` ({type(regularizer).__name__}) carries a variable from step to step, whose "
+            "shape was not known when the model was compiled. Give the model a `keras.Input`, or call the "
+            "`JacobianModel` on a batch before `compile`."
+        )
+
+
+def check_probes(regularizer: Any, method: str, probes: Structure | None, like: Structure) -> None:
+    """Raises if `probes` are not `(P, B, …)` like the tensors of `like`."""
+    if probes is None:
+        return
+    received = [tuple(probe.shape) for probe in tree.flatten(probes)]
+    expected = [tuple(tensor.shape) for tensor in tree.flatten(like)]
+    # The batch is left to the product itself: in a TensorFlow graph it is not known here.
+    if [shape[2:] if len(shape) > 1 else None for shape in received] != [shape[1:] for shape in expected]:
+        raise ValueError(
+            f"`{method}` of `{regularizer.name}` ({type(regularizer).__name__}) returned tensors of the wrong shape. "
+            f"Expected a leading axis of P probes before {', '.join(map(readable, expected))}. "
+            f"Received: {', '.join(map(str, received))}. For one probe, use `keras.ops.expand_dims(…, 0)`."
+        )
+
+
+def readable(shape: Shape) -> str:
+    """A shape as errors show it, with B for the batch."""
+    return "(" + ", ".join(["B", *map(str, shape[1:])]) + ")"
 
 
 def _refuse_constant(regularizers: Sequence[JacobianRegularizer], reason: str) -> None:

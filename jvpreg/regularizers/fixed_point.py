@@ -1,13 +1,17 @@
 """A penalty that stabilizes fixed-point layers."""
 
+from typing import Any
+
 import keras
 from keras import ops, tree
 
 from jvpreg import probes
 from jvpreg.common import checks
+from jvpreg.common.typing import Config, Seed, Structure, Tensor
 from jvpreg.estimators.fixed_point import frozen_fixed_point
 from jvpreg.estimators.norms import squared_norm
-from jvpreg.regularizers.base import JacobianRegularizer
+from jvpreg.linearization import Linearization
+from jvpreg.regularizers.base import JacobianRegularizer, Seen
 from jvpreg.regularizers.capabilities import Looks
 
 
@@ -43,22 +47,22 @@ class FixedPointJacobianNorm(Looks, JacobianRegularizer):
         self.layer = checks.text("layer", layer, optional=True)
         self.num_probes = checks.count("num_probes", num_probes)
 
-    def draw(self, linearization, inputs, seed):
+    def draw(self, linearization: Linearization, inputs: Structure, seed: Seed) -> Structure:
         """Standard normal directions of z, `(P, B, …)`."""
         z = frozen_fixed_point(linearization, self.layer).residuals[0]
         batch = ops.shape(tree.flatten(inputs)[0])[0]
         return probes.draw("gaussian", ops.zeros((batch, *z.shape[1:]), z.dtype), self.num_probes, seed)
 
-    def look(self, linearization, drawn, labels):
+    def look(self, linearization: Linearization, drawn: Any, labels: Structure | None) -> Any:
         """`∂_z f ε`: `(P, B, …)`."""
         pushforward = frozen_fixed_point(linearization, self.layer)
         product = pushforward.state_product(ops.cast(drawn, pushforward.residuals[0].dtype))
         return ops.cast(product, drawn.dtype)
 
-    def penalty(self, seen):
+    def penalty(self, seen: Seen) -> Tensor:
         """The mean of `‖∂_z f ε‖²` over the directions: `(B,)`."""
         return ops.mean(squared_norm(seen.found), axis=0)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         """The arguments of `__init__`."""
         return {**super().get_config(), "layer": self.layer, "num_probes": self.num_probes}

@@ -1,7 +1,7 @@
 """Penalties on what biases contribute to an output."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import keras
 from keras import ops, tree
@@ -9,8 +9,10 @@ from keras import ops, tree
 from jvpreg import probes
 from jvpreg.attribution.decomposition import as_cotangent, class_cotangent
 from jvpreg.common import checks
+from jvpreg.common.typing import Config, Seed, Structure, Tensor
 from jvpreg.estimators.norms import squared_norm
-from jvpreg.regularizers.base import JacobianRegularizer
+from jvpreg.linearization import Linearization
+from jvpreg.regularizers.base import JacobianRegularizer, Seen
 from jvpreg.regularizers.capabilities import Looks
 
 
@@ -58,7 +60,7 @@ class BiasJacobianNorm(Looks, JacobianRegularizer):
         self.target = checks.choice("target", target, ("label", "predicted", "all"))
         self.num_probes = checks.count("num_probes", num_probes)
 
-    def draw(self, linearization, inputs, seed):
+    def draw(self, linearization: Linearization, inputs: Structure, seed: Seed) -> Structure:
         """Standard normal ξ like the output of each node, `(P, B, …)`, if the target is all outputs."""
         if self.target != "all":
             return None
@@ -67,7 +69,7 @@ class BiasJacobianNorm(Looks, JacobianRegularizer):
         like = {name: ops.zeros(linearization.shape_at(name, batch), y.dtype) for name, y in outputs.items()}
         return {name: probes.draw("gaussian", zeros, self.num_probes, seed) for name, zeros in like.items()}
 
-    def look(self, linearization, drawn, labels):
+    def look(self, linearization: Linearization, drawn: Any, labels: Structure | None) -> Any:
         """The bias-Jacobian of the target, by node; or the products of the random directions."""
         names = list(linearization.node_outputs(self.layers))
         if drawn is None:
@@ -78,13 +80,13 @@ class BiasJacobianNorm(Looks, JacobianRegularizer):
             taps={name: drawn[name] * ops.cast(intercepts[name], drawn[name].dtype) for name in names}
         )
 
-    def penalty(self, seen):
+    def penalty(self, seen: Seen) -> Tensor:
         """`‖f^b‖²`: `(B,)`."""
         if self.target == "all":
             return ops.mean(squared_norm(seen.found), axis=0)
         return _squares(seen.found)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         """The arguments of `__init__`."""
         config = {"layers": self.layers, "target": self.target, "num_probes": self.num_probes}
         return {**super().get_config(), **config}
@@ -131,29 +133,29 @@ class FullJacobianNorm(Looks, JacobianRegularizer):
         self.layers = _paths(layers)
         self.target = checks.choice("target", target, ("label", "predicted"))
 
-    def look(self, linearization, drawn, labels):
+    def look(self, linearization: Linearization, drawn: Any, labels: Structure | None) -> Any:
         """The input-Jacobian of each input, and the bias-Jacobians by node, `(B, …)`."""
         cotangent = target_cotangent(self, linearization.outputs, labels)
         return linearization.bias_jacobians(cotangent, list(linearization.node_outputs(self.layers)))
 
-    def penalty(self, seen):
+    def penalty(self, seen: Seen) -> Tensor:
         """The weighted sum of squares: `(B,)`."""
         at_inputs, at_nodes = seen.found
         return self.input_weight * _squares(at_inputs) + self.bias_weight * _squares(at_nodes)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         """The arguments of `__init__`."""
         config = {"input_weight": self.input_weight, "bias_weight": self.bias_weight}
         return {**super().get_config(), **config, "layers": self.layers, "target": self.target}
 
 
-def _squares(tensors):
+def _squares(tensors: Structure) -> Tensor:
     """The sum of all squares of each example, over a structure of `(B, …)`: `(B,)`."""
     flat = [ops.reshape(tensor, (ops.shape(tensor)[0], -1)) for tensor in tree.flatten(tensors)]
     return sum(ops.sum(ops.square(rows), axis=-1) for rows in flat)
 
 
-def target_cotangent(regularizer, outputs, labels):
+def target_cotangent(regularizer: Any, outputs: Structure, labels: Structure | None) -> Structure:
     """The cotangent of a regularizer's target. For outputs `(B, 1)` it selects the one output, whatever the label is.
 
     Raises:
@@ -178,7 +180,7 @@ def target_cotangent(regularizer, outputs, labels):
     return class_cotangent(leaves[0], ops.cast(ops.reshape(labels, (-1,)), "int32"))
 
 
-def _paths(layers) -> list[str] | None:
+def _paths(layers: Any) -> list[str] | None:
     """The paths of layers, at least one; None for all of them."""
     found = checks.paths("layers", layers, optional=True)
     if found == []:

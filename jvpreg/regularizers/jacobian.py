@@ -7,8 +7,9 @@ from keras import ops
 
 from jvpreg import probes as probes_module
 from jvpreg.common import checks
+from jvpreg.common.typing import Config, Seed, Structure, Tensor
 from jvpreg.estimators.norms import squared_norm
-from jvpreg.regularizers.base import JacobianRegularizer
+from jvpreg.regularizers.base import JacobianRegularizer, Seen
 
 
 @keras.saving.register_keras_serializable(package="jvpreg")
@@ -56,19 +57,19 @@ class JacobianNorm(JacobianRegularizer):
         self.probes = checks.choice("probes", probes, probes_module.KINDS)
         self.side = checks.choice("side", side, ("input", "output"))
 
-    def directions(self, inputs, labels, seed):
+    def directions(self, inputs: Structure, labels: Structure | None, seed: Seed) -> Structure | None:
         """Random directions of the input, `(P, B, …)`, if that is the side."""
         return probes_module.draw(self.probes, inputs, self.num_probes, seed) if self.side == "input" else None
 
-    def cotangents(self, outputs, labels, seed):
+    def cotangents(self, outputs: Structure, labels: Structure | None, seed: Seed) -> Structure | None:
         """Random cotangents of the output, `(P, B, …)`, if that is the side."""
         return probes_module.draw(self.probes, outputs, self.num_probes, seed) if self.side == "output" else None
 
-    def penalty(self, seen):
+    def penalty(self, seen: Seen) -> Tensor:
         """The mean of `‖J u‖²`, or of `‖Jᵀ v‖²`, over the probes: `(B,)`."""
         return ops.mean(squared_norm(seen.jvp if self.side == "input" else seen.vjp), axis=0)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         """The arguments of `__init__`."""
         return {
             **super().get_config(),

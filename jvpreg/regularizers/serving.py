@@ -1,30 +1,32 @@
 """One pass for a list of regularizers: what they ask for, what they see, and what they return."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import keras
 from keras import ops, tree
 
+from jvpreg.common.typing import Seed, Structure, Tensor
 from jvpreg.engine.finite import finite_examples, nan_unless
 from jvpreg.linearization import Linearization
 from jvpreg.products import linearize
 from jvpreg.regularizers.base import JacobianRegularizer, Seen
-from jvpreg.regularizers.capabilities import Carries, Looks, Scheduled, Searches
+from jvpreg.regularizers.capabilities import Looks, Scheduled, Searches
+from jvpreg.regularizers.checks import check_carried, check_probes, readable
 
 
 def serve(
     regularizers: Sequence[JacobianRegularizer],
     linearization: Linearization,
-    seed,
+    seed: Seed,
     *,
     labels: Sequence | None = None,
     weights: Sequence | None = None,
     carried: Sequence | None = None,
-    examples=None,
-    model=None,
+    examples: Tensor | None = None,
+    model: keras.Layer | None = None,
 ) -> "Serving":
     """Draws the random numbers of the regularizers; the result shows them the Jacobian by one pass in each direction.
 
@@ -69,7 +71,7 @@ def serve(
         requests = []
         for i in members:
             if carried is not None:
-                _check_carried(regularizers[i], state[i], y)
+                check_carried(regularizers[i], state[i], y)
             shown = {"labels": labels[i], "weights": weights[i]} if on_data else {}
             requests.append(_request(i, regularizers[i], seen, x, y, seed, carried=state[i], **shown))
         served.append(_Place(seen, examples if on_data else None, requests))
@@ -111,7 +113,14 @@ class Served(NamedTuple):
 class Serving:
     """Regularizers at a linearization, whose random numbers are drawn: what `serve` returns."""
 
-    def __init__(self, regularizers, places: "list[_Place]", variables: Sequence, state: Sequence, dtype: str):
+    def __init__(
+        self,
+        regularizers: Sequence[JacobianRegularizer],
+        places: "list[_Place]",
+        variables: Sequence,
+        state: Sequence,
+        dtype: str,
+    ):
         self.regularizers = regularizers
         self._places = places
         self._variables = variables
@@ -157,11 +166,11 @@ class Serving:
         """For each measured number the index of its regularizer, and how the numbers of several steps are combined."""
         return [(i, kind) for i, regularizer in enumerate(self.regularizers) for kind in regularizer.measures.values()]
 
-    def strengths(self, step) -> list:
+    def strengths(self, step: Tensor) -> list:
         """The weight of each penalty in the loss at a training step, counted from 1."""
         return [r.strength_at(step) if isinstance(r, Scheduled) else r.strength for r in self.regularizers]
 
-    def carry_on(self, sums: Sequence, active=1.0) -> None:
+    def carry_on(self, sums: Sequence, active: Tensor = 1.0) -> None:
         """Assigns what is carried to the next step, from the sums over all examples; does nothing if `active` is 0.
 
         If the numbers of a step are not finite, the variable keeps its value: an optimizer that scales the loss skips
@@ -179,17 +188,17 @@ class Serving:
         return [(regularizer, value) for regularizer, value in pairs if value is not None]
 
 
-def weighted_mean(penalty, weights):
+def weighted_mean(penalty: Tensor, weights: Tensor) -> Tensor:
     """As Keras reduces a loss: the weighted sum over the number of examples."""
     return ops.mean(penalty if weights is None else penalty * ops.cast(weights, penalty.dtype))
 
 
-def packed(inputs: list):
+def packed(inputs: list) -> Structure:
     """A model's inputs as the model takes them: one tensor, or a list of several."""
     return inputs[0] if len(inputs) == 1 else inputs
 
 
-def draw_points(at: Callable, inputs, seed):
+def draw_points(at: Callable, inputs: Structure, seed: Seed) -> Structure:
     """Points `(N, …)` like `inputs`.
 
     Raises:
@@ -199,7 +208,7 @@ def draw_points(at: Callable, inputs, seed):
     received, expected = ([tuple(t.shape) for t in tree.flatten(structure)] for structure in (points, inputs))
     if [shape[1:] for shape in received] != [shape[1:] for shape in expected]:
         raise ValueError(
-            f"Invalid value for argument `at`. Expected points like the inputs, {', '.join(map(_readable, expected))}. "
+            f"Invalid value for argument `at`. Expected points like the inputs, {', '.join(map(readable, expected))}. "
             f"Received: {', '.join(map(str, received))} from {at!r}"
         )
     for x, drawn in zip(tree.flatten(inputs), tree.flatten(points), strict=True):
@@ -251,7 +260,7 @@ class _Place:
         for i, request in enumerate(self.requests):
             if isinstance(request.regularizer, Searches):
                 wanted[i] = request.regularizer.search(linearization, request.carried)
-                _check_probes(request.regularizer, "search", wanted[i], inputs)
+                check_probes(request.regularizer, "search", wanted[i], inputs)
         pushed = _share(linearization.jvp, wanted)
         pulled = _share(linearization.vjp, [request.cotangents for request in self.requests])
         # The Jacobian may be finite where the input is not: the slope of ReLU at NaN is 0.
@@ -268,7 +277,7 @@ class _Place:
         return [(request, _outcome(request, seen)) for request, seen in self.seen()]
 
 
-def _in_order(pairs) -> list:
+def _in_order(pairs: Iterable) -> list:
     """What belongs to requests, in the order of the regularizers."""
     return [found for _, found in sorted(pairs, key=lambda pair: pair[0].index)]
 
@@ -285,13 +294,13 @@ def _by_place(regularizers: Sequence[JacobianRegularizer]) -> list[tuple[Any, li
     return places
 
 
-def _taker(examples) -> Callable:
+def _taker(examples: Tensor) -> Callable:
     """A function that takes the examples out of a structure of tensors `(B, …)`; if they are None, it takes all."""
     if examples is None:
         return lambda structure: structure
     taken: dict[int, tuple[Any, Any]] = {}
 
-    def take(tensor):
+    def take(tensor: Tensor) -> Tensor:
         # Several regularizers may see the same labels. The tensor is kept too, so that no other gets its `id`.
         if id(tensor) not in taken:
             taken[id(tensor)] = tensor, ops.take(tensor, examples, axis=0)
@@ -300,7 +309,16 @@ def _taker(examples) -> Callable:
     return lambda structure: tree.map_structure(take, structure, none_is_leaf=False)
 
 
-def _request(index, regularizer, linearization: Linearization, inputs, outputs, seed, carried, **shown) -> _Request:
+def _request(
+    index: int,
+    regularizer: Any,
+    linearization: Linearization,
+    inputs: Structure,
+    outputs: Structure,
+    seed: Seed,
+    carried: Tensor,
+    **shown: Any,
+) -> _Request:
     """What a regularizer asks for, for the examples of `inputs` and `outputs`, which may be a part of the batch."""
     # A copy: Torch computes gradients only after the variable was assigned to.
     shown["carried"] = None if carried is None else ops.copy(carried)
@@ -315,8 +333,8 @@ def _request(index, regularizer, linearization: Linearization, inputs, outputs, 
             "`directions` or `cotangents` to return tensors, or `jvpreg.regularizers.Looks` among its bases. "
             "Received: None from both."
         )
-    _check_probes(regularizer, "directions", directions, inputs)
-    _check_probes(regularizer, "cotangents", cotangents, outputs)
+    check_probes(regularizer, "directions", directions, inputs)
+    check_probes(regularizer, "cotangents", cotangents, outputs)
     drawn = regularizer.draw(linearization, inputs, seed) if looks else None
     return _Request(index, regularizer, directions, cotangents, drawn, **shown)
 
@@ -339,36 +357,7 @@ def _outcome(request: _Request, seen: Seen) -> Outcome:
     return Outcome(penalty, sums, regularizer.measure(seen) if regularizer.measures else {})
 
 
-def _check_carried(regularizer: JacobianRegularizer, carried, outputs) -> None:
-    """Raises if the variable that a regularizer carries does not exist."""
-    if carried is None and isinstance(regularizer, Carries) and regularizer.carried_shape(outputs) is not None:
-        raise ValueError(
-            f"`{regularizer.name}` ({type(regularizer).__name__}) carries a variable from step to step, whose "
-            "shape was not known when the model was compiled. Give the model a `keras.Input`, or call the "
-            "`JacobianModel` on a batch before `compile`."
-        )
-
-
-def _check_probes(regularizer, method: str, probes, like) -> None:
-    """Raises if `probes` are not `(P, B, …)` like the tensors of `like`."""
-    if probes is None:
-        return
-    received = [tuple(probe.shape) for probe in tree.flatten(probes)]
-    expected = [tuple(tensor.shape) for tensor in tree.flatten(like)]
-    # The product itself checks the batch size: in a TensorFlow graph it is not known here.
-    if [shape[2:] if len(shape) > 1 else None for shape in received] != [shape[1:] for shape in expected]:
-        raise ValueError(
-            f"`{method}` of `{regularizer.name}` ({type(regularizer).__name__}) returned tensors of the wrong shape. "
-            f"Expected a leading axis of P probes before {', '.join(map(_readable, expected))}. "
-            f"Received: {', '.join(map(str, received))}. For one probe, use `keras.ops.expand_dims(…, 0)`."
-        )
-
-
-def _readable(shape) -> str:
-    return "(" + ", ".join(["B", *map(str, shape[1:])]) + ")"
-
-
-def _share(product, wanted: list) -> list:
+def _share(product: Callable, wanted: list) -> list:
     """One product for all probes that are wanted, cut into their parts again; None for a part that is not wanted."""
     given = [probes for probes in wanted if probes is not None]
     if not given:

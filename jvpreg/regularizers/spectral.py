@@ -5,9 +5,11 @@ from keras import ops, tree
 
 from jvpreg import probes
 from jvpreg.common import checks
+from jvpreg.common.typing import Config, Structure, Tensor
 from jvpreg.estimators.norms import squared_norm
 from jvpreg.estimators.operator import flatten, spaces
-from jvpreg.regularizers.base import JacobianRegularizer
+from jvpreg.linearization import Linearization
+from jvpreg.regularizers.base import JacobianRegularizer, Seen
 from jvpreg.regularizers.capabilities import Searches
 
 # With more outputs, a vector for each of them would be a large matrix.
@@ -51,16 +53,16 @@ class SpectralNorm(Searches, JacobianRegularizer):
         super().__init__(strength, name)
         self.num_iterations = checks.count("num_iterations", num_iterations)
 
-    def carried_shape(self, outputs):
+    def carried_shape(self, outputs: Structure) -> tuple[int, ...] | None:
         """A vector like the outputs for each class: `(C, K)`, or `(1, K)`."""
         size = probes.dimension(outputs)
         return (size if _has_classes(outputs) else 1), size
 
-    def search(self, linearization, carried):
+    def search(self, linearization: Linearization, carried: Tensor) -> Tensor:
         """Approximate right singular vectors, `(1, B, …)`, of length 1."""
         inputs, outputs = spaces(linearization)
 
-        def pulled(cotangent):
+        def pulled(cotangent: Tensor) -> Tensor:
             return _normalized(flatten(linearization.vjp(probes.split(cotangent, outputs))))
 
         tangent = pulled(_started(outputs, carried))
@@ -69,12 +71,12 @@ class SpectralNorm(Searches, JacobianRegularizer):
         # The gradient is that of ‖J u‖² at this u.
         return probes.split(ops.stop_gradient(tangent), inputs)
 
-    def sums_shape(self, carried_shape):
+    def sums_shape(self, carried_shape: tuple[int, ...]) -> tuple[int, ...]:
         """One column more than the vectors, for the number of examples."""
         classes, size = carried_shape
         return classes, size + 1
 
-    def sums(self, seen, carried):
+    def sums(self, seen: Seen, carried: Tensor) -> Tensor:
         """For each class the sum of its examples' new vectors, and their number: `(C, K + 1)`."""
         new = _normalized(flatten(tree.map_structure(ops.stop_gradient, seen.jvp)))
         new = ops.cast(new[0], carried.dtype)
@@ -84,27 +86,27 @@ class SpectralNorm(Searches, JacobianRegularizer):
         members = ops.transpose(_members(seen.outputs, carried))
         return ops.concatenate([ops.matmul(members, new), ops.sum(members, axis=1, keepdims=True)], axis=1)
 
-    def carry(self, carried, sums):
+    def carry(self, carried: Tensor, sums: Tensor) -> Tensor:
         """The mean of each class's vector and the mean of its examples' new vectors, normalized."""
         counts = sums[:, -1:]
         mean = sums[:, :-1] / ops.maximum(counts, 1.0)
         return ops.where(counts > 0, _normalized(_normalized(carried) + mean), carried)
 
-    def penalty(self, seen):
+    def penalty(self, seen: Seen) -> Tensor:
         """`‖J u‖²`: `(B,)`."""
         return squared_norm(seen.jvp)[0]
 
-    def get_config(self):
+    def get_config(self) -> Config:
         """The arguments of `__init__`."""
         return {**super().get_config(), "num_iterations": self.num_iterations}
 
 
-def _has_classes(outputs) -> bool:
+def _has_classes(outputs: Structure) -> bool:
     leaves = tree.flatten(outputs)
     return len(leaves) == 1 and len(leaves[0].shape) == 2 and leaves[0].shape[1] <= MOST_CLASSES
 
 
-def _members(outputs, carried):
+def _members(outputs: Structure, carried: Tensor) -> Tensor:
     """The class of each example, by its largest output: `(B, C)`, ones and zeros."""
     first = tree.flatten(outputs)[0]
     count = carried.shape[0]
@@ -113,13 +115,13 @@ def _members(outputs, carried):
     return ops.one_hot(ops.argmax(first, axis=-1), count, dtype=carried.dtype)
 
 
-def _started(outputs, carried):
+def _started(outputs: Structure, carried: Tensor) -> Tensor:
     """The vector from which each example starts, out of those that are carried: `(1, B, K)`."""
     vectors = ops.matmul(_members(outputs, carried), _normalized(carried))
     return ops.expand_dims(ops.stop_gradient(vectors), 0)
 
 
-def _normalized(vectors):
+def _normalized(vectors: Tensor) -> Tensor:
     """Vectors of length 1; a zero vector stays zero, and NaN stays NaN."""
     length = ops.norm(vectors, axis=-1, keepdims=True)
     return vectors / ops.where(length == 0, 1.0, length)

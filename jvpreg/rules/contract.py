@@ -19,6 +19,7 @@ import keras
 from keras import ops
 
 from jvpreg.common import checks
+from jvpreg.common.typing import Structure, Tensor
 from jvpreg.rules.folding import each_probe, folded, with_probe_axis
 
 
@@ -101,7 +102,7 @@ class Pushforward:
         self.finite = finite
         self.masks: list[Callable | None] = [None] * len(residuals)
 
-    def __call__(self, *tangents):
+    def __call__(self, *tangents: Tensor | None) -> Tensor:
         """The output's tangent `(P, B, …)`, from those of the inputs."""
         return self.function(*tangents, *self.broadcast_residuals())
 
@@ -150,14 +151,14 @@ class Affine(Pushforward):
     def __init__(
         self,
         function: Callable,
-        x,
+        x: Tensor,
         weights: Iterable[tuple[Any, Callable]] = (),
         bias: Any = None,
         spread: Callable = lambda bias: bias,
         scaled: Callable | None = None,
         **facts: Any,
     ):
-        def of_each_probe(part):
+        def of_each_probe(part: Tensor) -> Callable:
             return lambda tangent, x: each_probe(lambda u: part(ops.cast(u, x.dtype), x[0]))(tangent)
 
         push, pairs = folded(function), [*weights, (bias, lambda u, x: spread(u))]
@@ -176,11 +177,11 @@ class Affine(Pushforward):
         """How many numbers there are in A."""
         return sum(math.prod(variable.shape) for variable in self.variables if variable is not self.bias)
 
-    def with_bias(self, y):
+    def with_bias(self, y: Tensor) -> Tensor:
         """`y + b`, for `y = A x`."""
         return y if self._shift is None else ops.add(y, self._shift)
 
-    def with_channels_scaled(self, slope, axis: int) -> Pushforward | None:
+    def with_channels_scaled(self, slope: Tensor, axis: int) -> Pushforward | None:
         """The map with `scaled(slope, axis)` in place of A; None if there is none."""
         function = None if self.scaled is None else self.scaled(slope, axis)
         if function is None:
@@ -201,7 +202,7 @@ class ChannelScale(Pushforward):
         offset: what is added, to be broadcast to the output.
     """
 
-    def __init__(self, function: Callable, *residuals: Any, slope, axis: int, offset, **facts: Any):
+    def __init__(self, function: Callable, *residuals: Any, slope: Tensor, axis: int, offset: Tensor, **facts: Any):
         super().__init__(function, *residuals, **facts)
         self.slope, self.axis, self.offset = slope, axis, offset
 
@@ -239,7 +240,7 @@ class Pushed(Pushforward):
         variables: those whose tangents, if they have one, are part of it.
     """
 
-    def __init__(self, image, variables: Iterable = ()):
+    def __init__(self, image: Structure | None, variables: Iterable = ()):
         super().__init__(lambda *_: image)
         self.image = image
         self._variables = list(variables)
@@ -263,7 +264,7 @@ class Declined(Exception):  # noqa: N818 -- no error: the engine has other ways
         self.to_autodiff = to_autodiff
 
 
-def checked_pair(returned, name: str, operation) -> tuple:
+def checked_pair(returned: Any, name: str, operation: Any) -> tuple:
     """What a rule returned, which must be an output with its pushforward, or with None if no tangent passes."""
     pair = isinstance(returned, tuple) and len(returned) == 2
     if not pair or not (returned[1] is None or isinstance(returned[1], Pushforward)):

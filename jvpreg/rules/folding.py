@@ -6,6 +6,7 @@ import keras
 from keras import ops, tree
 
 from jvpreg.common.eager import shape_of
+from jvpreg.common.typing import Tensor
 
 
 def fold(tangent):
@@ -22,7 +23,7 @@ def unfold(tangent, num_probes):
     return ops.reshape(tangent, (num_probes, shape[0] // num_probes if static else -1, *shape[1:]))
 
 
-def with_probe_axis(residual):
+def with_probe_axis(residual: Tensor) -> Tensor:
     """(B, …) to (1, B, …)."""
     if keras.backend.backend() != "tensorflow" or len(residual.shape) == 0:
         return ops.expand_dims(residual, 0)

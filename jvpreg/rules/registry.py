@@ -8,6 +8,8 @@ from typing import Any
 import keras
 
 from jvpreg.common import checks
+from jvpreg.common.typing import Tensor
+from jvpreg.rules.contract import Context
 from jvpreg.rules.families import scale, scale_by
 
 
@@ -30,7 +32,7 @@ _RULES: dict[Any, Rule] = {}
 _WRAPPERS: dict[type, Callable] = {}
 
 
-def register_rule(*operations, activation: str | None = None) -> Callable:
+def register_rule(*operations: Any, activation: str | None = None) -> Callable:
     """Registers a rule for operations: classes of layers or of `keras.ops` nodes, or activation functions.
 
     Lookup is by exact class: a subclass that overrides `call` never silently inherits its parent's rule.
@@ -87,14 +89,14 @@ def register_wrapper(operation: type, inner: Callable) -> None:
     _WRAPPERS[operation] = inner
 
 
-def unwrap(operation):
+def unwrap(operation: Any) -> Any:
     """The operation that is really computed: wrappers such as `JacobianModel` are looked through."""
     while type(operation) in _WRAPPERS:
         operation = _WRAPPERS[type(operation)](operation)
     return operation
 
 
-def find_rule(operation) -> Rule | None:
+def find_rule(operation: Any) -> Rule | None:
     """The rule of a layer instance (by its exact class) or of an activation function; None if it has none."""
     rule = _RULES.get(type(operation))
     if rule is None and isinstance(operation, Callable) and not isinstance(operation, keras.Operation):  # type: ignore[arg-type]
@@ -107,7 +109,7 @@ def registered_operations() -> list:
     return list(_RULES)
 
 
-def missing_rule_error(operation, path: str, reason: str) -> NotImplementedError:
+def missing_rule_error(operation: Any, path: str, reason: str) -> NotImplementedError:
     """The error for an operation that the engine cannot linearize, for a `reason`."""
     return NotImplementedError(
         f"`{path}` ({_name_of(type(operation) if isinstance(operation, keras.Operation) else operation)}) has no "
@@ -116,11 +118,11 @@ def missing_rule_error(operation, path: str, reason: str) -> NotImplementedError
     )
 
 
-def _name_of(operation) -> str:
+def _name_of(operation: Any) -> str:
     return getattr(operation, "__qualname__", None) or repr(operation)
 
 
-def register_elementwise(*operations, kernel: Callable | None = None) -> Callable:
+def register_elementwise(*operations: Any, kernel: Callable | None = None) -> Callable:
     """Registers smooth elementwise functions by their derivative: `derivative(x, y, **kwargs) -> slope (B, …)`.
 
     Args:
@@ -139,7 +141,7 @@ def register_elementwise(*operations, kernel: Callable | None = None) -> Callabl
 
             @register_rule(operation)
             @functools.wraps(derivative)
-            def rule(function, x, context, **kwargs):
+            def rule(function: Any, x: Tensor, context: Context, **kwargs: Any) -> tuple:
                 y = function(x, **kwargs)
                 of_backend = kernel and kernel()
                 if of_backend:

@@ -1,6 +1,7 @@
 """Names in the logs. Two metrics of one name would share a line there, and nobody could tell them apart."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from keras import tree
 
@@ -12,7 +13,7 @@ def reported_names(regularizers: Sequence[JacobianRegularizer]) -> list[str]:
     return [name for r in regularizers for name in (r.name, *(f"{r.name}/{measure}" for measure in r.measures))]
 
 
-def check_names(names: Sequence[str], output_names: Iterable[str], *args, **compiled) -> None:
+def check_names(names: Sequence[str], output_names: Iterable[str], *args: Any, **compiled: Any) -> None:
     """Raises a ValueError if a penalty or measure has the name of something else in the logs.
 
     Args:
@@ -43,5 +44,5 @@ def check_names(names: Sequence[str], output_names: Iterable[str], *args, **comp
             )
 
 
-def _name_of(metric) -> str:
+def _name_of(metric: Any) -> str:
     return metric if isinstance(metric, str) else str(getattr(metric, "name", None) or getattr(metric, "__name__", ""))

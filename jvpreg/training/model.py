@@ -1,13 +1,15 @@
 """`JacobianModel`: a Keras model that is trained with penalties on its Jacobian, through plain `compile` and `fit`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops, tree
 
 from jvpreg.common import checks, keras_private, replicas, seeds
+from jvpreg.common.typing import Config, Shapes, Structure, Tensor
 from jvpreg.layers.jacobian_penalty import JacobianPenalty
 from jvpreg.regularizers.base import JacobianRegularizer
 from jvpreg.regularizers.capabilities import carried_name, carried_variable
@@ -16,6 +18,7 @@ from jvpreg.regularizers.serving import packed, serve
 from jvpreg.rules.registry import register_wrapper
 from jvpreg.training.metric_names import check_names, reported_names
 from jvpreg.training.penalized_model import PenalizedModel
+from jvpreg.training.steps import Step
 from jvpreg.training.trackers import MeasureTracker, PenaltyTracker
 from jvpreg.training.weighting import compiled_labels, example_weights, own_keys
 
@@ -49,13 +52,13 @@ class JacobianModel(PenalizedModel):
     ['frobenius_norm_squared', 'loss']
     """
 
-    def __init__(self, base: keras.Model, seed: int | None = None, **kwargs):
+    def __init__(self, base: keras.Model, seed: int | None = None, **kwargs: Any):
         super().__init__(base, seed, **kwargs)
         self._trackers: list[PenaltyTracker] = []
         # What the regularizers measure beside their penalties, in the order of the regularizers.
         self._measures: list[MeasureTracker] = []
 
-    def build(self, input_shape):
+    def build(self, input_shape: Shapes) -> None:
         """Builds the base, for batches of any size, if it was given no input shape."""
         if not self.base.built:
             self.base(tree.map_shape_structure(lambda shape: keras.KerasTensor((None, *shape[1:])), input_shape))
@@ -81,7 +84,7 @@ class JacobianModel(PenalizedModel):
         return bool(self.jacobian_regularizers)
 
     @property
-    def penalty_metrics(self):
+    def penalty_metrics(self) -> list[keras.metrics.Metric]:
         """One metric for each regularizer's penalty, in their order, and then those of what else they measure."""
         return [*self._trackers, *self._measures]
 
@@ -91,13 +94,13 @@ class JacobianModel(PenalizedModel):
 
     def compile(
         self,
-        *args,
+        *args: Any,
         jacobian_regularizers: Sequence[JacobianRegularizer] = (),
         jacobian_interval: int = 1,
         jacobian_fraction: float = 1.0,
         jacobian_evaluate: bool = True,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         """As `keras.Model.compile`, with penalties on the Jacobian.
 
         Args:
@@ -143,7 +146,7 @@ class JacobianModel(PenalizedModel):
             for measure, kind in regularizer.measures.items()
         )
 
-    def penalty(self, step, labels, sample_weight, training):
+    def penalty(self, step: Step, labels: Structure | None, sample_weight: Structure | None, training: bool) -> Tensor:
         """The sum of `strength × mean(penalty)` over the regularizers."""
         regularizers, own = self.jacobian_regularizers, own_keys(self.jacobian_regularizers)
         batch = ops.shape(tree.flatten(step.linearization.outputs)[0])[0]
@@ -173,7 +176,7 @@ class JacobianModel(PenalizedModel):
         strengths = [ops.convert_to_tensor(strength, means.dtype) for strength in serving.strengths(number)]
         return factor * ops.sum(ops.stack(strengths) * whole.for_loss)
 
-    def _draw_examples(self, size):
+    def _draw_examples(self, size: Tensor) -> Any:
         """Indices `(N,)`, rising, of a random part of the batch; a replica returns those of its own examples."""
         batch, start = replicas.part_of_batch(size)
         order = ops.argsort(keras.random.uniform((batch,), seed=self.training_seed))
@@ -186,7 +189,7 @@ class JacobianModel(PenalizedModel):
         # In order, so that replicas give each example the directions that one device gives it.
         return replicas.chosen_here(ops.sort(order[:count]), size, start)
 
-    def get_compile_config(self):
+    def get_compile_config(self) -> Config:
         """Keras' own, with the regularizers and how they are computed."""
         if not self.compiled:
             return super().get_compile_config()
@@ -200,30 +203,30 @@ class JacobianModel(PenalizedModel):
             "jacobian_evaluate": self.jacobian_evaluate,
         }
 
-    def compile_from_config(self, config):
+    def compile_from_config(self, config: Config) -> None:
         """Compiles with what `get_compile_config` returned, and builds the optimizer's variables."""
         self.compile(**keras.saving.deserialize_keras_object(config))
         if self.optimizer is not None and self.built:
             self.optimizer.build(self.trainable_variables)
 
-    def get_config(self):
+    def get_config(self) -> Config:
         """The base model and the seed."""
         return {"base": keras.saving.serialize_keras_object(self.base), "seed": self.seed, "name": self.name}
 
     @classmethod
-    def from_config(cls, config, custom_objects=None):
+    def from_config(cls, config: Config, custom_objects: Mapping[str, Any] | None = None) -> "JacobianModel":
         """The model that `get_config` described."""
         base = keras.saving.deserialize_keras_object(config["base"], custom_objects=custom_objects)
         return cls(**{**config, "base": base})
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         """As Keras', and also stores the state of the seeds, and what regularizers carry from step to step."""
         super().save_own_variables(store)
         for tracker in self._trackers:
             if tracker.carried is not None:
                 store[carried_name(tracker.name)] = ops.convert_to_numpy(tracker.carried)
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         """Loads what `save_own_variables` stored."""
         store = {key: store[key] for key in store.keys()}  # noqa: SIM118 -- an h5 store has no __iter__
         # If the file is of a model with other regularizers, what is carried stays as it is.
@@ -240,7 +243,7 @@ class JacobianModel(PenalizedModel):
 register_wrapper(JacobianModel, lambda model: model.base)
 
 
-def _check_penalties_within(base, regularizers) -> None:
+def _check_penalties_within(base: keras.Model, regularizers: Sequence[JacobianRegularizer]) -> None:
     blocks = [layer for layer in keras_private.layers_within(base) if isinstance(layer, JacobianPenalty)]
     inner = [block.name for block in blocks if block.regularizers]
     if regularizers and inner:

@@ -1,9 +1,13 @@
 """`PenalizedModel`: the training step of a model with penalties, whatever the penalties are."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import keras
 from keras import ops, tree
 
 from jvpreg.common import checks, keras_private, seeds
+from jvpreg.common.typing import Logs, Shapes, Structure, Tensor
 from jvpreg.products import linearize
 from jvpreg.regularizers.checks import check_dependence
 from jvpreg.regularizers.serving import packed
@@ -41,7 +45,7 @@ class PenalizedModel(SteppedModel):
         ValueError: `base` is not a model.
     """
 
-    def __init__(self, base: keras.Model, seed: int | None = None, **kwargs):
+    def __init__(self, base: keras.Model, seed: int | None = None, **kwargs: Any):
         if not isinstance(base, keras.Model) or isinstance(base, PenalizedModel):
             raise checks.invalid("base", "a plain Keras model", base)
         # `base` casts its own inputs; a second cast here would round them.
@@ -60,7 +64,7 @@ class PenalizedModel(SteppedModel):
         """All metrics of penalties. `fit` stops if one of them that is a `PenaltyTracker` is not finite."""
         raise NotImplementedError(f"{type(self).__name__} must override `penalty_metrics`.")
 
-    def penalty(self, step: Step, labels, sample_weight, training: bool):
+    def penalty(self, step: Step, labels: Structure | None, sample_weight: Structure | None, training: bool) -> Tensor:
         """The penalties of a step, a scalar that is added to the loss. Also updates the `penalty_metrics`.
 
         Args:
@@ -71,7 +75,7 @@ class PenalizedModel(SteppedModel):
         """
         raise NotImplementedError(f"{type(self).__name__} must override `penalty(self, step, …)`.")
 
-    def symbolic_inputs(self):
+    def symbolic_inputs(self) -> Structure:
         """Inputs of the base for batches of any size; None if they are not known yet."""
         if getattr(self.base, "inputs", None):
             return packed(list(self.base.inputs))
@@ -79,7 +83,7 @@ class PenalizedModel(SteppedModel):
         # A subclassed model knows only their shapes.
         return tree.map_shape_structure(lambda shape: keras.KerasTensor((None, *shape[1:])), shapes) if shapes else None
 
-    def call(self, inputs, training=None):
+    def call(self, inputs: Structure, training: bool | None = None) -> Structure:
         """The outputs of the base model; in a step with penalties, those of its linearization."""
         x, step = self.base_inputs(inputs), self.current_step
         symbolic = any(isinstance(leaf, keras.KerasTensor) for leaf in tree.flatten(x))
@@ -90,15 +94,24 @@ class PenalizedModel(SteppedModel):
         step.inputs, step.linearization = inputs, linearization
         return linearization.outputs
 
-    def base_inputs(self, inputs):
+    def base_inputs(self, inputs: Structure) -> Structure:
         """The part of this model's inputs that the base takes; by default all of it."""
         return inputs
 
-    def compute_output_shape(self, input_shape):
+    def compute_output_shape(self, input_shape: Shapes) -> Shapes:
         """The output shape of the base model."""
         return self.base.compute_output_shape(input_shape)
 
-    def fit(self, x=None, y=None, batch_size=None, epochs=1, verbose="auto", callbacks=None, **kwargs):
+    def fit(
+        self,
+        x: Any = None,
+        y: Structure | None = None,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        verbose: int | str = "auto",
+        callbacks: Any = None,
+        **kwargs: Any,
+    ) -> keras.callbacks.History:
         """As `keras.Model.fit`.
 
         Raises:
@@ -122,7 +135,15 @@ class PenalizedModel(SteppedModel):
                 callbacks = [watch, *tree.flatten(callbacks or [])]
         return super().fit(x, y, batch_size, epochs, verbose, callbacks, **kwargs)
 
-    def evaluate(self, x=None, y=None, batch_size=None, verbose="auto", sample_weight=None, **kwargs):
+    def evaluate(
+        self,
+        x: Any = None,
+        y: Structure | None = None,
+        batch_size: int | None = None,
+        verbose: int | str = "auto",
+        sample_weight: Structure | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """As `keras.Model.evaluate`.
 
         Raises:
@@ -132,12 +153,19 @@ class PenalizedModel(SteppedModel):
             check_labels_beside(sample_weight, y)
         return super().evaluate(x, y, batch_size, verbose, sample_weight, **kwargs)
 
-    def train_on_batch(self, x, y=None, sample_weight=None, class_weight=None, return_dict=False):
+    def train_on_batch(
+        self,
+        x: Structure,
+        y: Structure | None = None,
+        sample_weight: Structure | None = None,
+        class_weight: Mapping[int, float] | None = None,
+        return_dict: bool = False,
+    ) -> Any:
         """As Keras'."""
         weights = given_weights(y, own_keys(self.jacobian_regularizers), sample_weight, class_weight)
         return super().train_on_batch(x, y, *weights, return_dict)
 
-    def get_metrics_result(self):
+    def get_metrics_result(self) -> Logs:
         """As Keras', but an evaluation that leaves out the penalties leaves out their metrics too."""
         results = super().get_metrics_result()
         if self.current_step is not None and not self.current_step.penalized:
@@ -145,7 +173,14 @@ class PenalizedModel(SteppedModel):
             results = {k: v for k, v in results.items() if k not in ours}
         return results
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+    def compute_loss(
+        self,
+        x: Structure | None = None,
+        y: Structure | None = None,
+        y_pred: Structure | None = None,
+        sample_weight: Structure | None = None,
+        training: bool = True,
+    ) -> Tensor:
         """The loss as compiled, plus the penalties of the step."""
         step = self.current_step
         linearized = step is not None and step.linearization is not None
@@ -166,30 +201,32 @@ class PenalizedModel(SteppedModel):
         # The losses of replicas are summed, so each is given its share.
         return loss + ops.cast(keras_private.additional_loss(self, penalty), loss.dtype)
 
-    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+    def compute_metrics(
+        self, x: Structure, y: Structure, y_pred: Structure, sample_weight: Structure | None = None
+    ) -> dict[str, Any]:
         """As Keras', with the labels and weights of the loss only."""
         labels, weights = self._compiled(y, sample_weight)
         return super().compute_metrics(x, labels, y_pred, weights)
 
-    def _compiled(self, labels, sample_weight) -> tuple:
+    def _compiled(self, labels: Structure | None, sample_weight: Structure) -> tuple:
         """The labels and weights without those that a regularizer alone takes."""
         own = own_keys(self.jacobian_regularizers)
         return compiled_labels(labels, own, alone=self.loss is None), compiled_weights(sample_weight, own)
 
-    def export(self, *args, **kwargs):
+    def export(self, *args: Any, **kwargs: Any) -> None:
         """As `keras.Model.export`, applied to the base, which computes the same."""
         inputs = self.symbolic_inputs()
         if inputs is not None:
             self.base(inputs)  # Keras exports only what was called, and `fit` linearized it instead.
         self.base.export(*args, **kwargs)
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Any) -> None:
         """As Keras', and also stores the state of the seeds, so that a resumed run draws as it would have drawn."""
         super().save_own_variables(store)
         for i, state in enumerate(self.seed_states()):
             store[f"seed_{i}"] = ops.convert_to_numpy(state)
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         """Loads what `save_own_variables` stored."""
         store = {key: store[key] for key in store.keys()}  # noqa: SIM118 -- an h5 store has no __iter__
         # A base with more or less dropout has other seeds: those that both have are assigned.
@@ -205,6 +242,6 @@ class PenalizedModel(SteppedModel):
         return [variable for variable in self.variables if id(variable) not in weights]
 
 
-def _differentiable_zero(outputs):
+def _differentiable_zero(outputs: Structure) -> Tensor:
     """A zero with a gradient, as Torch needs for a step: the sum over no examples, which reads no number."""
     return sum(ops.sum(ops.cast(y[:0], keras.config.floatx())) for y in tree.flatten(outputs))

@@ -2,14 +2,14 @@
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 from keras import ops
 
-from jvpreg.linearization import Linearization
+from jvpreg.common.typing import Structure
 from jvpreg.regularizers.base import JacobianRegularizer
 
 
@@ -25,8 +25,8 @@ class Step:
 
     penalized: bool
     due: bool | None = None
-    inputs: Any = None
-    linearization: Linearization | None = None
+    inputs: Structure | None = None
+    linearization: Any = None  # `Any`: a penalty, which is asked for in steps that have it, takes it as given
 
 
 class Alternating:
@@ -51,7 +51,7 @@ class Alternating:
         """Makes the host ask again for the number of steps, since weights were set or loaded."""
         self._step = None
 
-    def __call__(self, *args):
+    def __call__(self, *args: Any) -> Any:
         """Takes a step."""
         step = self._taken(*args) if self._step is None else self._step
         result = self._functions[step % self._interval == 0](*args)
@@ -78,7 +78,7 @@ class SteppedModel(keras.Model):
     jacobian_evaluate = True
     always_penalized = False
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         self.steps_taken = self.add_weight(
             shape=(),
@@ -102,7 +102,7 @@ class SteppedModel(keras.Model):
         return getattr(self._of_thread, "step", None)
 
     @contextlib.contextmanager
-    def _taking(self, step: Step):
+    def _taking(self, step: Step) -> Iterator[None]:
         """A context in which this thread is taking a step."""
         before, self._of_thread.step = self.current_step, step
         try:
@@ -121,7 +121,7 @@ class SteppedModel(keras.Model):
         compiled_by_xla = keras.backend.backend() != "tensorflow" or self.jit_compile
         return step.due is False and not self.always_penalized and not compiled_by_xla
 
-    def make_train_function(self, force=False):
+    def make_train_function(self, force: bool = False) -> Callable:
         """As Keras'. With an interval, it makes one function for steps with penalties and one for steps without.
 
         The host chooses between them, and counts the steps itself. Inside a compiled step the choice would be a
@@ -146,8 +146,8 @@ class SteppedModel(keras.Model):
             self.train_function = Alternating(functions, self.jacobian_interval, self.steps_before)
         return self.train_function
 
-    def _train_function_when(self, due: bool):
-        def train_step(*args, **kwargs):
+    def _train_function_when(self, due: bool) -> Callable:
+        def train_step(*args: Any, **kwargs: Any) -> Any:
             with self._taking(Step(self.has_penalties, due)):
                 return type(self).train_step(self, *args, **kwargs)
 
@@ -160,17 +160,17 @@ class SteppedModel(keras.Model):
             del self.train_step
         return self.train_function
 
-    def train_step(self, *args, **kwargs):
+    def train_step(self, *args: Any, **kwargs: Any) -> Any:
         """One step of `fit`, as Keras does it on this backend."""
         with self._taking(self.current_step or Step(self.has_penalties)):
             return super().train_step(*args, **kwargs)
 
-    def test_step(self, *args, **kwargs):
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
         """One step of `evaluate`, as Keras does it on this backend."""
         with self._taking(Step(self.has_penalties and self.jacobian_evaluate)):
             return super().test_step(*args, **kwargs)
 
-    def steps_before(self, *args) -> int:
+    def steps_before(self, *args: Any) -> int:
         """The number of training steps taken before a train function runs with `args`."""
         if keras.backend.backend() == "jax":
             # Within `fit`, the variable is empty: its value is in the state that the step is given.
@@ -205,22 +205,22 @@ class SteppedModel(keras.Model):
         if isinstance(self.train_function, Alternating):
             self.train_function.recount()
 
-    def reset_metrics(self):
+    def reset_metrics(self) -> None:
         """As Keras', which calls it before each epoch. A callback may have restored weights since the last one."""
         self._recount_steps()
         super().reset_metrics()
 
-    def set_weights(self, weights):
+    def set_weights(self, weights: list) -> None:
         """As Keras'."""
         super().set_weights(weights)
         self._recount_steps()
 
-    def set_state_tree(self, state_tree):
+    def set_state_tree(self, state_tree: Structure) -> None:
         """As Keras'."""
         super().set_state_tree(state_tree)
         self._recount_steps()
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         """As Keras'."""
         super().load_own_variables(store)
         self._recount_steps()

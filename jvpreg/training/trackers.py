@@ -6,6 +6,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from jvpreg.common.typing import Logs, Tensor
+
 
 class MeasureTracker(keras.metrics.Metric):
     """A number for each step, combined over the steps in which it was computed.
@@ -23,7 +25,7 @@ class MeasureTracker(keras.metrics.Metric):
         self.value = self.add_variable(shape=(), initializer="zeros", aggregation=aggregation, name="value")
         self.count = self.add_variable(shape=(), initializer="zeros", name="count")
 
-    def update_state(self, value, active, batch):
+    def update_state(self, value: Tensor, active: Tensor, batch: Tensor) -> None:
         """Adds a step's `value` over `batch` examples if `active` is 1; does nothing if it is 0."""
         value, active = ops.cast(value, self.dtype), ops.cast(active, self.dtype)
         before = ops.convert_to_tensor(self.value)
@@ -37,7 +39,7 @@ class MeasureTracker(keras.metrics.Metric):
         self.value.assign(new)
         self.count.assign(self.count + weight)
 
-    def result(self):
+    def result(self) -> Tensor:
         """The number; NaN if no step computed it."""
         value, count = ops.convert_to_tensor(self.value), ops.convert_to_tensor(self.count)
         if self.kind == "mean":
@@ -65,13 +67,13 @@ class PenaltyTracker(keras.metrics.Mean):
         # Not by `add_variable`: its variables differ between replicas until they are read for the logs.
         self.carried = keras.Variable(**arguments)
 
-    def reset_state(self):
+    def reset_state(self) -> None:
         """As Keras', but keeps what is carried."""
         for variable in self.variables:
             if variable is not self.carried:
                 variable.assign(ops.zeros(variable.shape, dtype=variable.dtype))
 
-    def update_state(self, mean, active, batch, step):
+    def update_state(self, mean: Tensor, active: Tensor, batch: Tensor, step: Tensor) -> None:
         """Adds a step's `mean` over `batch` examples if `active` is 1; does nothing if it is 0.
 
         `step` is the number of the training step, from 1, so that 0 says that nothing failed; None in evaluation.
@@ -84,7 +86,7 @@ class PenaltyTracker(keras.metrics.Mean):
             first = ops.logical_and(ops.equal(failed_at, 0), ops.logical_not(ops.isfinite(mean)))
             self.failed_at.assign(ops.where(first, ops.cast(step, "int32"), failed_at))
 
-    def result(self):
+    def result(self) -> Tensor:
         """The mean; NaN, not 0, if no step computed the penalty (an epoch shorter than the interval)."""
         return ops.where(ops.equal(self.count, 0), math.nan, super().result())
 
@@ -96,12 +98,12 @@ class StopAtNonFinitePenalty(keras.callbacks.Callback):
         super().__init__()
         self.trackers = trackers
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Logs | None = None) -> None:
         """Forgets earlier failures."""
         for tracker in self.trackers:
             tracker.failed_at.assign(0)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         """Raises, if a penalty of the epoch was not finite."""
         for tracker in self.trackers:
             if not math.isfinite((logs or {}).get(tracker.name, 0.0)):

@@ -1,11 +1,12 @@
 """How examples are weighed, and which labels and weights belong to the loss and which to a regularizer alone."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import keras
 import numpy as np
 from keras import ops, tree
 
+from jvpreg.common.typing import ArrayLike, Structure, Tensor
 from jvpreg.regularizers.base import JacobianRegularizer
 
 
@@ -14,7 +15,7 @@ def own_keys(regularizers: Sequence[JacobianRegularizer]) -> frozenset[str]:
     return frozenset(key for regularizer in regularizers for key in regularizer.label_keys)
 
 
-def compiled_labels(labels, own: Collection[str], alone: bool = False):
+def compiled_labels(labels: Structure | None, own: Collection[str], alone: bool = False) -> Structure:
     """The labels without those that belong to a regularizer alone; a single label that is left is returned by itself.
 
     Args:
@@ -35,17 +36,19 @@ def compiled_labels(labels, own: Collection[str], alone: bool = False):
     return _without(labels, own)
 
 
-def compiled_weights(sample_weight, own: Collection[str]):
+def compiled_weights(sample_weight: Structure | None, own: Collection[str]) -> Structure:
     """The weights of the labels of the loss, in the structure of `compiled_labels`."""
     return _without(sample_weight, own) if own and isinstance(sample_weight, dict) else sample_weight
 
 
-def _without(structure: dict, own: Collection[str]):
+def _without(structure: dict, own: Collection[str]) -> Structure:
     left = {key: value for key, value in structure.items() if key not in own}
     return left if len(left) > 1 else next(iter(left.values()), None)
 
 
-def example_weights(sample_weight, own: Collection[str] = (), keys: Iterable[str] = ()):
+def example_weights(
+    sample_weight: Structure | None, own: Collection[str] = (), keys: Iterable[str] = ()
+) -> Tensor | None:
     """One weight for each example, `(B,)`; None if there are no weights.
 
     Args:
@@ -65,13 +68,13 @@ def example_weights(sample_weight, own: Collection[str] = (), keys: Iterable[str
     return sum(1.0 if leaf is None else _of_examples(leaf) for leaf in leaves) / len(leaves)
 
 
-def _of_examples(weights):
+def _of_examples(weights: Tensor) -> Tensor:
     weights = ops.convert_to_tensor(weights)
     weights = ops.cast(weights, keras.backend.result_type(weights.dtype, "float32"))
     return weights if len(weights.shape) == 1 else ops.mean(weights, axis=tuple(range(1, len(weights.shape))))
 
 
-def check_labels_beside(sample_weight, labels) -> None:
+def check_labels_beside(sample_weight: Structure | None, labels: Structure | None) -> None:
     """Raises a ValueError if there are weights but no labels: Keras would drop the weights silently."""
     if sample_weight is not None and labels is None:
         raise ValueError(
@@ -80,7 +83,13 @@ def check_labels_beside(sample_weight, labels) -> None:
         )
 
 
-def given_weights(labels, own: Collection[str], sample_weight, class_weight, validation_split=None) -> tuple:
+def given_weights(
+    labels: Structure | None,
+    own: Collection[str],
+    sample_weight: Structure | None,
+    class_weight: Mapping[int, float] | None,
+    validation_split: float | None = None,
+) -> tuple:
     """`sample_weight` and `class_weight` as Keras can take them.
 
     Keras weighs classes only if the labels are one tensor. If some labels belong to a regularizer alone, the classes
@@ -101,9 +110,9 @@ def given_weights(labels, own: Collection[str], sample_weight, class_weight, val
     return _weights_of_classes(rest, class_weight), None
 
 
-def _weights_of_classes(labels, class_weight: dict) -> np.ndarray:
+def _weights_of_classes(labels: ArrayLike, class_weight: Mapping[int, float]) -> np.ndarray:
     """Each example's weight, `(B,)`, by its class; labels are class indices `(B,)` or `(B, 1)`, or one-hot `(B, K)`."""
     labels = np.asarray(ops.convert_to_numpy(labels))
     if labels.ndim > 1:
         labels = labels[..., 0] if labels.shape[-1] == 1 else labels.argmax(axis=-1)
-    return np.array([class_weight.get(int(label), 1.0) for label in np.round(labels)], "float32")
+    return np.array([class_weight.get(int(label), 1.0) for label in labels.round()], "float32")
