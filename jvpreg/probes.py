@@ -89,7 +89,7 @@ def dimension(like: Structure) -> int:
     sizes = [math.prod(x.shape[1:]) if None not in x.shape[1:] else None for x in tree.flatten(like)]
     if None in sizes:
         raise ValueError(
-            "Invalid value for argument `like`. Expected shapes that are known but for the batch. "
+            "Invalid value for argument `like`. Expected shapes that are known, except the batch. "
             f"Received: {[tuple(x.shape) for x in tree.flatten(like)]}"
         )
     return sum(sizes)  # type: ignore[arg-type]

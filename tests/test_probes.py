@@ -153,7 +153,7 @@ def test_basis():
 def test_dimension():
     assert probes.dimension(np.zeros((7, 2, 3))) == 6
     assert probes.dimension([np.zeros((7, 2, 3)), np.zeros((7,))]) == 7
-    with pytest.raises(ValueError, match=r"`like`. Expected shapes that are known but for the batch. Received: .*None"):
+    with pytest.raises(ValueError, match=r"`like`. Expected shapes that are known, except the batch. Received: .*None"):
         probes.dimension(keras.Input((None, 3)))
     assert probes.dimension(keras.Input((4, 3))) == 12
 

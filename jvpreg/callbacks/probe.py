@@ -61,8 +61,8 @@ class JacobianProbe(keras.callbacks.Callback):
     - `jacobian/eigenvalue_J_1_abs`, … for `"top_eigenvalues"` of a square `J`; `jacobian/eigenvalue_JJT_1`, … if `J` is
       not square: these are the eigenvalues of `J Jᵀ`;
     - `jacobian/m_converged`: the fraction of examples whose values all converged, if the estimator iterates;
-    - `jacobian/after/LAYER/m`: for the Jacobian of the outputs by a layer's output, for each of `layers`;
-    - `jacobian/block/LAYER/m`: for the Jacobian of a layer's or block's output by its own input, for each of `blocks`;
+    - `jacobian/after/LAYER/m`: of the outputs with respect to a layer's output, for each of `layers`;
+    - `jacobian/block/LAYER/m`: of a layer's or block's output with respect to its own input, for each of `blocks`;
     - `jacobian/class_3/m`: for the examples of class 3 only, before `after/` and `block/`, if there are `labels`.
 
     A density, or anything else that is not `(B,)` or `(B, k)`, is not in `logs` but in `values`, and in the pictures of

@@ -7,7 +7,7 @@ from jvpreg.common.typing import Tensor
 
 
 def as_floats(tensors: list) -> list:
-    """Inputs or outputs, whole numbers as floats: tangents and probes can be like them, and count for nothing."""
+    """Inputs or outputs, integers as floats, so that tangents and probes can be like them. Integers do not count."""
     return [x if has_tangents(x) else ops.cast(x, keras.config.floatx()) for x in tensors]
 
 
@@ -22,8 +22,8 @@ def is_complex(tensor: Tensor) -> bool:
 
 
 def widest_dtype(tensors: list) -> str:
-    """The dtype of one vector of all their entries, which rounds those of none of them: float32 at least."""
+    """The dtype of a vector that holds the entries of all of them without rounding: float32 at least."""
     dtypes = [keras.backend.standardize_dtype(x.dtype) for x in tensors if has_tangents(x)]
     complex_dtypes = [dtype for dtype in dtypes if "complex" in dtype]
-    # With 32 bits, Keras makes one of 64 of a complex number of 128.
+    # Keras would combine complex128 and float32 into complex64.
     return max(complex_dtypes, key=len) if complex_dtypes else keras.backend.result_type("float32", *dtypes)

@@ -1,4 +1,4 @@
-"""The spectral radius of the Jacobian of a fixed-point layer's cell, by its state."""
+"""The spectral radius of a fixed-point layer's cell: of its Jacobian with respect to its state."""
 
 from keras import ops
 

@@ -104,7 +104,7 @@ def _refuse_constant(regularizers: Sequence[JacobianRegularizer], reason: str) -
         # A regularizer that `Looks` may look at nodes inside, where there is a Jacobian.
         if not isinstance(regularizer, Looks):
             raise ValueError(
-                f"{reason}: there is no Jacobian by an integer, and `{regularizer.name}` would be 0. Put the layers "
+                f"{reason}: integers have no Jacobian, and `{regularizer.name}` would be 0. Put the layers "
                 "after the embedding into a `jvpreg.layers.JacobianPenalty`, or let the model take floats if the "
                 "integers are measured numbers."
             )

@@ -176,7 +176,7 @@ def _mean(tangent, axes, context):
 
 @register_rule(nn.LayerNorm, nn.RMSNorm)
 def layer_normalization(operation, x, gamma=None, beta=None, context=None, **kwargs):
-    """`γ (x − mean) / deviation + β` over the last axes, of which γ and β have the shape."""
+    """`γ (x − mean) / deviation + β` over the last axes, whose shape γ and β have."""
     gamma = kwargs.get("scale", gamma)
     center = isinstance(operation, nn.LayerNorm)
     if center and operation.rms_scaling:

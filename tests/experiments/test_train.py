@@ -317,7 +317,7 @@ def test_a_best_model_that_is_lost_is_saved_again_or_told(tmp_path, capsys):
     progress, _ = restored(folder, config)
     restore(model, folder, progress)  # the first epoch was the best one, and the weights are the second's
     assert progress.best is None
-    assert "best.keras is damaged or not there" in capsys.readouterr().err
+    assert "best.keras is damaged or missing" in capsys.readouterr().err
     progress.best = progress.rows[-1]["val_accuracy"]
     folder.best_model.write_bytes(b"PK half an archive")
     restore(model, folder, progress)

@@ -599,7 +599,7 @@ def test_compiling_again_forgets_the_earlier_penalties():
         ({"jacobian_regularizers": JacobianNorm(0.1)}, "`jacobian_regularizers`. Expected a list of"),
         ({"jacobian_regularizers": ["l2"]}, "`jacobian_regularizers`. Expected a list of"),
         ({"jacobian_regularizers": [JacobianNorm(0.1), JacobianNorm(0.2)]}, "names that differ"),
-        ({"jacobian_regularizers": [JacobianNorm(0.1, name="loss")]}, 'name other than "loss"'),
+        ({"jacobian_regularizers": [JacobianNorm(0.1, name="loss")]}, 'name that is not "loss"'),
         ({"jacobian_interval": 0}, "`jacobian_interval`. Expected an integer, 1 or more"),
         ({"jacobian_interval": 1.5}, "`jacobian_interval`"),
         ({"jacobian_fraction": 0.0}, "`jacobian_fraction`. Expected a finite number above 0, at most 1"),
