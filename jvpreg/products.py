@@ -33,7 +33,7 @@ from jvpreg.rules.contract import Context
 from jvpreg.rules.registry import unwrap
 
 BatchStatistics = Literal["moving", "frozen", "coupled"]
-Fallback = Literal["warn", "allow", "error"]
+Fallback = Literal["warn", "ignore", "error"]
 
 
 class Options(TypedDict, total=False):
@@ -71,7 +71,7 @@ def linearize(
             default in training). `"coupled"`: the statistics of this batch, moving with it: the true derivative of the
             batch map, in which one example's tangent depends on the other examples.
         fallback: what to do with an operation that has no rule and cannot be opened up. `"warn"`: leave that node to
-            the backend's autodiff, and say so once; `"allow"`: say nothing; `"error"`: raise.
+            the backend's autodiff, and say so once; `"ignore"`: say nothing; `"error"`: raise.
         xla: whether XLA compiles the function in which this runs, if you know. If it is False, rules use TensorFlow's
             own kernels in a graph, which are the fastest there. No result changes.
 
@@ -198,7 +198,7 @@ def _linearize_options(
 ) -> tuple[Context, Fallback]:
     training = checks.boolean("training", training)
     checks.choice("batch_statistics", batch_statistics, ("moving", "frozen", "coupled", None))
-    checks.choice("fallback", fallback, ("warn", "allow", "error"))
+    checks.choice("fallback", fallback, ("warn", "ignore", "error"))
     checks.boolean("xla", xla, optional=True)
     if batch_statistics is None:
         batch_statistics = "frozen" if training else "moving"
@@ -255,7 +255,7 @@ def _warn_of_fallback(model: keras.Layer, fallbacks: dict[str, LeftToAutodiff]) 
     warnings.warn(
         f"Some nodes of `{model.name}` are left to the backend's autodiff, which runs them again for each probe and is "
         f"not always right under XLA:\n{nodes}\nFor a layer of your own, register a rule with "
-        '`jvpreg.register_rule`; if this is as it should be, pass `fallback="allow"` to `linearize`.',
+        '`jvpreg.register_rule`; if this is as it should be, pass `fallback="ignore"` to `linearize`.',
         stacklevel=_callers_level(),
     )
 

@@ -128,7 +128,7 @@ def rows() -> dict[str, Row]:
     model = network()
     options = {"training": False, "batch_statistics": None, "fallback": "warn", "xla": None}
     of_lin = {"linearization": lin()}
-    iteration = {"tol": 1e-2, "num_iterations": 2, "max_restarts": 1, "seed": 0}
+    iteration = {"tolerance": 1e-2, "num_iterations": 2, "max_restarts": 1, "seed": 0}
     quadrature = {"num_probes": 2, "num_steps": 2, "seed": 0}
     enforced = {"enforcement": 1.0, "at": "data", "tolerance": 1e-3, "name": "own"}
     map_of = {"model": of_images(), "x": IMAGES, "target": 1}
@@ -191,17 +191,17 @@ def rows() -> dict[str, Row]:
                 "chunk_size": 4,
             },
         ),
-        "estimators.condition_number": Row(estimators.condition_number, {**of_lin, "max_products": 16}),
-        "estimators.effective_rank": Row(estimators.effective_rank, {**of_lin, **quadrature, "tol": 0.1}),
+        "estimators.condition_number": Row(estimators.condition_number, {**of_lin, "max_matvecs": 16}),
+        "estimators.effective_rank": Row(estimators.effective_rank, {**of_lin, **quadrature, "tolerance": 0.1}),
         "estimators.fixed_point_spectral_radius": Row(
             estimators.fixed_point_spectral_radius,
-            {"linearization": jvpreg.linearize(equilibrium(), X), "layer": "equilibrium", "tol": 0.1, "seed": 0},
+            {"linearization": jvpreg.linearize(equilibrium(), X), "layer": "equilibrium", "tolerance": 0.1, "seed": 0},
         ),
         "estimators.frobenius_norm": Row(
             estimators.frobenius_norm, {**of_lin, "num_probes": 2, "side": "input", "probes": "sphere", "seed": 0}
         ),
         "estimators.inverse_frobenius_norm": Row(
-            estimators.inverse_frobenius_norm, {"linearization": square(), **quadrature, "tol": 0.1}
+            estimators.inverse_frobenius_norm, {"linearization": square(), **quadrature, "tolerance": 0.1}
         ),
         "estimators.log_determinant": Row(estimators.log_determinant, {**of_lin, "of": "JJT", **quadrature}),
         "estimators.singular_values": Row(estimators.singular_values, of_lin),

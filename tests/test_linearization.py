@@ -360,7 +360,7 @@ def test_an_extremum_of_which_no_entry_is_the_winner(float64):
 def test_autodiff_says_of_an_operation_that_it_mixes_examples(float64):
     x = keras.Input((3,))
     for axis, mixes in ((0, True), (1, False)):
-        lin = jvpreg.linearize(keras.Model(x, ops.sort(x, axis=axis)), normal(3, 3), fallback="allow")
+        lin = jvpreg.linearize(keras.Model(x, ops.sort(x, axis=axis)), normal(3, 3), fallback="ignore")
         assert lin.couples_examples == mixes
 
 

@@ -88,13 +88,13 @@ def check_frobenius_norm(tensors: list[np.ndarray], jacobians: np.ndarray, exact
 
 def spectral_norm(lin: Linearization) -> tuple[list, Any]:
     """σ₁ to 1e-3."""
-    estimate = estimators.spectral_norm(lin, tol=TOL)
+    estimate = estimators.spectral_norm(lin, tolerance=TOL)
     return [estimate.value, estimate.residual], estimate.num_matvecs
 
 
 def top_singular_values(lin: Linearization) -> tuple[list, Any]:
     """The five largest."""
-    estimate = estimators.top_singular_values(lin, k=5, tol=TOL)
+    estimate = estimators.top_singular_values(lin, k=5, tolerance=TOL)
     return [estimate.value, estimate.residual], estimate.num_matvecs
 
 

@@ -39,8 +39,8 @@ def conditions(summary: dict[str, Any]) -> str:
     return (
         f"{report.subject(settings)}; UNet of `verify`, batches of {settings['unet_batch_size']} images of "
         f"{size}x{size}x3, an output for each pixel and class. Inference mode. One compiled call linearizes, computes "
-        "`f(x)` and what the row names; a full probe is `frobenius_norm(num_probes=16)` and `spectral_norm(tol=1e-3)`, "
-        "each of which has a row too, and so has `JacobianProbe` as `fit` calls it (which TensorFlow runs without "
+        "`f(x)` and what the row names; a full probe is `frobenius_norm(num_probes=16)` and "
+        "`spectral_norm(tolerance=1e-3)`, each of which has a row too, and so has `JacobianProbe` as `fit` calls it (which TensorFlow runs without "
         "XLA); `top_singular_values` has k=5. J v: products with `J` or `Jᵀ` an example. Where a model has few outputs "
         "the estimators materialize its Jacobian: one product with `Jᵀ` for each. n × jvp (vjp): n products, each of "
         f"which waits for the one before. {costs(summary)} Ratios to the forward pass of the same model, batch and "

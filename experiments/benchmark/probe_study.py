@@ -265,7 +265,7 @@ def callback(
         spent += estimate.num_matvecs
         return estimate
 
-    metrics = {"norm": norm, "sigma": lambda lin: kept(jvpreg.estimators.spectral_norm(lin, tol=TOL))}
+    metrics = {"norm": norm, "sigma": lambda lin: kept(jvpreg.estimators.spectral_norm(lin, tolerance=TOL))}
     probe = jvpreg.callbacks.JacobianProbe(x, metrics)
     made = False
 

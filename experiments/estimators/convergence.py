@@ -92,7 +92,7 @@ def convergence(lin: Linearization, k: int, steps: list[int], exact: np.ndarray,
     ours, reported = [], []
     for q in ours_steps:
         estimator = top_singular_values if kind == "singular" else top_eigenvalues
-        estimate = estimator(lin, k=k, tol=NEVER, num_iterations=q, max_restarts=0, seed=seed)
+        estimate = estimator(lin, k=k, tolerance=NEVER, num_iterations=q, max_restarts=0, seed=seed)
         ours.append(worst(np.abs(ops.convert_to_numpy(estimate.value)) - exact[:, :k], exact))
         reported.append(worst(ops.convert_to_numpy(estimate.residual), exact))
     return {

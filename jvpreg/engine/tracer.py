@@ -59,7 +59,7 @@ class Tracer:
     context: Context
     companions: Companions | None = None
     root: Any = None
-    fallback: str = "allow"
+    fallback: str = "ignore"
     nodes: list[Node] = field(default_factory=list)
     variables: list[tuple[Any, Value]] = field(default_factory=list)
     fallbacks: dict[str, LeftToAutodiff] = field(default_factory=dict)
@@ -353,7 +353,7 @@ def trace(
     inputs: Sequence,
     context: Context,
     companions: Companions | None = None,
-    fallback: str = "allow",
+    fallback: str = "ignore",
 ) -> tuple[Tracer, list[Value], Any]:
     """Runs `model` once on the flat list of `inputs` `(B, …)`, which the user gave as the structure `x`.
 

@@ -16,7 +16,11 @@ from jvpreg.linearization import Linearization
 
 @by_example
 def fixed_point_spectral_radius(
-    linearization: Linearization, layer: str | None = None, tol: float = 1e-2, num_iterations: int = 20, seed: Seed = 0
+    linearization: Linearization,
+    layer: str | None = None,
+    tolerance: float = 1e-2,
+    num_iterations: int = 20,
+    seed: Seed = 0,
 ) -> Estimate:
     """The spectral radius of `∂_z f` at the fixed point of a `FixedPoint` layer's cell.
 
@@ -25,7 +29,7 @@ def fixed_point_spectral_radius(
     Args:
         linearization: from `jvpreg.linearize`, of a model that holds the layer.
         layer: its path, as the linearization's nodes have it; by default the only one.
-        tol: as in `top_eigenvalues`.
+        tolerance: as in `top_eigenvalues`.
         num_iterations: as in `top_eigenvalues`.
         seed: as in `top_eigenvalues`.
 
@@ -54,7 +58,7 @@ def fixed_point_spectral_radius(
         tangents = ops.reshape(ops.cast(vectors, z.dtype), (count, batch, *z.shape[1:]))
         return ops.where(finite, ops.reshape(pushforward.state_product(tangents), (count, batch, size)), 0.0)
 
-    found = top_eigenvalues(Operator(matvec, None, (size, size), batch), 1, tol, num_iterations, seed=seed)
+    found = top_eigenvalues(Operator(matvec, None, (size, size), batch), 1, tolerance, num_iterations, seed=seed)
     value, sem, residual, converged = (part[:, 0] for part in found[:4])
     return Estimate(ops.abs(value), sem, residual, converged, found.num_matvecs)
 

@@ -9,10 +9,10 @@ from keras import ops
 from jvpreg.common import checks
 from jvpreg.common.typing import Seed, Tensor
 from jvpreg.estimators.krylov import lanczos
+from jvpreg.estimators.materialized import singular_values
 from jvpreg.estimators.norms import mean_and_sem
 from jvpreg.estimators.operator import Operator, as_operator, by_example, check_square
 from jvpreg.estimators.result import Estimate
-from jvpreg.estimators.spectrum import singular_values
 from jvpreg.linearization import Linearization
 
 
@@ -57,11 +57,11 @@ class Quadrature(NamedTuple):
         """The standard error of the mean of samples `(P, B)`; 0 if the measure is exact."""
         return ops.zeros_like(samples[0]) if self.coarser is None else mean_and_sem(samples)[1]
 
-    def estimate(self, function: Callable, tol: float) -> Estimate:
+    def estimate(self, function: Callable, tolerance: float) -> Estimate:
         """`Σ_i f(λ_i)` of each example."""
         samples, residual = self.sums(function), self.residual(function)
         value = ops.mean(samples, axis=0)
-        return Estimate(value, self.sem(samples), residual, residual <= tol * ops.abs(value), self.num_matvecs)
+        return Estimate(value, self.sem(samples), residual, residual <= tolerance * ops.abs(value), self.num_matvecs)
 
 
 def gram_quadrature(linearization: Linearization | Operator, num_probes: int, num_steps: int, seed: Seed) -> Quadrature:
@@ -124,7 +124,7 @@ def log_determinant(
     of: Literal["JJT", "J"] = "JJT",
     num_probes: int = 8,
     num_steps: int = 20,
-    tol: float = 1e-2,
+    tolerance: float = 1e-2,
     seed: Seed = 0,
 ) -> Estimate:
     """`log |det(I + A)|` of each example, where A is `J Jᵀ` (which gives the same as `JᵀJ`) or a square `J` itself.
@@ -137,7 +137,7 @@ def log_determinant(
         of: `"JJT"`, or `"J"`: a square Jacobian, which must be symmetric unless it is small enough to be materialized.
         num_probes: random vectors.
         num_steps: Lanczos steps from each; the memory is that of `num_probes·num_steps` vectors.
-        tol: relative to the value, which has converged if the residual is at most `tol` times the value.
+        tolerance: relative to the value, which has converged if the residual is at most `tolerance` times the value.
         seed: an integer or a `keras.random.SeedGenerator`.
 
     Returns:
@@ -160,10 +160,10 @@ def log_determinant(
     2.0794
     """
     checks.choice("of", of, ("JJT", "J"))
-    checks.number("tol", tol, above=0)
+    checks.number("tolerance", tolerance, above=0)
     if of == "JJT":
         squared = gram_quadrature(linearization, num_probes, num_steps, seed)
-        return squared.estimate(lambda nodes: ops.log1p(ops.square(squared.unit * ops.sqrt(nodes))), tol)
+        return squared.estimate(lambda nodes: ops.log1p(ops.square(squared.unit * ops.sqrt(nodes))), tolerance)
     checks.count("num_probes", num_probes, least=2)
     checks.count("num_steps", num_steps, least=2)
     checks.seed("seed", seed, generator=True)
@@ -175,9 +175,9 @@ def log_determinant(
     unit = operator.magnitude(seed)
     over = operator.over(unit)
     measure = _quadrature(over.matvec, operator, unit, num_probes, num_steps, seed)
-    found = measure.estimate(lambda values: ops.log(ops.abs(1 + measure.unit * values)), tol)
+    found = measure.estimate(lambda values: ops.log(ops.abs(1 + measure.unit * values)), tolerance)
     residual = found.residual + _asymmetry(over, operator.draw("sphere", 1, seed)) * ops.abs(found.value)
-    converged = residual <= tol * ops.abs(found.value)
+    converged = residual <= tolerance * ops.abs(found.value)
     return found._replace(residual=residual, converged=converged, num_matvecs=found.num_matvecs + 2)
 
 
@@ -201,7 +201,11 @@ def _exact_log_determinant(operator: Operator) -> Estimate:
 
 @by_example
 def inverse_frobenius_norm(
-    linearization: Linearization | Operator, num_probes: int = 8, num_steps: int = 20, tol: float = 1e-2, seed: Seed = 0
+    linearization: Linearization | Operator,
+    num_probes: int = 8,
+    num_steps: int = 20,
+    tolerance: float = 1e-2,
+    seed: Seed = 0,
 ) -> Estimate:
     """`‖J⁻¹‖_F` of each example, for a square Jacobian: the root of `Σ 1/σ_i²`.
 
@@ -212,7 +216,7 @@ def inverse_frobenius_norm(
         linearization: from `jvpreg.linearize`, or an `Operator`.
         num_probes: random vectors.
         num_steps: Lanczos steps from each.
-        tol: relative to the value, which has converged if the residual is at most `tol` times the value.
+        tolerance: relative to the value, which has converged if the residual is at most `tolerance` times the value.
         seed: an integer or a `keras.random.SeedGenerator`.
 
     Returns:
@@ -232,15 +236,15 @@ def inverse_frobenius_norm(
     >>> round(float(keras.ops.convert_to_numpy(estimate.value)[0]), 4)
     2.0
     """
-    checks.number("tol", tol, above=0)
+    checks.number("tolerance", tolerance, above=0)
     operator = as_operator(linearization)
     check_square(operator, "inverse_frobenius_norm")
     measure = gram_quadrature(operator, num_probes, num_steps, seed)
-    unit, found = measure.unit[:, 0], measure.estimate(lambda squares: 1 / squares, tol)
+    unit, found = measure.unit[:, 0], measure.estimate(lambda squares: 1 / squares, tolerance)
     value = ops.sqrt(found.value)
     # The errors are multiplied by the slope of the root.
     sem, residual = (part / (2 * value) for part in (found.sem, found.residual))
-    return Estimate(value / unit, sem / unit, residual / unit, residual <= tol * value, found.num_matvecs)
+    return Estimate(value / unit, sem / unit, residual / unit, residual <= tolerance * value, found.num_matvecs)
 
 
 class SpectralDensity(NamedTuple):

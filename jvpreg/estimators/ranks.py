@@ -4,11 +4,12 @@ from keras import ops
 
 from jvpreg.common import checks
 from jvpreg.common.typing import Seed, Tensor
+from jvpreg.estimators.materialized import singular_values
 from jvpreg.estimators.norms import frobenius_norm
 from jvpreg.estimators.operator import Operator, as_operator, by_example
 from jvpreg.estimators.quadrature import gram_quadrature
 from jvpreg.estimators.result import Estimate
-from jvpreg.estimators.spectrum import singular_values, spectral_norm
+from jvpreg.estimators.spectrum import spectral_norm
 from jvpreg.linearization import Linearization
 
 
@@ -16,7 +17,7 @@ from jvpreg.linearization import Linearization
 def stable_rank(
     linearization: Linearization | Operator,
     num_probes: int = 16,
-    tol: float = 1e-3,
+    tolerance: float = 1e-3,
     num_iterations: int = 10,
     max_restarts: int = 10,
     seed: Seed = 0,
@@ -27,7 +28,7 @@ def stable_rank(
         linearization: from `jvpreg.linearize`, or an `Operator`.
         num_probes: for the norm: see `frobenius_norm`. If the smaller side has no more dimensions than this, the
             Jacobian is materialized, and all is exact.
-        tol: for σ₁: see `top_singular_values`.
+        tolerance: for σ₁: see `top_singular_values`.
         num_iterations: for σ₁: see `top_singular_values`.
         max_restarts: for σ₁: see `top_singular_values`.
         seed: for both: an integer or a `keras.random.SeedGenerator`.
@@ -48,7 +49,7 @@ def stable_rank(
     3.0
     """
     checks.count("num_probes", num_probes, least=2)
-    checks.number("tol", tol, above=0)
+    checks.number("tolerance", tolerance, above=0)
     checks.count("num_iterations", num_iterations)
     checks.count("max_restarts", max_restarts, least=0)
     checks.seed("seed", seed, generator=True)
@@ -62,7 +63,7 @@ def stable_rank(
         sem = ops.zeros_like(value)
     else:
         norm = frobenius_norm(operator, num_probes, seed=seed)
-        top = spectral_norm(operator, tol, num_iterations, max_restarts, seed)
+        top = spectral_norm(operator, tolerance, num_iterations, max_restarts, seed)
         largest, residual, converged = top.value, top.residual, top.converged
         num_matvecs = norm.num_matvecs + top.num_matvecs
         unit = ops.where(largest > 0, largest, 1.0)
@@ -74,7 +75,11 @@ def stable_rank(
 
 @by_example
 def effective_rank(
-    linearization: Linearization | Operator, num_probes: int = 8, num_steps: int = 20, tol: float = 1e-2, seed: Seed = 0
+    linearization: Linearization | Operator,
+    num_probes: int = 8,
+    num_steps: int = 20,
+    tolerance: float = 1e-2,
+    seed: Seed = 0,
 ) -> Estimate:
     """`exp(H)` of each example, where H is the entropy of the singular values, normalized to sum to 1.
 
@@ -84,7 +89,7 @@ def effective_rank(
         linearization: from `jvpreg.linearize`, or an `Operator`.
         num_probes: random vectors.
         num_steps: Lanczos steps from each.
-        tol: relative to the value, which has converged if the residual is at most `tol` times the value.
+        tolerance: relative to the value, which has converged if the residual is at most `tolerance` times the value.
         seed: an integer or a `keras.random.SeedGenerator`.
 
     Returns:
@@ -103,7 +108,7 @@ def effective_rank(
     >>> round(float(keras.ops.convert_to_numpy(estimate.value)[0]), 4)
     3.0
     """
-    checks.number("tol", tol, above=0)
+    checks.number("tolerance", tolerance, above=0)
     found = gram_quadrature(linearization, num_probes, num_steps, seed)
     sums, weighted = found.sums(ops.sqrt), found.sums(_sigma_log_sigma)
     total, mean = ops.mean(sums, axis=0), ops.mean(weighted, axis=0)
@@ -114,7 +119,7 @@ def effective_rank(
     slopes = value * (1 / divisor + mean / divisor**2), -value / divisor
     sem = found.sem(slopes[0] * sums + slopes[1] * weighted)
     residual = ops.abs(slopes[0]) * found.residual(ops.sqrt) + ops.abs(slopes[1]) * found.residual(_sigma_log_sigma)
-    return Estimate(value, sem, residual, residual <= tol * value, found.num_matvecs)
+    return Estimate(value, sem, residual, residual <= tolerance * value, found.num_matvecs)
 
 
 def _sigma_log_sigma(squares: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class RitzValues(NamedTuple):
 def top_singular_values(
     linearization: Linearization | Operator,
     k: int = 1,
-    tol: float = 1e-3,
+    tolerance: float = 1e-3,
     num_iterations: int = 10,
     max_restarts: int = 10,
     seed: Seed = 0,
@@ -60,7 +60,7 @@ def top_singular_values(
     Args:
         linearization: from `jvpreg.linearize`, or an `Operator`.
         k: how many singular values.
-        tol: relative to σ₁: a value has converged if its residual is at most `tol·σ₁`.
+        tolerance: relative to σ₁: a value has converged if its residual is at most `tolerance·σ₁`.
         num_iterations: steps between restarts; the memory is that of `k·num_iterations` vectors of both sides.
         max_restarts: the largest number of restarts.
         seed: of the starting vectors: an integer or a `keras.random.SeedGenerator`.
@@ -86,7 +86,7 @@ def top_singular_values(
     [2.4495, 0.0]
     """
     operator = as_operator(linearization)
-    ritz, unit, converged, num_matvecs = _triplets(operator, k, tol, num_iterations, max_restarts, seed)
+    ritz, unit, converged, num_matvecs = _triplets(operator, k, tolerance, num_iterations, max_restarts, seed)
     # Not the left vectors of the SVD: for repeated values, rounding may pair them with other right vectors.
     right, left = _completed(ritz.inputs), _completed(ritz.images)
     if operator.upright is not operator:
@@ -100,34 +100,9 @@ def top_singular_values(
 
 
 @by_example
-def singular_values(linearization: Linearization | Operator) -> Estimate:
-    """All singular values of each example's Jacobian, which is materialized from its smaller side.
-
-    Args:
-        linearization: from `jvpreg.linearize`, or an `Operator`.
-
-    Returns:
-        An `Estimate`, each part `(B, min(m, n))`, the largest first. It costs `min(m, n)` products.
-
-    Example:
-
-    >>> import keras, numpy as np, jvpreg
-    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, kernel_initializer="ones")])
-    >>> estimate = jvpreg.estimators.singular_values(jvpreg.linearize(model, np.zeros((1, 3))))
-    >>> tuple(estimate.value.shape)
-    (1, 2)
-    """
-    operator = as_operator(linearization).upright
-    ritz, unit = _materialized(operator, operator.shape[1])
-    exact = ops.isfinite(ritz.values)
-    zero = ops.zeros_like(ritz.values)
-    return Estimate(unit * ritz.values, zero, zero, exact, operator.shape[1])
-
-
-@by_example
 def spectral_norm(
     linearization: Linearization | Operator,
-    tol: float = 1e-3,
+    tolerance: float = 1e-3,
     num_iterations: int = 10,
     max_restarts: int = 10,
     seed: Seed = 0,
@@ -136,7 +111,7 @@ def spectral_norm(
 
     Args:
         linearization: from `jvpreg.linearize`, or an `Operator`.
-        tol: as in `top_singular_values`.
+        tolerance: as in `top_singular_values`.
         num_iterations: as in `top_singular_values`.
         max_restarts: as in `top_singular_values`.
         seed: as in `top_singular_values`.
@@ -152,56 +127,16 @@ def spectral_norm(
     >>> round(float(keras.ops.convert_to_numpy(estimate.value)[0]), 4)
     2.4495
     """
-    estimate = top_singular_values(linearization, 1, tol, num_iterations, max_restarts, seed)
+    estimate = top_singular_values(linearization, 1, tolerance, num_iterations, max_restarts, seed)
     value, sem, residual, converged = (part[:, 0] for part in estimate[:4])
     return Estimate(value, sem, residual, converged, estimate.num_matvecs)
-
-
-@by_example
-def condition_number(linearization: Linearization | Operator, max_products: int = 1024) -> Estimate:
-    """`σ₁ / σ_min` of each example's Jacobian, over the singular values of its smaller side.
-
-    Exact: the Jacobian is materialized, because a smaller number of products gives no lower bound of the smallest
-    singular value.
-
-    Args:
-        linearization: from `jvpreg.linearize`, or an `Operator`.
-        max_products: the largest number of products that it may take.
-
-    Returns:
-        An `Estimate`, each part `(B,)`; infinite if the Jacobian does not have full rank. Rounding may turn a zero into
-        a small number: beyond 1e6 in float32, 1e15 in float64, the result says only that it is large.
-
-    Raises:
-        ValueError: it would take more than `max_products`.
-
-    Example:
-
-    >>> import keras, numpy as np, jvpreg
-    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(3, kernel_initializer="identity")])
-    >>> estimate = jvpreg.estimators.condition_number(jvpreg.linearize(model, np.zeros((1, 3))))
-    >>> float(keras.ops.convert_to_numpy(estimate.value)[0])
-    1.0
-    """
-    checks.count("max_products", max_products)
-    size = min(as_operator(linearization).shape)
-    if size > max_products:
-        raise ValueError(
-            f"The condition number takes {size} products, one for each dimension of the smaller side. Expected at most "
-            f"`max_products`. Received: max_products={max_products}"
-        )
-    estimate = singular_values(linearization)
-    largest, smallest = estimate.value[:, 0], estimate.value[:, -1]
-    value = ops.where(smallest > 0, largest / ops.where(smallest > 0, smallest, 1.0), np.inf)
-    zero = ops.zeros_like(value)
-    return Estimate(value, zero, zero, estimate.converged[:, 0], estimate.num_matvecs)
 
 
 @by_example
 def top_eigenvalues(
     linearization: Linearization | Operator,
     k: int = 1,
-    tol: float = 1e-3,
+    tolerance: float = 1e-3,
     num_iterations: int = 20,
     max_restarts: int = 10,
     seed: Seed = 0,
@@ -216,7 +151,7 @@ def top_eigenvalues(
     Args:
         linearization: from `jvpreg.linearize`, or an `Operator`.
         k: how many eigenvalues.
-        tol: relative to |λ₁|: a value has converged if its residual is at most `tol·|λ₁|`.
+        tolerance: relative to |λ₁|: a value has converged if its residual is at most `tolerance·|λ₁|`.
         num_iterations: steps between restarts; the memory is that of `2·(k + 2)·num_iterations` vectors.
         max_restarts: the largest number of restarts.
         seed: of the starting vectors: an integer or a `keras.random.SeedGenerator`.
@@ -247,22 +182,24 @@ def top_eigenvalues(
     """
     operator = as_operator(linearization)
     if not operator.is_square:
-        ritz, unit, _, num_matvecs = _triplets(operator, k, tol, num_iterations // 2 or 1, max_restarts, seed)
+        ritz, unit, _, num_matvecs = _triplets(operator, k, tolerance, num_iterations // 2 or 1, max_restarts, seed)
         value = ops.square(unit * ritz.values)
-        converged = ritz.gram_residual <= tol * ops.square(ritz.values[:, :1])
+        converged = ritz.gram_residual <= tolerance * ops.square(ritz.values[:, :1])
         return Estimate(value, ops.zeros_like(value), unit**2 * ritz.gram_residual, converged, num_matvecs)
-    _check_iteration(k, tol, num_iterations, max_restarts, seed, operator.shape[0])
-    return _arnoldi(operator, k, tol, num_iterations, max_restarts, seed)
+    _check_iteration(k, tolerance, num_iterations, max_restarts, seed, operator.shape[0])
+    return _arnoldi(operator, k, tolerance, num_iterations, max_restarts, seed)
 
 
-def _arnoldi(operator: Operator, k: int, tol: float, num_iterations: int, max_restarts: int, seed: Seed) -> Estimate:
+def _arnoldi(
+    operator: Operator, k: int, tolerance: float, num_iterations: int, max_restarts: int, seed: Seed
+) -> Estimate:
     """For a square Jacobian: of the whole matrix if it is small, otherwise by Arnoldi's method with restarts."""
     size, batch = operator.shape[0], operator.batch_size
     # Two more than asked for: a conjugate pair then restarts as its whole plane, and the k-th value is separated.
     width = k + 2
     if size <= width * num_iterations:
         basis, images, unit = _matrix(operator)
-        return _eigenvalue_estimate(_eigenpairs(basis, images, k), unit, tol, size)
+        return _eigenvalue_estimate(_eigenpairs(basis, images, k), unit, tolerance, size)
 
     unit = operator.magnitude(seed)
     matvec = probed(operator.over(unit).matvec)
@@ -276,14 +213,14 @@ def _arnoldi(operator: Operator, k: int, tol: float, num_iterations: int, max_re
 
     def unfinished(i: Tensor, real: Tensor, imaginary: Tensor, residual: Tensor, *_: Tensor) -> Tensor:
         largest = ops.sqrt(real**2 + imaginary**2)[:, :1]
-        return ops.logical_and(i <= max_restarts, ops.logical_not(ops.all(residual[:, :k] <= tol * largest)))
+        return ops.logical_and(i <= max_restarts, ops.logical_not(ops.all(residual[:, :k] <= tolerance * largest)))
 
     start = ops.transpose(operator.draw("gaussian", width, seed), (1, 0, 2))
     nothing = ops.zeros((batch, width), operator.dtype)
     state = (ops.convert_to_tensor(0), nothing, nothing, nothing + np.inf, start, ops.zeros_like(start))
     cycles, *found = ops.while_loop(unfinished, cycle, state)
     num_matvecs = cycles * (width * num_iterations) + 1
-    return _eigenvalue_estimate([part[:, :k] for part in found], ops.expand_dims(unit, -1), tol, num_matvecs)
+    return _eigenvalue_estimate([part[:, :k] for part in found], ops.expand_dims(unit, -1), tolerance, num_matvecs)
 
 
 def _eigenpairs(basis: Tensor, images: Tensor, k: int) -> tuple:
@@ -309,10 +246,10 @@ def _eigenpairs(basis: Tensor, images: Tensor, k: int) -> tuple:
     return real, imaginary, residual, *rows
 
 
-def _eigenvalue_estimate(pairs: list | tuple, unit: Tensor, tol: float, num_matvecs: int | Tensor) -> Estimate:
+def _eigenvalue_estimate(pairs: list | tuple, unit: Tensor, tolerance: float, num_matvecs: int | Tensor) -> Estimate:
     real, imaginary, residual, rows_real, rows_imaginary = pairs
     value = _complex(unit * real, unit * imaginary)
-    converged = residual <= tol * ops.sqrt(real**2 + imaginary**2)[:, :1]
+    converged = residual <= tolerance * ops.sqrt(real**2 + imaginary**2)[:, :1]
     vectors = _complex(rows_real, rows_imaginary)
     return Estimate(value, ops.zeros_like(real), unit * residual, converged, num_matvecs, vectors)
 
@@ -323,13 +260,15 @@ def _complex(real: Tensor, imaginary: Tensor) -> Tensor:
     return ops.cast(real, dtype) + 1j * ops.cast(imaginary, dtype)
 
 
-def _triplets(operator: Operator, k: int, tol: float, num_iterations: int, max_restarts: int, seed: Seed) -> tuple:
+def _triplets(
+    operator: Operator, k: int, tolerance: float, num_iterations: int, max_restarts: int, seed: Seed
+) -> tuple:
     """The k largest triplets of the upright operator divided by its unit; the unit; `converged`; the products."""
-    _check_iteration(k, tol, num_iterations, max_restarts, seed, min(operator.shape))
+    _check_iteration(k, tolerance, num_iterations, max_restarts, seed, min(operator.shape))
     operator = operator.upright
     outputs, size = operator.shape
     if size <= 2 * k * num_iterations:
-        (ritz, unit), num_matvecs = _materialized(operator, k), size
+        (ritz, unit), num_matvecs = materialized_triplets(operator, k), size
     else:
         unit = operator.magnitude(seed)
         operator, unit = operator.over(unit), ops.expand_dims(unit, -1)
@@ -345,7 +284,7 @@ def _triplets(operator: Operator, k: int, tol: float, num_iterations: int, max_r
 
         def unfinished(i: Tensor, *parts: Tensor) -> Tensor:
             ritz = RitzValues(*parts)
-            done = ops.all(ritz.residual <= tol * ritz.values[:, :1])
+            done = ops.all(ritz.residual <= tolerance * ritz.values[:, :1])
             return ops.logical_and(i <= max_restarts, ops.logical_not(done))
 
         start = ops.transpose(operator.draw("gaussian", k, seed), (1, 0, 2))
@@ -354,7 +293,7 @@ def _triplets(operator: Operator, k: int, tol: float, num_iterations: int, max_r
         state = (ops.convert_to_tensor(0), nothing, start, images, nothing + np.inf)
         cycles, *parts = ops.while_loop(unfinished, cycle, state)
         ritz, num_matvecs = RitzValues(*parts), cycles * (2 * k * num_iterations) + 1
-    return ritz, unit, ritz.residual <= tol * ritz.values[:, :1], num_matvecs
+    return ritz, unit, ritz.residual <= tolerance * ritz.values[:, :1], num_matvecs
 
 
 def _matrix(operator: Operator) -> tuple:
@@ -365,7 +304,7 @@ def _matrix(operator: Operator) -> tuple:
     return basis, images, unit
 
 
-def _materialized(operator: Operator, k: int) -> tuple:
+def materialized_triplets(operator: Operator, k: int) -> tuple:
     """The k largest triplets of an upright operator divided by its unit, from its whole matrix; the unit, `(B, 1)`."""
     basis, images, unit = _matrix(operator)
     return _ritz(basis, images, ops.matmul(images, ops.transpose(images, (0, 2, 1))), k), unit
@@ -392,9 +331,9 @@ def _completed(rows: Tensor) -> Tensor:
     return ops.transpose(columns, (0, 2, 1)) * ops.cast(ops.expand_dims(signs, -1), rows.dtype)
 
 
-def _check_iteration(k: int, tol: float, num_iterations: int, max_restarts: int, seed: Seed, size: int) -> None:
+def _check_iteration(k: int, tolerance: float, num_iterations: int, max_restarts: int, seed: Seed, size: int) -> None:
     checks.count("k", k, most=size)
     checks.count("num_iterations", num_iterations)
     checks.count("max_restarts", max_restarts, least=0)
-    checks.number("tol", tol, above=0)
+    checks.number("tolerance", tolerance, above=0)
     checks.seed("seed", seed, generator=True)

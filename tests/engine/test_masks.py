@@ -449,10 +449,10 @@ def test_a_layer_that_is_left_to_autodiff(float64):
 
     model = masked_model(Opaque(name="opaque"))
     with pytest.raises(NotImplementedError, match=r"`opaque` is left to autodiff.*would not see the mask"):
-        jvpreg.linearize(model, drawn_inputs(model), fallback="allow")
+        jvpreg.linearize(model, drawn_inputs(model), fallback="ignore")
     model = masked_model(TakesMask())
     x, v = drawn_inputs(model), normal(BATCH, 2)
-    lin = jvpreg.linearize(model, x, fallback="allow")
+    lin = jvpreg.linearize(model, x, fallback="ignore")
     assert_close(lin.outputs, model(x))
     assert_close(lin.vjp(v), transpose(lambda inputs: [model(inputs)], x, [ops.convert_to_tensor(v)]))
 

@@ -423,12 +423,12 @@ def test_autodiff_is_announced_once_or_forbidden():
     lin.jvp(x)
     assert float(model.layers[-1].calls) == 1
     jvpreg.linearize(model, x)  # says nothing any more
-    jvpreg.linearize(keras.models.clone_model(model), x, fallback="allow")
+    jvpreg.linearize(keras.models.clone_model(model), x, fallback="ignore")
     with pytest.raises(
         NotImplementedError, match=r"`opaque` \(.*Opaque\) has no pushforward rule \(its `call` does.*register_rule"
     ):
         jvpreg.linearize(model, x, fallback="error")
-    with pytest.raises(ValueError, match=r'`fallback`\. Expected "warn", "allow" or "error"'):
+    with pytest.raises(ValueError, match=r'`fallback`\. Expected "warn", "ignore" or "error"'):
         jvpreg.linearize(model, x, fallback="never")
 
 

@@ -18,7 +18,7 @@ SIZE = 20
 ESTIMATORS = {
     "frobenius_norm": lambda o: estimators.frobenius_norm(o, num_probes=4),
     "exact frobenius_norm": lambda o: estimators.frobenius_norm(o, num_probes=SIZE),
-    "top_singular_values": lambda o: estimators.top_singular_values(o, k=2, num_iterations=3, tol=1e-4),
+    "top_singular_values": lambda o: estimators.top_singular_values(o, k=2, num_iterations=3, tolerance=1e-4),
     "singular_values": estimators.singular_values,
     "spectral_norm": lambda o: estimators.spectral_norm(o, num_iterations=5),
     "condition_number": estimators.condition_number,

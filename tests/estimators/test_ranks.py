@@ -57,7 +57,7 @@ def test_of_a_zero_jacobian_and_of_a_low_rank_without_its_matrix(estimator):
 def test_the_stable_rank_over_seeds():
     values = np.linspace(0.2, 3, 40)
     matrix = with_singular_values(values, 45, 40)
-    found = estimated(stable_rank, matrix.astype("float32"), num_probes=8, tol=1e-4, batch_size=1000)
+    found = estimated(stable_rank, matrix.astype("float32"), num_probes=8, tolerance=1e-4, batch_size=1000)
     assert_mean(found.value.astype("float64"), stable(values[::-1]), found.sem)
     assert found.converged.all()
     assert found.num_matvecs > 8
@@ -67,7 +67,9 @@ def test_the_stable_rank_over_seeds():
 def test_the_residual_of_the_largest_value_carries_over():
     values = 0.999 ** np.arange(60)
     matrix = with_singular_values(values, 60, 60)
-    found = estimated(stable_rank, matrix, num_probes=16, tol=1e-12, num_iterations=2, max_restarts=1, batch_size=50)
+    found = estimated(
+        stable_rank, matrix, num_probes=16, tolerance=1e-12, num_iterations=2, max_restarts=1, batch_size=50
+    )
     assert not found.converged.any()
     assert np.all(found.residual > 1e-3 * found.value)
     assert_mean(found.value / found.value.mean(), 1.0)
@@ -85,5 +87,5 @@ def test_of_any_size_in_float32(size, scale):
 def test_bad_arguments():
     with pytest.raises(ValueError, match=r"`num_probes`. Expected an integer, 2 or more. Received: num_probes=1"):
         stable_rank(operator(np.eye(3)), num_probes=1)
-    with pytest.raises(ValueError, match=r"`tol`. Expected a finite number above 0. Received: tol=-1"):
-        stable_rank(operator(normal(30, 30).astype("float32")), tol=-1)
+    with pytest.raises(ValueError, match=r"`tolerance`. Expected a finite number above 0. Received: tolerance=-1"):
+        stable_rank(operator(normal(30, 30).astype("float32")), tolerance=-1)

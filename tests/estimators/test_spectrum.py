@@ -77,7 +77,9 @@ def test_singular_values_of_all_kinds_in_one_batch(num_iterations, shape):
     matrices = np.stack(list(SINGULAR.values()))
     if shape == "wide":
         matrices = matrices.transpose(0, 2, 1).copy()
-    found = estimated(top_singular_values, matrices, k=4, tol=1e-7, num_iterations=num_iterations, max_restarts=100)
+    found = estimated(
+        top_singular_values, matrices, k=4, tolerance=1e-7, num_iterations=num_iterations, max_restarts=100
+    )
     assert found.converged.all()
     check_singular(matrices, found, SINGULAR, rounding=1e-13, tolerance=1e-6)
     if num_iterations == 20:
@@ -93,7 +95,7 @@ def test_vectors_of_repeated_values_belong_together():
     """Those of an SVD may not, by 1e-8 on TensorFlow; rounding decides of which matrices, so here are many."""
     values = [3, 3, 3, *np.linspace(0.1, 1, 20)]
     matrices = np.stack([with_singular_values(values, ROWS, COLUMNS, seed=2 * seed) for seed in range(300)])
-    found = estimated(top_singular_values, matrices, k=4, tol=1e-7, num_iterations=20)
+    found = estimated(top_singular_values, matrices, k=4, tolerance=1e-7, num_iterations=20)
     check_singular(matrices, found, range(300), rounding=1e-13, tolerance=1e-6)
 
 
@@ -117,7 +119,7 @@ def test_singular_values_in_float32(num_iterations):
 def test_before_convergence_the_residual_is_honest(num_iterations, max_restarts):
     matrices = np.stack([SINGULAR["random"], SLOW, SINGULAR["decaying"]] * 5)
     found = estimated(
-        top_singular_values, matrices, k=2, tol=1e-9, num_iterations=num_iterations, max_restarts=max_restarts
+        top_singular_values, matrices, k=2, tolerance=1e-9, num_iterations=num_iterations, max_restarts=max_restarts
     )
     assert not found.converged[0::3].all()
     assert not found.converged[1::3].all()
@@ -133,7 +135,7 @@ def test_before_convergence_the_residual_is_honest(num_iterations, max_restarts)
 def test_as_many_as_there_are(shape):
     matrices = normal(3, *shape)
     matrices[2, 1:] = 0
-    found = estimated(top_singular_values, matrices, k=min(shape), tol=1e-9, num_iterations=1)
+    found = estimated(top_singular_values, matrices, k=min(shape), tolerance=1e-9, num_iterations=1)
     check_singular(matrices, found, "abc", rounding=1e-13, tolerance=1e-9)
     assert found.num_matvecs == min(shape)
     every = estimated(singular_values, matrices)
@@ -160,8 +162,8 @@ def test_the_condition_number():
         np.testing.assert_allclose(found.value[:3], np.linalg.cond(matrices[:3]), rtol=1e-10)
         assert np.all(found.value[3:] == np.inf)
         assert found.num_matvecs == 4
-    with pytest.raises(ValueError, match=r"takes 4 products.*`max_products`. Received: max_products=3"):
-        condition_number(operator(matrices), max_products=3)
+    with pytest.raises(ValueError, match=r"takes 4 products.*`max_matvecs`. Received: max_matvecs=3"):
+        condition_number(operator(matrices), max_matvecs=3)
 
 
 def largest(values, k):
@@ -193,7 +195,7 @@ def check_eigenvalues(matrices, estimate, names, rounding, tolerance, wrong=()):
 @pytest.mark.parametrize("num_iterations", [6, 20], ids=["iterated", "materialized"])
 def test_eigenvalues_of_all_kinds_in_one_batch(num_iterations):
     matrices = np.stack(list(EIGEN.values()))
-    found = estimated(top_eigenvalues, matrices, k=3, tol=1e-9, num_iterations=num_iterations, max_restarts=60)
+    found = estimated(top_eigenvalues, matrices, k=3, tolerance=1e-9, num_iterations=num_iterations, max_restarts=60)
     assert found.value.dtype == "complex128"
     check_eigenvalues(matrices, found, EIGEN, rounding=1e-13, tolerance=1e-6)
     pair = found.value[list(EIGEN).index("complex pairs")]
@@ -218,7 +220,7 @@ def test_eigenvalues_in_float32(num_iterations):
 def test_defective_matrices(num_iterations):
     """Their eigenvalues move by the root of a perturbation, that of a block of 36 is lost: but the residual is true."""
     matrices = np.stack([JORDAN, np.eye(36, k=1), SMALL_JORDAN])
-    found = estimated(top_eigenvalues, matrices, k=2, tol=1e-9, num_iterations=num_iterations)
+    found = estimated(top_eigenvalues, matrices, k=2, tolerance=1e-9, num_iterations=num_iterations)
     names = ("jordan", "nilpotent", "small jordan")
     check_eigenvalues(matrices, found, names, rounding=1e-13, tolerance=0, wrong=names)
     np.testing.assert_allclose(found.value[2], [2, 2], atol=1e-3)
@@ -231,7 +233,7 @@ def test_defective_matrices(num_iterations):
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
 def test_all_eigenvalues(size):
     matrices = normal(4, size, size, seed=size)
-    found = estimated(top_eigenvalues, matrices, k=size, num_iterations=1, tol=1e-9)
+    found = estimated(top_eigenvalues, matrices, k=size, num_iterations=1, tolerance=1e-9)
     check_eigenvalues(matrices, found, "abcd", rounding=1e-13, tolerance=1e-9)
     assert found.num_matvecs == size
     np.testing.assert_allclose(found.value.sum(axis=1), np.trace(matrices, axis1=1, axis2=2), atol=1e-12)
@@ -245,7 +247,7 @@ def test_eigenvalues_of_what_is_not_square_are_squares(shape, num_iterations):
     exact = np.linalg.svd(matrices, compute_uv=False)[:, :3] ** 2
     if shape == "wide":
         matrices = matrices.transpose(0, 2, 1).copy()
-    found = estimated(top_eigenvalues, matrices, k=3, tol=1e-7, num_iterations=num_iterations, max_restarts=60)
+    found = estimated(top_eigenvalues, matrices, k=3, tolerance=1e-7, num_iterations=num_iterations, max_restarts=60)
     scale = np.maximum(exact[:, :1], 1e-30)
     assert found.converged.all()
     assert np.all(np.abs(found.value - exact) <= 1e-6 * scale)
@@ -309,7 +311,7 @@ def test_networks(network, num_iterations):
     lin = linearized(network)
     matrices = explicit(lin)
     exact = np.linalg.svd(matrices, compute_uv=False)
-    found = top_singular_values(lin, k=2, tol=1e-7, num_iterations=num_iterations, max_restarts=50)
+    found = top_singular_values(lin, k=2, tolerance=1e-7, num_iterations=num_iterations, max_restarts=50)
     value = numpy(found.value)
     np.testing.assert_allclose(value, exact[:, :2], atol=1e-6 * exact.max())
     assert numpy(found.converged).all()
@@ -329,7 +331,7 @@ def test_eigenvalues_of_a_network():
     exact = np.linalg.eigvals(matrices)
     assert np.abs(exact.imag).max() > 0.1
     for num_iterations in (5, 20):
-        found = numbers(top_eigenvalues(lin, k=1, tol=1e-9, num_iterations=num_iterations, max_restarts=50))
+        found = numbers(top_eigenvalues(lin, k=1, tolerance=1e-9, num_iterations=num_iterations, max_restarts=50))
         expected = [largest(values, 1) for values in exact]
         np.testing.assert_allclose(found[0], expected, atol=1e-6)
 
@@ -342,9 +344,9 @@ def test_eigenvalues_of_a_network():
         ("k", 1.5, r"`k`. Expected an integer"),
         ("k", True, r"`k`. Expected an integer"),
         ("k", 4, r"`k`. Expected an integer from 1 to 3. Received: k=4"),
-        ("tol", 0, r"`tol`. Expected a finite number above 0. Received: tol=0"),
-        ("tol", float("nan"), r"`tol`. Expected a finite number above 0. Received: tol=nan"),
-        ("tol", "small", r"`tol`. Expected a finite number above 0. Received: tol='small'"),
+        ("tolerance", 0, r"`tolerance`. Expected a finite number above 0. Received: tolerance=0"),
+        ("tolerance", float("nan"), r"`tolerance`. Expected a finite number above 0. Received: tolerance=nan"),
+        ("tolerance", "small", r"`tolerance`. Expected a finite number above 0. Received: tolerance='small'"),
         ("num_iterations", 0, r"`num_iterations`. Expected an integer, 1 or more. Received: num_iterations=0"),
         ("max_restarts", -1, r"`max_restarts`. Expected an integer, 0 or more. Received: max_restarts=-1"),
     ],

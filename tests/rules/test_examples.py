@@ -212,7 +212,7 @@ def test_a_part_of_a_batch_on_whose_whole_it_depends(name):
 @pytest.mark.parametrize("name", UNTOLD)
 def test_a_part_of_a_batch_that_cannot_be_told(name):
     with pytest.raises(ValueError, match=r"cannot be cut where something is frozen"):
-        jvpreg.linearize(UNTOLD[name](), normal(5, 5, 4), fallback="allow").take([0])
+        jvpreg.linearize(UNTOLD[name](), normal(5, 5, 4), fallback="ignore").take([0])
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_a_part_of_a_batch_that_cannot_be_told(name):
     ids=["inv", "segment_sum", "top_k", "cumprod"],
 )
 def test_an_operation_without_a_rule_that_works_along_the_first_axis(function, shape):
-    lin = jvpreg.linearize(Function(function), normal(*shape), fallback="allow")
+    lin = jvpreg.linearize(Function(function), normal(*shape), fallback="ignore")
     with pytest.raises(ValueError, match=r"couples the examples of a batch"):
         lin.jacobian()
 
@@ -243,7 +243,7 @@ def test_an_operation_without_a_rule_that_works_along_the_first_axis(function, s
 )
 def test_an_operation_without_a_rule_that_works_example_by_example(function, shape):
     layer, x, u = Function(function), normal(*shape), normal(*shape, seed=1)
-    lin = jvpreg.linearize(layer, x, fallback="allow")
+    lin = jvpreg.linearize(layer, x, fallback="ignore")
     assert lin.fallbacks
     np.testing.assert_allclose(numpy(lin.take([2]).jvp(u[2:3])), numpy(lin.jvp(u))[2:3], rtol=1e-10)
     jacobian = numpy(lin.jacobian()).reshape(4, -1, u[0].size)
