@@ -126,6 +126,10 @@ ATTRIBUTES = {
         "say of a symbol that no operation made it",
         "see what `keras.ops` write on a symbol that they are given",
     ),
+    "keras.Layer._convert_input_args": Use(
+        "know the layers that do not cast their inputs, as random flips and crops",
+        "name these layers here; under a policy of mixed precision they return what has the dtype of their input",
+    ),
     "keras.Layer._layers": Use(
         "tell the list that Keras keeps of a layer's layers from the attributes of the layer's own",
         "see where `Layer.__setattr__` notes a layer",
@@ -318,6 +322,11 @@ def within_call(layer: keras.Layer, training: bool | None = None):
     finally:
         call.training = before
         layer._maybe_reset_call_context()
+
+
+def casts_inputs(layer: keras.Layer) -> bool:
+    """Whether a layer casts its inputs to the dtype in which it computes."""
+    return layer.autocast and _attribute(layer, "keras.Layer._convert_input_args")
 
 
 def clear_losses(layer: keras.Layer) -> None:

@@ -10,6 +10,7 @@ from keras import ops
 
 from jvpreg.common.dtypes import has_tangents
 from jvpreg.common.eager import leaves_of, map_leaves
+from jvpreg.common.keras_private import casts_inputs
 from jvpreg.engine.inputs import call_signature
 from jvpreg.engine.node import Value
 
@@ -49,7 +50,7 @@ def kind_of(operation) -> str:
 
 def input_dtype(operation) -> str | None:
     """The dtype to which a layer casts its inputs (mixed precision), or None."""
-    casts = isinstance(operation, keras.Layer) and operation.autocast
+    casts = isinstance(operation, keras.Layer) and casts_inputs(operation)
     return operation.compute_dtype if casts else None
 
 

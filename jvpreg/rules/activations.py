@@ -328,4 +328,5 @@ def prelu(layer, x, context):
     def part(u, x):
         return ops.expand_dims(u, 1) * ops.minimum(x, 0)
 
-    return layer.call(x), Gate(push, x, masks=[lambda x: x > 0], weights=[(layer.alpha, part)])
+    y = ops.maximum(x, 0) + alpha * ops.minimum(x, 0)
+    return y, Gate(push, x, masks=[lambda x: x > 0], weights=[(layer.alpha, part)])

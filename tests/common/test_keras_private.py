@@ -67,6 +67,7 @@ def test_each_missing_name_has_a_line(monkeypatch):
 USES = {
     "keras.Function._inputs_struct": lambda: keras_private.input_structure(SimpleNamespace()),
     "keras.KerasTensor._keras_history": lambda: keras_private.function([keras.KerasTensor((3,))], []),
+    "keras.Layer._convert_input_args": lambda: keras_private.casts_inputs(SimpleNamespace(autocast=True)),
     "keras.Layer._layers": lambda: keras_private.attributes(SimpleNamespace(named_children=list)),
     "keras.Layer._losses": lambda: keras_private.clear_own_losses(SimpleNamespace()),
     "keras.Operation._inbound_nodes": lambda: keras_private.last_call(SimpleNamespace()),

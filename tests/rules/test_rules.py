@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 from cases import LAYERS, MEANINGLESS, first_rows, skip_if_unavailable
-from compare import normal, numpy
+from compare import assert_close, normal, numpy
 from keras import activations, layers, ops
 
 import jvpreg
@@ -61,6 +61,30 @@ def test_every_layer_of_keras_is_covered_or_meaningless():
     assert len(classes) > 130
     assert not [layer.__name__ for layer in classes if layer not in covered and layer not in MEANINGLESS]
     assert not [layer.__name__ for layer in covered if layer in MEANINGLESS]
+
+
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="a minute of compilation: rules cast alike on all")
+def test_rules_compute_in_the_precision_of_their_layers():
+    """A rule's output is the layer's own in mixed precision, in value but for rounding, and in dtype."""
+    checked = 0
+    for case in first_rows():
+        layer = case.make()
+        if not layer.__module__.startswith("keras.src.layers") or case.channels_first:
+            continue  # a model, or a layer of the tests
+        if isinstance(layer, layers.STFTSpectrogram):
+            continue  # TensorFlow has none in 16 bits
+        layer = type(layer).from_config({**layer.get_config(), "dtype": "mixed_bfloat16"})
+        shapes = [case.input_shape] if isinstance(case.input_shape, tuple) else case.input_shape
+        inputs = [ops.convert_to_tensor(normal(3, *shape), "float32") for shape in shapes]
+        inputs = inputs if len(inputs) > 1 else inputs[0]
+        keywords = {"training": False} if "training" in inspect.signature(layer.call).parameters else {}
+        expected = keras.tree.flatten(layer(inputs, **keywords))
+        received = keras.tree.flatten(jvpreg.linearize(layer, inputs).outputs)
+        assert [y.dtype for y in received] == [y.dtype for y in expected], case.id
+        for a, b in zip(received, expected, strict=True):
+            assert_close(ops.cast(a, "float32"), ops.cast(b, "float32"), 2e-2)
+        checked += 1
+    assert checked > 60
 
 
 @pytest.mark.skipif(keras.backend.backend() == "jax", reason="a minute of compilation: rules are found alike on all")
