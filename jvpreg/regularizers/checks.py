@@ -15,7 +15,15 @@ from jvpreg.regularizers.base import JacobianRegularizer
 from jvpreg.regularizers.capabilities import Carries, Constrains, Looks, Scheduled, Searches
 
 # Methods that only a regularizer with this base class is asked for.
-HOOKS: dict[str, type] = {"look": Looks, "carry": Carries, "search": Searches, "strength_at": Scheduled}
+HOOKS: dict[str, type] = {
+    "look": Looks,
+    "carried_shape": Carries,
+    "carry": Carries,
+    "search": Searches,
+    "strength_at": Scheduled,
+    "contradicts": Constrains,
+    "measure": Constrains,
+}
 
 
 def check_regularizers(regularizers: Any, argument: str) -> tuple[JacobianRegularizer, ...]:

@@ -204,7 +204,15 @@ def test_a_subclass_without_a_penalty_is_told_so():
 
 @pytest.mark.parametrize(
     ("method", "kind"),
-    [("look", "Looks"), ("carry", "Carries"), ("search", "Searches"), ("strength_at", "Scheduled")],
+    [
+        ("look", "Looks"),
+        ("carried_shape", "Carries"),
+        ("carry", "Carries"),
+        ("search", "Searches"),
+        ("strength_at", "Scheduled"),
+        ("contradicts", "Constrains"),
+        ("measure", "Constrains"),
+    ],
 )
 def test_a_method_that_nothing_asks_for_is_refused(method, kind):
     """A regularizer is asked for it by its base class alone."""
