@@ -15,7 +15,7 @@ import jvpreg
 PACKAGE = Path(jvpreg.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LINES, LINES_OF_A_FUNCTION = 400, 60
-AT_THE_ROOT = {"__init__", "clone", "linearization", "probes", "products", "tangent_model", "testing"}
+AT_THE_ROOT = {"__init__", "clone", "linearization", "probes", "products", "tangent_model"}
 
 
 @pytest.mark.parametrize("name", [module.name for module in pkgutil.walk_packages([str(PACKAGE)], "jvpreg.")])

@@ -21,7 +21,7 @@ class Curve(layers.Layer):
         return ops.tanh(x * ops.cast(self.w, x.dtype))
 
 
-def check(primal=None, slope=None, push=None, residual=True, partless=False, **arguments):
+def check(primal=None, slope=None, push=None, residual=True, parted=True, partless=False, **arguments):
     """`check_rule` of a rule that is right but for what is given.
 
     Args:
@@ -29,6 +29,7 @@ def check(primal=None, slope=None, push=None, residual=True, partless=False, **a
         slope: what it takes for the derivative, of x, w and y.
         push: what its pushforward does with a tangent and the slope.
         residual: whether the slope is a residual, and not closed over.
+        parted: whether the part of the weight takes residuals, and closes over nothing.
         partless: whether it has no part for the weight.
         **arguments: of `check_rule`.
     """
@@ -41,10 +42,18 @@ def check(primal=None, slope=None, push=None, residual=True, partless=False, **a
         w = ops.cast(layer.w, x.dtype)
         y = ops.tanh(x * w)
         s = slope(x, w, y)
-        parts = [] if partless else [(layer.w, lambda u, *_: jvpreg.rules.align(u, len(x.shape) + 1) * x * (1 - y**2))]
-        if residual:
-            return primal(y), jvpreg.rules.Pushforward(push, s, weights=parts)
-        return primal(y), jvpreg.rules.Pushforward(lambda t: push(t, s), weights=parts)
+
+        def part(tangent, s, x, y):
+            return jvpreg.rules.align(tangent, len(x.shape)) * x * (1 - y**2)
+
+        def function(tangent, *frozen):
+            return push(tangent, frozen[0] if residual else s)
+
+        def closed(tangent, *_):
+            return part(tangent, None, x[None], y[None])
+
+        parts = [] if partless else [(layer.w, part if parted else closed)]
+        return primal(y), jvpreg.rules.Pushforward(function, s, x, y, weights=parts)
 
     jvpreg.testing.check_rule(Curve(name="curve"), (4,), **arguments)
 
@@ -114,7 +123,9 @@ def test_an_error_in_a_part_of_a_weight_names_the_rule():
 
     with pytest.raises(Exception) as caught:  # noqa: PT011 -- the backend's own, with a note
         jvpreg.testing.check_rule(Curve(name="curve"), (4,))
-    assert "rule of `curve` (Curve): this was raised by a part of its weights" in "\n".join(caught.value.__notes__)
+    assert "rule of `curve` (Curve): this was raised while the parts of its weights ran" in "\n".join(
+        caught.value.__notes__
+    )
 
 
 def test_tangent_of_the_wrong_shape():
@@ -178,6 +189,37 @@ def test_slope_that_is_closed_over():
     """It cannot be taken for a part of the batch: it broadcasts, and the tangent has too many examples."""
     with pytest.raises(ValueError, match=r"`curve`.*wrong shape. Expected \(., 1, 4\), probes first.* Received"):
         check(residual=False)
+
+
+def test_a_part_of_a_weight_that_closes_over_the_input():
+    with pytest.raises(ValueError, match=r"`curve` \(Curve\) returned a part of a weight of the wrong shape. Expected"):
+        check(parted=False)
+
+
+def test_a_kernel_with_a_slope_that_is_not_the_layers_own():
+    class Times(layers.Layer):
+        def build(self, shape):
+            self.kernel = self.add_weight((shape[-1], 2))
+
+        def call(self, x):
+            return x @ self.kernel
+
+    def rule(error):
+        def times(layer, x, context):
+            def scaled(slope, axis):
+                return None if axis != 1 else lambda rows: rows @ (layer.kernel * slope * (1 + error))
+
+            parts = [(layer.kernel, lambda u, x: x @ u)]
+            return jvpreg.rules.Affine(lambda rows: rows @ layer.kernel, x, parts, scaled=scaled)
+
+        return times
+
+    jvpreg.register_rule(Times)(rule(0.0))
+    jvpreg.testing.check_rule(Times(), (4,))
+    del jvpreg.rules.registry._RULES[Times]
+    jvpreg.register_rule(Times)(rule(1e-9))
+    with pytest.raises(AssertionError, match="wrong in a kernel with the channels of its output multiplied"):
+        jvpreg.testing.check_rule(Times(), (4,))
 
 
 def test_part_of_the_batch_that_depends_on_the_rest():

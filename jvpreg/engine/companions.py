@@ -72,10 +72,9 @@ class Companions:
         return replace(context, along=along, weights=self.weights)
 
     def run(self, affine: Affine, inputs: Sequence[Value]) -> tuple:
-        """The output of an affine operation; and its tangent if that was computed in the same call, otherwise None."""
+        """`A x` of an affine operation; and its tangent if that was computed in the same call, otherwise None."""
         x = affine.residuals[0]
-        single = len(inputs) == 1 and inputs[0].primal is x
-        return run_at_once(affine, x, self._seen(inputs[0]) if single else None)
+        return run_at_once(affine, x, self._seen(inputs[0]) if inputs[0].primal is x else None)
 
     def _seen(self, value: Value):
         """The tangent of a value in the dtype in which the operation sees the value."""
@@ -100,18 +99,18 @@ class Companions:
 
 
 def run_at_once(affine: Affine, x, tangent) -> tuple:
-    """The output at x `(B, …)`, and the output's tangent if it is cheaper to compute both in one call; otherwise None.
+    """`A x` at x `(B, …)`, and its tangent if it is cheaper to compute both in one call; otherwise None.
 
     It is if the weights, which one call reads once, outnumber x and its tangent `(P, B, …)` (None for zero).
     """
     # Unknown sizes stay separate: whether they are few cannot be known.
     if tangent is None or not all(isinstance(size, int) for size in (*x.shape, *tangent.shape)):
-        return affine.with_bias(affine.linear_part(x)), None
+        return affine.linear_part(x), None
     batch, num_probes = x.shape[0], tangent.shape[0]
     if affine.num_weights < max(MANY_WEIGHTS, math.prod(x.shape) * (1 + num_probes)):
-        return affine.with_bias(affine.linear_part(x)), None
+        return affine.linear_part(x), None
     y, image = ops.split(affine.linear_part(ops.concatenate([x, fold(tangent)])), [batch])
-    return affine.with_bias(y), unfold(image, num_probes)
+    return y, unfold(image, num_probes)
 
 
 def runs_eagerly(tensor) -> bool:

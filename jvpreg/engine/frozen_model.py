@@ -14,9 +14,7 @@ from jvpreg.common.typing import ArrayLike, Structure, Tensor
 from jvpreg.engine.frozen_graph import FrozenGraph
 from jvpreg.engine.node import Node, Value, tangent_shape
 from jvpreg.engine.paths import is_within, unknown
-from jvpreg.engine.tangents import (
-    zeros,
-)
+from jvpreg.engine.tangents import zeros
 from jvpreg.engine.transpose import transpose
 from jvpreg.rules.examples import FIRST, Place
 
@@ -24,22 +22,14 @@ PATH = "the path of a layer, or the beginning of several up to a slash or dot"
 
 
 class FrozenModel:
-    """A model frozen at `x`, as `Linearization` makes products of it.
+    """A model frozen at `x`, as `Linearization` makes products of it; that says what its attributes are.
 
     Args:
         graph: the frozen graph.
-        inputs: as below.
-        outputs: as below.
+        inputs: the model's inputs, a flat list of `(B, …)`, integers as floats.
+        outputs: `f(x)`, in the model's own structure.
         flatten: `flatten(structure, argument)` returns the leaves of a structure like `x`; errors name the argument.
-        fallbacks: as below.
-
-    Attributes:
-        inputs: the model's inputs, a flat list of `(B, …)`, integers as floats. Integers (token ids, lengths, masks)
-            have no derivative: beside other inputs their tangents and gradients are zero, and alone they are an error.
-            Bytes stand for real numbers, as in images.
-        outputs: `f(x)`, `(B, …)`, in the model's own structure; the primal pass ran once to get it.
-        nodes: the frozen nodes, in the order in which they ran.
-        fallbacks: a dict from the name of each node that was left to the backend's autodiff to the reason.
+        fallbacks: by name, why nodes were left to autodiff.
     """
 
     def __init__(

@@ -10,7 +10,7 @@ from keras import ops
 from jvpreg.common.dtypes import has_tangents
 from jvpreg.common.eager import cast, shape_of
 from jvpreg.engine.transpose import transpose
-from jvpreg.rules.contract import Pushforward
+from jvpreg.rules.contract import Pushforward, broadcasts
 from jvpreg.rules.examples import FIRST, GONE, MIXED, Place, broadcast, cuts, kept, of_class
 from jvpreg.rules.folding import align
 
@@ -185,7 +185,7 @@ def push_node(
         images.append(_tuple(pushforward.function(*seen, *residuals)))
     for part, tangent in moved:
         pairs = list(zip(_tuple(part(tangent, *residuals)), node.outputs, strict=True))
-        images.append([_spread(t, leading, v) if v.has_tangents else None for t, v in pairs])
+        images.append([_spread(node, t, leading, v) if v.has_tangents else None for t, v in pairs])
     if not images:
         return None
     return [
@@ -241,9 +241,15 @@ def _checked(node: Node, tangent, leading, value: Value):
     return cast(tangent, value.primal.dtype)
 
 
-def _spread(tangent, leading, value: Value):
+def _spread(node: Node, tangent, leading, value: Value):
     """A weight's part, broadcast to the shape of the output's tangent."""
     shape = tangent_shape(leading, value)
+    if not broadcasts(align(tangent, len(shape)).shape, shape):
+        raise ValueError(
+            f"The rule of `{node.name}` ({type(node.operation).__name__}) returned a part of a weight of the wrong "
+            f"shape. Expected one that broadcasts to {shape}, probes first. Received: {tuple(tangent.shape)}. "
+            "Check the rule with `jvpreg.testing.check_rule`."
+        )
     return ops.broadcast_to(align(tangent, len(shape)), shape)
 
 

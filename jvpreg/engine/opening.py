@@ -13,12 +13,7 @@ from keras import ops, tree
 from jvpreg.common import keras_private
 from jvpreg.common.keras_private import core, numpy_ops
 from jvpreg.engine import masks
-from jvpreg.engine.arguments import (
-    autocast,
-    input_dtype,
-    kind_of,
-    symbol_of,
-)
+from jvpreg.engine.arguments import autocast, input_dtype, kind_of, symbol_of
 from jvpreg.engine.inputs import call_signature
 from jvpreg.rules.contract import Declined
 from jvpreg.rules.registry import find_rule

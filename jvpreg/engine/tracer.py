@@ -28,13 +28,7 @@ from jvpreg.engine.frozen_graph import FrozenGraph
 from jvpreg.engine.inputs import call_signature, flatten_inputs, graph_of
 from jvpreg.engine.naming import OUTSIDE, Names, Scope
 from jvpreg.engine.node import Node, Value
-from jvpreg.engine.opening import (
-    calls_forgotten,
-    is_bare,
-    layers_in,
-    open_up,
-    reason_of,
-)
+from jvpreg.engine.opening import calls_forgotten, is_bare, layers_in, open_up, reason_of
 from jvpreg.engine.paths import is_graph, join, stable_name
 from jvpreg.rules.contract import Affine, Context, Declined, Pushed, checked_pair
 from jvpreg.rules.families import identity
@@ -193,10 +187,16 @@ class Tracer:
         if not isinstance(returned, Affine):
             primal, pushforward = checked_pair(returned, name, operation)
             return primal, pushforward, pushforward.image if isinstance(pushforward, Pushed) else None
+        if len(values) != 1:
+            raise TypeError(
+                f"The rule of `{name}` ({type(operation).__name__}) returned an Affine, which is of one input. "
+                f"Received: {len(values)} inputs. Return (y, Pushforward)."
+            )
         if self.companions is None:
-            return returned.with_bias(returned.linear_part(returned.residuals[0])), returned, None
-        y, image = self.companions.run(returned, values)
-        return y, returned, image
+            y, image = returned.linear_part(returned.residuals[0]), None
+        else:
+            y, image = self.companions.run(returned, values)
+        return returned.with_bias(y, name), returned, image
 
     def _run_inner(self, known: Sequence[Value], operation, *inputs, **kwargs):
         """Another operation as one pushforward: what `context.linearize` is in a rule.

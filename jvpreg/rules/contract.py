@@ -19,8 +19,10 @@ import keras
 from keras import ops
 
 from jvpreg.common import checks
-from jvpreg.common.typing import Structure, Tensor
-from jvpreg.rules.folding import each_probe, folded, with_probe_axis
+from jvpreg.common.dtypes import has_tangents
+from jvpreg.common.eager import cast
+from jvpreg.common.typing import Shape, Structure, Tensor
+from jvpreg.rules.folding import as_batch, each_probe, folded, with_probe_axis
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,9 @@ class Pushforward:
         self.function = function
         self.residuals = residuals
         self.weights = [(variable, part) for variable, part in weights if variable is not None]
-        self.batch_axes = tuple(batch_axes or [0] * len(residuals))
+        self.batch_axes = tuple([0] * len(residuals) if batch_axes is None else batch_axes)
+        if len(self.batch_axes) != len(residuals):
+            raise checks.invalid("batch_axes", f"an axis for each of {len(residuals)} residuals", batch_axes)
         self.examples = examples
         self.takes_none = takes_none
         self.finite = finite
@@ -158,14 +162,17 @@ class Affine(Pushforward):
         scaled: Callable | None = None,
         **facts: Any,
     ):
-        def of_each_probe(part: Tensor) -> Callable:
-            return lambda tangent, x: each_probe(lambda u: part(ops.cast(u, x.dtype), x[0]))(tangent)
+        def of_each_probe(part: Callable) -> Callable:
+            def in_dtype(u: Tensor) -> Tensor:
+                return ops.cast(u, x.dtype) if has_tangents(x) else u
+
+            return lambda tangent, x: each_probe(lambda u: part(in_dtype(u), x[0]))(tangent)
 
         push, pairs = folded(function), [*weights, (bias, lambda u, x: spread(u))]
         parts = [(variable, of_each_probe(part)) for variable, part in pairs]
         super().__init__(lambda tangent, x: push(tangent), x, weights=parts, **facts)
         self.linear_part, self.scaled, self.bias = function, scaled, bias
-        self._shift = None if bias is None else spread(ops.cast(bias, x.dtype))
+        self._shift = None if bias is None else spread(ops.convert_to_tensor(bias))
 
     @property
     def intercept(self) -> Any:
@@ -177,9 +184,18 @@ class Affine(Pushforward):
         """How many numbers there are in A."""
         return sum(math.prod(variable.shape) for variable in self.variables if variable is not self.bias)
 
-    def with_bias(self, y: Tensor) -> Tensor:
-        """`y + b`, for `y = A x`."""
-        return y if self._shift is None else ops.add(y, self._shift)
+    def with_bias(self, y: Tensor, name: str) -> Tensor:
+        """`y + b`, for `y = A x`.
+
+        Raises:
+            ValueError: b does not broadcast to y; the error has the name of the node.
+        """
+        if self._shift is None:
+            return y
+        if not broadcasts(self._shift.shape, y.shape):
+            expected = f"one that `spread` gives axes with which it broadcasts to {tuple(y.shape)}, the shape of `A x`"
+            raise checks.invalid("bias", expected, self.bias, owner=f"`Affine`, of the rule of `{name}`")
+        return ops.add(y, cast(self._shift, y.dtype))
 
     def with_channels_scaled(self, slope: Tensor, axis: int) -> Pushforward | None:
         """The map with `scaled(slope, axis)` in place of A; None if there is none."""
@@ -196,14 +212,22 @@ class ChannelScale(Pushforward):
     The tangent pass multiplies the slope into the kernel of an `Affine` before it if that costs less.
 
     Args:
-        function: as of `Pushforward`, and so `*residuals` and `**facts`.
-        slope: the numbers `(C,)` that the channels are multiplied by.
-        axis: of the channels in x, `(B, …)`.
+        x: the input, `(B, …)`, which the parts of weights get.
+        slope: the numbers `(C,)` that the channels are multiplied by, in the dtype in which that is done.
+        axis: of the channels in x; not 0.
         offset: what is added, to be broadcast to the output.
+        **facts: as of `Pushforward`.
     """
 
-    def __init__(self, function: Callable, *residuals: Any, slope: Tensor, axis: int, offset: Tensor, **facts: Any):
-        super().__init__(function, *residuals, **facts)
+    def __init__(self, x: Tensor, slope: Tensor, axis: int, offset: Tensor, **facts: Any):
+        axis = axis % len(x.shape)
+        shape = [-1 if i == axis else 1 for i in range(1, len(x.shape))]
+        along = slope if axis == len(x.shape) - 1 else ops.reshape(slope, shape)
+
+        def push(tangent: Tensor, x: Tensor) -> Tensor:
+            return as_batch(lambda t: cast(ops.cast(t, slope.dtype) * along, t.dtype), tangent)
+
+        super().__init__(push, x, **facts)
         self.slope, self.axis, self.offset = slope, axis, offset
 
     @property
@@ -213,7 +237,7 @@ class ChannelScale(Pushforward):
 
 
 class Gate(Pushforward):
-    """An operation that has one slope or another at each entry, and freezes which: ReLU, a maximum, max pooling.
+    """An operation that has one slope or another at each entry, and freezes which: ReLU, a maximum of two, max pooling.
 
     A model of affine operations and gates is affine in each region of inputs that have the same masks.
 
@@ -229,6 +253,10 @@ class Gate(Pushforward):
         super().__init__(function, *residuals, **facts)
         if masks is not None and len(masks) != len(residuals):
             raise checks.invalid("masks", f"a function or None for each of {len(residuals)} residuals", masks)
+        dtypes = {keras.backend.standardize_dtype(residual.dtype) for residual in residuals}
+        if masks is None and dtypes - {"bool"}:
+            expected = f"a function or None for each of {len(residuals)} residuals, which are not all boolean"
+            raise checks.invalid("masks", expected, masks)
         self.masks = [lambda residual: residual for _ in residuals] if masks is None else list(masks)
 
 
@@ -262,6 +290,13 @@ class Declined(Exception):  # noqa: N818 -- no error: the engine has other ways
     def __init__(self, reason: str, to_autodiff: bool = False):
         super().__init__(reason)
         self.to_autodiff = to_autodiff
+
+
+def broadcasts(shape: Shape, to: Shape) -> bool:
+    """Whether a tensor of a shape broadcasts to another shape, as far as the dimensions are known."""
+    pairs = list(zip(reversed(tuple(shape)), reversed(tuple(to)), strict=False))
+    known = [pair for pair in pairs if all(isinstance(size, int) for size in pair)]
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in known)
 
 
 def checked_pair(returned: Any, name: str, operation: Any) -> tuple:

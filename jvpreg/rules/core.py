@@ -21,15 +21,6 @@ def kernel_parts(layer, apply) -> list:
     return parts
 
 
-def sum_of_products(frozen, tangent, axes, context):
-    """`Σ frozen · tangent` over `axes`, counted from the end and kept, of `(1, B, …)` and `(P, B, …)`."""
-    axes = [axes] if isinstance(axes, int) else list(axes)
-    if axes == [-1] and context.under_xla:
-        # On a CPU, XLA sums a product with a probe axis much more slowly than it computes a dot product.
-        return ops.expand_dims(ops.einsum("...i,p...i->p...", frozen[0], tangent), -1)
-    return ops.sum(frozen * tangent, axis=axes, keepdims=True)
-
-
 @register_rule(layers.Dense, activation="activation")
 def dense(layer, x, context):
     kernel = ops.cast(layer.kernel, x.dtype)

@@ -9,6 +9,7 @@ from typing import Any
 
 from keras import ops
 
+from jvpreg.common import checks
 from jvpreg.common.eager import cast
 from jvpreg.common.typing import ArrayLike, Tensor
 from jvpreg.rules.contract import Gate, Pushforward
@@ -37,15 +38,23 @@ def scale(
 
     Args:
         slope: the derivative by x.
-        *frozen: what the parts of weights need besides, `(B, …)`.
-        weights: as of `Pushforward`: a pair for each weight, whose part takes `(tangent, slope, *frozen)`.
+        *frozen: what the parts of weights need besides, `(B, …)` with as many axes as the slope.
+        weights: as of `Pushforward`: a pair for each weight, whose part takes `(tangent, slope, *frozen)`, the tangent
+            in the dtype of the slope.
         finite: as of `Pushforward`.
     """
+    for residual in frozen:
+        if len(residual.shape) != len(slope.shape):
+            raise checks.invalid("frozen", f"tensors with {len(slope.shape)} axes, as the slope has", residual)
+
+    def in_dtype(part: Callable) -> Callable:
+        return lambda tangent, *residuals: part(cast(tangent, slope.dtype), *residuals)
 
     def push(tangent: Tensor, slope: Tensor, *_: Tensor) -> Tensor:
         return as_batch(ops.multiply, tangent, cast(slope, tangent.dtype))
 
-    return Pushforward(push, slope, *frozen, weights=weights, examples=kept, finite=finite)
+    parts = [(variable, in_dtype(part)) for variable, part in weights]
+    return Pushforward(push, slope, *frozen, weights=parts, examples=kept, finite=finite)
 
 
 def scale_by(slope: Callable, kernel: Callable, *frozen: Tensor) -> Pushforward:
@@ -68,7 +77,7 @@ def scale_by(slope: Callable, kernel: Callable, *frozen: Tensor) -> Pushforward:
 def gate(mask: Tensor, slope: Any = 1, otherwise: Any = 0) -> Gate:
     """The pushforward with one slope where the boolean `mask` (B, …) holds, and another one elsewhere.
 
-    By default it keeps a tangent where the mask holds, and drops it elsewhere.
+    By default it keeps a tangent where the mask holds, and drops it elsewhere. Slopes are the same for all examples.
     """
 
     def times(number: ArrayLike, tangent: Tensor) -> Tensor:

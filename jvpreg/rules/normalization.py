@@ -9,10 +9,9 @@ from jvpreg.common import keras_private
 from jvpreg.common.eager import cast, shape_of
 from jvpreg.common.keras_private import nn
 from jvpreg.rules.contract import ChannelScale, Declined, Pushforward
-from jvpreg.rules.core import sum_of_products
 from jvpreg.rules.examples import along, besides
 from jvpreg.rules.families import each_input
-from jvpreg.rules.folding import as_batch, fold, unfold
+from jvpreg.rules.folding import fold, sum_of_products, unfold
 from jvpreg.rules.registry import register_rule
 
 
@@ -43,15 +42,12 @@ def batch_normalization(layer, x, context, mask=None):
     inverse_deviation = ops.rsqrt(variance + layer.epsilon)
     slope = inverse_deviation if gamma is None else gamma * inverse_deviation
     offset = -mean * slope if beta is None else beta - mean * slope
-    vector, channel = slope, layer.axis % len(x.shape)
+    vector = slope
     slope, offset = _along(layer.axis, slope, x), _along(layer.axis, offset, x)
     if keras.backend.backend() == "torch":  # which has a kernel for batch normalization
         y = ops.batch_normalization(x, mean, variance, layer.axis, offset=beta, scale=gamma, epsilon=layer.epsilon)
     else:
         y = x * slope + offset
-
-    def push(tangent):
-        return as_batch(lambda t: cast(ops.cast(t, dtype) * slope, t.dtype), tangent)
 
     def standardize(x):
         return (ops.cast(x, dtype) - _along(layer.axis, mean, x)) * _along(layer.axis, inverse_deviation, x)
@@ -71,9 +67,7 @@ def batch_normalization(layer, x, context, mask=None):
             (layer.moving_variance, along_variance),
         ]
     if mode != "coupled":
-        facts = {"slope": vector, "axis": channel, "offset": offset, "weights": weights}
-        return y, ChannelScale(lambda tangent, x: push(tangent), original, **facts)
-
+        return y, ChannelScale(original, vector, layer.axis, offset, weights=weights)
     return y, _coupled(layer, x, slope, standardize(x), mask)
 
 
@@ -241,7 +235,7 @@ def group_normalization(layer, x, context):
         return along(u) * ops.reshape(centered * inverse, (1, -1, *ops.shape(x)[1:]))
 
     weights = [(layer.gamma, along_gamma), (layer.beta, lambda u, *residuals: along(u))]
-    return ops.cast(y, x.dtype), Pushforward(push, centered, inverse, slope, weights=weights)
+    return ops.cast(y, layer.compute_dtype), Pushforward(push, centered, inverse, slope, weights=weights)
 
 
 @register_rule(nn.Moments)

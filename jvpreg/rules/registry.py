@@ -20,7 +20,7 @@ class Rule:
     Attributes:
         function: the rule itself.
         activation: the attribute that holds the layer's fused activation, if any.
-        derivative: of a smooth elementwise function; see `elementwise`.
+        derivative: of a smooth elementwise function; see `register_elementwise`.
     """
 
     function: Callable
@@ -44,8 +44,9 @@ def register_rule(*operations: Any, activation: str | None = None) -> Callable:
             intercept stay apart.
 
     Returns:
-        A decorator for `rule(operation, *inputs, context, **kwargs) -> (y, Pushforward)`. A layer's masks are among the
-        keyword arguments, by their names in its `call`: they have no tangents, and are frozen as residuals.
+        A decorator for `rule(operation, *inputs, context, **kwargs)`, which returns `(y, Pushforward)`, or `(y, None)`
+        if no tangent passes, or an `Affine`. A layer's masks are among the keyword arguments, by their names in its
+        `call`: they have no tangents, and are frozen as residuals.
 
     Raises:
         ValueError: an operation has a rule already.
@@ -71,7 +72,7 @@ def register_rule(*operations: Any, activation: str | None = None) -> Callable:
             raise checks.invalid("operations", "classes of layers or of operations, or functions", operation)
 
     def decorate(function: Callable) -> Callable:
-        checks.function("function", function, "a rule, `rule(operation, *inputs, context) -> (y, Pushforward)`")
+        checks.function("function", function, "a rule, `rule(operation, *inputs, context)`")
         for operation in operations:
             if operation in _RULES:
                 raise ValueError(

@@ -3,8 +3,8 @@
 from keras import activations, layers, ops
 
 from jvpreg.rules.contract import Gate, Pushforward
-from jvpreg.rules.core import sum_of_products
 from jvpreg.rules.examples import besides
+from jvpreg.rules.folding import sum_of_products
 from jvpreg.rules.registry import register_rule
 
 

@@ -56,6 +56,31 @@ def test_a_rule_that_returns_something_else(returned):
         jvpreg.linearize(keras.Sequential([keras.Input((3,)), Halve(name="halve")]), normal(2, 3))
 
 
+def test_an_affine_is_of_one_input_and_its_bias_broadcasts():
+    class Add(layers.Layer):
+        def build(self, shapes):
+            self.bias = self.add_weight(shape=(2,))
+
+        def call(self, inputs):
+            return inputs[0] + inputs[1]
+
+    @jvpreg.register_rule(Add)
+    def add(layer, inputs, context):
+        return jvpreg.rules.Affine(lambda a: a, inputs[0])
+
+    @jvpreg.register_rule(Halve)
+    def halve(layer, x, context):
+        return jvpreg.rules.Affine(lambda a: a / 2, x, bias=keras.Variable(np.ones(2)))
+
+    x = keras.Input((3,))
+    with pytest.raises(
+        TypeError, match=r"rule of `add` \(Add\) returned an Affine, which is of one.* Received: 2 inputs"
+    ):
+        jvpreg.linearize(keras.Model(x, Add(name="add")([x, x])), normal(2, 3))
+    with pytest.raises(ValueError, match=r"`bias` of `Affine`, of the rule of `halve`. Expected .* to \(2, 3\)"):
+        jvpreg.linearize(keras.Model(x, Halve(name="halve")(x)), normal(2, 3))
+
+
 def test_a_function_has_a_rule_by_itself():
     assert registry.find_rule(activations.tanh) is not None
     assert registry.find_rule(ops.tanh) is None
@@ -153,5 +178,11 @@ def test_residuals_broadcast_over_probes_and_are_taken():
         jvpreg.rules.Pushforward(lambda tangent: tangent, examples="mixed")
     with pytest.raises(ValueError, match=r"`masks`. Expected a function or None for each of 1 residuals"):
         jvpreg.rules.Gate(lambda tangent, mask: tangent, normal(2, 3) > 0, masks=[])
+    with pytest.raises(ValueError, match=r"`masks`. Expected a function or None.*residuals, which are not all boolean"):
+        jvpreg.rules.Gate(lambda tangent, slope: tangent * slope, ops.ones((2, 3)))
+    with pytest.raises(ValueError, match=r"`batch_axes`. Expected an axis for each of 1 residuals"):
+        jvpreg.rules.Pushforward(lambda tangent, slope: tangent, ops.ones((2, 3)), batch_axes=[0, 1])
+    with pytest.raises(ValueError, match=r"`frozen`. Expected tensors with 2 axes, as the slope has"):
+        jvpreg.rules.scale(ops.ones((2, 3)), ops.ones(2))
     coupled = jvpreg.rules.Pushforward(lambda tangent: tangent, examples="coupled")
     assert coupled.map_residuals(lambda residual, axis: residual).examples == "coupled"

@@ -14,8 +14,12 @@ from jvpreg.rules.folding import align, each_probe
 from jvpreg.rules.registry import register_rule
 
 
+def is_number(operand) -> bool:
+    return isinstance(operand, (int, float, complex))
+
+
 def is_finite_number(operand) -> bool:
-    return isinstance(operand, (int, float, complex)) and cmath.isfinite(operand)
+    return is_number(operand) and cmath.isfinite(operand)
 
 
 @register_rule(

@@ -15,17 +15,13 @@ from jvpreg.rules.examples import broadcast, kept, multiplied
 from jvpreg.rules.families import each_input, identity, scale
 from jvpreg.rules.folding import align, each_probe, fold, folded, unfold
 from jvpreg.rules.ops.elementwise import large, scale_to_the_end, without_infinity
-from jvpreg.rules.ops.moving import is_finite_number
+from jvpreg.rules.ops.moving import is_finite_number, is_number
 from jvpreg.rules.registry import register_rule
-
-
-def _is_number(operand) -> bool:
-    return isinstance(operand, (int, float, complex))
 
 
 def _like(operand, tangent):
     """An operand as it is given, in the dtype of the tangent that it is multiplied with."""
-    return operand if _is_number(operand) else convert(operand, tangent.dtype)
+    return operand if is_number(operand) else convert(operand, tangent.dtype)
 
 
 def _partials(operands, parts: list[Callable], y, *residuals, finite: bool = True, gates: bool = False) -> Pushforward:
@@ -36,26 +32,26 @@ def _partials(operands, parts: list[Callable], y, *residuals, finite: bool = Tru
     """
     rank = len(y.shape)
     dtype = y.dtype if is_complex(y) else None  # to which real tangents are cast
-    kept = [residual for residual in residuals if not _is_number(residual)]
+    kept = [residual for residual in residuals if not is_number(residual)]
     # A tangent that is smaller than the output is broadcast to it.
-    smaller = any(not _is_number(a) and tuple(a.shape) != tuple(y.shape) for a in operands)
+    smaller = any(not is_number(a) and tuple(a.shape) != tuple(y.shape) for a in operands)
 
     def of_values(part):
         def push(tangent, *frozen):
             remaining, tangent = iter(frozen), align(tangent, rank + 1)
-            values = [residual if _is_number(residual) else next(remaining) for residual in residuals]
+            values = [residual if is_number(residual) else next(remaining) for residual in residuals]
             return part(convert(tangent, dtype or tangent.dtype), *values)
 
         return push
 
-    total = each_input(*(of_values(part) for part, a in zip(parts, operands, strict=True) if not _is_number(a)))
+    total = each_input(*(of_values(part) for part, a in zip(parts, operands, strict=True) if not is_number(a)))
 
     def push(*arguments):
         image = total(*arguments)
         return ops.add(image, ops.zeros_like(arguments[-1], dtype=image.dtype)) if smaller else image
 
-    finite = finite and all(is_finite_number(a) for a in operands if _is_number(a))
-    after = broadcast(*(len(operand.shape) for operand in operands if not _is_number(operand)))
+    finite = finite and all(is_finite_number(a) for a in operands if is_number(a))
+    after = broadcast(*(len(operand.shape) for operand in operands if not is_number(operand)))
     facts: dict[str, Any] = {"takes_none": True, "finite": finite, "examples": after}
     if gates:
         facts["masks"] = [*(lambda mask: mask for _ in kept), *([None] if smaller else [])]
@@ -78,7 +74,7 @@ def multiply(operation, a, b, context):
 @register_rule(numpy_ops.Divide, numpy_ops.TrueDivide)
 def divide(operation, a, b, context):
     y = operation.call(a, b)
-    if _is_number(b):
+    if is_number(b):
         return y, _partials((a, b), [lambda t, b, y: t / b, lambda t, b, y: -t * y / b], y, b, y)
     if is_complex(y):
         raise Declined("a quotient of complex numbers")
@@ -99,7 +95,7 @@ def power(operation, a, b, context):
     if is_complex(y):
         raise Declined("a power of complex numbers")
     base = ops.cast(a, y.dtype)
-    if _is_number(b):
+    if is_number(b):
         return y, _power_of_a_number(operation, base, b)
     exponent = ops.cast(b, y.dtype)
     # base ** (exponent − 1) is not computed where it is 0⁰ or infinite.
