@@ -44,10 +44,10 @@ class Cell(NamedTuple):
         Raises:
             ExperimentError: the file holds a result of other settings, or another process works on it.
         """
-        found = self._finished()
+        found, lock = self._finished(), lock_of(self.path)
         if found is not None:
+            locks.discard(lock)  # of a process that was killed when all that it had left to do was this
             return found
-        lock = lock_of(self.path)
         with locks.held(lock, self.path):
             found = self._finished()  # by the process that held the lock before
             if found is None:

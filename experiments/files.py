@@ -6,6 +6,7 @@ It does not use the files of jvpreg's callbacks, which import Keras: `status` an
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -16,19 +17,24 @@ from typing import Any
 UNFINISHED = ".unfinished-"
 """The prefix of the name of a file that is still being written."""
 
+_being_written: set[Path] = set()
+"""What this process is writing."""
+
 
 @contextlib.contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """A path in the same folder at which to write a file or a folder. At the end it is renamed to `path`.
 
     A file that exists is replaced; a folder must not exist yet. The name has the file's ending, by which writers know
-    the format, and no other process has the same.
+    the format, and no other process has the same. What killed processes of this host left of `path` is removed.
 
     Args:
         path: where the file or the folder will be. Folders above it are made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    discard_abandoned(path)
     unfinished = unfinished_name(path)
+    _being_written.add(unfinished)
     try:
         yield unfinished
         for part in [*unfinished.rglob("*"), unfinished]:
@@ -39,6 +45,8 @@ def beside(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             discard(unfinished)
         raise
+    finally:
+        _being_written.discard(unfinished)
     synchronize(path.parent)
 
 
@@ -98,6 +106,29 @@ def discard(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def discard_abandoned(path: Path) -> None:
+    """Remove what processes of this host left of a path when they were killed. What others still write stays."""
+    ours = re.compile(rf"{re.escape(f'{UNFINISHED}{socket.gethostname()}')}-(\d+)-[0-9a-f]+-{re.escape(path.name)}")
+    for unfinished in list(path.parent.iterdir()):
+        written_by = ours.fullmatch(unfinished.name)
+        if written_by and unfinished not in _being_written and not _is_running(int(written_by[1])):
+            with contextlib.suppress(OSError):  # another process removes it too
+                discard(unfinished)
+
+
+def _is_running(pid: int) -> bool:
+    """Whether another process of this host has the number."""
+    if pid == os.getpid():
+        return False  # One before this had the same number.
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # It is another user's.
+        return True
+    return True
 
 
 def discard_unfinished(folder: Path, name: str | None = None) -> None:

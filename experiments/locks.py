@@ -71,6 +71,14 @@ def held(lock: Path, what: Path) -> Iterator[None]:
         raise InUseError(what, last_holder(lock)) from error
 
 
+def discard(lock: Path) -> None:
+    """Remove a lock that nobody needs any more, with the file that tells who held it, unless a process holds it."""
+    if lock.exists():
+        with contextlib.suppress(filelock.Timeout), filelock.FileLock(lock, timeout=0):
+            told_in(lock).unlink(missing_ok=True)
+            lock.unlink(missing_ok=True)
+
+
 def is_held(lock: Path) -> bool:
     """Whether a process holds a lock."""
     if not lock.exists():

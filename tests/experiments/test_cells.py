@@ -35,6 +35,18 @@ def test_a_finished_cell_is_not_run_again(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_lock_that_a_killed_process_left_of_a_finished_cell_is_removed(tmp_path):
+    path = tmp_path / "one.json"
+    cell(path).result()
+    for file in (cells.lock_of(path), locks.told_in(cells.lock_of(path))):
+        file.touch()
+    assert cell(path).result() == {"accuracy": 0.5}
+    assert list(tmp_path.iterdir()) == [path]
+    with locks.held(cells.lock_of(path), path):
+        cell(path).result()
+        assert locks.is_held(cells.lock_of(path))
+
+
 def test_a_cell_that_fails_has_no_result(tmp_path):
     def run():
         raise KeyboardInterrupt

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import socket
+import subprocess
 
 import pytest
 
@@ -75,6 +77,30 @@ def test_what_killed_writers_left_is_removed_by_name(tmp_path):
     files.discard_unfinished(tmp_path, "backup")
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.endswith("-two.json")) == ["one.json"]
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_a_killed_process_left_of_a_file_is_gone_once_it_is_written(tmp_path):
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    host = socket.gethostname()
+    left = {
+        f".unfinished-{host}-{dead.pid}-0123abcd-name": False,
+        f".unfinished-{host}-{os.getpid()}-0123abcd-name": False,  # before a restart of the container
+        f".unfinished-{host}-{os.getppid()}-0123abcd-name": True,
+        f".unfinished-{host}-{dead.pid}-0123abcd-another-name": True,
+        f".unfinished-{host}-{dead.pid}-99-0123abcd-name": True,  # of a host with such a name
+        f".unfinished-another-{dead.pid}-0123abcd-name": True,
+    }
+    for name in left:
+        (tmp_path / name).mkdir()
+    with files.beside(tmp_path / "name") as unfinished:
+        unfinished.mkdir()
+        with files.beside(tmp_path / "name") as second:  # what is being written stays
+            assert unfinished.exists()
+            second.mkdir()
+        os.replace(tmp_path / "name", tmp_path / "other")
+    stay = {name for name, stays in left.items() if stays}
+    assert {path.name for path in tmp_path.iterdir()} == {"name", "other", *stay}
 
 
 def test_a_folder_is_removed_at_once(tmp_path, monkeypatch):
