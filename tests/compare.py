@@ -1,9 +1,24 @@
 """What the tests of several modules draw and compare with."""
 
+import keras
 import numpy as np
 from keras import ops, tree
 
 numpy = ops.convert_to_numpy
+JAX = keras.backend.backend() == "jax"
+"""Which compiles for seconds what the others start at once."""
+
+
+def at_once(function):
+    """On JAX, whose eager mode compiles every operation for every shape (25 s a model), `function` compiled as one.
+
+    `conftest.py` turned XLA's optimizations off, so what runs is what eager mode would run.
+    """
+    if not JAX:
+        return function
+    import jax
+
+    return jax.jit(function)
 
 
 def normal(*shape, seed=0):

@@ -542,7 +542,7 @@ def test_linearize_inside_jit():
     elif BACKEND == "tensorflow":
         import tensorflow as tf
 
-        compiled = tf.function(products)
+        compiled = tf.function(products, autograph=False)
     else:
         pytest.skip("torch.compile takes half a minute; eager is Torch's usual mode")
     expected = [numpy(t) for t in products(x, u)]
@@ -590,7 +590,7 @@ def test_unknown_batch_size(jit):
     model = randomize(keras.Model(x, layers.Dense(3)(y)))
     signature = [tf.TensorSpec((None, 8, 8, 2)), tf.TensorSpec((None, None, 8, 8, 2))]
 
-    @tf.function(input_signature=signature, jit_compile=jit)
+    @tf.function(input_signature=signature, jit_compile=jit, autograph=False)
     def products(x, u):
         lin = jvpreg.linearize(model, x)
         ju = lin.jvp(u)

@@ -31,7 +31,7 @@ def undivided(function: Callable) -> Callable:
     """A function that is compiled and run as a whole, in the scope of a strategy."""
     import tensorflow as tf
 
-    return tf.function(function, reduce_retracing=True)
+    return tf.function(function, reduce_retracing=True, autograph=False)
 
 
 def total(tensors: list) -> list:

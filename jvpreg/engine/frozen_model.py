@@ -118,8 +118,7 @@ class FrozenModel:
             ValueError: there is no such output.
         """
         value = self._value_of(name)
-        if batch is None and self._whole is not None:
-            batch = ops.shape(self.inputs[0])[0]
+        batch = self._part_size if batch is None else batch
         return tangent_shape((1, batch, self._graph.places), value)[1:]
 
     def by_example(self, name: str, tensor: Tensor, probed: bool = False) -> Tensor:

@@ -3,15 +3,13 @@
 import keras
 import numpy as np
 import pytest
-from compare import assert_close, inner, norm, normal, numpy, randomize
+from compare import JAX, assert_close, at_once, inner, norm, normal, numpy, randomize
 from keras import layers, ops, tree
 
 import jvpreg
 from jvpreg.common.keras_private import get_mask, set_mask
 from jvpreg.engine.transpose import transpose
 
-# Which compiles for seconds what the others start at once: it gets fewer cases.
-JAX = keras.backend.backend() == "jax"
 # From this seed, the masks of each pattern differ between the examples.
 BATCH, STEPS, SEED = 4, (5, 3), 2
 
@@ -57,7 +55,7 @@ def drawn_inputs(model):
 
 def check(model, **arguments):
     """Everything about the products, those of weights and the penalty's gradient too."""
-    jvpreg.testing.check_rule(model, [x.shape[1:] for x in model.inputs], batch_size=BATCH, **arguments)
+    jvpreg.testing.check_rule(model, [x.shape[1:] for x in model.inputs], batch_size=BATCH, jit=JAX, **arguments)
     check_products(model)
 
 
@@ -69,34 +67,42 @@ def check_products(model, x=None, tolerance=1e-10):
     model = randomize(model)
     x = drawn_inputs(model) if x is None else x
     u = [ops.convert_to_tensor(normal(*a.shape, seed=10 + i) * (numpy(a) != 0)) for i, a in enumerate(x)]
-    lin = jvpreg.linearize(model, x, fallback="error")
 
     def reference(inputs):
         return tree.flatten(model(inputs if len(inputs) > 1 else inputs[0]))
 
-    expected, received = reference(x), tree.flatten(lin.outputs)
-    assert_close(received, expected, tolerance)
-    assert_same_masks(received, expected)
+    expected = reference(x)
     v = [ops.convert_to_tensor(normal(*y.shape, seed=20 + i)) for i, y in enumerate(expected)]
-    pulled = tree.flatten(lin.vjp(tree.pack_sequence_as(lin.outputs, v)))
+
+    def products(x, u, v):
+        lin = jvpreg.linearize(model, x, fallback="error")
+        assert not lin.couples_examples
+        outputs = tree.flatten(lin.outputs)
+        products = (
+            lin.vjp(tree.pack_sequence_as(lin.outputs, v)),
+            lin.jvp(u),
+            lin.jvp(lin.inputs, taps=lin.intercepts),
+            lin.take([2, 1]).jvp([ops.take(a, [2, 1], axis=0) for a in u]),
+        )
+        return outputs, [get_mask(y) for y in outputs], *map(tree.flatten, products)
+
+    received, masks, pulled, pushed, complete, alone = at_once(products)(x, u, v)
+    assert_close(received, expected, tolerance)
+    assert_same_masks(masks, [get_mask(y) for y in expected])
     assert_close(pulled, transpose(reference, x, v), tolerance)
-    pushed = tree.flatten(lin.jvp(u))
     assert norm(pushed) > 0
     ahead, behind = (reference([a + step * b for a, b in zip(x, u, strict=True)]) for step in (1e-6, -1e-6))
     assert_close(pushed, [(numpy(a) - numpy(b)) / 2e-6 for a, b in zip(ahead, behind, strict=True)], 1e-7)
     assert abs(inner(pushed, v) - inner(u, pulled)) <= tolerance * norm(pushed) * norm(v)
-    assert_close(tree.flatten(lin.jvp(lin.inputs, taps=lin.intercepts)), expected, tolerance)
-    assert not lin.couples_examples
-    alone = lin.take([2, 1]).jvp([a[1:3][::-1] for a in map(numpy, u)])
+    assert_close(complete, expected, tolerance)
     assert_close(alone, [y[1:3][::-1] for y in map(numpy, pushed)], tolerance)
 
 
 def assert_same_masks(received, expected):
-    for y, like in zip(tree.flatten(received), tree.flatten(expected), strict=True):
-        masks = get_mask(y), get_mask(like)
-        assert [mask is None for mask in masks] in ([True, True], [False, False])
-        if masks[0] is not None:
-            np.testing.assert_array_equal(*map(numpy, masks))
+    assert [mask is None for mask in received] == [mask is None for mask in expected]
+    for mask, like in zip(received, expected, strict=True):
+        if mask is not None:
+            np.testing.assert_array_equal(numpy(mask), numpy(like))
 
 
 def test_the_patterns_are_those_that_their_names_say():

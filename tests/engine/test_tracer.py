@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 from cases import ARCHITECTURES, residual_block, several_inputs_and_outputs, squeeze_and_excite, vgg
-from compare import assert_close, inner, norm, normal, randomize
+from compare import JAX, assert_close, at_once, inner, norm, normal, randomize
 from keras import layers, ops, tree
 
 import jvpreg
@@ -21,10 +21,12 @@ numpy = ops.convert_to_numpy
 
 @pytest.mark.parametrize("case", ARCHITECTURES, ids=lambda case: case.id)
 def test_architecture(float64, case):
-    jvpreg.testing.check_rule(case.make(), case.input_shape, **case.arguments)
+    """On JAX compiled: operation by operation, the rows of single layers are run."""
+    jvpreg.testing.check_rule(case.make(), case.input_shape, jit=JAX, **case.arguments)
 
 
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch.compile takes half a minute a model")
+@pytest.mark.skipif(JAX, reason="as all architectures are")
 def test_architecture_compiled(float64):
     jvpreg.testing.check_rule(squeeze_and_excite(), (5, 5, 4), jit=True)
 
@@ -61,7 +63,7 @@ def test_training_with_frozen_batch_statistics(float64, make):
     model = make()
     x = normal(4, *model.input_shape[1:])
     reference = with_frozen_statistics(model, x)
-    jvpreg.testing.check_rule(model, x.shape[1:], batch_size=4, training=True, reference=reference)
+    jvpreg.testing.check_rule(model, x.shape[1:], batch_size=4, training=True, reference=reference, jit=JAX)
 
 
 # Random architectures.
@@ -125,23 +127,11 @@ def random_architecture(seed):
 
 
 # JAX compiles for seconds where the others start at once.
-SEEDS = range(10 if keras.backend.backend() == "jax" else 20)
+SEEDS = range(10 if JAX else 20)
 
 
 def test_random_architectures_draw_from_the_whole_table():
     assert set(itertools.chain.from_iterable(map(drawn_blocks, SEEDS))) == set(BLOCKS)
-
-
-def at_once(function):
-    """On JAX, whose eager mode compiles every operation for every shape (25 s a model), `function` compiled as one.
-
-    `conftest.py` turned XLA's optimizations off, so what runs is what eager mode would run.
-    """
-    if keras.backend.backend() != "jax":
-        return function
-    import jax
-
-    return jax.jit(function)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

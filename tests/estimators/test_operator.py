@@ -137,7 +137,7 @@ def test_a_batch_of_unknown_size_in_one_graph():
 
     model, traced = randomize(network()), []
 
-    @tf.function(input_signature=[tf.TensorSpec((None, SIZE))])
+    @tf.function(input_signature=[tf.TensorSpec((None, SIZE))], autograph=False)
     def estimate(x):
         traced.append(x)
         lin = jvpreg.linearize(model, x)
