@@ -209,8 +209,8 @@ def a_probe():
     probe = jvpreg.callbacks.JacobianProbe(X[:7], metrics, labels=labels, every_batches=1)
     guard = jvpreg.callbacks.JacobianGuard(probe, metric="norm")
     found = trained(base_model(), X, ONE_HOT, callbacks=[probe, guard])
-    assert probe.values["norm"].shape == (7,), probe.values["norm"].shape
-    return found | {f"values of {name}": values for name, values in probe.values.items()}
+    assert probe.values["norm"].value.shape == (7,), probe.values["norm"].value.shape
+    return found | {f"values of {name}": result.value for name, result in probe.values.items()}
 
 
 def a_penalty_that_is_not_finite():

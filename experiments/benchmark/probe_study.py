@@ -275,7 +275,7 @@ def callback(
             probe.set_model(model)  # which tries it on one example
             made, spent = True, 0
         probe.measure()
-        return [probe.values["norm"], probe.values["sigma"], x], spent
+        return [*(probe.values[name].value for name in ("norm", "sigma")), x], spent
 
     return measured
 

@@ -1,12 +1,14 @@
 """The pictures of what a `JacobianProbe` measured, epoch by epoch."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from jvpreg.estimators import SpectralDensity
+from jvpreg.callbacks.measured import Result
+from jvpreg.callbacks.symbols import symbol
+from jvpreg.estimators import Estimate, SpectralDensity
 
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
@@ -22,28 +24,14 @@ STYLE: dict[Any, Any] = {
 DPI = 120
 GRID = 160  # points of a density's axis
 
-# Mathematics for the axes. A metric without a symbol has its name in the logs.
-SYMBOLS = {
-    "condition_number": r"$\sigma_1 / \sigma_{\min}$",
-    "effective_rank": "effective rank",
-    "frobenius_norm": r"$\Vert J\Vert_F$",
-    "inverse_frobenius_norm": r"$\Vert J^{-1}\Vert_F$",
-    "log_determinant": r"$\log\,\det(I + J J^\top)$",
-    "singular_values": r"$\sigma$",
-    "spectral_norm": r"$\sigma_1$",
-    "stable_rank": r"$\Vert J\Vert_F^2 / \sigma_1^2$",
-    "top_singular_values": r"$\sigma$",
-    "trace": r"$\mathrm{tr}\,J$",
-}
 
-
-def history_png(name: str, epochs: Sequence[int], values: Sequence) -> bytes:
+def history_png(name: str, epochs: Sequence[int], results: Sequence[Result]) -> bytes:
     """Draws the history of a metric.
 
     Args:
         name: of the metric, as in `JacobianProbe.values`.
         epochs: the epochs that were measured, counted from 0.
-        values: the metric's value at each of them.
+        results: what was measured at each of them.
 
     Returns:
         The bytes of a PNG file.
@@ -53,17 +41,17 @@ def history_png(name: str, epochs: Sequence[int], values: Sequence) -> bytes:
     from matplotlib.ticker import MaxNLocator
 
     metric = name.rpartition("/")[2]
-    draw = _curves
-    if isinstance(values[0], SpectralDensity):
+    draw: Callable = _curves
+    if isinstance(results[0], SpectralDensity):
         draw = _density
-    elif np.iscomplexobj(values[0]):
+    elif np.iscomplexobj(results[0].value):
         draw = _eigenvalues
     with matplotlib.rc_context(STYLE):
         # Not through pyplot: it would keep every figure, and open a window if there is a screen.
         figure = Figure(figsize=(5.6, 3.8), layout="constrained")
         axes = figure.subplots()
         # Keras' progress bar counts epochs from 1.
-        draw(figure, axes, np.asarray(epochs) + 1, values, SYMBOLS.get(metric, metric))
+        draw(figure, axes, np.asarray(epochs) + 1, results, metric)
         if draw is not _eigenvalues:
             axes.set_xlabel("epoch")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -83,11 +71,12 @@ def mean_density(density: SpectralDensity) -> tuple[np.ndarray, np.ndarray]:
     return grid, np.mean(rows, axis=0) if rows else np.full(GRID, np.nan)
 
 
-def _curves(figure: Any, axes: Any, epochs: np.ndarray, values: Sequence, symbol: str) -> None:
+def _curves(figure: Any, axes: Any, epochs: np.ndarray, estimates: Sequence[Estimate], metric: str) -> None:
     """The mean over the examples, with its standard error as bars, and the middle 80 % of the examples as a band."""
     import matplotlib
 
-    numbers = np.stack([np.reshape(value, (len(value), -1)) for value in values]).astype("float64")  # (E, B, k)
+    values = np.stack([estimate.value for estimate in estimates]).astype("float64")
+    numbers = values.reshape(*values.shape[:2], -1)  # (E, B, k)
     count = numbers.shape[2]
     colors = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.85, count))
     with np.errstate(invalid="ignore"):
@@ -98,7 +87,7 @@ def _curves(figure: Any, axes: Any, epochs: np.ndarray, values: Sequence, symbol
     for i, color in enumerate(colors):
         axes.fill_between(epochs, low[:, i], high[:, i], color=color, alpha=0.3 / count**0.5, linewidth=0)
         axes.errorbar(epochs, means[:, i], sems[:, i], color=color, marker="o", capsize=2, elinewidth=1)
-    axes.set_ylabel(symbol)
+    axes.set_ylabel(symbol(metric).tex)
     if count > 1 and (means[np.isfinite(means)] >= 0).all():
         axes.set_ylim(bottom=0)
     if numbers.shape[1] > 1:
@@ -106,12 +95,13 @@ def _curves(figure: Any, axes: Any, epochs: np.ndarray, values: Sequence, symbol
         figure.supxlabel(caption, fontsize=7.5, color="0.4")
     if 1 < count <= 10:
         for i, color in enumerate(colors):
-            label = f"{symbol[:-1]}_{{{i + 1}}}$" if symbol == r"$\sigma$" else f"{i + 1}"
+            # Of a metric without a symbol only the number.
+            label = symbol(f"{metric}_{i + 1}").tex.removeprefix(f"{metric}_")
             axes.plot([], [], color=color, marker="o", label=label)
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def _eigenvalues(figure: Any, axes: Any, epochs: np.ndarray, values: Sequence, symbol: str) -> None:
+def _eigenvalues(figure: Any, axes: Any, epochs: np.ndarray, estimates: Sequence[Estimate], metric: str) -> None:
     """The eigenvalues of all examples in the complex plane; later epochs are lighter."""
     import matplotlib
     from matplotlib.cm import ScalarMappable
@@ -119,10 +109,10 @@ def _eigenvalues(figure: Any, axes: Any, epochs: np.ndarray, values: Sequence, s
     from matplotlib.ticker import MaxNLocator
 
     colors = matplotlib.colormaps["viridis"](np.linspace(0.0, 1.0, len(epochs)))
-    for value, color in zip(values, colors, strict=True):
-        found = np.ravel(value)
+    for estimate, color in zip(estimates, colors, strict=True):
+        value = np.ravel(estimate.value)
         # Only one of a conjugate pair may be among the largest.
-        both = np.concatenate([found, found.conj()])
+        both = np.concatenate([value, value.conj()])
         axes.plot(both.real, both.imag, ".", color=color, markersize=4, alpha=0.7)
     circle = np.exp(1j * np.linspace(0, 2 * np.pi, 200))
     axes.plot(circle.real, circle.imag, color="0.7", linewidth=0.8, zorder=0)
@@ -133,13 +123,13 @@ def _eigenvalues(figure: Any, axes: Any, epochs: np.ndarray, values: Sequence, s
     figure.colorbar(ScalarMappable(limits, "viridis"), ax=axes, label="epoch", ticks=MaxNLocator(integer=True))
 
 
-def _density(figure: Any, axes: Any, epochs: np.ndarray, values: Sequence, symbol: str) -> None:
+def _density(figure: Any, axes: Any, epochs: np.ndarray, densities: Sequence[SpectralDensity], metric: str) -> None:
     """The density averaged over the examples, as a column of colors for each epoch."""
     from matplotlib.colors import PowerNorm
 
-    densities = [mean_density(value) for value in values]
-    grid = np.linspace(0.0, max(at[-1] for at, _ in densities), GRID)
-    columns = np.stack([np.interp(grid, at, density, right=0.0) for at, density in densities], axis=1)
+    means = [mean_density(density) for density in densities]
+    grid = np.linspace(0.0, max(at[-1] for at, _ in means), GRID)
+    columns = np.stack([np.interp(grid, at, mean, right=0.0) for at, mean in means], axis=1)
     edges = np.concatenate([epochs - 0.5, [epochs[-1] + 0.5]])
     # Most singular values are small: a linear scale would show only their peak.
     image = axes.pcolormesh(edges, grid, columns[:-1], cmap="viridis", norm=PowerNorm(0.4, vmin=0.0), rasterized=True)

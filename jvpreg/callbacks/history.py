@@ -5,25 +5,13 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from jvpreg.callbacks.files import write_whole
-from jvpreg.estimators import SpectralDensity
+from jvpreg.callbacks.measured import Measured, as_parts, each_part, from_parts
 
 FILE = re.compile(r"epoch-(\d+)\.npz")
-
-Measured = Mapping[str, Mapping[str, np.ndarray]]
-"""The parts of each metric, each `(B, …)`, by the metric's name in `JacobianProbe.values`."""
-
-
-def values_of(measured: Measured) -> dict[str, Any]:
-    """The `JacobianProbe.values` of a measurement."""
-    return {
-        name: SpectralDensity(**parts, num_matvecs=0) if "points" in parts else parts["value"]
-        for name, parts in measured.items()
-    }
 
 
 class History(Mapping[int, Measured]):
@@ -51,9 +39,10 @@ class History(Mapping[int, Measured]):
         self._epochs[epoch] = measured
         if self.folder is not None:
             # The part comes first in the key: NumPy refuses an entry called `file`, and a metric may have this name.
-            entries = {f"{part}:{name}": array for name, parts in measured.items() for part, array in parts.items()}
+            parts = {name: as_parts(result) for name, result in measured.items()}
+            entries = {f"{part}:{name}": array for name, of in parts.items() for part, array in of.items()}
             content = io.BytesIO()
-            np.savez(content, **entries)  # type: ignore[arg-type]
+            np.savez(content, **entries)
             write_whole(self.folder / f"epoch-{epoch:05}.npz", content.getvalue())
 
     def clear(self) -> None:
@@ -91,14 +80,14 @@ class History(Mapping[int, Measured]):
 
 def _read(file: Path) -> Measured | None:
     """The content of a file; None, with a warning, if it is damaged."""
-    measured: dict[str, dict[str, np.ndarray]] = {}
+    parts: dict[str, dict[str, np.ndarray]] = {}
     try:
         # From memory: NumPy would leave the file open if the archive is damaged.
         with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as entries:
             for key in entries.files:
                 part, _, name = key.partition(":")
-                measured.setdefault(name, {})[part] = entries[key]
-        values_of(measured)
+                parts.setdefault(name, {})[part] = entries[key]
+        return {name: from_parts(of) for name, of in parts.items()}
     # A damaged archive may raise anything.
     except Exception as error:
         warnings.warn(
@@ -107,8 +96,7 @@ def _read(file: Path) -> Measured | None:
             stacklevel=2,
         )
         return None
-    return measured
 
 
 def _shapes(measured: Measured) -> dict:
-    return {name: {part: np.shape(array) for part, array in parts.items()} for name, parts in measured.items()}
+    return {name: each_part(np.shape, result) for name, result in measured.items()}

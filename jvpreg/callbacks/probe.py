@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -11,23 +10,21 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops, tree
+from keras import tree
 
 from jvpreg import estimators
-from jvpreg.callbacks.history import History, Measured, values_of
+from jvpreg.callbacks.history import History
 from jvpreg.callbacks.hooks import batches_taken, is_due, listed_before
+from jvpreg.callbacks.measured import Measured, as_parts, each_part, from_parts, kept, nothing_like
 from jvpreg.callbacks.measurement import Measurement, as_array, as_arrays
+from jvpreg.callbacks.summary import summary
 from jvpreg.common import checks
-from jvpreg.common.typing import ArrayLike, Logs, Seed, Structure, Tensor
-from jvpreg.engine.finite import finite_examples, nan_unless
-from jvpreg.estimators import Estimate, SpectralDensity
+from jvpreg.common.typing import ArrayLike, Logs, Seed, Structure
+from jvpreg.engine.finite import finite_examples
 from jvpreg.linearization import Linearization
 from jvpreg.rules.registry import unwrap
 
 ESTIMATORS: dict[str, Callable] = {name: getattr(estimators, name) for name in estimators.__all__ if name.islower()}
-
-# Estimators that do not iterate: there is nothing to converge.
-DIRECT = (estimators.frobenius_norm, estimators.singular_values, estimators.condition_number, estimators.trace)
 
 # By name, so that wandb need not be imported.
 READERS = {
@@ -60,7 +57,7 @@ class JacobianProbe(keras.callbacks.Callback):
     - `…_abs`, `…_real` and `…_imag`: three means in place of one, if the values are complex;
     - `jacobian/eigenvalue_J_1_abs`, … for `"top_eigenvalues"` of a square `J`; `jacobian/eigenvalue_JJT_1`, … if `J` is
       not square: these are the eigenvalues of `J Jᵀ`;
-    - `jacobian/m_converged`: the fraction of examples whose values all converged, if the estimator iterates;
+    - `jacobian/m_converged`: the fraction of examples whose values all converged, if the `Estimate` says it of them;
     - `jacobian/after/LAYER/m`: of the outputs with respect to a layer's output, for each of `layers`;
     - `jacobian/block/LAYER/m`: of a layer's or block's output with respect to its own input, for each of `blocks`;
     - `jacobian/class_3/m`: for the examples of class 3 only, before `after/` and `block/`, if there are `labels`.
@@ -72,7 +69,8 @@ class JacobianProbe(keras.callbacks.Callback):
         x: the batch, `(B, …)` or a structure of inputs, as arrays or tensors of any library. An exact `‖J‖_F` takes
             `B × (number of outputs)` products, so 64 to 512 examples are usual.
         metrics: names of functions in `jvpreg.estimators`; or a dict from a name in `logs` to such a name, or to a
-            function of a `Linearization` that returns an `Estimate` or a tensor `(B,)` or `(B, k)`.
+            function of a `Linearization` that returns an `Estimate`, a `SpectralDensity`, or a tensor `(B,)` or
+            `(B, k)`.
         labels: integers `(B,)`, to measure each class too.
         layers: paths of layers, as `Linearization.after` takes them.
         blocks: paths of layers or of blocks of them, as `Linearization.block` takes them.
@@ -85,8 +83,9 @@ class JacobianProbe(keras.callbacks.Callback):
             its reference. None: nowhere.
 
     Attributes:
-        values: the last measurement, a dict from metric (also `after/LAYER/m` and so on) to an array `(B, …)`, or to a
-            `SpectralDensity` of arrays.
+        values: the last measurement, a dict from metric (also `after/LAYER/m` and so on) to an `Estimate` or a
+            `SpectralDensity` of arrays. An `Estimate` has `value` and, if the estimator iterates, `converged` (1, 0, or
+            NaN for an example that is not finite); the other parts are None.
         epoch: the epoch at whose end it was made; None if the last epoch was not measured.
 
     Raises:
@@ -134,13 +133,13 @@ class JacobianProbe(keras.callbacks.Callback):
         self.every_epochs = checks.count("every_epochs", every_epochs)
         self.every_batches = checks.count("every_batches", every_batches, optional=True)
         self.prefix = checks.text("prefix", prefix)
-        self.values: dict[str, Any] = {}
+        self.values: Measured = {}
         self.epoch: int | None = None
         # Keras overlaps batch hooks with the next step if a callback says that this is safe. Doing nothing is safe.
         self.async_safe = every_batches is None
         self._groups: dict[str, Any] = {"": slice(None), **_classes(labels, self.size)}
         self._measurement: Measurement | None = None
-        self._blank: dict[str, dict[str, np.ndarray]] = {}
+        self._blank: Measured = {}
         self._batches = 0
         self._kept = History(checks.path("folder", folder, optional=True))
         self._begins = True
@@ -156,9 +155,9 @@ class JacobianProbe(keras.callbacks.Callback):
         return self._kept.folder
 
     @property
-    def history(self) -> dict[int, dict[str, Any]]:
+    def history(self) -> dict[int, Measured]:
         """The `values` at the end of each epoch that was measured; the key is the epoch, counted from 0."""
-        return {epoch: values_of(measured) for epoch, measured in self._kept.items()}
+        return dict(self._kept)
 
     def logged(self, epoch: int) -> dict[str, float]:
         """What was put into `logs` at the end of an epoch that was measured."""
@@ -183,7 +182,7 @@ class JacobianProbe(keras.callbacks.Callback):
             # Errors show here, on one example, and not only at the end of the first epoch. On TensorFlow, a model
             # without an input shape is built only in its first step.
             if base.built:
-                self._blank = _nothing_like(measurement.first_example(self.x), self.size)
+                self._blank = self._nothing_like(self._in_order(measurement.first_example(self.x)))
             self._measurement = measurement
         _warn_of_readers(self, listed_before(self, inspect.currentframe()))
 
@@ -235,28 +234,33 @@ class JacobianProbe(keras.callbacks.Callback):
         assert self.model is not None  # On JAX, reading `model` brings the variables up to date.
         assert self._measurement is not None
         try:
-            found = self._measurement.predict_on_batch(self.x)
+            found = self._in_order(self._measurement.predict_on_batch(self.x))
         except Exception:
             # The linear algebra of some backends raises for a matrix that is not finite; here the result is NaN.
             if not self._blank or self._measurement.is_finite(self.x):
                 raise
             found = self._blank
-        self._blank = self._blank or _nothing_like(found, self.size)
-        # In the order in which they were asked for: under JAX a compiled function returns its dicts sorted.
-        places = ["", *(f"after/{path}/" for path in self.layers), *(f"block/{path}/" for path in self.blocks)]
-        names = [place + metric for place in places for metric in self.metrics]
-        found = {name: {key: np.asarray(part) for key, part in found[name].items()} for name in names}
-        self.values = values_of(found)
+        self._blank = self._blank or self._nothing_like(found)
+        self.values = found
         return found
 
+    def _in_order(self, found: Mapping[str, Mapping]) -> Measured:
+        """What was measured, by metric, in the order in which they were asked for: JAX returns dicts sorted."""
+        places = ["", *(f"after/{path}/" for path in self.layers), *(f"block/{path}/" for path in self.blocks)]
+        names = [place + metric for place in places for metric in self.metrics]
+        return {name: each_part(np.asarray, from_parts(found[name])) for name in names}
+
+    def _nothing_like(self, measured: Measured) -> Measured:
+        return {name: nothing_like(result, self.size) for name, result in measured.items()}
+
     def _measure(self, linearization: Linearization) -> dict[str, dict]:
-        """All metrics of the model and of its parts, as a dict of dicts of tensors `(B, …)`."""
+        """All metrics of the model and of its parts, each as a dict of its parts `(B, …)`, for Keras to return."""
         finite = finite_examples(linearization)
         found = {}
         for place, part in self._parts(linearization).items():
             for name, function in self.metrics.items():
                 try:
-                    found[place + name] = _tensors(function, part, finite)
+                    found[place + name] = as_parts(kept(function(part), finite))
                 except ValueError as error:
                     raise ValueError(f"`JacobianProbe` cannot measure `{place}{name}`. {error}") from error
         return found
@@ -271,22 +275,8 @@ class JacobianProbe(keras.callbacks.Callback):
             raise ValueError(f"`JacobianProbe` cannot measure its `layers` and `blocks`. {error}") from error
         return parts
 
-    def _summary(self, found: Measured) -> dict[str, float]:
-        summary = {}
-        for name, parts in found.items():
-            place, slash, metric = name.rpartition("/")
-            if metric == "top_eigenvalues":
-                metric = "eigenvalue_J" if np.iscomplexobj(parts["value"]) else "eigenvalue_JJT"
-            stem = place + slash + metric
-            columns = _columns(stem, parts)
-            for group, members in self._groups.items():
-                for column, numbers in columns.items():
-                    key = f"{self.prefix}/{group}{column}"
-                    summary[key], summary[f"{key}_sem"] = _mean_and_sem(numbers[members])
-            if "converged" in parts:
-                converged = parts["converged"].reshape(len(parts["converged"]), -1)
-                summary[f"{self.prefix}/{stem}_converged"] = float(converged.min(axis=1).mean())
-        return summary
+    def _summary(self, measured: Measured) -> dict[str, float]:
+        return summary(measured, self.prefix, self._groups)
 
 
 def _functions(metrics: Any, seed: Seed) -> dict[str, Callable]:
@@ -330,57 +320,6 @@ def _batch_size(x: Structure) -> int:
     if not leaves or any(len(leaf.shape) == 0 or leaf.shape[0] == 0 for leaf in leaves):
         raise checks.invalid("x", "a batch (B, …) of one example at least", x)
     return int(leaves[0].shape[0])
-
-
-def _tensors(function: Callable, linearization: Linearization, finite: Tensor) -> dict:
-    """The parts of a metric's estimate, each `(B, …)`, as floats; NaN for examples that are not finite."""
-    result = function(linearization)
-    if isinstance(result, SpectralDensity):
-        parts = {"points": result.points, "value": result.value, "sem": result.sem}
-    elif isinstance(result, Estimate):
-        parts = {"value": result.value}
-        if getattr(function, "func", function) not in DIRECT:
-            parts["converged"] = result.converged
-    else:
-        parts = {"value": ops.convert_to_tensor(result)}
-    found = {}
-    for key, part in parts.items():
-        if len(part.shape) == 0 or part.shape[0] != finite.shape[0]:
-            raise ValueError(
-                f"Expected a number, or several, for each of {finite.shape[0]} examples. "
-                f"Received: a tensor of shape {tuple(part.shape)}."
-            )
-        is_complex = "complex" in keras.backend.standardize_dtype(part.dtype)
-        found[key] = nan_unless(finite, ops.cast(part, "complex64" if is_complex else "float32"))
-    return found
-
-
-def _nothing_like(found: dict, size: int) -> dict[str, dict[str, np.ndarray]]:
-    """A measurement of NaN, in the shapes of `found`, for a batch of another size."""
-    return {
-        # Times NaN: a complex number has two parts.
-        name: {key: math.nan * np.ones((size, *np.shape(part)[1:]), part.dtype) for key, part in parts.items()}
-        for name, parts in found.items()
-    }
-
-
-def _columns(stem: str, parts: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The columns `(B,)` of a metric that go into `logs`."""
-    value = parts["value"]
-    if "points" in parts or value.ndim > 2:
-        return {}
-    columns = {stem: value} if value.ndim == 1 else {f"{stem}_{i + 1}": value[:, i] for i in range(value.shape[1])}
-    if np.iscomplexobj(value):
-        aspects: dict[str, Callable] = {"abs": np.abs, "real": np.real, "imag": np.imag}
-        columns = {f"{name}_{key}": of(part) for name, part in columns.items() for key, of in aspects.items()}
-    return columns
-
-
-def _mean_and_sem(numbers: np.ndarray) -> tuple[float, float]:
-    numbers = numbers.astype("float64")
-    with np.errstate(invalid="ignore"):  # inf − inf
-        sem = numbers.std(ddof=1) / math.sqrt(len(numbers)) if len(numbers) > 1 else math.nan
-        return float(numbers.mean()), float(sem)
 
 
 def _warn_of_readers(probe: JacobianProbe, before: Sequence[keras.callbacks.Callback]) -> None:

@@ -9,23 +9,11 @@ import keras
 
 from jvpreg.callbacks.probe import JacobianProbe
 from jvpreg.callbacks.reader import check_probe, checked_probe
+from jvpreg.callbacks.symbols import symbol
 from jvpreg.common.typing import Logs
 
 WIDTH = 100  # columns
 INDENT = 4
-
-# A metric without a symbol here has its name in the logs.
-SYMBOLS = {
-    "condition_number": "σ₁/σₘᵢₙ",
-    "frobenius_norm": "‖J‖",
-    "inverse_frobenius_norm": "‖J⁻¹‖",
-    "log_determinant": "log det(I + JJᵀ)",
-    "spectral_norm": "σ₁",
-    "stable_rank": "‖J‖²/σ₁²",
-    "trace": "tr J",
-}
-SINGULAR_VALUE = re.compile(r"(?:top_)?singular_values_(\d+)")
-SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
 class JacobianProgbarLogger(keras.callbacks.ProgbarLogger):
@@ -91,9 +79,10 @@ def lines(logged: Mapping[str, float], prefix: str) -> list[str]:
         if f"{key}_sem" not in logged:  # a standard error, or the fraction that converged
             continue
         place, _, name = key.removeprefix(f"{prefix}/").rpartition("/")
-        entry = f"{_symbol(name)} {_number(value, logged[f'{key}_sem'])}"
+        text = symbol(name).text
+        entry = f"{text} {_number(value, logged[f'{key}_sem'])}"
         # The spectral norm is the first of the top singular values: it is shown once.
-        places.setdefault(place, {}).setdefault(_symbol(name), entry + _unconverged(key, logged))
+        places.setdefault(place, {}).setdefault(text, entry + _unconverged(key, logged))
     return [line for place, entries in places.items() for line in _wrapped(place, list(entries.values()))]
 
 
@@ -106,12 +95,6 @@ def _wrapped(place: str, entries: list[str]) -> list[str]:
         else:
             found.append(" " * 2 * INDENT + entry)
     return found
-
-
-def _symbol(name: str) -> str:
-    if match := SINGULAR_VALUE.fullmatch(name):
-        return "σ" + match[1].translate(SUBSCRIPTS)
-    return SYMBOLS.get(name, name)
 
 
 def _number(value: float, sem: float) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 
 from jvpreg.callbacks.figures import history_png
+from jvpreg.callbacks.measured import Measured
 from jvpreg.callbacks.probe import JacobianProbe
 from jvpreg.common import checks
 from jvpreg.common.typing import Logs
@@ -39,9 +40,9 @@ class ProbeReader(keras.callbacks.Callback):
         raise NotImplementedError
 
 
-def picture(name: str, history: Mapping[int, Mapping[str, Any]]) -> bytes:
+def picture(name: str, history: Mapping[int, Measured]) -> bytes:
     """The history of a metric, out of a `JacobianProbe.history`, as the bytes of a PNG file."""
-    return history_png(name, list(history), [values[name] for values in history.values()])
+    return history_png(name, list(history), [measured[name] for measured in history.values()])
 
 
 def checked_probe(probe: Any) -> JacobianProbe:

@@ -12,6 +12,7 @@ from keras import ops
 
 from jvpreg.callbacks.figures import mean_density
 from jvpreg.callbacks.hooks import batches_taken, is_due, listed_before
+from jvpreg.callbacks.measured import Result
 from jvpreg.callbacks.probe import JacobianProbe
 from jvpreg.callbacks.reader import ProbeReader, picture
 from jvpreg.callbacks.rows import Rows, read_epochs, rows_before
@@ -211,26 +212,26 @@ class JacobianWandbLogger(ProbeReader):
     def _row(self, epoch: int, numbers: Mapping[str, float], epochs: int | None) -> dict[str, Any]:
         """The row of an epoch: its numbers, histograms of what the probe measured, and pictures if they are due."""
         row: dict[str, Any] = {f"epoch/{key}": value for key, value in {**numbers, "epoch": epoch}.items()}
-        history = {at: values for at, values in self.probe.history.items() if at <= epoch}
+        history = {at: measured for at, measured in self.probe.history.items() if at <= epoch}
         draw = epoch + 1 == epochs or len(history) % self.every_epochs == 0
-        for name, value in history.get(epoch, {}).items():
+        for name, result in history.get(epoch, {}).items():
             key = f"{self.probe.prefix}/{name}"
-            if (histogram := self._histogram(value)) is not None:
+            if (histogram := self._histogram(result)) is not None:
                 row[f"{key}_histogram"] = histogram
-            if draw and (isinstance(value, SpectralDensity) or value.ndim == 2):
+            if draw and (isinstance(result, SpectralDensity) or result.value.ndim == 2):
                 row[f"{key}_history"] = self._image(picture(name, history))
         return row
 
-    def _histogram(self, value: Any) -> Any:
-        if isinstance(value, SpectralDensity):
-            points, density = mean_density(value)
+    def _histogram(self, result: Result) -> Any:
+        if isinstance(result, SpectralDensity):
+            points, density = mean_density(result)
             if not np.isfinite(density).all():
                 return None
             width = points[1] - points[0]
             edges = np.append(points, points[-1] + width) - width / 2
             return self._wandb.Histogram(np_histogram=(density, edges))
         # In float64: NumPy cannot bin float32 values that are nearly equal.
-        numbers = np.abs(value) if np.iscomplexobj(value) else value
+        numbers = np.abs(result.value) if np.iscomplexobj(result.value) else result.value
         numbers = numbers[np.isfinite(numbers)].astype("float64")
         return self._wandb.Histogram(numbers) if numbers.size else None
 

@@ -30,9 +30,8 @@ def singular_values(linearization: Linearization | Operator) -> Estimate:
     """
     operator = as_operator(linearization).upright
     ritz, unit = materialized_triplets(operator, operator.shape[1])
-    exact = ops.isfinite(ritz.values)
     zero = ops.zeros_like(ritz.values)
-    return Estimate(unit * ritz.values, zero, zero, exact, operator.shape[1])
+    return Estimate(unit * ritz.values, zero, zero, None, operator.shape[1])
 
 
 @by_example
@@ -72,4 +71,4 @@ def condition_number(linearization: Linearization | Operator, max_matvecs: int =
     largest, smallest = estimate.value[:, 0], estimate.value[:, -1]
     value = ops.where(smallest > 0, largest / ops.where(smallest > 0, smallest, 1.0), np.inf)
     zero = ops.zeros_like(value)
-    return Estimate(value, zero, zero, estimate.converged[:, 0], estimate.num_matvecs)
+    return Estimate(value, zero, zero, None, estimate.num_matvecs)

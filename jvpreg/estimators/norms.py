@@ -78,7 +78,7 @@ def frobenius_norm(
     # The error is multiplied by the square root's slope, 1 / (2 value); a zero norm has no slope.
     sem = unit * sem / ops.where(value > 0, 2 * value, 1.0)
     value = unit * value
-    return Estimate(value, sem, ops.zeros_like(value), ops.isfinite(value), num_probes)
+    return Estimate(value, sem, ops.zeros_like(value), None, num_probes)
 
 
 def _exact_norm(operator: Operator) -> Estimate:
@@ -87,7 +87,7 @@ def _exact_norm(operator: Operator) -> Estimate:
     unit = magnitude(products)
     value = unit * ops.sqrt(ops.sum(squared_norm(products / ops.expand_dims(unit, -1)), axis=0))
     zero = ops.zeros_like(value)
-    return Estimate(value, zero, zero, ops.isfinite(value), operator.shape[1])
+    return Estimate(value, zero, zero, None, operator.shape[1])
 
 
 def mean_and_sem(samples: Tensor) -> tuple[Tensor, Tensor]:

@@ -150,7 +150,8 @@ def by_example(estimator: Callable[P, R]) -> Callable[P, R]:
         finite = finite_examples(source)
         parts = found._asdict()  # type: ignore[attr-defined]
         for name in {"value", "sem", "residual", "converged", "points"} & set(parts):
-            parts[name] = nan_unless(finite, parts[name])
+            if parts[name] is not None:
+                parts[name] = nan_unless(finite, parts[name])
         if isinstance(parts.get("vectors"), tuple):  # singular vectors, (k, B, …)
             parts["vectors"] = tree.map_structure(lambda v: nan_unless(finite, v, axis=1), parts["vectors"])
         elif parts.get("vectors") is not None:

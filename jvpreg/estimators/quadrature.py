@@ -260,7 +260,7 @@ class SpectralDensity(NamedTuple):
     points: Tensor
     value: Tensor
     sem: Tensor
-    num_matvecs: int
+    num_matvecs: int | None = None
 
 
 @by_example

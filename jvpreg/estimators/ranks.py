@@ -57,7 +57,7 @@ def stable_rank(
     if min(operator.shape) <= num_probes:
         every = singular_values(operator)
         largest, num_matvecs = every.value[:, 0], every.num_matvecs
-        residual, converged = ops.zeros_like(largest), every.converged[:, 0]
+        residual, converged = ops.zeros_like(largest), ops.isfinite(largest)
         unit = ops.where(largest > 0, largest, 1.0)
         value = ops.sum(ops.square(every.value / ops.expand_dims(unit, -1)), axis=-1)
         sem = ops.zeros_like(value)

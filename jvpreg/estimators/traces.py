@@ -63,13 +63,13 @@ def trace(
     if num_matvecs >= size:
         value = ops.einsum("pbp->b", operator.matvec(operator.basis()))
         zero = ops.zeros_like(value)
-        return Estimate(value, zero, zero, ops.isfinite(value), size)
+        return Estimate(value, zero, zero, None, size)
     checks.count("num_matvecs", num_matvecs, least={"hutchinson": 2, "hutch++": 6, "xtrace": 4}[method])
     samples, spent, unit = {"hutchinson": _hutchinson, "hutch++": _hutch_plus_plus, "xtrace": _xtrace}[method](
         operator, num_matvecs, seed
     )
     value, sem = (unit * part for part in mean_and_sem(ops.transpose(samples)))
-    return Estimate(value, sem, ops.zeros_like(value), ops.isfinite(value), spent)
+    return Estimate(value, sem, ops.zeros_like(value), None, spent)
 
 
 def _hutchinson(operator: Operator, num_matvecs: int, seed: Seed) -> tuple:

@@ -21,7 +21,7 @@ EVERY_KIND = {
     "file": lambda lin: lin.outputs[:, 0],  # A name that NumPy has a use for.
     "complex": lambda lin: keras.ops.cast(lin.outputs, "complex64") * 1j,
     "matrix": lambda lin: lin.outputs[:, :, None],
-    "estimate": lambda lin: Estimate(lin.outputs[:, 0], None, None, lin.outputs[:, 0] > 0, 1),
+    "estimate": lambda lin: Estimate(lin.outputs[:, 0], converged=lin.outputs[:, 0] > 0, num_matvecs=1),
     "density": density,
 }
 
@@ -40,9 +40,9 @@ class Die(keras.callbacks.Callback):
 
 def assert_same(one, other):
     """Of one class, dtype and value, to the last bit."""
-    parts = list(zip(one, other, strict=True)) if isinstance(one, SpectralDensity) else [(one, other)]
     assert type(one) is type(other)
-    for left, right in parts:
+    assert [part is None for part in one] == [part is None for part in other]
+    for left, right in zip(one, other, strict=True):
         assert np.asarray(left).dtype == np.asarray(right).dtype
         np.testing.assert_array_equal(left, right)
 
@@ -56,6 +56,11 @@ def test_it_is_there_again_after_a_kill(tmp_path):
     with pytest.raises(InterruptedError):
         fit(make_model(), killed, Die(2), backup, epochs=4)
     assert list(killed.history) == [0, 1, 2]
+    with np.load(tmp_path / "probe" / "epoch-00000.npz") as file:
+        # As in the files of earlier runs.
+        expected = {"value:file", "value:complex", "value:matrix", "value:estimate", "converged:estimate"}
+        expected |= {"points:density", "value:density", "sem:density"}
+        assert set(file.files) == expected | {key.replace(":", ":block/last/") for key in expected}
     resumed, backup = callbacks()
     logs = fit(make_model(), resumed, backup, epochs=4).history
     # The third epoch was measured and not backed up: it is trained again.

@@ -10,7 +10,7 @@ import jvpreg
 from jvpreg import estimators
 from jvpreg.callbacks import JacobianPictures, JacobianProbe
 from jvpreg.callbacks.figures import history_png, mean_density
-from jvpreg.estimators import SpectralDensity
+from jvpreg.estimators import Estimate, SpectralDensity
 from tests.callbacks.fitting import NeverBegins, data, fit, make_model
 from tests.pictures import size
 
@@ -99,7 +99,8 @@ def test_every_picture_can_be_drawn(name, broken):
             values[0] = (
                 SpectralDensity(*[part * broken for part in values[0]]) if name == "density" else values[0] * broken
             )
-        png = history_png(f"after/first/{name}", epochs, values)
+        results = values if name == "density" else [Estimate(value) for value in values]
+        png = history_png(f"after/first/{name}", epochs, results)
         pixels = np.asarray(image.open(io.BytesIO(png)).convert("L"))
         assert pixels.shape == size(png)[::-1]
         assert pixels.min() < 100 < 250 < pixels.max()

@@ -50,7 +50,7 @@ def test_it_follows_the_weights(wrapped):
     np.testing.assert_allclose(history[KEYS[2]], singular[:, :, 0].mean(1), rtol=1e-4)
     np.testing.assert_allclose(history[KEYS[3]], singular[:, :, 0].std(1, ddof=1) / math.sqrt(10), rtol=1e-3)
     assert len(set(history[KEYS[0]])) == 2
-    np.testing.assert_allclose(probe.values["frobenius_norm"], norms[-1], rtol=1e-4)
+    np.testing.assert_allclose(probe.values["frobenius_norm"].value, norms[-1], rtol=1e-4)
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "JacobianModel"])
@@ -257,7 +257,7 @@ def test_any_estimator_any_function_any_part_any_class():
         # A density is for pictures.
         assert not any("spectral_density" in key for key in logs)
         assert probe.values[f"{place}spectral_density"].points.shape == (10, 8)
-        assert probe.values[f"{place}sigma"].shape == (10, 2)
+        assert probe.values[f"{place}sigma"].value.shape == (10, 2)
     assert set(logs) == {"loss", *probe.keys}
 
 
@@ -281,6 +281,33 @@ def test_of_a_square_jacobian_the_log_says_so():
         assert logs[f"jacobian/{stem}_real"] == pytest.approx(first.real, rel=1e-3)
         assert logs[f"jacobian/{stem}_imag"] == pytest.approx(first.imag, rel=1e-3, abs=1e-5)
     assert {"jacobian/eigenvalue_J_2_abs", "jacobian/eigenvalue_J_converged", "jacobian/mine_converged"} <= set(logs)
+
+
+def test_the_result_says_whether_it_was_iterated():
+    """However the function is written, and of an estimator of one's own too."""
+
+    def own(lin):
+        return estimators.Estimate(ops.norm(lin.jacobian(), axis=(1, 2)))
+
+    metrics = {
+        "named": "frobenius_norm",
+        "partial": functools.partial(functools.partial(estimators.frobenius_norm), num_probes=8),
+        "within": lambda lin: estimators.frobenius_norm(lin),
+        "own": own,
+        "iterated": lambda lin: own(lin)._replace(converged=lin.inputs[0][:, 0] > 0),
+        "iterated_within": lambda lin: estimators.spectral_norm(lin),
+    }
+    x = data(4)[0]
+    model = make_model()
+    probe = JacobianProbe(x, metrics)
+    logs = {key: values[0] for key, values in fit(model, probe).history.items()}
+    converged = {key: value for key, value in logs.items() if key.endswith("_converged")}
+    positive = x[:, 0] > 0
+    assert converged == {"jacobian/iterated_converged": positive.mean(), "jacobian/iterated_within_converged": 1.0}
+    assert probe.values["iterated"].converged.tolist() == positive.tolist() != [True] * 4
+    expected = np.linalg.norm(jacobians(model, x)[0], axis=(1, 2))
+    for name in ("named", "partial", "within", "own", "iterated"):
+        np.testing.assert_allclose(probe.values[name].value, expected, rtol=1e-4)
 
 
 def test_every_estimator_by_name():
@@ -343,7 +370,7 @@ def test_what_is_not_finite_is_nan_and_no_error(every_example):
     for key in probe.keys:
         assert math.isnan(logs[key][1]), key
         assert math.isnan(logs[key][0]) != every_example, key
-    assert np.isnan(probe.values["norm"]).tolist() == [every_example or i == 3 for i in range(10)]
+    assert np.isnan(probe.values["norm"].value).tolist() == [every_example or i == 3 for i in range(10)]
 
 
 class Foreign:
@@ -364,7 +391,7 @@ def test_a_batch_of_any_library(wrap):
     probe = JacobianProbe(wrap(x), ["frobenius_norm"], labels=wrap(np.array([0, 1, 1, 0])))
     model.fit(x, np.zeros((4, 2)), verbose=0, callbacks=[probe])
     norm = np.linalg.norm(model.get_weights()[0])
-    np.testing.assert_allclose(probe.values["frobenius_norm"], np.full(4, norm), rtol=1e-5)
+    np.testing.assert_allclose(probe.values["frobenius_norm"].value, np.full(4, norm), rtol=1e-5)
 
 
 @pytest.mark.parametrize(

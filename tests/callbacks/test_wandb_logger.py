@@ -82,7 +82,7 @@ def test_a_row_an_epoch_with_numbers_histograms_and_pictures(tmp_path):
         assert ("val_jacobian/top_singular_values_history/path" in row) == (i < 2)
     row = rows[1]  # A dict is a key for each of its entries, as the file has it.
     assert sum(row["val_jacobian/frobenius_norm_histogram/values"]) == 10
-    smallest = probe.values["frobenius_norm"].min()
+    smallest = probe.values["frobenius_norm"].value.min()
     assert row["val_jacobian/frobenius_norm_histogram/bins"][0] == pytest.approx(smallest)
     assert sum(row["val_jacobian/top_singular_values_histogram/values"]) == 20
     density, edges = (row[f"val_jacobian/spectral_density_histogram/{part}"] for part in ("values", "bins"))
@@ -177,7 +177,7 @@ def test_a_run_with_nothing_left_to_train_is_told_whole(tmp_path):
     assert [float(row["epoch/val_loss"]) for row in rows] == pytest.approx([np.nan, 3.0], nan_ok=True)
     assert not any("note" in key for row in rows for key in row)
     for epoch, row in enumerate(rows):
-        counts, edges = np.histogram(probe.history[epoch]["frobenius_norm"].astype("float64"), 64)
+        counts, edges = np.histogram(probe.history[epoch]["frobenius_norm"].value.astype("float64"), 64)
         assert row["jacobian/frobenius_norm_histogram/values"] == list(counts)
         np.testing.assert_allclose(row["jacobian/frobenius_norm_histogram/bins"], edges)
 
