@@ -207,7 +207,7 @@ def a_probe():
     }
     labels = ONE_HOT.argmax(axis=1)[:7]
     probe = jvpreg.callbacks.JacobianProbe(X[:7], metrics, labels=labels, every_batches=1)
-    guard = jvpreg.callbacks.JacobianGuard(probe, metric="norm")
+    guard = jvpreg.callbacks.JacobianGuard(probe, monitor="norm")
     found = trained(base_model(), X, ONE_HOT, callbacks=[probe, guard])
     assert probe.values["norm"].value.shape == (7,), probe.values["norm"].value.shape
     return found | {f"values of {name}": result.value for name, result in probe.values.items()}

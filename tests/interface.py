@@ -129,7 +129,7 @@ def rows() -> dict[str, Row]:
     options = {"training": False, "batch_statistics": None, "fallback": "warn", "xla": None}
     of_lin = {"linearization": lin()}
     iteration = {"tolerance": 1e-2, "num_iterations": 2, "max_restarts": 1, "seed": 0}
-    quadrature = {"num_probes": 2, "num_steps": 2, "seed": 0}
+    quadrature = {"num_probes": 2, "num_iterations": 2, "seed": 0}
     enforced = {"enforcement": 1.0, "at": "data", "tolerance": 1e-3, "name": "own"}
     map_of = {"model": of_images(), "x": IMAGES, "target": 1}
     stacked = np.concatenate([IMAGES, IMAGES, 0 * IMAGES])
@@ -235,7 +235,7 @@ def rows() -> dict[str, Row]:
         "regularizers.JacobianRegularizer": Row(regularizers.JacobianRegularizer, {"strength": 0.1, "name": "own"}),
         "constraints.Constraint": Row(constraints.Constraint, enforced),
         "constraints.AugmentedLagrangian": Row(constraints.AugmentedLagrangian, {"rho": 1.0, "update_every": 2}),
-        "constraints.Penalty": Row(constraints.Penalty, {"weight": 1.0, "schedule": None}),
+        "constraints.Penalty": Row(constraints.Penalty, {"strength": 1.0, "schedule": None}),
         "constraints.Bounded": Row(constraints.Bounded, {"low": 0.0, "high": 1.0, "directions": [0], **enforced}),
         "constraints.Monotone": Row(constraints.Monotone, {"features": [0, 2], "increasing": True, **enforced}),
         "constraints.Invariant": Row(constraints.Invariant, {"tangents": np.ones((1, 3)), **enforced}),
@@ -277,7 +277,7 @@ def rows() -> dict[str, Row]:
             callbacks.JacobianGuard,
             {
                 "probe": probe(),
-                "metric": "frobenius_norm",
+                "monitor": "frobenius_norm",
                 "explosion": 9.0,
                 "collapse": 0.1,
                 "window": 2,

@@ -20,11 +20,11 @@ ITERATED = {
     "spectral_norm": {"num_iterations": 2},
     "top_eigenvalues": {"num_iterations": 2},
     "stable_rank": {"num_probes": 4, "num_iterations": 2},
-    "effective_rank": {"num_probes": 2, "num_steps": 4},
+    "effective_rank": {"num_probes": 2, "num_iterations": 4},
     "trace": {"num_matvecs": 6},
-    "log_determinant": {"num_probes": 2, "num_steps": 4},
-    "inverse_frobenius_norm": {"num_probes": 2, "num_steps": 4},
-    "spectral_density": {"num_probes": 2, "num_steps": 4},
+    "log_determinant": {"num_probes": 2, "num_iterations": 4},
+    "inverse_frobenius_norm": {"num_probes": 2, "num_iterations": 4},
+    "spectral_density": {"num_probes": 2, "num_iterations": 4},
 }
 ALWAYS_ALIKE = {"condition_number", "fixed_point_spectral_radius", "singular_values"}
 X = np.random.default_rng(0).normal(size=(3, 12)).astype("float32")
@@ -149,7 +149,7 @@ def test_a_probe():
         },
         labels=np.array([0, 1, 0]),
     )
-    guard = jvpreg.callbacks.JacobianGuard(probe, metric="class_0/norm")
+    guard = jvpreg.callbacks.JacobianGuard(probe, monitor="class_0/norm")
     history = model.fit(X, X, verbose=0, callbacks=[probe, guard]).history
     for name in ("norm", "sigma", "own"):
         np.testing.assert_array_equal(np.isnan(probe.values[name].value), [False, True, False])

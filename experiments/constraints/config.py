@@ -42,8 +42,8 @@ class ConstraintsConfig:
     learning_rate: PositiveFloat = 0.01
     """Learning rate of Adam at the first step; it falls to zero along a cosine."""
 
-    weights: list[NonNegativeFloat] = field(default_factory=lambda: [0.0, 1.0, 10.0, 100.0])
-    """Weights of the fixed penalties; 0 is the network without a constraint."""
+    strengths: list[NonNegativeFloat] = field(default_factory=lambda: [0.0, 1.0, 10.0, 100.0])
+    """Strengths of the fixed penalties; 0 is the network without a constraint."""
 
     rho: PositiveFloat | None = 10.0
     """rho of the augmented Lagrangian; None trains none."""

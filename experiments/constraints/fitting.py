@@ -19,7 +19,7 @@ FREE = "no constraint"
 def enforcements(config: ConstraintsConfig) -> dict[str, Penalty | AugmentedLagrangian]:
     """How each run enforces the constraint, by the run's name; a penalty of weight 0 only measures."""
     named: dict[str, Penalty | AugmentedLagrangian] = {
-        f"penalty {weight:g}" if weight else FREE: Penalty(weight) for weight in config.weights
+        f"penalty {strength:g}" if strength else FREE: Penalty(strength) for strength in config.strengths
     }
     if config.rho is not None:
         named[AUGMENTED] = AugmentedLagrangian(config.rho, config.update_every)

@@ -31,8 +31,8 @@ def run(config: ConstraintsConfig) -> dict[str, Any]:
     Raises:
         ExperimentError: where the data cannot be had, or no setting has a constraint.
     """
-    if config.rho is None and not any(config.weights):
-        raise ExperimentError("weights: expected one above 0, or a rho.")
+    if config.rho is None and not any(config.strengths):
+        raise ExperimentError("strengths: expected one above 0, or a rho.")
     console = Console(soft_wrap=True, highlight=False)
     summary = {
         "study": "constraints",

@@ -62,7 +62,7 @@ class JacobianGuard(keras.callbacks.Callback):
 
     Args:
         probe: the `JacobianProbe` of the same `fit`.
-        metric: which one to guard; it must be positive: a name in `logs`, without the probe's prefix.
+        monitor: which metric to guard; it must be positive: a name in `logs`, without the probe's prefix.
         explosion: a value above this many times the reference is an explosion.
         collapse: a value below this fraction of the reference is a collapse.
         window: the reference is the median of this many healthy values.
@@ -90,7 +90,7 @@ class JacobianGuard(keras.callbacks.Callback):
     def __init__(
         self,
         probe: JacobianProbe,
-        metric: str = "frobenius_norm",
+        monitor: str = "frobenius_norm",
         explosion: float = 10.0,
         collapse: float = 0.1,
         window: int = 5,
@@ -98,14 +98,14 @@ class JacobianGuard(keras.callbacks.Callback):
     ):
         super().__init__()
         self.probe = checked_probe(probe)
-        self.metric = checks.text("metric", metric)
+        self.monitor = checks.text("monitor", monitor)
         self.explosion = checks.number("explosion", explosion, above=1, finite=False)
         self.collapse = checks.number("collapse", collapse, least=0, below=1)
         self.window = checks.count("window", window)
         self.action = checks.choice("action", action, ("stop", "warn"))
         self.events: list[GuardEvent] = []
         self.async_safe = probe.async_safe
-        self._key = f"{probe.prefix}/{metric}"
+        self._key = f"{probe.prefix}/{monitor}"
         self._layers: _Layers | None = None
 
     def on_train_begin(self, logs: Logs | None = None) -> None:
@@ -113,7 +113,7 @@ class JacobianGuard(keras.callbacks.Callback):
         check_probe(self)
         if self.probe.keys and self._key not in self.probe.keys:
             names = [key.removeprefix(f"{self.probe.prefix}/") for key in self.probe.keys]
-            raise checks.invalid("metric", f"one that the probe measures: {names}", self.metric)
+            raise checks.invalid("monitor", f"a metric that the probe measures: {names}", self.monitor)
         if self._layers is None or self._layers.base is not unwrap(self.model):
             self._layers = _Layers(unwrap(self.model))
         self.events = []

@@ -29,7 +29,7 @@ class Constraint(Constrains, Carries, Scheduled, JacobianRegularizer):
     `AugmentedLagrangian` `monotone/multiplier_max`, the largest multiplier.
 
     Args:
-        enforcement: a `Penalty`, an `AugmentedLagrangian`, or a number, the weight of a penalty.
+        enforcement: a `Penalty`, an `AugmentedLagrangian`, or a number, the strength of a penalty.
         at: where it must hold: `"data"`, `"between"` (points between examples of the batch, each with the integers of
             one of them), or a sampler `(inputs, seed) -> points (N, …)` such as `Box`. Away from the data the model is
             run once more, in inference mode, for all constraints with the same `at`; points have no labels and no
@@ -51,7 +51,7 @@ class Constraint(Constrains, Carries, Scheduled, JacobianRegularizer):
         name: str | None = None,
     ):
         self.enforcement = as_enforcement(enforcement)
-        super().__init__(self.enforcement.weight, name)
+        super().__init__(self.enforcement.strength, name)
         self.at = as_points(at)
         self.tolerance = checks.number("tolerance", tolerance, least=0)
         self.scheduled = self.enforcement.schedule is not None
@@ -106,8 +106,8 @@ class Constraint(Constrains, Carries, Scheduled, JacobianRegularizer):
         return None
 
     def strength_at(self, step: Tensor) -> Tensor:
-        """The weight of the penalty at a training step; 1 if multipliers are the weights."""
-        return self.enforcement.weight_at(step)
+        """The strength of the penalty at a training step; 1 if there are multipliers."""
+        return self.enforcement.strength_at(step)
 
     def carried_shape(self, outputs: Structure) -> tuple[int, ...] | None:
         """The shape of the multipliers and of the sums by which they will grow."""

@@ -1,4 +1,4 @@
-"""How a constraint is enforced: by a penalty with a given weight, or by multipliers that grow until it holds."""
+"""How a constraint is enforced: by a penalty of a given strength, or by multipliers that grow until it holds."""
 
 import math
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from jvpreg.constraints.configs import revive
 
 @keras.saving.register_keras_serializable(package="jvpreg")
 class Penalty:
-    """The loss gains `weight × mean Σ v²`, v being the violations of an example.
+    """The loss gains `strength × mean Σ v²`, v being the violations of an example.
 
-    The slope of a square is zero where the square is. So at a fixed weight a constraint that has a cost stays violated,
-    in proportion to `cost / weight`. An `AugmentedLagrangian` leaves no such violation.
+    The slope of a square is zero where the square is. So at a fixed strength a constraint that has a cost stays
+    violated, in proportion to `cost / strength`. An `AugmentedLagrangian` leaves no such violation.
 
     Args:
-        weight: not negative.
-        schedule: multiplies the weight: a function of the training step, counted from 1, such as a
+        strength: not negative.
+        schedule: multiplies the strength: a function of the training step, counted from 1, such as a
             `keras.optimizers.schedules.LearningRateSchedule`. None: constant.
 
     Raises:
@@ -35,13 +35,13 @@ class Penalty:
     True
     """
 
-    def __init__(self, weight: float = 1.0, schedule: Callable | None = None):
-        self.weight = checks.number("weight", weight, least=0)
+    def __init__(self, strength: float = 1.0, schedule: Callable | None = None):
+        self.strength = checks.number("strength", strength, least=0)
         self.schedule = checks.function("schedule", schedule, "a function of the training step", optional=True)
 
-    def weight_at(self, step: Tensor) -> Tensor:
-        """The weight at a training step."""
-        return self.weight if self.schedule is None else self.weight * self.schedule(step)
+    def strength_at(self, step: Tensor) -> Tensor:
+        """The strength at a training step."""
+        return self.strength if self.schedule is None else self.strength * self.schedule(step)
 
     def state_shape(self, components: int) -> None:
         """None: nothing is carried from step to step."""
@@ -53,12 +53,12 @@ class Penalty:
 
     def get_config(self) -> Config:
         """The arguments of `__init__`."""
-        return {"weight": self.weight, "schedule": self.schedule}
+        return {"strength": self.strength, "schedule": self.schedule}
 
     @classmethod
     def from_config(cls, config: Config) -> "Penalty":
         """The enforcement that `get_config` described."""
-        return cls(config["weight"], revive(config["schedule"]))
+        return cls(config["strength"], revive(config["schedule"]))
 
 
 @keras.saving.register_keras_serializable(package="jvpreg")
@@ -96,15 +96,15 @@ class AugmentedLagrangian:
     """
 
     schedule = None
-    weight = 1.0
+    strength = 1.0
 
     def __init__(self, rho: float = 1.0, update_every: int = 10):
         self.rho = checks.number("rho", rho, above=0)
         self.update_every = checks.count("update_every", update_every)
 
-    def weight_at(self, step: Tensor) -> Tensor:
-        """1: the multipliers are the weights."""
-        return self.weight
+    def strength_at(self, step: Tensor) -> Tensor:
+        """1: the multipliers say how strong it is."""
+        return self.strength
 
     def state_shape(self, components: int) -> tuple[int, int]:
         """The shape of what is carried: rows of multipliers, of sums of violations, and of the number of steps."""
@@ -135,10 +135,10 @@ class AugmentedLagrangian:
 
 
 def as_enforcement(given: Any) -> Penalty | AugmentedLagrangian:
-    """The enforcement; a number is the weight of a penalty."""
+    """The enforcement; a number is the strength of a penalty."""
     if isinstance(given, (Penalty, AugmentedLagrangian)):
         return given
     if not checks.is_real(given) or not 0 <= given < math.inf:
-        expected = "a `Penalty`, an `AugmentedLagrangian`, or the weight of a penalty, a finite number, 0 or more"
+        expected = "a `Penalty`, an `AugmentedLagrangian`, or the strength of a penalty, a finite number, 0 or more"
         raise checks.invalid("enforcement", expected, given)
     return Penalty(given)

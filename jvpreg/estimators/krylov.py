@@ -18,13 +18,13 @@ def probed(product: Callable) -> Callable:
     return lambda rows: ops.transpose(product(ops.transpose(rows, (1, 0, 2))), (1, 0, 2))
 
 
-def block_krylov(apply: Callable, start: Tensor, num_steps: int, sizes: Sequence[int]) -> tuple:
+def block_krylov(apply: Callable, start: Tensor, num_iterations: int, sizes: Sequence[int]) -> tuple:
     """An orthonormal basis of the space that `start` and its images span, and the images of the basis.
 
     Args:
         apply: maps rows `(B, k, n)` to a tuple of images `(B, k, sizes[i])`; the last image spans the next step.
         start: `(B, k, n)`, k independent rows.
-        num_steps: q.
+        num_iterations: q.
         sizes: of the images.
 
     Returns:
@@ -33,8 +33,8 @@ def block_krylov(apply: Callable, start: Tensor, num_steps: int, sizes: Sequence
     batch, width, size = ops.shape(start)
     dtype = start.dtype
     block = orthonormal(start, floor=ops.zeros((batch, 1), dtype))
-    basis = ops.zeros((batch, num_steps * width, size), dtype)
-    images = [ops.zeros((batch, num_steps * width, image_size), dtype) for image_size in sizes]
+    basis = ops.zeros((batch, num_iterations * width, size), dtype)
+    images = [ops.zeros((batch, num_iterations * width, image_size), dtype) for image_size in sizes]
 
     def step(j: Tensor, state: tuple) -> tuple:
         block, largest, basis, *images = state
@@ -46,7 +46,7 @@ def block_krylov(apply: Callable, start: Tensor, num_steps: int, sizes: Sequence
         block = orthonormal(applied[-1], floor=precision(dtype) * largest, basis=basis)
         return block, largest, basis, *images
 
-    state = ops.fori_loop(0, num_steps, step, (block, ops.zeros((batch, 1), dtype), basis, *images))
+    state = ops.fori_loop(0, num_iterations, step, (block, ops.zeros((batch, 1), dtype), basis, *images))
     return tuple(state[2:])
 
 
@@ -72,21 +72,21 @@ def orthonormal(rows: Tensor, floor: Tensor, basis: Tensor | None = None) -> Ten
     return rows
 
 
-def lanczos(product: Callable, start: Tensor, num_steps: int) -> tuple:
+def lanczos(product: Callable, start: Tensor, num_iterations: int) -> tuple:
     """The tridiagonal matrices of a symmetric operator, from each of many starting vectors.
 
     Args:
         product: `(P, B, n)` to `(P, B, n)`, symmetric.
         start: unit vectors `(P, B, n)`.
-        num_steps: m.
+        num_iterations: m.
 
     Returns:
         The diagonals and the entries beside them, each `(m, P, B)`; the last entry beside is not part of the matrix.
     """
     probes, batch, size = ops.shape(start)
     dtype = start.dtype
-    basis = ops.zeros((num_steps, probes, batch, size), dtype)
-    alphas = betas = ops.zeros((num_steps, probes, batch), dtype)
+    basis = ops.zeros((num_iterations, probes, batch, size), dtype)
+    alphas = betas = ops.zeros((num_iterations, probes, batch), dtype)
 
     def step(j: Tensor, state: tuple) -> tuple:
         vector, largest, basis, alphas, betas = state
@@ -106,7 +106,7 @@ def lanczos(product: Callable, start: Tensor, num_steps: int) -> tuple:
         return vector, largest, basis, alphas, betas
 
     state = (start, ops.zeros((probes, batch), dtype), basis, alphas, betas)
-    return tuple(ops.fori_loop(0, num_steps, step, state)[3:])
+    return tuple(ops.fori_loop(0, num_iterations, step, state)[3:])
 
 
 def precision(dtype: DType) -> float:

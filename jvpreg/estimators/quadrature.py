@@ -25,7 +25,7 @@ class Quadrature(NamedTuple):
         size: how many eigenvalues each measure stands for.
         num_matvecs: products that were computed for each example.
         unit: of the operator, `(B, 1)`.
-        coarser: the measures after half of the steps; None if the measure is exact, and P is 1.
+        coarser: the measures after half of the iterations; None if the measure is exact, and P is 1.
     """
 
     nodes: Tensor
@@ -46,7 +46,7 @@ class Quadrature(NamedTuple):
         return self.size * ops.sum(self.weights * values, axis=-1)
 
     def residual(self, function: Callable) -> Tensor:
-        """How much `Σ_i f(λ_i)` changed in the second half of the steps, `(B,)`."""
+        """How much `Σ_i f(λ_i)` changed in the second half of the iterations, `(B,)`."""
         # The last step alone says too little: if f has a kink at 0, the error falls only like 1/m.
         sums = ops.mean(self.sums(function), axis=0)
         return (
@@ -64,49 +64,51 @@ class Quadrature(NamedTuple):
         return Estimate(value, self.sem(samples), residual, residual <= tolerance * ops.abs(value), self.num_matvecs)
 
 
-def gram_quadrature(linearization: Linearization | Operator, num_probes: int, num_steps: int, seed: Seed) -> Quadrature:
+def gram_quadrature(
+    linearization: Linearization | Operator, num_probes: int, num_iterations: int, seed: Seed
+) -> Quadrature:
     """The spectral measure of `JᵀJ` or `J Jᵀ`, the smaller one: the squares of the singular values.
 
-    If it has no more than `num_probes·num_steps` dimensions, the Jacobian is materialized, which is exact.
+    If it has no more than `num_probes·num_iterations` dimensions, the Jacobian is materialized, which is exact.
     """
     checks.count("num_probes", num_probes, least=2)
-    checks.count("num_steps", num_steps, least=2)
+    checks.count("num_iterations", num_iterations, least=2)
     checks.seed("seed", seed, generator=True)
     operator = as_operator(linearization).upright
     size = operator.shape[1]
-    if size <= num_probes * num_steps:
+    if size <= num_probes * num_iterations:
         values = singular_values(operator).value
         unit = ops.where(values[:, :1] > 0, values[:, :1], 1.0)
         nodes = ops.expand_dims(ops.square(values / unit), 0)
         return Quadrature(nodes, ops.full_like(nodes, 1 / size), size, size, unit)
     unit = operator.magnitude(seed)
     over = operator.over(unit)
-    found = _quadrature(lambda v: over.rmatvec(over.matvec(v)), operator, unit, num_probes, num_steps, seed)
+    found = _quadrature(lambda v: over.rmatvec(over.matvec(v)), operator, unit, num_probes, num_iterations, seed)
     # Rounding may make a zero negative.
     coarser = found.coarser._replace(nodes=ops.maximum(found.coarser.nodes, 0.0))
     return found._replace(
-        nodes=ops.maximum(found.nodes, 0.0), num_matvecs=2 * num_probes * num_steps + 1, coarser=coarser
+        nodes=ops.maximum(found.nodes, 0.0), num_matvecs=2 * num_probes * num_iterations + 1, coarser=coarser
     )
 
 
 def _quadrature(
-    product: Callable, operator: Operator, unit: Tensor, num_probes: int, num_steps: int, seed: Seed
+    product: Callable, operator: Operator, unit: Tensor, num_probes: int, num_iterations: int, seed: Seed
 ) -> Quadrature:
     size = operator.shape[1]
     start = operator.draw("sphere", num_probes, seed) / math.sqrt(size)
-    alphas, betas = lanczos(product, start, num_steps)
-    half = num_steps // 2
+    alphas, betas = lanczos(product, start, num_iterations)
+    half = num_iterations // 2
     unit = ops.expand_dims(unit, -1)
     # Both at once: on JAX on a CPU, two batches of decompositions side by side can wait for each other's threads. The
     # coarser matrix is padded with nodes that are not connected to it, have no weight, and lie within the spectrum.
     count = start.shape[0]
-    first = ops.reshape(ops.arange(num_steps), (-1, 1, 1)) < half
-    joined = ops.reshape(ops.arange(num_steps), (-1, 1, 1)) < half - 1
+    first = ops.reshape(ops.arange(num_iterations), (-1, 1, 1)) < half
+    joined = ops.reshape(ops.arange(num_iterations), (-1, 1, 1)) < half - 1
     alphas = ops.concatenate([alphas, ops.where(first, alphas, alphas[:1])], axis=1)
     betas = ops.concatenate([betas, ops.where(joined, betas, 0.0)], axis=1)
     nodes, weights = _gauss(alphas, betas)
     coarser = Quadrature(nodes[count:], weights[count:], size, num_probes * half + 1, unit)
-    return Quadrature(nodes[:count], weights[:count], size, num_probes * num_steps + 1, unit, coarser)
+    return Quadrature(nodes[:count], weights[:count], size, num_probes * num_iterations + 1, unit, coarser)
 
 
 def _gauss(alphas: Tensor, betas: Tensor) -> tuple:
@@ -123,26 +125,26 @@ def log_determinant(
     linearization: Linearization | Operator,
     of: Literal["JJT", "J"] = "JJT",
     num_probes: int = 8,
-    num_steps: int = 20,
+    num_iterations: int = 20,
     tolerance: float = 1e-2,
     seed: Seed = 0,
 ) -> Estimate:
     """`log |det(I + A)|` of each example, where A is `J Jᵀ` (which gives the same as `JᵀJ`) or a square `J` itself.
 
-    By stochastic Lanczos quadrature. If A has no more than `num_probes·num_steps` dimensions, it is materialized, and
-    the result is exact.
+    By stochastic Lanczos quadrature. If A has no more than `num_probes·num_iterations` dimensions, it is materialized,
+    and the result is exact.
 
     Args:
         linearization: from `jvpreg.linearize`, or an `Operator`.
         of: `"JJT"`, or `"J"`: a square Jacobian, which must be symmetric unless it is small enough to be materialized.
         num_probes: random vectors.
-        num_steps: Lanczos steps from each; the memory is that of `num_probes·num_steps` vectors.
+        num_iterations: Lanczos iterations from each; the memory is that of `num_probes·num_iterations` vectors.
         tolerance: relative to the value, which has converged if the residual is at most `tolerance` times the value.
         seed: an integer or a `keras.random.SeedGenerator`.
 
     Returns:
-        An `Estimate`, each part `(B,)`. `residual` is how much the value changed in the second half of the steps. For
-        `of="J"` the relative asymmetry `‖J v − Jᵀ v‖ / ‖J v‖` of a random vector, times the value, is added: for a
+        An `Estimate`, each part `(B,)`. `residual` is how much the value changed in the second half of the iterations.
+        For `of="J"` the relative asymmetry `‖J v − Jᵀ v‖ / ‖J v‖` of a random vector, times the value, is added: for a
         Jacobian that is not symmetric this is no estimate, and it does not converge.
 
     Raises:
@@ -162,19 +164,19 @@ def log_determinant(
     checks.choice("of", of, ("JJT", "J"))
     checks.number("tolerance", tolerance, above=0)
     if of == "JJT":
-        squared = gram_quadrature(linearization, num_probes, num_steps, seed)
+        squared = gram_quadrature(linearization, num_probes, num_iterations, seed)
         return squared.estimate(lambda nodes: ops.log1p(ops.square(squared.unit * ops.sqrt(nodes))), tolerance)
     checks.count("num_probes", num_probes, least=2)
-    checks.count("num_steps", num_steps, least=2)
+    checks.count("num_iterations", num_iterations, least=2)
     checks.seed("seed", seed, generator=True)
     operator = as_operator(linearization)
     check_square(operator, 'log_determinant(of="J")')
     size = operator.shape[0]
-    if size <= num_probes * num_steps:
+    if size <= num_probes * num_iterations:
         return _exact_log_determinant(operator)
     unit = operator.magnitude(seed)
     over = operator.over(unit)
-    measure = _quadrature(over.matvec, operator, unit, num_probes, num_steps, seed)
+    measure = _quadrature(over.matvec, operator, unit, num_probes, num_iterations, seed)
     found = measure.estimate(lambda values: ops.log(ops.abs(1 + measure.unit * values)), tolerance)
     residual = found.residual + _asymmetry(over, operator.draw("sphere", 1, seed)) * ops.abs(found.value)
     converged = residual <= tolerance * ops.abs(found.value)
@@ -203,25 +205,25 @@ def _exact_log_determinant(operator: Operator) -> Estimate:
 def inverse_frobenius_norm(
     linearization: Linearization | Operator,
     num_probes: int = 8,
-    num_steps: int = 20,
+    num_iterations: int = 20,
     tolerance: float = 1e-2,
     seed: Seed = 0,
 ) -> Estimate:
     """`‖J⁻¹‖_F` of each example, for a square Jacobian: the root of `Σ 1/σ_i²`.
 
-    By stochastic Lanczos quadrature of `JᵀJ`, without solving; exact if it has no more than `num_probes·num_steps`
+    By stochastic Lanczos quadrature of `JᵀJ`, without solving; exact if it has no more than `num_probes·num_iterations`
     dimensions. The smallest singular values count most and are found last: look at `converged`.
 
     Args:
         linearization: from `jvpreg.linearize`, or an `Operator`.
         num_probes: random vectors.
-        num_steps: Lanczos steps from each.
+        num_iterations: Lanczos iterations from each.
         tolerance: relative to the value, which has converged if the residual is at most `tolerance` times the value.
         seed: an integer or a `keras.random.SeedGenerator`.
 
     Returns:
         An `Estimate`, each part `(B,)`; infinite if `J` is singular and was materialized. `residual` is how much the
-        value changed in the second half of the steps.
+        value changed in the second half of the iterations.
 
     Raises:
         ValueError: an argument is out of its range, or `J` is not square.
@@ -239,7 +241,7 @@ def inverse_frobenius_norm(
     checks.number("tolerance", tolerance, above=0)
     operator = as_operator(linearization)
     check_square(operator, "inverse_frobenius_norm")
-    measure = gram_quadrature(operator, num_probes, num_steps, seed)
+    measure = gram_quadrature(operator, num_probes, num_iterations, seed)
     unit, found = measure.unit[:, 0], measure.estimate(lambda squares: 1 / squares, tolerance)
     value = ops.sqrt(found.value)
     # The errors are multiplied by the slope of the root.
@@ -254,7 +256,7 @@ class SpectralDensity(NamedTuple):
         points: the singular values at which the density is given, from 0 upwards, `(B, G)`.
         value: `(B, G)`; its integral over all values is 1.
         sem: standard error of `value` over the random vectors, `(B, G)`; 0 if it is exact.
-        num_matvecs: products that were computed for each example.
+        num_matvecs: products that were computed for each example; None if they were not counted.
     """
 
     points: Tensor
@@ -269,20 +271,20 @@ def spectral_density(
     num_points: int = 64,
     width: float = 0.02,
     num_probes: int = 8,
-    num_steps: int = 20,
+    num_iterations: int = 20,
     seed: Seed = 0,
 ) -> SpectralDensity:
     """How the singular values of each example's Jacobian are distributed, over those of its smaller side.
 
     By stochastic Lanczos quadrature, or from the materialized Jacobian if its smaller side has no more than
-    `num_probes·num_steps` dimensions. In both cases each value is spread out to a Gaussian.
+    `num_probes·num_iterations` dimensions. In both cases each value is spread out to a Gaussian.
 
     Args:
         linearization: from `jvpreg.linearize`, or an `Operator`.
         num_points: G.
         width: standard deviation of the Gaussian, in units of the largest singular value found.
         num_probes: random vectors.
-        num_steps: Lanczos steps from each.
+        num_iterations: Lanczos iterations from each.
         seed: an integer or a `keras.random.SeedGenerator`.
 
     Returns:
@@ -304,7 +306,7 @@ def spectral_density(
     """
     checks.count("num_points", num_points, least=2)
     checks.number("width", width, above=0)
-    found = gram_quadrature(linearization, num_probes, num_steps, seed)
+    found = gram_quadrature(linearization, num_probes, num_iterations, seed)
     sigma = ops.sqrt(found.nodes)
     largest = ops.max(sigma, axis=(0, 2))
     unit = ops.expand_dims(ops.where(largest > 0, largest, 1.0), -1)

@@ -77,18 +77,18 @@ def stable_rank(
 def effective_rank(
     linearization: Linearization | Operator,
     num_probes: int = 8,
-    num_steps: int = 20,
+    num_iterations: int = 20,
     tolerance: float = 1e-2,
     seed: Seed = 0,
 ) -> Estimate:
     """`exp(H)` of each example, where H is the entropy of the singular values, normalized to sum to 1.
 
-    By stochastic Lanczos quadrature; exact if the smaller side has no more than `num_probes·num_steps` dimensions.
+    By stochastic Lanczos quadrature; exact if the smaller side has no more than `num_probes·num_iterations` dimensions.
 
     Args:
         linearization: from `jvpreg.linearize`, or an `Operator`.
         num_probes: random vectors.
-        num_steps: Lanczos steps from each.
+        num_iterations: Lanczos iterations from each.
         tolerance: relative to the value, which has converged if the residual is at most `tolerance` times the value.
         seed: an integer or a `keras.random.SeedGenerator`.
 
@@ -109,7 +109,7 @@ def effective_rank(
     3.0
     """
     checks.number("tolerance", tolerance, above=0)
-    found = gram_quadrature(linearization, num_probes, num_steps, seed)
+    found = gram_quadrature(linearization, num_probes, num_iterations, seed)
     sums, weighted = found.sums(ops.sqrt), found.sums(_sigma_log_sigma)
     total, mean = ops.mean(sums, axis=0), ops.mean(weighted, axis=0)
     positive = total > 0

@@ -153,7 +153,7 @@ def test_bad_arguments(arguments, message):
 def test_what_it_cannot_guard_is_told_before_training_begins():
     probe = JacobianProbe(data(4)[0], ["frobenius_norm"])
     with pytest.raises(
-        ValueError, match=r"`metric`. Expected one that the probe measures: .'frobenius_norm', .*'trace'"
+        ValueError, match=r"`monitor`. Expected a metric that the probe measures: .'frobenius_norm', .*'trace'"
     ):
         fit(make_model(), probe, JacobianGuard(probe, "trace"), NeverBegins())
     with pytest.raises(ValueError, match="reads a `JacobianProbe` that is not in `callbacks`"):

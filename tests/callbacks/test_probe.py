@@ -363,7 +363,7 @@ def test_what_is_not_finite_is_nan_and_no_error(every_example):
     metrics = {
         "norm": "frobenius_norm",
         "sigma": "singular_values",
-        "determinant": functools.partial(estimators.log_determinant, num_probes=2, num_steps=3),
+        "determinant": functools.partial(estimators.log_determinant, num_probes=2, num_iterations=3),
     }
     probe = JacobianProbe(x, metrics if every_example else {"norm": "frobenius_norm"})
     logs = fit(model, *breaks, probe, epochs=2).history

@@ -106,7 +106,7 @@ def test_what_does_not_fit_the_model(constraint, sizes, message, shape_known):
         (lambda: Bounded(0.0, 1.0, 0), "features, from 0 on, an array of finite floats (P, …), or functions"),
         (lambda: Monotone([0], at="here"), '`at`. Expected "data", "between", or a function'),
         (lambda: Monotone([0], enforcement="strong"), "`enforcement`. Expected a `Penalty`"),
-        (lambda: Monotone([0], enforcement=-1.0), "weight of a penalty, a finite number, 0 or more"),
+        (lambda: Monotone([0], enforcement=-1.0), "strength of a penalty, a finite number, 0 or more"),
         (lambda: Monotone([0], tolerance=-1.0), "`tolerance`"),
         (lambda: Penalty(1.0, schedule=3), "`schedule`. Expected a function"),
         (lambda: AugmentedLagrangian(0.0), "`rho`. Expected a finite number above 0"),

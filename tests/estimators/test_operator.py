@@ -27,13 +27,13 @@ ESTIMATORS = {
     "hutch++": lambda o: estimators.trace(o, 6, "hutch++"),
     "xtrace": lambda o: estimators.trace(o, 6, "xtrace"),
     "exact trace": estimators.trace,
-    "log_determinant": lambda o: estimators.log_determinant(o, num_probes=2, num_steps=4),
-    "log_determinant of J": lambda o: estimators.log_determinant(o, "J", num_probes=2, num_steps=4),
+    "log_determinant": lambda o: estimators.log_determinant(o, num_probes=2, num_iterations=4),
+    "log_determinant of J": lambda o: estimators.log_determinant(o, "J", num_probes=2, num_iterations=4),
     "exact log_determinant of J": lambda o: estimators.log_determinant(o, "J"),
-    "inverse_frobenius_norm": lambda o: estimators.inverse_frobenius_norm(o, num_probes=2, num_steps=4),
+    "inverse_frobenius_norm": lambda o: estimators.inverse_frobenius_norm(o, num_probes=2, num_iterations=4),
     "stable_rank": lambda o: estimators.stable_rank(o, num_probes=4, num_iterations=5),
-    "effective_rank": lambda o: estimators.effective_rank(o, num_probes=2, num_steps=4),
-    "spectral_density": lambda o: estimators.spectral_density(o, 8, num_probes=2, num_steps=4),
+    "effective_rank": lambda o: estimators.effective_rank(o, num_probes=2, num_iterations=4),
+    "spectral_density": lambda o: estimators.spectral_density(o, 8, num_probes=2, num_iterations=4),
 }
 every_estimator = pytest.mark.parametrize("name", ESTIMATORS)
 # Compiling takes seconds each: these hold all there is of loops and decompositions.
@@ -192,8 +192,8 @@ WITHOUT_TRANSPOSE = {
 WITH_TRANSPOSE = {
     "frobenius_norm": lambda o: estimators.frobenius_norm(o, 4, side="output"),
     "top_singular_values": lambda o: estimators.top_singular_values(o, num_iterations=2),
-    "log_determinant": lambda o: estimators.log_determinant(o, num_probes=2, num_steps=2),
-    "log_determinant of J": lambda o: estimators.log_determinant(o, "J", num_probes=2, num_steps=2),
+    "log_determinant": lambda o: estimators.log_determinant(o, num_probes=2, num_iterations=2),
+    "log_determinant of J": lambda o: estimators.log_determinant(o, "J", num_probes=2, num_iterations=2),
     "stable_rank": lambda o: estimators.stable_rank(o, num_probes=4, num_iterations=2),
     "singular_values of the wide": lambda o: estimators.singular_values(operator(normal(3, 4), transposed=False)),
 }

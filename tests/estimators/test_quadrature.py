@@ -16,7 +16,7 @@ from jvpreg.estimators import (
 )
 
 SIZE = 40
-SMALL = {"num_probes": 4, "num_steps": 8}  # 32 dimensions at most are materialized
+SMALL = {"num_probes": 4, "num_iterations": 8}  # 32 dimensions at most are materialized
 MATRICES = {
     "random": normal(SIZE, SIZE) / 4,
     "decaying": with_singular_values(0.8 ** np.arange(SIZE), SIZE, SIZE),
@@ -100,7 +100,7 @@ def test_from_every_direction_of_a_basis_nothing_is_left_to_chance(monkeypatch, 
         "draw",
         lambda self, kind, count, seed: ops.convert_to_tensor(basis) if count == 2 else draw(self, kind, count, seed),
     )
-    found = estimated(estimator, matrix, num_probes=2, num_steps=19)
+    found = estimated(estimator, matrix, num_probes=2, num_iterations=19)
     exact = estimated(estimator, matrix)
     assert exact.num_matvecs == SIZE
     np.testing.assert_allclose(found.value, exact.value, rtol=1e-8)
@@ -154,7 +154,7 @@ def test_the_density_is_one(options):
             assert not found.sem.any()
 
 
-@pytest.mark.parametrize("options", [{"num_probes": 2, "num_steps": 50}, {"num_probes": 3, "num_steps": 30}])
+@pytest.mark.parametrize("options", [{"num_probes": 2, "num_iterations": 50}, {"num_probes": 3, "num_iterations": 30}])
 def test_the_density_matches_a_histogram(options):
     """Of a matrix of 100 dimensions, materialized and by quadrature, in ten bins; the mean of 20 seeds."""
     matrix = normal(120, 100, seed=3)
@@ -184,7 +184,7 @@ def test_the_standard_error_of_the_density():
 
 
 @pytest.mark.parametrize("estimator", [log_determinant, inverse_frobenius_norm, effective_rank, spectral_density])
-@pytest.mark.parametrize("argument", ["num_probes", "num_steps"])
+@pytest.mark.parametrize("argument", ["num_probes", "num_iterations"])
 def test_bad_numbers(estimator, argument):
     for value in (1, 0, 2.5):
         with pytest.raises(

@@ -45,8 +45,8 @@ def test_small_ones_are_exact(estimator, expected, shape):
 @pytest.mark.parametrize("estimator", [stable_rank, effective_rank])
 def test_of_a_zero_jacobian_and_of_a_low_rank_without_its_matrix(estimator):
     matrices = np.stack([np.zeros((60, 50)), with_singular_values([2.0], 60, 50)])
-    options = {"num_probes": 4, "num_iterations": 10} if estimator is stable_rank else {"num_probes": 4, "num_steps": 8}
-    found = estimated(estimator, matrices, **options)
+    num_iterations = 10 if estimator is stable_rank else 8
+    found = estimated(estimator, matrices, num_probes=4, num_iterations=num_iterations)
     assert np.isfinite(found.sem).all()
     assert np.isfinite(found.residual).all()
     assert found.value[0] == found.sem[0] == 0

@@ -57,16 +57,16 @@ def test_examples_are_drawn_in_rounds():
 
 
 def test_settings_have_names():
-    config = ConstraintsConfig(weights=[0.0, 2.0], rho=3.0)
+    config = ConstraintsConfig(strengths=[0.0, 2.0], rho=3.0)
     named = fitting.enforcements(config)
     assert list(named) == ["no constraint", "penalty 2", "augmented Lagrangian"]
-    assert list(fitting.enforcements(ConstraintsConfig(weights=[1.0], rho=None))) == ["penalty 1"]
+    assert list(fitting.enforcements(ConstraintsConfig(strengths=[1.0], rho=None))) == ["penalty 1"]
 
 
 @pytest.mark.parametrize(("problem", "seeds"), [("monotone", 1), ("divergence", 2), ("derivative", 1)])
 def test_a_small_run(problem, seeds, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(monotone, "SWEEP", 3)
-    words = [f"--problem={problem}", f"--folder={tmp_path}", "--weights=[0,1]", "--points=8", "--examples=[4,8]"]
+    words = [f"--problem={problem}", f"--folder={tmp_path}", "--strengths=[0,1]", "--points=8", "--examples=[4,8]"]
     words.append(f"--seeds={seeds}")
     assert main(["constraints", *SMALL, *words]) == 0
     summary = json.loads((tmp_path / f"{problem}.json").read_text())
@@ -88,7 +88,7 @@ def test_a_small_run(problem, seeds, tmp_path, capsys, monkeypatch):
 def test_a_small_run_on_images(tmp_path, monkeypatch):
     monkeypatch.setattr(invariance, "TIMED_STEPS", 2)
     monkeypatch.setattr(invariance, "EXAMPLES", 32)
-    words = ["--problem=invariance", "--weights=[0,0.1]", "--rho=null", "--model.width=2", "--data.train_examples=40"]
+    words = ["--problem=invariance", "--strengths=[0,0.1]", "--rho=null", "--model.width=2", "--data.train_examples=40"]
     assert main(["constraints", *SMALL, *words, "--seeds=1", f"--folder={tmp_path}"]) == 0
     runs = json.loads((tmp_path / "invariance.json").read_text())["runs"]
     assert list(runs) == ["no constraint", "no constraint, as long", "augmentation", "penalty 0.1"]
@@ -110,5 +110,5 @@ def test_images_are_moved_by_no_more_than_they_may():
 
 
 def test_nothing_to_enforce_is_an_error(capsys):
-    assert main(["constraints", "--weights=[0]", "--rho=null"]) == 2
-    assert "weights: expected one above 0, or a rho" in capsys.readouterr().err
+    assert main(["constraints", "--strengths=[0]", "--rho=null"]) == 2
+    assert "strengths: expected one above 0, or a rho" in capsys.readouterr().err
