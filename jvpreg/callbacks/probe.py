@@ -85,7 +85,7 @@ class JacobianProbe(keras.callbacks.Callback):
     Attributes:
         values: the last measurement, a dict from metric (also `after/LAYER/m` and so on) to an `Estimate` or a
             `SpectralDensity` of arrays. An `Estimate` has `value` and, if the estimator iterates, `converged` (1, 0, or
-            NaN for an example that is not finite); the other parts are None.
+            NaN for an example that is not finite); the other parts are None, and so is `num_matvecs` of a density.
         epoch: the epoch at whose end it was made; None if the last epoch was not measured.
 
     Raises:

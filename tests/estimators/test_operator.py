@@ -1,5 +1,8 @@
 """Operators, and every estimator on them: in parts, compiled, on a batch of unknown size, in mixed precision."""
 
+import typing
+from functools import partial
+
 import keras
 import numpy as np
 import pytest
@@ -16,24 +19,24 @@ BACKEND = keras.backend.backend()
 SIZE = 20
 # Each by itself, with options so small that a network of 20 inputs is not materialized; and materialized.
 ESTIMATORS = {
-    "frobenius_norm": lambda o: estimators.frobenius_norm(o, num_probes=4),
-    "exact frobenius_norm": lambda o: estimators.frobenius_norm(o, num_probes=SIZE),
-    "top_singular_values": lambda o: estimators.top_singular_values(o, k=2, num_iterations=3, tolerance=1e-4),
+    "frobenius_norm": partial(estimators.frobenius_norm, num_probes=4),
+    "exact frobenius_norm": partial(estimators.frobenius_norm, num_probes=SIZE),
+    "top_singular_values": partial(estimators.top_singular_values, k=2, num_iterations=3, tolerance=1e-4),
     "singular_values": estimators.singular_values,
-    "spectral_norm": lambda o: estimators.spectral_norm(o, num_iterations=5),
+    "spectral_norm": partial(estimators.spectral_norm, num_iterations=5),
     "condition_number": estimators.condition_number,
-    "top_eigenvalues": lambda o: estimators.top_eigenvalues(o, num_iterations=4),
-    "hutchinson": lambda o: estimators.trace(o, 6, "hutchinson"),
-    "hutch++": lambda o: estimators.trace(o, 6, "hutch++"),
-    "xtrace": lambda o: estimators.trace(o, 6, "xtrace"),
+    "top_eigenvalues": partial(estimators.top_eigenvalues, num_iterations=4),
+    "hutchinson": partial(estimators.trace, num_matvecs=6, method="hutchinson"),
+    "hutch++": partial(estimators.trace, num_matvecs=6, method="hutch++"),
+    "xtrace": partial(estimators.trace, num_matvecs=6, method="xtrace"),
     "exact trace": estimators.trace,
-    "log_determinant": lambda o: estimators.log_determinant(o, num_probes=2, num_iterations=4),
-    "log_determinant of J": lambda o: estimators.log_determinant(o, "J", num_probes=2, num_iterations=4),
-    "exact log_determinant of J": lambda o: estimators.log_determinant(o, "J"),
-    "inverse_frobenius_norm": lambda o: estimators.inverse_frobenius_norm(o, num_probes=2, num_iterations=4),
-    "stable_rank": lambda o: estimators.stable_rank(o, num_probes=4, num_iterations=5),
-    "effective_rank": lambda o: estimators.effective_rank(o, num_probes=2, num_iterations=4),
-    "spectral_density": lambda o: estimators.spectral_density(o, 8, num_probes=2, num_iterations=4),
+    "log_determinant": partial(estimators.log_determinant, num_probes=2, num_iterations=4),
+    "log_determinant of J": partial(estimators.log_determinant, of="J", num_probes=2, num_iterations=4),
+    "exact log_determinant of J": partial(estimators.log_determinant, of="J"),
+    "inverse_frobenius_norm": partial(estimators.inverse_frobenius_norm, num_probes=2, num_iterations=4),
+    "stable_rank": partial(estimators.stable_rank, num_probes=4, num_iterations=5),
+    "effective_rank": partial(estimators.effective_rank, num_probes=2, num_iterations=4),
+    "spectral_density": partial(estimators.spectral_density, num_points=8, num_probes=2, num_iterations=4),
 }
 every_estimator = pytest.mark.parametrize("name", ESTIMATORS)
 # Compiling takes seconds each: these hold all there is of loops and decompositions.
@@ -44,6 +47,15 @@ COMPILED = [
     "exact log_determinant of J",
     *(["top_eigenvalues"] if BACKEND == "jax" else []),  # TensorFlow has no general eigenvalues under XLA.
 ]
+
+
+def test_every_estimator_has_a_row():
+    """All but those that take a linearization and no operator."""
+    given = {name: getattr(estimators, name) for name in estimators.__all__ if name.islower()}
+    kinds = {name: typing.get_type_hints(estimator)["linearization"] for name, estimator in given.items()}
+    known = [getattr(row, "func", row) for row in ESTIMATORS.values()]
+    missing = [name for name in given if Operator in typing.get_args(kinds[name]) and given[name] not in known]
+    assert not missing, f"without a row in ESTIMATORS: {missing}"
 
 
 def network():
