@@ -174,6 +174,7 @@ def rows() -> dict[str, Row]:
         "Linearization.after": Row(lambda layer: lin().after(layer).jvp(U), {"layer": "hidden"}),
         "Linearization.block": Row(lambda layer: lin().block(layer).jvp(U), {"layer": "hidden"}),
         "Linearization.shape_at": Row(lin().shape_at, {"name": "hidden", "batch": 2}, ("batch",)),
+        "Linearization.from_examples": Row(lin().from_examples, {"name": "last", "tensor": V[None]}),
         "Linearization.by_example": Row(lin().by_example, {"name": "last", "tensor": V, "probed": False}),
         "Linearization.gains": Row(lin().gains, {"u": U}),
         "Linearization.tangents_by_slot": Row(lin().tangents_by_slot, {"u": U}),

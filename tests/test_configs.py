@@ -53,6 +53,15 @@ def test_a_config_goes_round(made):
         assert keras.saving.serialize_keras_object(again) == serialized
 
 
+def test_names_in_saved_files_stay():
+    """Files of earlier versions hold them."""
+    packages = {type(made).__name__: keras.saving.get_registered_name(type(made)).split(">")[0] for made in MADE}
+    moved = dict.fromkeys(("Scaling", "Brightness"), "jvpreg.tangents")
+    assert packages == {name: moved.get(name, "jvpreg") for name in packages}
+    for name in ("Translation", "Rotation"):
+        assert keras.saving.get_registered_name(getattr(tangents, name)) == f"jvpreg.tangents>{name}"
+
+
 def test_a_function_that_is_not_registered_is_named():
     def unregistered(inputs, outputs, products):
         return products[0]

@@ -104,7 +104,7 @@ def points_of(domain: Segment | Rectangle, places: ArrayLike) -> np.ndarray:
 
 def _along(model: keras.Layer, domain: Segment | Rectangle) -> list[Region]:
     """By bisection: a region is convex, so if two places have the same masks, all places between them do."""
-    resolution = _resolution(model, domain)
+    resolution = _resolution(model)
     known = dict(zip((0.0, 1.0), _masks(model, domain, [[0.0], [1.0]]), strict=True))
     wide = [(0.0, 1.0)]
     while wide := [(a, b) for a, b in wide if known[a] != known[b] and b - a > resolution]:
@@ -121,7 +121,7 @@ def _along(model: keras.Layer, domain: Segment | Rectangle) -> list[Region]:
 
 def _across(model: keras.Layer, domain: Segment | Rectangle) -> list[Region]:
     """By cutting: the kinks of a layer in a polygon are known once the layers before it have no kinks left there."""
-    resolution = _resolution(model, domain)
+    resolution = _resolution(model)
     waiting = [np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0], [0.0, 1.0]])]
     done: list[np.ndarray] = []
     while waiting:
@@ -243,7 +243,7 @@ def _batches(items: list) -> list[list]:
     return [items[start : start + BATCH] for start in range(0, len(items), BATCH)]
 
 
-def _resolution(model: keras.Layer, domain: Segment | Rectangle) -> float:
+def _resolution(model: keras.Layer) -> float:
     return RESOLUTION.get(model.variable_dtype, RESOLUTION["float32"])
 
 

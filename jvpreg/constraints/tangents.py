@@ -46,7 +46,7 @@ class _Transform:
         return cls(**config)
 
 
-@keras.saving.register_keras_serializable(package="jvpreg.engine.tangents")
+@keras.saving.register_keras_serializable(package="jvpreg.tangents")
 class Translation(_Transform):
     """Two directions: a shift downwards and a shift to the right.
 
@@ -76,7 +76,7 @@ class Translation(_Transform):
         return [(-1.0, 0.0), (0.0, -1.0)]
 
 
-@keras.saving.register_keras_serializable(package="jvpreg.engine.tangents")
+@keras.saving.register_keras_serializable(package="jvpreg.tangents")
 class Rotation(_Transform):
     """A rotation about the centre of the image, counterclockwise for the viewer.
 
@@ -102,7 +102,7 @@ class Rotation(_Transform):
         return [(x[..., None], -y[..., None])]
 
 
-@keras.saving.register_keras_serializable(package="jvpreg.engine.tangents")
+@keras.saving.register_keras_serializable(package="jvpreg.tangents")
 class Scaling(_Transform):
     """An enlargement about the centre of the image.
 
@@ -128,7 +128,7 @@ class Scaling(_Transform):
         return [(-y[..., None], -x[..., None])]
 
 
-@keras.saving.register_keras_serializable(package="jvpreg.engine.tangents")
+@keras.saving.register_keras_serializable(package="jvpreg.tangents")
 class Brightness(_Transform):
     """The same number added to each pixel.
 
@@ -180,7 +180,7 @@ def _weights(t: Tensor) -> tuple:
     )
 
 
-def _differences(images: Tensor) -> Tensor:
+def _differences(images: Tensor) -> tuple[Tensor, Tensor]:
     """The central differences along rows and columns, each `(B, H, W, C)`."""
     height, width = images.shape[1:3]
     padded = ops.concatenate([images[:, :1], images, images[:, -1:]], axis=1)
@@ -212,7 +212,7 @@ def _per_image(images: Tensor, amount: Tensor) -> Tensor:
 
 
 def _of_each(axes: Any, images: Tensor) -> bool:
-    """Whether there is one amount for each image, and not one for all, as far as their number is known."""
+    """Whether there is one amount for all images, or one for each, as far as the number of images is known."""
     return all(size in (1, None, images.shape[0]) or images.shape[0] is None for size in axes)
 
 

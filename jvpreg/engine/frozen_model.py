@@ -148,6 +148,26 @@ class FrozenModel:
             axis += 1
         return ops.moveaxis(tensor, axis, first)
 
+    def from_examples(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor with the axis of the examples first, `(P, B, …)`, like a node's output: `by_example` undone.
+
+        Args:
+            name: of the node's output.
+            tensor: for example random numbers, drawn example by example, with a leading axis for the probes.
+
+        Raises:
+            ValueError: there is no such output, or the tensor is not like it.
+        """
+        axis, before, after, _ = self._place_of(name)
+        merged, rank = before * after != 1, len(self._value_of(name).primal.shape)
+        tensor = checks.tensor("tensor", tensor)
+        if len(tensor.shape) != rank + 1 + 2 * merged:
+            raise checks.invalid("tensor", "one like what `by_example` returns, with a probe axis before it", tensor)
+        if axis == 0 and not merged:
+            return tensor
+        shape = self.shape_at(name, ops.shape(tensor)[1])
+        return ops.reshape(ops.moveaxis(tensor, 1, axis + 1 + merged), (ops.shape(tensor)[0], *shape))
+
     @functools.cached_property
     def _values(self) -> dict[str, Value]:
         return {name: value for node in self.nodes for name, value in _named_outputs(node)}

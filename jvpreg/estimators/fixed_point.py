@@ -72,11 +72,11 @@ def frozen_fixed_point(linearization: Linearization, layer: str | None) -> Impli
     if not isinstance(linearization, Linearization):
         raise checks.invalid("linearization", "what `jvpreg.linearize` returns", linearization)
     checks.text("layer", layer, optional=True)
-    pairs = [(node, node.pushforward) for node in linearization.nodes]
-    solved = [(node, frozen) for node, frozen in pairs if isinstance(frozen, ImplicitPushforward)]
-    found = [frozen for node, frozen in solved if layer is None or is_within(node.name, layer) or node.path == layer]
+    solved = [node for node in linearization.nodes if isinstance(node.pushforward, ImplicitPushforward)]
+    known = [node.name for node in solved]
+    named = [node for node in solved if layer is None or is_within(node.name, layer) or is_within(node.path, layer)]
+    found = [frozen for node in named if isinstance(frozen := node.pushforward, ImplicitPushforward)]
     if len(found) != 1:
-        known = [node.name for node, _ in solved]
         expected = f"the path of a FixedPoint layer of the model, one of {known}, or None if there is only one"
         raise checks.invalid("layer", expected, layer)
     return found[0]

@@ -17,7 +17,7 @@ from jvpreg.engine.tracer import freeze
 from jvpreg.fixed_points import derivatives
 from jvpreg.fixed_points.derivatives import ImplicitPushforward
 from jvpreg.fixed_points.solvers import NONLINEAR, SOLVERS, Solution, find_fixed_point
-from jvpreg.rules.contract import Context
+from jvpreg.rules.contract import Context, Pushforward
 from jvpreg.rules.registry import register_rule
 
 Solver = Literal["anderson", "broyden", "picard"]
@@ -141,8 +141,8 @@ class FixedPoint(keras.layers.Layer):
             with keras.StatelessScope(state_mapping=chosen):
                 return self._evaluate(points[0], z, training)
 
-        def frozen(z: Tensor) -> Tensor:
-            context = Context(training, "coupled" if training else "moving")
+        def frozen(z: Tensor) -> Pushforward:
+            context = Context(training, "coupled" if training else "moving", batch=ops.shape(z)[0])
             with keras.StatelessScope(state_mapping=values):
                 return freeze(self.cell, *self._arguments(x, z), context=context)[1]
 

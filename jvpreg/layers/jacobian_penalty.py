@@ -11,7 +11,7 @@ from jvpreg.common.typing import Config, Shapes, Structure
 from jvpreg.engine.inputs import call_signature
 from jvpreg.products import linearize
 from jvpreg.regularizers.base import JacobianRegularizer
-from jvpreg.regularizers.capabilities import carried_variable
+from jvpreg.regularizers.capabilities import carried_variable, is_scheduled
 from jvpreg.regularizers.checks import check_dependence, check_fit, check_inputs, check_regularizers
 from jvpreg.regularizers.serving import serve
 from jvpreg.rules.registry import register_wrapper
@@ -59,13 +59,14 @@ class JacobianPenalty(keras.layers.Layer):
         self.block = block
         self.regularizers = check_regularizers(regularizers, "regularizers")
         for regularizer in self.regularizers:
-            if regularizer.at != "data" or regularizer.scheduled or regularizer.label_keys:
+            scheduled = is_scheduled(regularizer)
+            if regularizer.at != "data" or scheduled or regularizer.label_keys:
                 at = regularizer.get_config().get("at", regularizer.at)  # as its user wrote it
                 labels = f" and the labels {list(regularizer.label_keys)}" if regularizer.label_keys else ""
                 raise ValueError(
                     "Invalid value for argument `regularizers`. Expected regularizers on the data, without a schedule "
                     f"or labels of their own, which is what a layer sees. Received: `{regularizer.name}`, with "
-                    f"at={at!r}{' and a schedule' if regularizer.scheduled else ''}{labels}. List it in "
+                    f"at={at!r}{' and a schedule' if scheduled else ''}{labels}. List it in "
                     "`compile` of a JacobianModel."
                 )
         self.seed = checks.seed("seed", seed, optional=True)

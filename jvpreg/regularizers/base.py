@@ -55,7 +55,7 @@ class JacobianRegularizer:
 
     Args:
         strength: the penalty's weight in the loss, not negative: the loss gains `strength × mean(penalty)`. If it is 0,
-            the penalty is reported but not trained on, unless it is `scheduled`.
+            the penalty is reported but not trained on, unless it is `Scheduled`.
         name: of its metric; by default the class's name in snake case.
 
     Attributes:
@@ -66,7 +66,6 @@ class JacobianRegularizer:
             if it is empty, the class's name in snake case.
         label_keys: keys of a dict of labels that are its own: neither the loss nor a metric gets these labels.
         measures: what it reports beside its penalty: see `Constrains`.
-        scheduled: whether its strength depends on the step: see `Scheduled`.
 
     Raises:
         ValueError: `strength` is negative or not finite.
@@ -88,7 +87,6 @@ class JacobianRegularizer:
     at: str | Callable = "data"
     label_keys: tuple[str, ...] = ()
     measures: Mapping[str, str] = {}
-    scheduled = False
 
     def __init__(self, strength: float, name: str | None = None):
         self.strength = checks.number("strength", strength, least=0, owner=type(self).__name__)

@@ -77,12 +77,16 @@ class Searches(Carries):
 
 
 class Scheduled:
-    """A regularizer whose strength depends on the training step."""
+    """A regularizer whose strength depends on the training step.
+
+    Attributes:
+        scheduled: whether this one's strength does.
+    """
 
     scheduled = True
 
     def strength_at(self, step: Tensor) -> Tensor:
-        """The weight in the loss at a training step, counted from 1."""
+        """The weight in the loss at a training step, counted from 1. It takes the place of `strength`."""
         raise NotImplementedError(f"{type(self).__name__} must override `strength_at(self, step)`.")
 
 
@@ -102,7 +106,12 @@ class Constrains:
 
     def measure(self, seen: Seen) -> dict[str, Tensor]:
         """A scalar for each name in `measures`."""
-        return {}
+        raise NotImplementedError(f"{type(self).__name__} must override `measure(self, seen)`, or have no `measures`.")
+
+
+def is_scheduled(regularizer: JacobianRegularizer) -> bool:
+    """Whether a regularizer's strength depends on the training step."""
+    return isinstance(regularizer, Scheduled) and regularizer.scheduled
 
 
 def carried_name(name: str) -> str:

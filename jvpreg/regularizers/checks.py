@@ -16,14 +16,20 @@ from jvpreg.regularizers.capabilities import Carries, Constrains, Looks, Schedul
 
 # Methods that only a regularizer with this base class is asked for.
 HOOKS: dict[str, type] = {
+    "draw": Looks,
     "look": Looks,
     "carried_shape": Carries,
+    "sums_shape": Carries,
+    "sums": Carries,
     "carry": Carries,
     "search": Searches,
     "strength_at": Scheduled,
     "contradicts": Constrains,
     "measure": Constrains,
 }
+
+# And attributes.
+ATTRIBUTES: dict[str, type] = {"scheduled": Scheduled, "measures": Constrains}
 
 
 def check_regularizers(regularizers: Any, argument: str) -> tuple[JacobianRegularizer, ...]:
@@ -38,13 +44,14 @@ def check_regularizers(regularizers: Any, argument: str) -> tuple[JacobianRegula
         raise checks.invalid(argument, "a list of `jvpreg.regularizers.JacobianRegularizer`", regularizers)
     for regularizer in regularizers or ():
         for hook, kind in HOOKS.items():
-            if hasattr(regularizer, hook) and not isinstance(regularizer, kind):
-                raise ValueError(
-                    f"Invalid value for argument `{argument}`. Expected `jvpreg.regularizers.{kind.__name__}` among "
-                    f"the bases of a regularizer that has a method `{hook}`. Received: `{regularizer.name}` "
-                    f"({type(regularizer).__name__})"
-                )
-    for one, other in itertools.combinations(regularizers or (), 2):
+            if callable(getattr(type(regularizer), hook, None)) and not isinstance(regularizer, kind):
+                raise _lacks_base(argument, regularizer, kind, f"a method `{hook}`")
+        for attribute, kind in ATTRIBUTES.items():
+            if getattr(regularizer, attribute, None) and not isinstance(regularizer, kind):
+                raise _lacks_base(argument, regularizer, kind, f"`{attribute}`")
+        for measure, combined in regularizer.measures.items():
+            checks.choice(f"measures[{measure!r}]", combined, ("mean", "max", "last"))
+    for one, other in itertools.permutations(regularizers or (), 2):
         reason = one.contradicts(other) if isinstance(one, Constrains) else None
         if reason is not None:
             raise ValueError(
@@ -52,6 +59,13 @@ def check_regularizers(regularizers: Any, argument: str) -> tuple[JacobianRegula
                 f"`{one.name}` ({type(one).__name__}) and `{other.name}` ({type(other).__name__}), {reason}"
             )
     return tuple(regularizers or ())
+
+
+def _lacks_base(argument: str, regularizer: JacobianRegularizer, kind: type, what: str) -> ValueError:
+    return ValueError(
+        f"Invalid value for argument `{argument}`. Expected `jvpreg.regularizers.{kind.__name__}` among the bases of a "
+        f"regularizer that has {what}. Received: `{regularizer.name}` ({type(regularizer).__name__})"
+    )
 
 
 def check_fit(regularizers: Sequence[JacobianRegularizer], inputs: Structure, outputs: Structure) -> None:

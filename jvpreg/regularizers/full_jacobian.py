@@ -66,8 +66,12 @@ class BiasJacobianNorm(Looks, JacobianRegularizer):
             return None
         batch = ops.shape(tree.flatten(inputs)[0])[0]
         outputs = linearization.node_outputs(self.layers)
-        like = {name: ops.zeros(linearization.shape_at(name, batch), y.dtype) for name, y in outputs.items()}
-        return {name: probes.draw("gaussian", zeros, self.num_probes, seed) for name, zeros in like.items()}
+        drawn = {}
+        for name, y in outputs.items():
+            # The examples first, as a draw of the whole batch for a replica takes them.
+            like = linearization.by_example(name, ops.zeros(linearization.shape_at(name, batch), y.dtype))
+            drawn[name] = linearization.from_examples(name, probes.draw("gaussian", like, self.num_probes, seed))
+        return drawn
 
     def look(self, linearization: Linearization, drawn: Any, labels: Structure | None) -> Any:
         """The bias-Jacobian of the target, by node; or the products of the random directions."""

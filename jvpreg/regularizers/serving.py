@@ -13,7 +13,7 @@ from jvpreg.engine.finite import finite_examples, nan_unless
 from jvpreg.linearization import Linearization
 from jvpreg.products import linearize
 from jvpreg.regularizers.base import JacobianRegularizer, Seen
-from jvpreg.regularizers.capabilities import Looks, Scheduled, Searches
+from jvpreg.regularizers.capabilities import Looks, Scheduled, Searches, is_scheduled
 from jvpreg.regularizers.checks import check_carried, check_probes, readable
 
 
@@ -322,11 +322,12 @@ def _request(
     """What a regularizer asks for, for the examples of `inputs` and `outputs`, which may be a part of the batch."""
     # A copy: Torch computes gradients only after the variable was assigned to.
     shown["carried"] = None if carried is None else ops.copy(carried)
+    looks = isinstance(regularizer, Looks)
+    drawn = regularizer.draw(linearization, inputs, seed) if looks else None
     if isinstance(regularizer, Searches):
-        return _Request(index, regularizer, **shown)
+        return _Request(index, regularizer, drawn=drawn, **shown)
     directions = regularizer.directions(inputs, shown.get("labels"), seed)
     cotangents = regularizer.cotangents(outputs, shown.get("labels"), seed)
-    looks = isinstance(regularizer, Looks)
     if directions is None and cotangents is None and not looks:
         raise ValueError(
             f"`{regularizer.name}` ({type(regularizer).__name__}) asks for no product with the Jacobian. Expected "
@@ -335,7 +336,6 @@ def _request(
         )
     check_probes(regularizer, "directions", directions, inputs)
     check_probes(regularizer, "cotangents", cotangents, outputs)
-    drawn = regularizer.draw(linearization, inputs, seed) if looks else None
     return _Request(index, regularizer, directions, cotangents, drawn, **shown)
 
 
@@ -349,12 +349,18 @@ def _outcome(request: _Request, seen: Seen) -> Outcome:
             f"shape. Expected (B,), one number an example. Received: {tuple(penalty.shape)}"
         )
     penalty = nan_unless(finite, ops.cast(penalty, keras.backend.result_type(penalty.dtype, "float32")))
-    if regularizer.strength == 0 and not regularizer.scheduled:
+    if regularizer.strength == 0 and not is_scheduled(regularizer):
         # It is only reported. Even a gradient of zeros would do harm: 0 times an infinite slope is NaN.
         penalty = ops.stop_gradient(penalty)
     sums = None if request.carried is None else regularizer.sums(seen, request.carried)
     sums = None if sums is None else ops.where(ops.all(finite), sums, math.nan)
-    return Outcome(penalty, sums, regularizer.measure(seen) if regularizer.measures else {})
+    measured = regularizer.measure(seen) if regularizer.measures else {}
+    if set(measured) != set(regularizer.measures):
+        raise ValueError(
+            f"`measure` of `{regularizer.name}` ({type(regularizer).__name__}) returned other names than `measures` "
+            f"has. Expected: {sorted(regularizer.measures)}. Received: {sorted(measured)}"
+        )
+    return Outcome(penalty, sums, measured)
 
 
 def _share(product: Callable, wanted: list) -> list:

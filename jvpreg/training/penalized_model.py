@@ -9,6 +9,7 @@ from keras import ops, tree
 from jvpreg.common import checks, keras_private, seeds
 from jvpreg.common.typing import Logs, Shapes, Structure, Tensor
 from jvpreg.products import linearize
+from jvpreg.regularizers.capabilities import is_scheduled
 from jvpreg.regularizers.checks import check_dependence
 from jvpreg.regularizers.serving import packed
 from jvpreg.training.steps import Step, SteppedModel
@@ -186,7 +187,7 @@ class PenalizedModel(SteppedModel):
         linearized = step is not None and step.linearization is not None
         if self.loss is None and not self.losses and self.has_penalties:
             # With penalties alone Keras would have nothing to compute, and a step may have none of them.
-            trained_on = any(one.scheduled or one.strength for one in self.jacobian_regularizers)
+            trained_on = any(is_scheduled(one) or one.strength for one in self.jacobian_regularizers)
             always = linearized and self.jacobian_interval == 1 and trained_on
             loss = ops.zeros(()) if always else _differentiable_zero(y_pred)
         else:

@@ -153,6 +153,21 @@ def test_gradients_of_fit_are_those_of_unrolling():
     assert_close(moved[0], moved[1], 1e-5)
 
 
+def test_a_cell_may_ask_for_the_size_of_the_batch():
+    class Cell(layers.Layer):
+        def build(self, shape):
+            self.shift = self.add_weight((3,))
+
+        def call(self, x, z):
+            return ops.tanh(x + 0.1 * z * ops.broadcast_to(self.shift, (ops.shape(z)[0], 3)))
+
+    model = keras.Sequential([keras.Input((3,)), jvpreg.layers.FixedPoint(Cell())])
+    model.compile(loss="mse")
+    before = [ops.convert_to_numpy(weight) for weight in model.trainable_weights]
+    model.fit(np.ones((4, 3)), np.ones((4, 3)), verbose=0)
+    assert any(np.any(ops.convert_to_numpy(w) != b) for w, b in zip(model.trainable_weights, before, strict=True))
+
+
 @pytest.mark.parametrize("penalized", [False, True])
 def test_state_is_moved_once(penalized):
     """Batch statistics and seeds, whatever the number of iterations."""

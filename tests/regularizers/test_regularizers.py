@@ -7,7 +7,7 @@ from keras import layers, ops
 
 import jvpreg
 from jvpreg.linearization import Linearization
-from jvpreg.regularizers import JacobianNorm, JacobianRegularizer
+from jvpreg.regularizers import Constrains, JacobianNorm, JacobianRegularizer, Looks, Scheduled, SpectralNorm
 from jvpreg.regularizers.serving import serve
 
 MATRIX = np.random.default_rng(0).normal(size=(5, 3))
@@ -205,8 +205,11 @@ def test_a_subclass_without_a_penalty_is_told_so():
 @pytest.mark.parametrize(
     ("method", "kind"),
     [
+        ("draw", "Looks"),
         ("look", "Looks"),
         ("carried_shape", "Carries"),
+        ("sums_shape", "Carries"),
+        ("sums", "Carries"),
         ("carry", "Carries"),
         ("search", "Searches"),
         ("strength_at", "Scheduled"),
@@ -220,3 +223,82 @@ def test_a_method_that_nothing_asks_for_is_refused(method, kind):
     model = jvpreg.JacobianModel(linear_model())
     with pytest.raises(ValueError, match=rf"`jacobian_regularizers`\. Expected `jvpreg\.regularizers\.{kind}` among"):
         model.compile(loss="mse", jacobian_regularizers=[regularizer])
+
+
+@pytest.mark.parametrize(
+    ("bases", "attributes", "error", "message"),
+    [
+        ((), {"measures": {"size": "mean"}}, ValueError, r"`jvpreg\.regularizers\.Constrains` among .* `measures`"),
+        ((), {"scheduled": True}, ValueError, r"`jvpreg\.regularizers\.Scheduled` among .* `scheduled`"),
+        (
+            (Constrains,),
+            {"measures": {"size": "sum"}},
+            ValueError,
+            r"`measures\[.size.\]`. Expected .*max.*last",
+        ),
+        ((Constrains,), {"measures": {"size": "mean"}}, NotImplementedError, "Norm must override `measure"),
+        (
+            (Constrains,),
+            {"measures": {"size": "mean"}, "measure": lambda self, seen: {"length": 0.0}},
+            ValueError,
+            r"`measure` of `.*` \(Norm\) .* Expected: \['size'\]. Received: \['length'\]",
+        ),
+    ],
+)
+def test_what_a_regularizer_says_of_itself_must_fit(bases, attributes, error, message):
+    regularizer = type("Norm", (*bases, JacobianNorm), attributes)(0.1)
+    model = jvpreg.JacobianModel(linear_model())
+
+    def train():
+        model.compile(loss="mse", jacobian_regularizers=[regularizer])
+        model.fit(np.ones((2, 5)), np.ones((2, 3)), verbose=0)
+
+    with pytest.raises(error, match=message):
+        train()
+
+
+def test_an_attribute_is_no_method():
+    regularizer = JacobianNorm(0.1)
+    regularizer.search = "grid"
+    jvpreg.JacobianModel(linear_model()).compile(loss="mse", jacobian_regularizers=[regularizer])
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_each_of_a_pair_may_say_that_it_contradicts_the_other(order):
+    class Alone(Constrains, JacobianNorm):
+        def contradicts(self, other):
+            return "it wants to be alone"
+
+    model = jvpreg.JacobianModel(linear_model())
+    with pytest.raises(ValueError, match="it wants to be alone"):
+        model.compile(loss="mse", jacobian_regularizers=[Alone(0.1, name="alone"), JacobianNorm(0.1)][::order])
+
+
+@pytest.mark.parametrize("bases", [(JacobianNorm, Scheduled), (Scheduled, JacobianNorm)])
+def test_a_schedule_counts_in_any_order_of_the_bases(bases):
+    rising = type("Rising", bases, {"strength_at": lambda self, step: 10.0})(0.0)
+    base = linear_model()
+    model = jvpreg.JacobianModel(base)
+    model.compile(keras.optimizers.SGD(0.01), "mse", jacobian_regularizers=[rising], jit_compile=False)
+    x = np.ones((2, 5))
+    model.fit(x, ops.convert_to_numpy(base(x)), verbose=0)  # no loss beside the penalty
+    assert np.abs(ops.convert_to_numpy(base.weights[0]) - MATRIX).max() > 1e-3
+    with pytest.raises(ValueError, match="and a schedule"):
+        jvpreg.layers.JacobianPenalty(layers.Dense(3), [rising])
+
+
+def test_what_searches_may_also_look():
+    class Both(Looks, SpectralNorm):
+        def draw(self, linearization, inputs, seed):
+            return jvpreg.probes.draw("gaussian", inputs, 1, seed)
+
+        def look(self, linearization, drawn, labels):
+            return linearization.jvp(drawn)
+
+        def penalty(self, seen):
+            return super().penalty(seen) + 0.0 * ops.sum(seen.found[0], axis=-1)
+
+    model = jvpreg.JacobianModel(linear_model())
+    model.compile(loss="mse", jacobian_regularizers=[Both(0.1)], jit_compile=False)
+    history = model.fit(np.ones((2, 5)), np.ones((2, 3)), verbose=0).history
+    assert 0 < history["spectral_norm_squared"][0] <= NORM

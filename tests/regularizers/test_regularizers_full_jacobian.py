@@ -35,6 +35,31 @@ def squared(full, names):
     return sum((numpy(full.bias_jacobians[name]) ** 2).reshape(len(full.outputs), -1).sum(axis=1) for name in names)
 
 
+def over_steps():
+    """The examples are on the second axis of one node, and merged with the steps in another."""
+    x = keras.Input((5, 3))
+    steps = layers.TimeDistributed(layers.Dense(4, name="dense"), name="each")(x)
+    return keras.Model(x, layers.Dense(2, name="last")(layers.Flatten()(ops.tanh(steps))))
+
+
+def test_draws_go_with_the_examples_wherever_they_are():
+    model, x = randomize(over_steps()), normal(2, 5, 3)
+    lin = jvpreg.linearize(model, x)
+    moved = [name for name, y in lin.node_outputs().items() if y.shape[0] != 2]
+    assert moved
+    for name, y in lin.node_outputs().items():
+        drawn = np.stack([normal(*y.shape, seed=seed) for seed in range(3)])
+        examples = lin.by_example(name, drawn, probed=True)
+        assert examples.shape[:2] == (3, 2)
+        np.testing.assert_array_equal(numpy(lin.from_examples(name, examples)), drawn)
+    trained = jvpreg.JacobianModel(model)
+    trained.compile(loss="mse", jacobian_regularizers=[BiasJacobianNorm(0.1, target="all")], jacobian_fraction=0.5)
+    history = trained.fit(normal(4, 5, 3), normal(4, 2), batch_size=4, verbose=0).history
+    assert history["bias_jacobian_norm_squared"][0] > 0
+    with pytest.raises(ValueError, match=r"`tensor`. Expected one like what `by_example` returns, with a probe axis"):
+        lin.from_examples("last", normal(2, 2))
+
+
 NAMES = {"first": ["first"], "norm": ["norm"], "all": ["first", "norm", "tanh", "flatten", "last"]}
 
 
