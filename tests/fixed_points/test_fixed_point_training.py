@@ -153,6 +153,7 @@ def test_gradients_of_fit_are_those_of_unrolling():
     assert_close(moved[0], moved[1], 1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.*cannot warn")
 def test_a_cell_may_ask_for_the_size_of_the_batch():
     class Cell(layers.Layer):
         def build(self, shape):
