@@ -7,91 +7,17 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from experiments.config import CompareConfig, TrainConfig
-from experiments.constraints import ConstraintsConfig, constraints
-from experiments.distill import DistillConfig, distill
 from experiments.errors import ExperimentError, say, without_traceback
-from experiments.estimators import EstimatorsConfig, estimators
-from experiments.fixed_point import FixedPointConfig, fixed_point
-from experiments.health import HealthConfig, health
-from experiments.regularization import RegularizationConfig, regularization
-from experiments.saliency import SaliencyConfig, saliency
-from experiments.sparing import SparingConfig, sparing
-from experiments.status import StatusConfig, status
-from experiments.verify import VerifyConfig, verify
-
-
-class Study(NamedTuple):
-    """A subcommand of the command line.
-
-    Attributes:
-        config: the dataclass that types its keys.
-        run: is called with an instance of it.
-        goes_on: how to continue it after it was stopped: the words to add to the command, "" for none; None if it can
-            only begin again.
-    """
-
-    config: type
-    run: Callable[[Any], object]
-    goes_on: str | None = None
+from experiments.studies import BENCHMARKS, STUDIES, Command
 
 
 class Terminated(KeyboardInterrupt):
     """The process was asked to end, by SIGTERM."""
-
-
-def train(config: TrainConfig) -> object:
-    """Train one model. The import waits for valid keys, because Keras takes seconds to load."""
-    from experiments.train import train
-
-    return train(config)
-
-
-def compare(config: CompareConfig) -> object:
-    """Compare strengths; the import waits as in `train`."""
-    from experiments.compare import compare
-
-    return compare(config)
-
-
-STUDIES = {
-    "train": Study(TrainConfig, train, "--resume=auto"),
-    "compare": Study(CompareConfig, compare, ""),
-    "status": Study(StatusConfig, status),
-    "verify": Study(VerifyConfig, verify, "--resume=true"),
-    "estimators": Study(EstimatorsConfig, estimators),
-    "fixed_point": Study(FixedPointConfig, fixed_point),
-    "health": Study(HealthConfig, health),
-    "constraints": Study(ConstraintsConfig, constraints),
-    "regularization": Study(RegularizationConfig, regularization, ""),
-    "distill": Study(DistillConfig, distill, ""),
-    "saliency": Study(SaliencyConfig, saliency),
-    "sparing": Study(SparingConfig, sparing, ""),
-}
-
-
-def benchmark_studies() -> dict[str, Study]:
-    """The studies under `benchmark`, which are loaded only if one is asked for."""
-    import experiments.benchmark as benchmark
-
-    return {
-        "step": Study(benchmark.StepConfig, benchmark.step),
-        "biases": Study(benchmark.BiasesConfig, benchmark.biases),
-        "distill": Study(benchmark.DistillConfig, benchmark.distill),
-        "weights": Study(benchmark.WeightsConfig, benchmark.weights),
-        "probe": Study(benchmark.ProbeConfig, benchmark.probe),
-        "jvp": Study(benchmark.JvpConfig, benchmark.jvp, ""),
-        "probes": Study(benchmark.ProbesConfig, benchmark.probes),
-        "iterate": Study(benchmark.IterateConfig, benchmark.iterate),
-        "layers": Study(benchmark.LayersConfig, benchmark.layers),
-        "memory": Study(benchmark.MemoryConfig, benchmark.measure_memory),
-        "scale": Study(benchmark.ScaleConfig, benchmark.scale),
-    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -110,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     study = None
     try:
         if words[:1] == ["benchmark"]:
-            study, config = parse("python -m experiments benchmark", benchmark_studies(), words[1:])
+            study, config = parse("python -m experiments benchmark", BENCHMARKS, words[1:])
         else:
             study, config = parse("python -m experiments", STUDIES, words)
         study.run(config)
@@ -147,7 +73,7 @@ def terminate(number: int, frame: object) -> None:
     raise Terminated
 
 
-def hint(study: Study | None, words: Sequence[str]) -> str:
+def hint(study: Command | None, words: Sequence[str]) -> str:
     """What the user can do after a study was stopped."""
     command = shlex.join(["python", "-m", "experiments", *words])
     if study is None or study.goes_on is None:
@@ -156,7 +82,7 @@ def hint(study: Study | None, words: Sequence[str]) -> str:
     return f"Continue with `{' '.join([command, *more])}`"
 
 
-def parse(program: str, studies: Mapping[str, Study], words: Sequence[str]) -> tuple[Study, Any]:
+def parse(program: str, studies: Mapping[str, Command], words: Sequence[str]) -> tuple[Command, Any]:
     """The study that the words name, and its typed configuration.
 
     Raises:
@@ -164,12 +90,8 @@ def parse(program: str, studies: Mapping[str, Study], words: Sequence[str]) -> t
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     note = (
-        "`python -m experiments benchmark step` measures the cost of a training step, `benchmark biases` that "
-        "of one with bias-Jacobian penalties, `benchmark distill` that of a student's with its teacher, `benchmark "
-        "weights` that of products along weights, `benchmark probe` that of the Jacobian's norms and singular values, "
-        "`benchmark jvp` that of one Jacobian-vector product beside its alternatives, `benchmark probes` that of "
-        "several at once, `benchmark iterate` that of several one after the other, `benchmark layers` that of one "
-        "layer by layer, `benchmark memory` what a frozen model holds, and `benchmark scale` how costs grow."
+        "What a step, a product or a measurement costs: `python -m experiments benchmark STUDY`, where STUDY is one of "
+        f"{', '.join(BENCHMARKS)}; `benchmark --help` says what each of them measures."
     )
     parser = ArgumentParser(prog=program, description=__doc__, epilog=note, exit_on_error=False)
     subcommands = parser.add_subcommands(dest="study", metavar="STUDY")

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from experiments import files, hosts
-from experiments.__main__ import STUDIES, parse, terminate
+from experiments.__main__ import parse, terminate
 from experiments.config import TrainConfig
 from experiments.errors import without_traceback
 from experiments.run_folder import RunFolder
+from experiments.studies import STUDIES
 
 
 def main(name: str) -> NoReturn:

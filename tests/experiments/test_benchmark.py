@@ -10,8 +10,7 @@ import pytest
 from sizes import SMALL
 
 import jvpreg
-from experiments import benchmark
-from experiments.__main__ import benchmark_studies, parse
+from experiments.__main__ import parse
 from experiments.benchmark import (
     biases_entries,
     biases_study,
@@ -24,8 +23,10 @@ from experiments.benchmark import (
     weights_report,
     weights_study,
 )
+from experiments.benchmark.config import BiasesConfig, DistillConfig, ProbeConfig, WeightsConfig
 from experiments.config import ModelConfig
 from experiments.errors import ExperimentError
+from experiments.studies import BENCHMARKS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -36,12 +37,12 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def weights_config(tmp_path_factory):
-    return benchmark.WeightsConfig(**SMALL, folder=str(tmp_path_factory.mktemp("weights")))
+    return WeightsConfig(**SMALL, folder=str(tmp_path_factory.mktemp("weights")))
 
 
 @pytest.fixture(scope="module")
 def weights_summary(weights_config):
-    return benchmark.weights(weights_config)
+    return weights_study.run(weights_config)
 
 
 def test_products_along_every_kernel_are_checked_and_timed(weights_summary):
@@ -75,7 +76,7 @@ def test_a_wrong_product_gets_no_time(weights_config, tmp_path, monkeypatch):
         return (1.01 if moved == {"dense2/kernel"} else 1.0) * right(self, u, weights)
 
     monkeypatch.setattr(jvpreg.Linearization, "jvp", too_long)
-    summary = benchmark.weights(dataclasses.replace(weights_config, folder=str(tmp_path), rounds=1))
+    summary = weights_study.run(dataclasses.replace(weights_config, folder=str(tmp_path), rounds=1))
     rows = {row["name"]: row for row in summary["entries"]}
     assert [name for name, row in rows.items() if row["status"] == "wrong"] == ["dense2"]
     assert rows["dense2"]["error"] == pytest.approx(0.01, rel=1e-2)
@@ -97,7 +98,7 @@ def test_several_probes_through_convolutions_and_pooling_are_checked(weights_con
 
 def test_the_configuration_of_the_products_is_valid():
     file = CONFIGS / "benchmark_weights.yaml"
-    _, config = parse("experiments benchmark", benchmark_studies(), ["weights", f"--config={file}", "--num_probes=4"])
+    _, config = parse("experiments benchmark", BENCHMARKS, ["weights", f"--config={file}", "--num_probes=4"])
     assert (config.num_probes, config.batch_size, config.model.name) == (4, 64, "vgg6")
 
 
@@ -115,7 +116,7 @@ WRONG_PROBE = probe_entries.Entry(
 @pytest.fixture(scope="module")
 def probe_config(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("probe"))
-    return benchmark.ProbeConfig(**SMALL, unet_image_size=8, unet_batch_size=1, folder=folder)
+    return ProbeConfig(**SMALL, unet_image_size=8, unet_batch_size=1, folder=folder)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +125,7 @@ def probe_summary(probe_config):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probe_study, "ENTRIES", (*chosen, WRONG_PROBE))
         patch.setattr(probe_study, "EXAMPLES", 2)
-        return benchmark.probe(probe_config)
+        return probe_study.run(probe_config)
 
 
 def test_a_probe_is_checked_and_timed_and_never_traced_again(probe_summary):
@@ -218,15 +219,15 @@ def test_a_probe_is_traced_once_for_all_epochs():
 
 def test_the_configuration_of_the_probe_is_valid():
     file = CONFIGS / "benchmark_probe.yaml"
-    _, config = parse("experiments benchmark", benchmark_studies(), ["probe", f"--config={file}", "--rounds=3"])
+    _, config = parse("experiments benchmark", BENCHMARKS, ["probe", f"--config={file}", "--rounds=3"])
     assert (config.rounds, config.batch_size, config.model.name, config.model.width) == (3, 64, "vgg9", 16)
     with pytest.raises(ExperimentError, match="unet_image_size"):
-        benchmark.probe(benchmark.ProbeConfig(unet_image_size=10))
+        probe_study.run(ProbeConfig(unet_image_size=10))
 
 
 @pytest.fixture(scope="module")
 def biases_config(tmp_path_factory):
-    return benchmark.BiasesConfig(
+    return BiasesConfig(
         model=ModelConfig("vgg4", 2, batch_normalization=False),
         image_size=8,
         batch_size=4,
@@ -238,7 +239,7 @@ def biases_config(tmp_path_factory):
 
 
 def test_bias_penalties_are_checked_and_timed(biases_config):
-    summary = benchmark.biases(biases_config)
+    summary = biases_study.run(biases_config)
     rows = {row["name"]: row for row in summary["entries"]}
     assert list(rows) == [entry.name for entry in biases_entries.ENTRIES]
     assert rows["plain"]["penalty_error"] is None
@@ -262,7 +263,7 @@ def test_a_wrong_bias_penalty_is_seen(biases_config, monkeypatch):
 @pytest.fixture(scope="module")
 def distill_config(tmp_path_factory):
     network = ModelConfig("vgg4", 2, batch_normalization=False)
-    return benchmark.DistillConfig(
+    return DistillConfig(
         model=network,
         teacher=dataclasses.replace(network, name="vgg6"),
         image_size=16,
@@ -275,7 +276,7 @@ def distill_config(tmp_path_factory):
 
 
 def test_distillation_is_checked_and_timed(distill_config):
-    summary = benchmark.distill(distill_config)
+    summary = distill_study.run(distill_config)
     rows = {row["name"]: row for row in summary["entries"]}
     assert list(rows) == list(distill_entries.LABELS)
     for name, row in rows.items():

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from experiments import benchmark
-from experiments.__main__ import benchmark_studies, parse
+from experiments.__main__ import parse
 from experiments.benchmark import (
     competitors,
     counts_study,
@@ -22,8 +21,10 @@ from experiments.benchmark import (
     products_study,
 )
 from experiments.benchmark.competitors import Entry
+from experiments.benchmark.config import IterateConfig, JvpConfig, ProbesConfig
 from experiments.benchmark.directions import FEEDBACK
 from experiments.errors import ExperimentError
+from experiments.studies import BENCHMARKS
 from experiments.verify import architectures
 from experiments.verify.architectures import Architecture
 
@@ -75,7 +76,7 @@ def by_name(comparison):
 @pytest.fixture(scope="module")
 def measured():
     row = {"name": "small"}
-    for part in jvp_study.parts(SMALL, benchmark.JvpConfig(**CONFIG)):
+    for part in jvp_study.parts(SMALL, JvpConfig(**CONFIG)):
         row.update(part)
     return row
 
@@ -103,7 +104,7 @@ def test_a_wrong_product_gets_no_time_and_is_no_alternative(monkeypatch):
         Entry("raises", "raises", raises),
         Entry("clone", "jvpreg.clone", competitors.clone, alternative=False, model=literal.cloned, only=("input",)),
     )
-    config = benchmark.JvpConfig(**CONFIG)
+    config = JvpConfig(**CONFIG)
     subject = products_study.subject(SMOOTH, config)
     found = products_study.comparison(subject, jvp_study.along_input(subject, 1, config), config)
     rows = by_name(found)
@@ -120,7 +121,7 @@ def test_a_wrong_product_gets_no_time_and_is_no_alternative(monkeypatch):
 
 
 def test_no_more_is_asked_than_float32_can_have():
-    config = benchmark.JvpConfig(**CONFIG)
+    config = JvpConfig(**CONFIG)
     subject = products_study.subject(SMOOTH, config)
     task = jvp_study.along_input(subject, 1, config)
     outputs, product = products.by_autodiff(subject.model, [subject.x], task.tangents)
@@ -143,8 +144,8 @@ def registered(monkeypatch):
 
 @pytest.mark.every_backend
 def test_several_directions_are_pushed_at_once(registered, tmp_path):
-    config = benchmark.ProbesConfig(architecture="small", counts=[3, 1], folder=str(tmp_path), **CONFIG)
-    summary = benchmark.probes(config)
+    config = ProbesConfig(architecture="small", counts=[3, 1], folder=str(tmp_path), **CONFIG)
+    summary = counts_study.probes(config)
     one, three = summary["rows"]
     assert (one["count"], three["count"]) == (1, 3)
     assert set(by_name(one)) == {"forward", *FEW}
@@ -165,8 +166,8 @@ def test_several_directions_are_pushed_at_once(registered, tmp_path):
 
 @pytest.mark.every_backend
 def test_products_one_after_the_other_are_right_and_timed(registered, tmp_path):
-    config = benchmark.IterateConfig(architecture="smooth", counts=[1, 3], folder=str(tmp_path), **CONFIG)
-    summary = benchmark.iterate(config)
+    config = IterateConfig(architecture="smooth", counts=[1, 3], folder=str(tmp_path), **CONFIG)
+    summary = counts_study.iterate(config)
     names = {"forward", *FEW} - {"clone", "arithmetic"}
     for row in summary["rows"]:
         assert {entry["name"]: entry["status"] for entry in row["entries"]} == dict.fromkeys(names, "ok")
@@ -201,8 +202,8 @@ def test_a_study_writes_each_architecture_and_goes_on(registered, measured, tmp_
         return {"failure": "stopped after 1 s"} if name == "smooth" else measured
 
     monkeypatch.setattr(jvp_study, "measured", in_process)
-    config = benchmark.JvpConfig(folder=str(tmp_path), **CONFIG)
-    summary = benchmark.jvp(config)
+    config = JvpConfig(folder=str(tmp_path), **CONFIG)
+    summary = jvp_study.run(config)
     assert asked == ["small", "smooth"]
     written = json.loads((tmp_path / "jvp.json").read_text())
     assert written["rows"] == json.loads(json.dumps(summary["rows"]))
@@ -214,10 +215,10 @@ def test_a_study_writes_each_architecture_and_goes_on(registered, measured, tmp_
     assert [row["model"] for row in rows] == ["small", "small", "geometric mean", "geometric mean", "smooth"]
     assert len({tuple(row) for row in rows}) == 1  # the same columns in each
 
-    benchmark.jvp(dataclasses.replace(config, only=["small"]))
+    jvp_study.run(dataclasses.replace(config, only=["small"]))
     assert asked == ["small", "smooth"]
     with pytest.raises(ExperimentError, match="num_probes was 1 and is now 2"):
-        benchmark.jvp(dataclasses.replace(config, num_probes=2))
+        jvp_study.run(dataclasses.replace(config, num_probes=2))
 
 
 def test_the_geometric_mean_is_that_of_the_medians():
@@ -227,7 +228,7 @@ def test_the_geometric_mean_is_that_of_the_medians():
 
 
 def test_the_process_prints_what_was_measured(registered, capsys):
-    config = benchmark.JvpConfig(along=["input"], image_size=5, **CONFIG)
+    config = JvpConfig(along=["input"], image_size=5, **CONFIG)
     jvp_process.main("smooth", json.dumps(dataclasses.asdict(config)))
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert first["input_shape"] == [5]  # no image
@@ -236,16 +237,16 @@ def test_the_process_prints_what_was_measured(registered, capsys):
 
 def test_mistakes_in_the_keys_are_told():
     with pytest.raises(ExperimentError, match="only: there is no architecture 'VGG17'"):
-        benchmark.jvp(benchmark.JvpConfig(only=["VGG17"]))
+        jvp_study.run(JvpConfig(only=["VGG17"]))
     with pytest.raises(ExperimentError, match="architecture: there is no architecture 'VGG17'"):
-        benchmark.probes(benchmark.ProbesConfig(architecture="VGG17"))
+        counts_study.probes(ProbesConfig(architecture="VGG17"))
     with pytest.raises(ExperimentError, match="counts: expected a number or more"):
-        benchmark.probes(benchmark.ProbesConfig(counts=[]))
+        counts_study.probes(ProbesConfig(counts=[]))
     with pytest.raises(ExperimentError, match="counts: expected two different numbers"):
-        benchmark.iterate(benchmark.IterateConfig(counts=[4, 4]))
+        counts_study.iterate(IterateConfig(counts=[4, 4]))
 
 
 def test_the_default_is_the_papers_13():
-    _, config = parse("experiments benchmark", benchmark_studies(), ["jvp", "--along=[input]"])
+    _, config = parse("experiments benchmark", BENCHMARKS, ["jvp", "--along=[input]"])
     assert config.along == ["input"]
     assert len(jvp_study.chosen_architectures(config)) == 13

@@ -10,10 +10,11 @@ import pytest
 from keras import ops
 
 import jvpreg
-from experiments import benchmark
-from experiments.__main__ import benchmark_studies, parse
+from experiments.__main__ import parse
 from experiments.benchmark import calls, layers_cases, layers_report, layers_study, measure, products
+from experiments.benchmark.config import LayersConfig
 from experiments.errors import ExperimentError
+from experiments.studies import BENCHMARKS
 from experiments.verify import weights
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -24,12 +25,12 @@ SIZES = {"batch_size": 2, "image_size": 4, "channels": 2, "sequence_length": 2, 
 def config(tmp_path_factory):
     folder = str(tmp_path_factory.mktemp("layers"))
     jit = keras.backend.backend() == "jax"
-    return benchmark.LayersConfig(**SIZES, jit_compile=jit, rounds=2, warmup=0, folder=folder, only=["Dropout", "Add"])
+    return LayersConfig(**SIZES, jit_compile=jit, rounds=2, warmup=0, folder=folder, only=["Dropout", "Add"])
 
 
 @pytest.fixture(scope="module")
 def summary(config):
-    return benchmark.layers(config)
+    return layers_study.run(config)
 
 
 def test_layers_are_checked_and_timed_beside_both_alternatives(summary):
@@ -74,7 +75,7 @@ def test_a_wrong_product_of_a_layer_gets_no_time(config, tmp_path, monkeypatch):
         return y, 1.01 * product
 
     monkeypatch.setattr(jvpreg, "jvp", wrong)
-    summary = benchmark.layers(dataclasses.replace(config, only=["Add"], folder=str(tmp_path), rounds=1))
+    summary = layers_study.run(dataclasses.replace(config, only=["Add"], folder=str(tmp_path), rounds=1))
     (row,) = summary["layers"]
     part = row["products"]["jvpreg"]
     assert part["status"] == "wrong"
@@ -121,9 +122,9 @@ def test_dropout_is_checked_by_the_mask_that_it_drew():
 
 def test_the_configuration_of_the_layers_is_valid():
     file = CONFIGS / "benchmark_layers.yaml"
-    _, config = parse("experiments benchmark", benchmark_studies(), ["layers", f"--config={file}", "--num_probes=4"])
+    _, config = parse("experiments benchmark", BENCHMARKS, ["layers", f"--config={file}", "--num_probes=4"])
     assert (config.num_probes, config.batch_size, config.units) == (4, 32, 128)
     with pytest.raises(ExperimentError, match="no entry 'Desne'"):
-        benchmark.layers(benchmark.LayersConfig(only=["Desne"]))
+        layers_study.run(LayersConfig(only=["Desne"]))
     with pytest.raises(ExperimentError, match="units: expected a multiple of 8"):
-        benchmark.layers(benchmark.LayersConfig(units=12))
+        layers_study.run(LayersConfig(units=12))

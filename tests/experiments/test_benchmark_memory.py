@@ -10,17 +10,19 @@ import pytest
 from keras import ops
 
 import jvpreg
-from experiments import benchmark, processes
-from experiments.__main__ import benchmark_studies, parse
+from experiments import processes
+from experiments.__main__ import parse
 from experiments.benchmark import memory, memory_entries, memory_process, memory_report, memory_study
+from experiments.benchmark.config import MemoryConfig
 from experiments.config import ModelConfig
+from experiments.studies import BENCHMARKS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    return benchmark.MemoryConfig(
+    return MemoryConfig(
         model=ModelConfig("vgg4", 2),
         image_size=8,
         batch_size=4,
@@ -45,7 +47,7 @@ def sizes_of(name, mode, config):
 def summary(config):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory_process, "measured", sizes_of)
-        return benchmark.measure_memory(config)
+        return memory_study.run(config)
 
 
 def test_entries_are_checked_and_set_beside_training(summary, config):
@@ -139,5 +141,5 @@ def test_an_entry_with_a_wrong_product_gets_no_bytes(config, monkeypatch):
 
 def test_the_configuration_of_the_memory_is_valid():
     file = CONFIGS / "benchmark_memory.yaml"
-    _, config = parse("experiments benchmark", benchmark_studies(), ["memory", f"--config={file}", "--num_probes=4"])
+    _, config = parse("experiments benchmark", BENCHMARKS, ["memory", f"--config={file}", "--num_probes=4"])
     assert (config.num_probes, config.batch_size, config.model.name) == (4, 256, "vgg6")

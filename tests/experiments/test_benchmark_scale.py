@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 
 import jvpreg
-from experiments import benchmark
-from experiments.__main__ import benchmark_studies, parse
+from experiments.__main__ import parse
 from experiments.benchmark import scale_report, scale_study
+from experiments.benchmark.config import ScaleConfig
 from experiments.errors import ExperimentError
+from experiments.studies import BENCHMARKS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    return benchmark.ScaleConfig(
+    return ScaleConfig(
         batch_size=2,
         width=2,
         depth=1,
@@ -37,7 +38,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def summary(config):
-    return benchmark.scale(config)
+    return scale_study.run(config)
 
 
 def test_every_point_is_checked_and_timed(summary):
@@ -105,7 +106,7 @@ def test_a_wrong_point_gets_no_time_and_no_place_in_the_fit(config, tmp_path, mo
 
 def test_the_configuration_of_the_points_is_valid():
     file = CONFIGS / "benchmark_scale.yaml"
-    _, config = parse("experiments benchmark", benchmark_studies(), ["scale", f"--config={file}", "--depth=2"])
+    _, config = parse("experiments benchmark", BENCHMARKS, ["scale", f"--config={file}", "--depth=2"])
     assert (config.depth, config.width, config.probes) == (2, 32, [1, 2, 4, 8, 16])
     with pytest.raises(ExperimentError, match="widths: expected three different values"):
-        benchmark.scale(dataclasses.replace(config, widths=[4, 8, 8]))
+        scale_study.run(dataclasses.replace(config, widths=[4, 8, 8]))

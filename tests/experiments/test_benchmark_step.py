@@ -8,13 +8,14 @@ import keras
 import pytest
 from sizes import SMALL
 
-from experiments import benchmark
-from experiments.__main__ import benchmark_studies, main, parse
+from experiments.__main__ import main, parse
 from experiments.benchmark import autodiff, entries, measure, memory, report, study
 from experiments.benchmark.check import Check, Checker
+from experiments.benchmark.config import StepConfig
 from experiments.benchmark.entries import Entry
 from experiments.config import ModelConfig
 from experiments.errors import ExperimentError
+from experiments.studies import BENCHMARKS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -29,14 +30,14 @@ WRONG = Entry("wrong", "1% too long", "input", too_long)
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    return benchmark.StepConfig(**SMALL, memory=False, folder=str(tmp_path_factory.mktemp("benchmark")))
+    return StepConfig(**SMALL, memory=False, folder=str(tmp_path_factory.mktemp("benchmark")))
 
 
 @pytest.fixture(scope="module")
 def summary(config):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(entries, "ENTRIES", (*entries.ENTRIES, WRONG))
-        return benchmark.step(config)
+        return study.run(config)
 
 
 @pytest.mark.every_backend
@@ -121,11 +122,11 @@ def test_an_error_that_is_not_a_number_is_infinite():
 def test_the_configuration_is_valid_and_unknown_names_are_told(tmp_path, capsys):
     _, config = parse(
         "experiments benchmark",
-        benchmark_studies(),
+        BENCHMARKS,
         ["step", f"--config={CONFIGS / 'benchmark_step.yaml'}", "--model.width=3"],
     )
     assert (config.model.width, config.batch_size) == (3, 64)
     with pytest.raises(ExperimentError, match="no entry 'nrom_1'"):
-        benchmark.step(benchmark.StepConfig(only=["nrom_1"]))
+        study.run(StepConfig(only=["nrom_1"]))
     assert main(["benchmark", "step", "--wdith=3"]) == 2
     assert "wdith" in capsys.readouterr().err

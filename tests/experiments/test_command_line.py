@@ -11,8 +11,9 @@ import pytest
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from experiments.__main__ import STUDIES, benchmark_studies, main, parse
+from experiments.__main__ import main, parse
 from experiments.config import TrainConfig
+from experiments.studies import BENCHMARKS, STUDIES, Command
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -67,11 +68,10 @@ def test_a_wrong_key_in_a_file_is_named(text, key, tmp_path, capsys):
 
 
 def fails_with(monkeypatch, error):
-    def run(config):
+    def run(self, config):
         raise error
 
-    monkeypatch.setitem(STUDIES, "train", STUDIES["train"]._replace(run=run))
-    monkeypatch.setitem(STUDIES, "estimators", STUDIES["estimators"]._replace(run=run))
+    monkeypatch.setattr(Command, "run", run)
 
 
 def chained(first, then):
@@ -123,9 +123,8 @@ def test_a_study_that_is_asked_to_end_says_how_to_go_on(number, status, words, h
     # A job in the background of a shell has it ignored.
     interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, interrupt))
-    run = lambda config: signal.raise_signal(number)  # noqa: E731
-    for study in ("train", "estimators"):
-        monkeypatch.setitem(STUDIES, study, STUDIES[study]._replace(run=run))
+    run = lambda self, config: signal.raise_signal(number)  # noqa: E731
+    monkeypatch.setattr(Command, "run", run)
     assert main(words) == status
     assert capsys.readouterr().err == f"Stopped. {hint}\n"
     assert signal.getsignal(signal.SIGTERM) is before
@@ -147,7 +146,7 @@ def test_every_configuration_in_the_repository_is_valid():
         prefix, _, rest = file.stem.partition("_")
         # A file of another study is named after it.
         own = file.stem if file.stem in STUDIES else prefix
-        known, study = (benchmark_studies(), rest) if prefix == "benchmark" else (STUDIES, own)
+        known, study = (BENCHMARKS, rest) if prefix == "benchmark" else (STUDIES, own)
         if study not in known:
             study = "compare" if "strengths" in yaml.safe_load(file.read_text()) else "train"
         _, config = parse("experiments", known, [study, f"--config={file}"])

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 import yaml
 
-from experiments import compare, devices, health, hosts
+from experiments import compare, devices, hosts
 from experiments.config import CompareConfig, HostsConfig, ProbeConfig, TrainConfig, as_plain_dict
 from experiments.errors import ExperimentError
+from experiments.health import study as health
+from experiments.health.config import HealthConfig
 from tests.experiments import devices as single
 
 BACKEND = keras.backend.backend()
@@ -172,9 +174,9 @@ def test_studies_that_train_on_one_host_or_device_say_so():
     with pytest.raises(ExperimentError, match=r"`compare` trains each model on one host.*--train.hosts.count=2"):
         compare.compare(CompareConfig(several))
     with pytest.raises(ExperimentError, match=r"`health` trains each model on one host"):
-        health.health(health.HealthConfig(several))
+        health.run(HealthConfig(several))
     with pytest.raises(ExperimentError, match=r"`health` trains on one device. Received: --train.devices=2"):
-        health.health(health.HealthConfig(TrainConfig(devices=2)))
+        health.run(HealthConfig(TrainConfig(devices=2)))
 
 
 def test_torch_is_told_of_its_own_way(monkeypatch):

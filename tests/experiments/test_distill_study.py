@@ -9,10 +9,11 @@ import pytest
 import yaml
 
 from experiments import data, models
-from experiments.__main__ import STUDIES, main, parse
+from experiments.__main__ import main, parse
 from experiments.config import DataConfig, ModelConfig
-from experiments.distill import DistillConfig, cell, report
-from experiments.distill.config import WeightsConfig
+from experiments.distill import cell, report
+from experiments.distill.config import DistillConfig, WeightsConfig
+from experiments.studies import STUDIES
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 TRAIN = ["--model.name=vgg4", "--model.width=4", "--epochs=1", "--probe.examples=4", "--robustness.examples=4"]

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 import jvpreg
-from experiments.__main__ import STUDIES, main, parse
+from experiments.__main__ import main, parse
 from experiments.errors import ExperimentError
-from experiments.estimators import EstimatorsConfig, convergence, estimators, networks, report, study, traces
+from experiments.estimators import convergence, networks, report, study, traces
+from experiments.estimators.config import EstimatorsConfig
 from experiments.estimators.norm import trajectories
+from experiments.studies import STUDIES
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 METHODS = ["hutchinson", "hutch++", "xtrace"]
@@ -40,7 +42,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def summary(config):
-    return estimators(config)
+    return study.run(config)
 
 
 def test_the_files_say_the_same(summary, config):

@@ -23,7 +23,7 @@ from experiments.config import (
     WandbConfig,
     as_plain_dict,
 )
-from experiments.distill import DistillConfig
+from experiments.distill.config import DistillConfig
 from experiments.regularization.config import RegularizationConfig
 from tests.experiments import kills
 

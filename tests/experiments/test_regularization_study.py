@@ -10,7 +10,8 @@ import jvpreg
 from experiments import data, models
 from experiments.__main__ import main
 from experiments.config import DataConfig, ModelConfig
-from experiments.regularization import RegularizationConfig, study
+from experiments.regularization import study
+from experiments.regularization.config import RegularizationConfig
 
 SMALL = ["--data.name=digits", "--model.name=vgg4", "--model.width=4", "--batch_size=32", "--steps=6"]
 OPTIONS = ["--examples_per_class=[50]", "--seeds=[0, 1]", "--dropout=[]", "--bias_decay=[]", "--probed=16"]

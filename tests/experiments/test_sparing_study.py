@@ -3,7 +3,8 @@
 import json
 
 from experiments.__main__ import main
-from experiments.sparing import SparingConfig, study
+from experiments.sparing import study
+from experiments.sparing.config import SparingConfig
 
 SMALL = ["--data.name=digits", "--data.train_examples=60", "--model.name=vgg4", "--model.width=4"]
 

@@ -8,10 +8,12 @@ import pytest
 from keras import layers
 
 import jvpreg
-from experiments.__main__ import STUDIES, main, parse
+from experiments.__main__ import main, parse
 from experiments.errors import ExperimentError
-from experiments.verify import VerifyConfig, architectures, measure, process, report, study, verify
+from experiments.studies import STUDIES
+from experiments.verify import architectures, measure, process, report, study
 from experiments.verify.architectures import ARCHITECTURES, Architecture
+from experiments.verify.config import VerifyConfig
 from experiments.verify.measure import FIGURES, FLOAT64, JIT, MIXED
 
 CONFIG = VerifyConfig(jit=False)
@@ -145,7 +147,7 @@ def test_the_study_writes_each_row_and_resumes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(process, "measured", measured)
     config = VerifyConfig(only=["UNet", "RNN"], folder=str(tmp_path))
-    summary = verify(config)
+    summary = study.run(config)
     assert [row["status"] for row in summary["rows"]] == ["ok", "incomplete"]
     assert json.loads((tmp_path / "verify.json").read_text()) == json.loads(json.dumps(summary))
     text = (tmp_path / "verify.md").read_text()
@@ -155,7 +157,7 @@ def test_the_study_writes_each_row_and_resumes(tmp_path, monkeypatch):
 
     asked.clear()
     results["UNet"] = {**good, "jit_autodiff": 0.1}
-    summary = verify(dataclasses.replace(config, resume=True))
+    summary = study.run(dataclasses.replace(config, resume=True))
     assert asked == ["UNet"]
     assert [row["status"] for row in summary["rows"]] == ["ok", "ok"]
 

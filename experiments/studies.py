@@ -1,0 +1,67 @@
+"""The list of what the command line runs. Nothing here imports Keras, which takes seconds to load: keys come first."""
+
+import pkgutil
+from typing import Any, NamedTuple
+
+from experiments.benchmark import config as benchmark
+from experiments.config import CompareConfig, TrainConfig
+from experiments.constraints.config import ConstraintsConfig
+from experiments.distill.config import DistillConfig
+from experiments.estimators.config import EstimatorsConfig
+from experiments.fixed_point.config import FixedPointConfig
+from experiments.health.config import HealthConfig
+from experiments.regularization.config import RegularizationConfig
+from experiments.saliency.config import SaliencyConfig
+from experiments.sparing.config import SparingConfig
+from experiments.status import StatusConfig
+from experiments.verify.config import VerifyConfig
+
+
+class Command(NamedTuple):
+    """A subcommand of the command line.
+
+    Attributes:
+        config: the dataclass that types its keys; its docstring is the help.
+        target: `MODULE:FUNCTION`, which is imported when it is called with an instance of `config`.
+        goes_on: how to continue it after it was stopped: the words to add to the command, "" for none; None if it can
+            only begin again.
+    """
+
+    config: type
+    target: str
+    goes_on: str | None = None
+
+    def run(self, config: Any) -> object:
+        """Import the function, and call it."""
+        return pkgutil.resolve_name(self.target)(config)
+
+
+STUDIES = {
+    "train": Command(TrainConfig, "experiments.train:train", "--resume=auto"),
+    "compare": Command(CompareConfig, "experiments.compare:compare", ""),
+    "status": Command(StatusConfig, "experiments.status:status"),
+    "verify": Command(VerifyConfig, "experiments.verify.study:run", "--resume=true"),
+    "estimators": Command(EstimatorsConfig, "experiments.estimators.study:run"),
+    "fixed_point": Command(FixedPointConfig, "experiments.fixed_point.study:run"),
+    "health": Command(HealthConfig, "experiments.health.study:run"),
+    "constraints": Command(ConstraintsConfig, "experiments.constraints.study:run"),
+    "regularization": Command(RegularizationConfig, "experiments.regularization.study:run", ""),
+    "distill": Command(DistillConfig, "experiments.distill.study:run", ""),
+    "saliency": Command(SaliencyConfig, "experiments.saliency.study:run"),
+    "sparing": Command(SparingConfig, "experiments.sparing.study:run", ""),
+}
+
+BENCHMARKS = {
+    "step": Command(benchmark.StepConfig, "experiments.benchmark.study:run"),
+    "biases": Command(benchmark.BiasesConfig, "experiments.benchmark.biases_study:run"),
+    "distill": Command(benchmark.DistillConfig, "experiments.benchmark.distill_study:run"),
+    "weights": Command(benchmark.WeightsConfig, "experiments.benchmark.weights_study:run"),
+    "probe": Command(benchmark.ProbeConfig, "experiments.benchmark.probe_study:run"),
+    "jvp": Command(benchmark.JvpConfig, "experiments.benchmark.jvp_study:run", ""),
+    "probes": Command(benchmark.ProbesConfig, "experiments.benchmark.counts_study:probes"),
+    "iterate": Command(benchmark.IterateConfig, "experiments.benchmark.counts_study:iterate"),
+    "layers": Command(benchmark.LayersConfig, "experiments.benchmark.layers_study:run"),
+    "memory": Command(benchmark.MemoryConfig, "experiments.benchmark.memory_study:run"),
+    "scale": Command(benchmark.ScaleConfig, "experiments.benchmark.scale_study:run"),
+}
+"""What follows the word `benchmark`."""
