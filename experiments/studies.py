@@ -52,16 +52,16 @@ STUDIES = {
 }
 
 BENCHMARKS = {
-    "step": Command(benchmark.StepConfig, "experiments.benchmark.study:run"),
-    "biases": Command(benchmark.BiasesConfig, "experiments.benchmark.biases_study:run"),
-    "distill": Command(benchmark.DistillConfig, "experiments.benchmark.distill_study:run"),
-    "weights": Command(benchmark.WeightsConfig, "experiments.benchmark.weights_study:run"),
-    "probe": Command(benchmark.ProbeConfig, "experiments.benchmark.probe_study:run"),
-    "jvp": Command(benchmark.JvpConfig, "experiments.benchmark.jvp_study:run", ""),
-    "probes": Command(benchmark.ProbesConfig, "experiments.benchmark.counts_study:probes"),
-    "iterate": Command(benchmark.IterateConfig, "experiments.benchmark.counts_study:iterate"),
-    "layers": Command(benchmark.LayersConfig, "experiments.benchmark.layers_study:run"),
-    "memory": Command(benchmark.MemoryConfig, "experiments.benchmark.memory_study:run"),
-    "scale": Command(benchmark.ScaleConfig, "experiments.benchmark.scale_study:run"),
+    "step": Command(benchmark.StepConfig, "experiments.benchmark.step_study:STUDY.run"),
+    "biases": Command(benchmark.BiasesConfig, "experiments.benchmark.biases_study:STUDY.run"),
+    "distill": Command(benchmark.DistillConfig, "experiments.benchmark.distill_study:STUDY.run"),
+    "weights": Command(benchmark.WeightsConfig, "experiments.benchmark.weights_study:STUDY.run"),
+    "probe": Command(benchmark.ProbeConfig, "experiments.benchmark.probe_study:STUDY.run"),
+    "jvp": Command(benchmark.JvpConfig, "experiments.benchmark.jvp_study:STUDY.run", ""),
+    "probes": Command(benchmark.ProbesConfig, "experiments.benchmark.counts_study:PROBES.run"),
+    "iterate": Command(benchmark.IterateConfig, "experiments.benchmark.counts_study:ITERATE.run"),
+    "layers": Command(benchmark.LayersConfig, "experiments.benchmark.layers_study:STUDY.run"),
+    "memory": Command(benchmark.MemoryConfig, "experiments.benchmark.memory_study:STUDY.run"),
+    "scale": Command(benchmark.ScaleConfig, "experiments.benchmark.scale_study:STUDY.run"),
 }
 """What follows the word `benchmark`."""

@@ -6,40 +6,13 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from experiments.benchmark import biases_entries, checked, entries, measure, report, study
+from experiments.benchmark import biases_entries, checked, entries, study
 from experiments.benchmark.biases_entries import ENTRIES, Entry
 from experiments.benchmark.check import EXAMPLES, Check, check_gradient, penalty_alone
 from experiments.benchmark.config import BiasesConfig
 from experiments.benchmark.kinks import far_from_kinks
 from experiments.benchmark.reference import Reference, float64
 from experiments.data import Split
-
-
-def run(config: BiasesConfig) -> dict[str, Any]:
-    """Measure the entries, and write and print what came out.
-
-    Args:
-        config: see `BiasesConfig`.
-
-    Returns:
-        What `biases.json` holds: the settings, the machine, and a row an entry.
-
-    Raises:
-        ExperimentError: where the backend is not known.
-    """
-    labels = {entry.name: entry.label for entry in ENTRIES}
-    named = {entry.name: entry for entry in ENTRIES}
-    rows = checked.measured(
-        "biases", labels, lambda name: check(named[name], config), lambda name: step(named[name], config), config
-    )
-    summary = {"study": "benchmark biases", **study.conditions(config), "entries": rows}
-    checked.write("biases", summary, conditions(summary), config)
-    return summary
-
-
-def step(entry: Entry, config: BiasesConfig) -> measure.Step:
-    """A training step of the entry's model."""
-    return measure.batch_step(biases_entries.training_model(entry, config), config)
 
 
 def check(entry: Entry, config: BiasesConfig) -> Check:
@@ -71,13 +44,24 @@ def exact_penalty(entry: Entry, config: BiasesConfig, moved: list[np.ndarray]) -
         return float(ops.mean(total))
 
 
-def conditions(summary: dict[str, Any]) -> str:
+def caption(summary: dict[str, Any]) -> str:
     """What the figures mean and where they are from."""
     settings = summary["settings"]
     return (
-        f"{report.subject(settings)}, biases and no normalization; the label's logit. Ratios to the plain step of the "
+        f"{study.subject(settings)}, biases and no normalization; the label's logit. Ratios to the plain step of the "
         f"same round, median and quartiles of {settings['rounds']} rounds. Errors are relative, of one step's penalty "
         "and of its gradient by the weights, against one reverse pass in float64 that is not jitted; above "
         f"{settings['tolerance']:g} a step is wrong and is not timed. First s: seconds of the first call, compilation "
-        f"included. {report.ran_on(summary)}"
+        f"included. {study.ran_on(summary)}"
     )
+
+
+NAMED = {entry.name: entry for entry in ENTRIES}
+
+STUDY = checked.benchmark(
+    "biases",
+    {name: entry.label for name, entry in NAMED.items()},
+    lambda name, config: check(NAMED[name], config),
+    lambda name, config: biases_entries.training_model(NAMED[name], config),
+    caption,
+)

@@ -1,80 +1,73 @@
-"""Studies of training steps of which each is checked by its gradient before it is timed: what they share."""
+"""Benchmarks of training steps of which each is checked by its gradient before it is timed: what they share."""
 
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from experiments import files, tables
-from experiments.benchmark import measure, report, study
+import keras
+from rich.console import Console
+
+from experiments.benchmark import entries, measure, study
 from experiments.benchmark.check import Check
-from experiments.benchmark.config import BenchmarkConfig
+from experiments.benchmark.study import Benchmark, one_digit
+from experiments.study import one_table
 
 
-def measured(
+def benchmark(
     name: str,
     labels: Mapping[str, str],
-    check: Callable[[str], Check],
-    step: Callable[[str], measure.Step],
-    config: BenchmarkConfig,
-) -> list[dict[str, Any]]:
-    """Check entries and time those that are right, in units of the one named "plain".
+    check: Callable[[str, Any], Check],
+    model: Callable[[str, Any], keras.Model],
+    caption: Callable[[dict[str, Any]], str],
+) -> Benchmark:
+    """A benchmark of entries in units of the one named "plain", which is not checked.
 
     Args:
-        name: of the study.
+        name: of the benchmark.
         labels: of the entries, by name.
-        check: checks an entry; not asked of the plain one.
-        step: makes the training step of an entry.
-        config: the number of rounds, and the tolerance.
-
-    Returns:
-        A row an entry.
+        check: from an entry's name and the configuration, whether it is right.
+        model: from the same, the compiled model whose training step is timed.
+        caption: what the figures mean.
     """
-    study.check_backend(name)
-    console = tables.wide_console()
-    checks: dict[str, Check] = {}
-    for entry in labels:
-        if entry != "plain":
-            console.print(f"checking {labels[entry]}")
-            checks[entry] = check(entry)
-    right = [entry for entry in labels if entry not in checks or checks[entry].error <= config.tolerance]
-    console.print(f"timing {config.rounds} rounds of {len(right)} entries")
-    times = measure.in_turn({entry: functools.partial(step, entry) for entry in right}, "plain", config)
-    rows = []
-    for entry, label in labels.items():
-        found = checks.get(entry)
-        rows.append(
-            {
-                "name": entry,
-                "label": label,
-                "penalty_error": study.finite(found.penalty_error) if found else None,
-                "gradient_error": study.finite(found.gradient_error) if found else None,
-                **measure.outcome(entry in right, times.get(entry)),
-            }
-        )
-    return rows
+
+    def measured(config: Any, console: Console) -> dict[str, Any]:
+        checks: dict[str, Check] = {}
+        for entry in labels:
+            if entry != "plain":
+                console.print(f"checking {labels[entry]}")
+                checks[entry] = check(entry, config)
+        right = [entry for entry in labels if entry not in checks or study.is_right(checks[entry].error, config)]
+        console.print(f"timing {config.rounds} rounds of {len(right)} entries")
+
+        def step(entry: str) -> measure.Step:
+            return entries.batch_step(model(entry, config), config)
+
+        times = measure.in_turn({entry: functools.partial(step, entry) for entry in right}, "plain", config)
+        rows = [row(entry, labels[entry], checks.get(entry), entry in right, times.get(entry)) for entry in labels]
+        return {"entries": rows}
+
+    return Benchmark(name, measured, one_table("entries", columns, caption), backends=study.TWO_BACKENDS)
+
+
+def row(
+    name: str, label: str, check: Check | None, right: bool, times: measure.Timing | MemoryError | None
+) -> dict[str, Any]:
+    """What the JSON file says of an entry; what was not measured is null."""
+    return {
+        "name": name,
+        "label": label,
+        "penalty_error": study.finite(check.penalty_error) if check else None,
+        "gradient_error": study.finite(check.gradient_error) if check else None,
+        **measure.outcome(right, times),
+    }
 
 
 def columns(row: dict[str, Any]) -> dict[str, str]:
     """One entry's figures, by the heading of their column."""
-    timed = row["ratio"] is not None
-    spread = "-".join(f"{quartile:.2f}" for quartile in row["ratio_quartiles"] or ())
     return {
         "step": row["label"],
-        "error": report.one_digit(row["penalty_error"]),
-        "of gradient": report.one_digit(row["gradient_error"]),
-        "× plain step": f"{row['ratio']:.2f} ({spread})" if timed else row["status"],
-        "ms": f"{1000 * row['seconds']:.1f}" if timed else "",
-        "first s": f"{row['first_call_seconds']:.1f}" if timed else "",
+        "error": one_digit(row["penalty_error"]),
+        "of gradient": one_digit(row["gradient_error"]),
+        "× plain step": study.ratio(row),
+        **study.times(row),
     }
-
-
-def write(name: str, summary: dict[str, Any], conditions: str, config: BenchmarkConfig) -> None:
-    """Write the JSON and the Markdown file of a study, and print the table."""
-    folder = study.folder(name, config)
-    rows = [columns(row) for row in summary["entries"]]
-    files.write_json(folder / f"{name}.json", summary)
-    files.write_text(folder / f"{name}.md", f"{tables.grid_markdown(rows)}\n\n{conditions}\n")
-    console = tables.wide_console()
-    console.print(tables.grid(rows))
-    console.print(conditions)
-    console.print(f"Files: {folder}")

@@ -9,68 +9,43 @@ from typing import Any
 
 import numpy as np
 from keras import ops
+from matplotlib.figure import Figure
+from rich.console import Console
 
-from experiments import tables
-from experiments.benchmark import counts_report, jvp_study, products_study, study
-from experiments.benchmark.competitors import Push
+from experiments.benchmark import jvp_report, jvp_study, products_study, study
+from experiments.benchmark.competitors import FEW_OUTPUTS, Push
 from experiments.benchmark.config import IterateConfig, ProbesConfig
 from experiments.benchmark.directions import following
 from experiments.benchmark.products import directions
 from experiments.benchmark.products_study import Subject, Task
+from experiments.benchmark.study import Benchmark
 from experiments.errors import ExperimentError
 from experiments.verify import architectures
 
 Comparison = dict[str, Any]
 
 
-def probes(config: ProbesConfig) -> dict[str, Any]:
-    """Measure several products at once, and write and print what came out.
-
-    Args:
-        config: see `ProbesConfig`.
-
-    Returns:
-        What `probes.json` holds: the settings, the machine, and the forward passes that one more product
-        takes, by entry, and a row a number of products.
-
-    Raises:
-        ExperimentError: where the name of the architecture is not known, or there is no count.
-    """
-    return run("probes", config, probe_comparisons)
-
-
-def iterate(config: IterateConfig) -> dict[str, Any]:
-    """Measure products one after the other, and write and print what came out; as `probes`, in `iterate.json`."""
-    if len(set(config.counts)) < 2:
-        raise ExperimentError(f"counts: expected two different numbers of products or more. Received: {config.counts}.")
-    return run("iterate", config, iterate_comparisons)
-
-
-def run(
-    name: str,
-    config: Any,
-    comparisons: Callable[[Subject, Any], Iterator[Comparison]],
+def measured(
+    comparisons: Callable[[Subject, Any], Iterator[Comparison]], config: Any, console: Console
 ) -> dict[str, Any]:
-    """Measure a study: one comparison for each count."""
+    """A row a number of products, and the forward passes that one more product takes, by entry."""
     (architecture,) = architectures.named("architecture", [config.architecture])
     if not config.counts:
         raise ExperimentError("counts: expected a number or more. Received: none.")
-    console = tables.wide_console(200)
     console.print(f"making {architecture.name} and what is right of it, in float64 and without jit")
     subject = products_study.subject(architecture, config)
     rows = []
     for count, comparison in zip(sorted(set(config.counts)), comparisons(subject, config), strict=True):
         console.print(f"measured {count} product(s)")
         rows.append({"count": count, **comparison})
-    summary = {
-        "study": f"benchmark {name}",
-        **study.conditions(config),
-        "input_shape": list(subject.x.shape[1:]),
-        "further_product": further_products(rows),
-        "rows": rows,
-    }
-    counts_report.write(name, summary, study.folder(name, config), console)
-    return summary
+    return {"input_shape": list(subject.x.shape[1:]), "further_product": further_products(rows), "rows": rows}
+
+
+def measured_one_by_one(config: IterateConfig, console: Console) -> dict[str, Any]:
+    """The same of products one after the other, of which one alone would say nothing."""
+    if len(set(config.counts)) < 2:
+        raise ExperimentError(f"counts: expected two different numbers of products or more. Received: {config.counts}.")
+    return measured(iterate_comparisons, config, console)
 
 
 def probe_comparisons(subject: Subject, config: ProbesConfig) -> Iterator[Comparison]:
@@ -125,3 +100,93 @@ def further_products(rows: list[Comparison]) -> dict[str, float]:
             slope, _ = np.polyfit([count for count, _ in timed], [ratio for _, ratio in timed], 1)
             slopes[name] = float(slope)
     return slopes
+
+
+WHAT = {
+    "probes": (
+        "products with the Jacobian along the input at one point, all in one call, and `f(x)`",
+        "number of directions",
+    ),
+    "iterate": (
+        "products with the Jacobian along the input at one point, each of which waits for the one before, in one call "
+        "with `f(x)`, by `keras.ops.fori_loop`",
+        "number of products, one after the other",
+    ),
+}
+"""What is counted, in words: in the conditions, and in the figure."""
+
+
+def table(summary: dict[str, Any]) -> list[dict[str, str]]:
+    """A row a count, and one of the cost of a further product."""
+    names = jvp_report.labels(summary["rows"])
+    rows = [{"products": str(row["count"]), **jvp_report.figures(row, names)} for row in summary["rows"]]
+    slopes = summary["further_product"]
+    cells = {label: f"{slopes[name]:.2f}" if name in slopes else "–" for name, label in names.items()}
+    return [*rows, {"products": "one more", "forward ms": "", **cells, "speed-up": ""}]
+
+
+def caption(name: str, summary: dict[str, Any]) -> str:
+    """What the figures mean and where they are from."""
+    settings = summary["settings"]
+    shape = "x".join(map(str, summary["input_shape"]))
+    return (
+        f"{settings['architecture']} on inputs of {shape}, {jvp_report.subject(settings)}: {WHAT[name][0]}. Ratios to "
+        "the model's forward pass of the same round; of jvpreg and of the best alternative that is right, median and "
+        f"quartiles of {settings['rounds']} rounds. Speed-up: the best alternative's time over jvpreg's, in the same "
+        "round. One more: what a further product takes in forward passes, the slope of a line through the medians by "
+        f"least squares. A batch Jacobian is tried up to {FEW_OUTPUTS} outputs. "
+        f"{jvp_report.ARITHMETIC + ' ' if name == 'probes' else ''}{jvp_report.checked(settings)} "
+        f"{study.ran_on(summary)}"
+    )
+
+
+def notes(summary: dict[str, Any]) -> list[str]:
+    """Why figures are missing, a paragraph each."""
+    return [
+        f"{row['count']}, {entry['label']}: {entry['message'].rstrip('.')}."
+        for row in summary["rows"]
+        for entry in row["entries"]
+        if entry["message"]
+    ]
+
+
+def figure(name: str, summary: dict[str, Any]) -> Figure:
+    """The ratios over the counts, with their quartiles,."""
+    drawing = Figure(figsize=(6.5, 4.2), layout="constrained")
+    axes = drawing.subplots()
+    for entry_name, label in jvp_report.labels(summary["rows"]).items():
+        timed = [
+            (row["count"], entry["ratio"], *entry["ratio_quartiles"])
+            for row in summary["rows"]
+            for entry in row["entries"]
+            if entry["name"] == entry_name and entry["ratio"] is not None
+        ]
+        if timed:
+            counts, medians, lower, upper = zip(*timed, strict=True)
+            (line,) = axes.plot(counts, medians, marker="o", markersize=4, label=label, zorder=3)
+            axes.fill_between(counts, lower, upper, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.set_xlabel(WHAT[name][1])
+    axes.set_ylabel("forward passes (median and quartiles)")
+    study.title(axes, summary, f"{summary['settings']['architecture']}, ")
+    axes.legend(fontsize=9)
+    return drawing
+
+
+def benchmark(name: str, measure: Callable[[Any, Console], dict[str, Any]]) -> Benchmark:
+    """Of either study."""
+    return Benchmark(
+        name,
+        measure,
+        lambda summary: [table(summary), caption(name, summary), *notes(summary)],
+        {name: functools.partial(figure, name)},
+        columns=200,
+    )
+
+
+PROBES = benchmark("probes", functools.partial(measured, probe_comparisons))
+ITERATE = benchmark("iterate", measured_one_by_one)

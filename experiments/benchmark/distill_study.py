@@ -6,38 +6,13 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from experiments.benchmark import checked, distill_entries, entries, measure, report, study
+from experiments.benchmark import checked, distill_entries, entries, study
 from experiments.benchmark.check import EXAMPLES, Check, check_gradient, penalty_alone
 from experiments.benchmark.config import DistillConfig
 from experiments.benchmark.distill_entries import LABELS, WEIGHTS
 from experiments.benchmark.kinks import far_from_kinks
 from experiments.benchmark.reference import Reference, float64
 from experiments.data import Split
-
-
-def run(config: DistillConfig) -> dict[str, Any]:
-    """Measure the entries, and write and print what came out.
-
-    Args:
-        config: see `DistillConfig`.
-
-    Returns:
-        What `distill.json` holds: the settings, the machine, and a row an entry.
-
-    Raises:
-        ExperimentError: where the backend is not known.
-    """
-    rows = checked.measured(
-        "distill", LABELS, functools.partial(check, config=config), functools.partial(step, config=config), config
-    )
-    summary = {"study": "benchmark distill", **study.conditions(config), "entries": rows}
-    checked.write("distill", summary, conditions(summary), config)
-    return summary
-
-
-def step(name: str, config: DistillConfig) -> measure.Step:
-    """A training step of the entry's model."""
-    return measure.batch_step(distill_entries.training_model(name, config), config)
 
 
 def check(name: str, config: DistillConfig) -> Check:
@@ -73,15 +48,18 @@ def exact_loss(name: str, config: DistillConfig, moved: list[np.ndarray]) -> flo
         return float(ops.mean(distill_entries.distances(*seen)))
 
 
-def conditions(summary: dict[str, Any]) -> str:
+def caption(summary: dict[str, Any]) -> str:
     """What the figures mean and where they are from."""
     settings = summary["settings"]
     teacher = settings["teacher"]
     return (
-        f"{report.subject(settings)}; teacher {teacher['name']} of width {teacher['width']}; biases and no "
+        f"{study.subject(settings)}; teacher {teacher['name']} of width {teacher['width']}; biases and no "
         "normalization, three pairs of layers, the label's logit. Ratios to the plain step of the same round, median "
         f"and quartiles of {settings['rounds']} rounds. Errors are relative, of one step's distances and of their "
         "gradient by the weights, against one reverse pass of each network in float64 that is not jitted; above "
         f"{settings['tolerance']:g} a step is wrong and is not timed. First s: seconds of the first call, compilation "
-        f"included. {report.ran_on(summary)}"
+        f"included. {study.ran_on(summary)}"
     )
+
+
+STUDY = checked.benchmark("distill", LABELS, check, distill_entries.training_model, caption)

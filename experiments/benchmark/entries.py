@@ -1,5 +1,6 @@
 """What is measured: the entries, and the model that each of them trains."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -88,6 +89,13 @@ def images(config: BenchmarkConfig, number: int) -> Split:
     size = config.image_size
     pixels = generator.integers(0, 256, size=(number, size, size, 3), dtype=np.uint8)
     return Split(pixels, generator.integers(0, 10, size=number, dtype=np.int32), white=255)
+
+
+def batch_step(model: keras.Model, config: BenchmarkConfig) -> Callable[[], object]:
+    """A training step of a compiled model on random images; it returns its loss, and so is waited for."""
+    split = images(config, config.batch_size)
+    batch = split.images(), split.labels
+    return lambda: model.train_on_batch(*batch)
 
 
 def training_model(entry: Entry, config: StepConfig) -> keras.Model:

@@ -1,17 +1,14 @@
 """The benchmark of single products as a table, on the terminal and in Markdown, and as a figure."""
 
 import math
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
-from rich.console import Console
 
-from experiments import files, tables
-from experiments.benchmark import competitors, report
+from experiments.benchmark import competitors, study
 from experiments.benchmark.competitors import FEW_OUTPUTS, FORWARD, JVPREG
-from experiments.plots import STYLE
+from experiments.study import Rows
 
 COLORS = {"input": "C0", "weight": "C1"}
 ARITHMETIC = (
@@ -25,9 +22,9 @@ def table(summary: dict[str, Any]) -> list[dict[str, str]]:
         (row, along, row[along]) for along in summary["settings"]["along"] for row in summary["rows"] if along in row
     ]
     names = labels([found for _, _, found in measured])
-    rows = [columns(row["name"], along, found, names) for row, along, found in measured]
+    rows = [{"model": row["name"], "along": along, **figures(found, names)} for row, along, found in measured]
     empty = dict.fromkeys(["forward ms", *names.values()], "")
-    for along, mean in means(summary).items():
+    for along, mean in means(summary["rows"], summary["settings"]["along"]).items():
         rows.append({"model": "geometric mean", "along": along, **empty, "speed-up": f"{mean:.2f}"})
     for row in summary["rows"]:
         if "failure" in row:
@@ -39,11 +36,6 @@ def labels(comparisons: list[dict[str, Any]]) -> dict[str, str]:
     """Of the entries that are there, by name, in the order of the competitors; without the forward pass."""
     there = {entry["name"] for found in comparisons for entry in found["entries"]} - {FORWARD.name}
     return {entry.name: entry.label for entry in competitors.entries() if entry.name in there}
-
-
-def columns(name: str, along: str, found: dict[str, Any], names: dict[str, str]) -> dict[str, str]:
-    """One comparison's figures, by the heading of their column."""
-    return {"model": name, "along": along, **figures(found, names)}
 
 
 def figures(found: dict[str, Any], names: dict[str, str]) -> dict[str, str]:
@@ -61,7 +53,7 @@ def speed_up(found: dict[str, Any]) -> str:
     """How much faster jvpreg is than what is right beside it; or that nothing is."""
     if found["speed_up"] is not None:
         lower, median, upper = found["speed_up"]
-        return with_quartiles(median, [lower, upper])
+        return study.with_quartiles(median, [lower, upper])
     right = {entry["name"] for entry in found["entries"] if entry["status"] == "ok"}
     return "no other is right" if JVPREG in right else "–"
 
@@ -76,26 +68,21 @@ def cell(entry: dict[str, Any] | None, spread: bool = False) -> str:
     if entry is None:
         return "–"
     if entry["ratio"] is not None:
-        return with_quartiles(entry["ratio"], entry["ratio_quartiles"]) if spread else f"{entry['ratio']:.2f}"
-    return f"wrong: {report.one_digit(entry['error'])}" if entry["status"] == "wrong" else entry["status"]
+        return study.with_quartiles(entry["ratio"], entry["ratio_quartiles"]) if spread else f"{entry['ratio']:.2f}"
+    return f"wrong: {study.one_digit(entry['error'])}" if entry["status"] == "wrong" else entry["status"]
 
 
-def with_quartiles(median: float, quartiles: list[float]) -> str:
-    """A median with the first and the third quartile."""
-    return f"{median:.2f} ({'-'.join(f'{quartile:.2f}' for quartile in quartiles)})"
-
-
-def means(summary: dict[str, Any]) -> dict[str, float]:
+def means(rows: list[dict[str, Any]], alongs: Sequence[str]) -> dict[str, float]:
     """The geometric means of the speed-ups, by what is pushed along."""
     found = {}
-    for along in summary["settings"]["along"]:
-        medians = [row[along]["speed_up"][1] for row in summary["rows"] if row.get(along, {}).get("speed_up")]
+    for along in alongs:
+        medians = [row[along]["speed_up"][1] for row in rows if row.get(along, {}).get("speed_up")]
         if medians:
             found[along] = math.exp(math.fsum(map(math.log, medians)) / len(medians))
     return found
 
 
-def conditions(summary: dict[str, Any]) -> str:
+def caption(summary: dict[str, Any]) -> str:
     """What the figures mean and where they are from."""
     settings = summary["settings"]
     size = settings["image_size"]
@@ -107,7 +94,7 @@ def conditions(summary: dict[str, Any]) -> str:
         f"{settings['rounds']} rounds. Speed-up: the best alternative's time over jvpreg's, in the same round; "
         "jvpreg.clone, the literal form of the paper, is no alternative, and is there where all of a model is affine, "
         f"ReLU or max pooling, along the input. A batch Jacobian is tried up to {FEW_OUTPUTS} outputs. "
-        f"{ARITHMETIC} {checked(settings)} {report.ran_on(summary)}"
+        f"{ARITHMETIC} {checked(settings)} {study.ran_on(summary)}"
     )
 
 
@@ -139,47 +126,35 @@ def notes(summary: dict[str, Any]) -> list[str]:
     return said
 
 
-def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
-    """Write jvp.json, jvp.md and jvp.png, and print the table."""
-    files.write_json(folder / "jvp.json", {**summary, "geometric_means": means(summary)})
-    figure(summary, folder / "jvp.png")
-    tell("jvp", table(summary), [conditions(summary), *notes(summary)], folder, console)
+def page(summary: dict[str, Any]) -> list[Rows | str]:
+    """The table, what it means, and why figures are missing."""
+    return [table(summary), caption(summary), *notes(summary)]
 
 
-def tell(name: str, rows: list[dict[str, str]], paragraphs: list[str], folder: Path, console: Console) -> None:
-    """Write a table with what is said below it into a Markdown file, and print both."""
-    files.write_text(folder / f"{name}.md", "\n\n".join([tables.grid_markdown(rows), *paragraphs]) + "\n")
-    console.print(tables.grid(rows))
-    for paragraph in paragraphs:
-        console.print(paragraph)
-    console.print(f"Files: {folder}")
-
-
-def figure(summary: dict[str, Any], path: Path) -> None:
-    """Draw the speed-ups as bars with their quartiles, by architecture, into a PNG file."""
+def figure(summary: dict[str, Any]) -> Figure:
+    """The speed-ups as bars with their quartiles, by architecture,."""
     names = [row["name"] for row in summary["rows"]]
     alongs = summary["settings"]["along"]
     height = 0.8 / len(alongs)
-    with matplotlib.rc_context({**STYLE, "axes.grid.axis": "x"}):
-        drawing = Figure(figsize=(7.5, 0.25 * len(names) * (1 + len(alongs)) + 1.5), layout="constrained")
-        axes = drawing.subplots()
-        for number, along in enumerate(alongs):
-            for place, row in enumerate(summary["rows"]):
-                quartiles = row.get(along, {}).get("speed_up")
-                if quartiles is None:
-                    continue
-                lower, median, upper = quartiles
-                at = place + (number - (len(alongs) - 1) / 2) * height
-                spread = [[median - lower], [upper - median]]
-                axes.barh(at, median, xerr=spread, height=0.9 * height, color=COLORS[along], ecolor="0.2", capsize=2)
-        for along in alongs:
-            axes.barh([0], [0], color=COLORS[along], label=f"along the {along}")
-        axes.axvline(1.0, color="0.2", linewidth=1, linestyle="--")
-        axes.set_yticks(range(len(names)), names)
-        axes.invert_yaxis()
-        axes.set_xlim(left=0)
-        axes.grid(False, axis="y")
-        axes.set_xlabel("time of the best right alternative over jvpreg's (median and quartiles)")
-        axes.set_title(f"{summary['machine']['backend']}, {summary['mode']}", loc="left", fontsize=10)
-        drawing.legend(loc="outside right upper", fontsize=9)
-        files.save_figure(drawing, path)
+    drawing = Figure(figsize=(7.5, 0.25 * len(names) * (1 + len(alongs)) + 1.5), layout="constrained")
+    axes = drawing.subplots()
+    for number, along in enumerate(alongs):
+        for place, row in enumerate(summary["rows"]):
+            quartiles = row.get(along, {}).get("speed_up")
+            if quartiles is None:
+                continue
+            lower, median, upper = quartiles
+            at = place + (number - (len(alongs) - 1) / 2) * height
+            spread = [[median - lower], [upper - median]]
+            axes.barh(at, median, xerr=spread, height=0.9 * height, color=COLORS[along], ecolor="0.2", capsize=2)
+    for along in alongs:
+        axes.barh([0], [0], color=COLORS[along], label=f"along the {along}")
+    axes.axvline(1.0, color="0.2", linewidth=1, linestyle="--")
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.set_xlim(left=0)
+    axes.grid(False, axis="y")
+    axes.set_xlabel("time of the best right alternative over jvpreg's (median and quartiles)")
+    study.title(axes, summary)
+    drawing.legend(loc="outside right upper", fontsize=9)
+    return drawing

@@ -1,19 +1,19 @@
 """The `benchmark jvp` study: what one Jacobian-vector product costs on whole architectures, beside its alternatives."""
 
-import dataclasses
 import functools
-import json
 from collections.abc import Iterator
 from typing import Any
 
-from experiments import tables
-from experiments.benchmark import jvp_report, products_study, study
+from rich.console import Console
+
+from experiments import processes
+from experiments.benchmark import jvp_report, products_study
 from experiments.benchmark.config import JvpConfig
 from experiments.benchmark.products import directions, once
 from experiments.benchmark.products_study import Task
+from experiments.benchmark.study import Benchmark
 from experiments.cells import Cell, work_off
 from experiments.config import as_plain_dict
-from experiments.processes import row
 from experiments.verify import architectures
 from experiments.verify.architectures import Architecture
 from experiments.verify.measure import middle_kernel
@@ -22,33 +22,22 @@ NOT_COMPARED = ("folder", "only", "time_limit")
 """Keys on which what is measured of an architecture does not depend."""
 
 
-def run(config: JvpConfig) -> dict[str, Any]:
-    """Measure the architectures, and write and print what came out.
+def measured(config: JvpConfig, console: Console) -> dict[str, Any]:
+    """A row an architecture, and the means of the speed-ups.
 
-    An architecture's row is kept in a file of its own, and is not measured again where there is one.
-
-    Args:
-        config: see `JvpConfig`.
-
-    Returns:
-        What `jvp.json` holds: the settings, the machine, and a row an architecture.
-
-    Raises:
-        ExperimentError: where the name of an architecture is not known, or the folder is of other settings.
+    A row is kept in a file of its own, and an architecture is not measured again where there is one.
     """
     chosen = chosen_architectures(config)
-    console = tables.wide_console(200)
-    folder = study.folder("jvp", config)
-    settings = {key: value for key, value in as_plain_dict(config).items() if key not in NOT_COMPARED}
     names = [architecture.name for architecture in chosen]
+    cells_folder = STUDY.folder(config) / "cells"
+    settings = {key: value for key, value in as_plain_dict(config).items() if key not in NOT_COMPARED}
     listed = [
-        Cell(folder / "cells" / f"{name}.json", settings, functools.partial(measured, name, config)) for name in names
+        Cell(cells_folder / f"{architecture.name}.json", settings, functools.partial(row, architecture, config))
+        for architecture in chosen
     ]
     results = work_off(listed, lambda place, result: console.print(f"measured {names[place]}"))
     rows = [{"name": name, **found} for name, found in zip(names, results, strict=True)]
-    summary = {"study": "benchmark jvp", **study.conditions(config), "rows": rows}
-    jvp_report.write(summary, folder, console)
-    return summary
+    return {"rows": rows, "geometric_means": jvp_report.means(rows, config.along)}
 
 
 def chosen_architectures(config: JvpConfig) -> list[Architecture]:
@@ -58,19 +47,13 @@ def chosen_architectures(config: JvpConfig) -> list[Architecture]:
     return [architecture for architecture in architectures.ARCHITECTURES if architecture.paper]
 
 
-def measured(name: str, config: JvpConfig) -> dict[str, Any]:
-    """What could be measured of an architecture within the time limit; `failure` says why the rest was not.
-
-    Args:
-        name: of the architecture.
-        config: of the study.
-    """
-    settings = json.dumps(dataclasses.asdict(config))
-    return row("experiments.benchmark.jvp_process", [name, settings], config.time_limit, {})
+def row(architecture: Architecture, config: JvpConfig) -> dict[str, Any]:
+    """What could be measured of an architecture within the time limit; `failure` says why the rest was not."""
+    return processes.row(parts, (architecture, config), config.time_limit)
 
 
 def parts(architecture: Architecture, config: JvpConfig) -> Iterator[dict[str, Any]]:
-    """Parts of a row as they are measured, so that what is there is kept if the rest takes too long."""
+    """In a process of its own: parts of a row, so that what is there is kept if the rest takes too long."""
     subject = products_study.subject(architecture, config)
     yield {
         "input_shape": list(subject.x.shape[1:]),
@@ -92,3 +75,6 @@ def along_weight(subject: products_study.Subject, config: JvpConfig) -> Task:
     kernel = middle_kernel(subject.model.trainable_variables)
     place = next(place for place, variable in enumerate(subject.model.variables) if variable is kernel)
     return Task((place,), directions([tuple(kernel.shape)], config.num_probes, config.seed), once, once)
+
+
+STUDY = Benchmark("jvp", measured, jvp_report.page, {"jvp": jvp_report.figure}, columns=200)

@@ -1,15 +1,11 @@
 """The benchmark of layers as a table, on the terminal and in Markdown, and as a figure."""
 
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
-from rich.console import Console
 
-from experiments import files, tables
-from experiments.benchmark import report
-from experiments.plots import STYLE
+from experiments.benchmark import study
+from experiments.study import Rows
 
 LABELS = {"jvpreg": "jvpreg", "forward_mode": "forward mode", "double_vjp": "double VJP"}
 COLORS = {"jvpreg": "C0", "forward_mode": "C1", "double_vjp": "C3"}
@@ -18,20 +14,19 @@ COLORS = {"jvpreg": "C0", "forward_mode": "C1", "double_vjp": "C3"}
 def columns(row: dict[str, Any]) -> dict[str, str]:
     """One layer's figures, by the heading of their column."""
     plain, own, best = row["products"]["plain"], row["products"]["jvpreg"], row["best_alternative"]
-    cells = {"layer": row["name"], "error": report.one_digit(own["error"])}
+    cells = {"layer": row["name"], "error": study.one_digit(own["error"])}
     cells["× layer"] = _ratio(own)
     for name in ("forward_mode", "double_vjp"):
         part = row["products"][name]
         cells[LABELS[name]] = _status(part) if part["ratio"] is None else f"{part['ratio']:.2f}"
-    spread = "-".join(f"{quartile:.2f}" for quartile in best["over_jvpreg_quartiles"]) if best else ""
-    cells["best ÷ jvpreg"] = f"{best['over_jvpreg']:.2f} ({spread})" if best else ""
+    cells["best ÷ jvpreg"] = study.with_quartiles(best["over_jvpreg"], best["over_jvpreg_quartiles"]) if best else ""
     cells["layer ms"] = _milliseconds(plain)
     cells["jvpreg ms"] = _milliseconds(own)
     cells["first s"] = f"{own['first_call_seconds']:.1f}" if own["seconds"] is not None else ""
     return cells
 
 
-def conditions(summary: dict[str, Any]) -> str:
+def caption(summary: dict[str, Any]) -> str:
     """What the figures mean and where they are from."""
     settings = summary["settings"]
     size = settings["image_size"]
@@ -45,21 +40,15 @@ def conditions(summary: dict[str, Any]) -> str:
         "faster of those two that is right, in units of jvpreg in the same round; below 1, the backend's own is the "
         "faster. Errors are relative, of `f(x)` and of the compiled product in float32 against autodiff in float64 "
         f"that is not jitted; above {settings['tolerance']:g} a product is wrong and is not timed. First s: seconds "
-        f"of jvpreg's first call, compilation included. {report.ran_on(summary)}"
+        f"of jvpreg's first call, compilation included. {study.ran_on(summary)}"
     )
 
 
-def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
-    """Write layers.json, layers.md and layers.png, and print the table."""
-    rows = [columns(row) for row in summary["layers"]]
-    failures = [f"{row['name']}, {text}" for row in summary["layers"] for text in failures_of(row)]
-    notes = "\n".join([conditions(summary), *(f"\n{text}" for text in failures)])
-    files.write_json(folder / "layers.json", summary)
-    files.write_text(folder / "layers.md", f"{tables.grid_markdown(rows)}\n\n{notes}\n")
-    figure(summary, folder / "layers.png")
-    console.print(tables.grid(rows))
-    console.print(notes)
-    console.print(f"Files: {folder}")
+def page(summary: dict[str, Any]) -> list[Rows | str]:
+    """The table, what it means, and why figures are missing."""
+    rows = summary["layers"]
+    failures = [f"{row['name']}, {text}" for row in rows for text in failures_of(row)]
+    return [[columns(row) for row in rows], caption(summary), *failures]
 
 
 def failures_of(row: dict[str, Any]) -> list[str]:
@@ -68,53 +57,49 @@ def failures_of(row: dict[str, Any]) -> list[str]:
     return [f"{LABELS.get(name, name)}: {part['message']}" for name, part in found if part["message"]]
 
 
-def figure(summary: dict[str, Any], path: Path) -> None:
-    """Draw the ratios as horizontal bars from 1, the plain layer, with their quartiles, into a PNG file."""
+def figure(summary: dict[str, Any]) -> Figure:
+    """The ratios as horizontal bars from 1, the plain layer, with their quartiles,."""
     rows, height = summary["layers"], 0.8 / len(LABELS)
-    with matplotlib.rc_context({**STYLE, "axes.grid.axis": "x"}):
-        drawing = Figure(figsize=(8.0, 0.42 * len(rows) + 1.5), layout="constrained")
-        axes = drawing.subplots()
-        axes.set_xscale("log")
-        for offset, (name, label) in enumerate(LABELS.items()):
-            places = [place + (offset - 1) * height for place in range(len(rows))]
-            parts = [row["products"][name] for row in rows]
-            timed = [(place, part) for place, part in zip(places, parts, strict=True) if part["ratio"] is not None]
-            ratios = [part["ratio"] for _, part in timed]
-            axes.barh(
-                [place for place, _ in timed],
-                [ratio - 1 for ratio in ratios],
-                left=1.0,
-                xerr=[[abs(part["ratio"] - part["ratio_quartiles"][side]) for _, part in timed] for side in (0, 1)],
-                height=height,
-                color=COLORS[name],
-                ecolor="0.2",
-                label=label,
-            )
-            for place, part in zip(places, parts, strict=True):
-                if part["ratio"] is None:
-                    axes.text(1.02, place, f"{label}: {_status(part)}", va="center", color=COLORS[name], fontsize=7)
-        axes.axvline(1.0, color="0.4", linewidth=1)
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("")
-        axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
-        axes.invert_yaxis()
-        axes.grid(False, axis="y")
-        axes.set_xlabel("time of f(x) and J u, times the plain layer (median and quartiles)")
-        axes.set_title(f"{summary['machine']['backend']}, {summary['mode']}", loc="left", fontsize=10)
-        drawing.legend(loc="outside lower center", ncols=len(LABELS), fontsize=9)
-        files.save_figure(drawing, path)
+    drawing = Figure(figsize=(8.0, 0.42 * len(rows) + 1.5), layout="constrained")
+    axes = drawing.subplots()
+    axes.set_xscale("log")
+    for offset, (name, label) in enumerate(LABELS.items()):
+        places = [place + (offset - 1) * height for place in range(len(rows))]
+        parts = [row["products"][name] for row in rows]
+        timed = [(place, part) for place, part in zip(places, parts, strict=True) if part["ratio"] is not None]
+        ratios = [part["ratio"] for _, part in timed]
+        axes.barh(
+            [place for place, _ in timed],
+            [ratio - 1 for ratio in ratios],
+            left=1.0,
+            xerr=study.spread([part for _, part in timed]),
+            height=height,
+            color=COLORS[name],
+            ecolor="0.2",
+            label=label,
+        )
+        for place, part in zip(places, parts, strict=True):
+            if part["ratio"] is None:
+                axes.text(1.02, place, f"{label}: {_status(part)}", va="center", color=COLORS[name], fontsize=7)
+    axes.axvline(1.0, color="0.4", linewidth=1)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
+    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    axes.set_xlabel("time of f(x) and J u, times the plain layer (median and quartiles)")
+    study.title(axes, summary)
+    drawing.legend(loc="outside lower center", ncols=len(LABELS), fontsize=9)
+    return drawing
 
 
 def _ratio(part: dict[str, Any]) -> str:
-    if part["ratio"] is None:
-        return _status(part)
-    lower, upper = part["ratio_quartiles"]
-    return f"{part['ratio']:.2f} ({lower:.2f}-{upper:.2f})"
+    return _status(part) if part["ratio"] is None else study.ratio(part)
 
 
 def _status(part: dict[str, Any]) -> str:
     if part["status"] == "wrong":
-        return f"wrong ({report.one_digit(part['error'])})"
+        return f"wrong ({study.one_digit(part['error'])})"
     return part["status"] if part["status"] != "ok" else ""
 
 

@@ -10,15 +10,16 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
+from rich.console import Console
 
-from experiments import tables
 from experiments.benchmark import competitors, layers_report, measure, products, study
 from experiments.benchmark.config import LayersConfig
 from experiments.benchmark.layers_cases import CASES, HEADS, Case
 from experiments.benchmark.reference import float64
+from experiments.benchmark.study import Benchmark
 from experiments.errors import ExperimentError
+from experiments.processes import reason
 from experiments.verify import weights
-from experiments.verify.measure import reason
 
 EXAMPLES = 4  # at which products are checked
 CALLS = 5  # in a turn
@@ -27,30 +28,17 @@ ALTERNATIVES = ("forward_mode", "double_vjp")
 PRODUCTS = ("plain", "jvpreg", *ALTERNATIVES)
 
 
-def run(config: LayersConfig) -> dict[str, Any]:
-    """Measure the layers, and write and print what came out.
-
-    Args:
-        config: see `LayersConfig`.
-
-    Returns:
-        What `layers.json` holds: the settings, the machine, and a row a layer.
-
-    Raises:
-        ExperimentError: where there is no layer of a name, or attention cannot share the units among its heads.
-    """
+def measured(config: LayersConfig, console: Console) -> dict[str, Any]:
+    """A row a layer."""
     names = study.chosen_names(config.only, [case.name for case in CASES])
     if config.units % HEADS:
         raise ExperimentError(f"units: expected a multiple of {HEADS}. Received: {config.units}.")
-    console = tables.wide_console()
     rows = []
     for case in CASES:
         if case.name in names:
             console.print(f"checking and timing {case.name}")
             rows.append(row(case, config))
-    summary = {"study": "benchmark layers", **study.conditions(config), "layers": rows}
-    layers_report.write(summary, study.folder("layers", config), console)
-    return summary
+    return {"layers": rows}
 
 
 def row(case: Case, config: LayersConfig) -> dict[str, Any]:
@@ -62,7 +50,7 @@ def row(case: Case, config: LayersConfig) -> dict[str, Any]:
         weights.draw(model, np.random.default_rng(config.seed))
         exact = exact_model(case, model, config)
         checks = {name: check(case, model, exact, name, config) for name in PRODUCTS}
-        right = [name for name, found in checks.items() if isinstance(found, float) and found <= config.tolerance]
+        right = [name for name, found in checks.items() if isinstance(found, float) and study.is_right(found, config)]
         makers = {name: functools.partial(call, case, model, name, config, config.batch_size) for name in right}
         taken = measure.turns(makers, config, dict.fromkeys(makers, CALLS))
     return {
@@ -129,7 +117,7 @@ def outcome(
     timing: measure.Timing | MemoryError | None = times if isinstance(times, MemoryError) else None
     if isinstance(times, measure.Turns) and isinstance(unit, measure.Turns):
         timing = times.timing(unit)
-    right = isinstance(found, float) and found <= config.tolerance
+    right = isinstance(found, float) and study.is_right(found, config)
     made = measure.outcome(right, timing)
     if isinstance(found, str):
         return {"error": None, **made, "status": "failed", "message": found}
@@ -147,3 +135,6 @@ def best_alternative(taken: dict[str, measure.Turns | MemoryError]) -> dict[str,
     name = min(ratios, key=lambda name: ratios[name][1])
     lower, median, upper = ratios[name]
     return {"name": name, "over_jvpreg": median, "over_jvpreg_quartiles": (lower, upper)}
+
+
+STUDY = Benchmark("layers", measured, layers_report.page, {"layers": layers_report.figure})

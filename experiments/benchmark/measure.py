@@ -1,18 +1,14 @@
 """The times of several entries, taken in turn, and what counts as running out of memory."""
 
 import dataclasses
-import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import keras
-
-from experiments.benchmark import entries
-from experiments.benchmark.config import BenchmarkConfig, StepConfig, TimingConfig
-from experiments.benchmark.entries import Entry
+from experiments import processes
+from experiments.benchmark.config import TimingConfig
 
 Step = Callable[[], object]
 """Takes one step, and waits for what it computes."""
@@ -55,24 +51,6 @@ class Turns:
     def ratio(self, unit: "Turns") -> tuple[float, float, float]:
         """The quartiles, the median between them, of the ratios to another entry in the same rounds."""
         return quartiles([taken / other for taken, other in zip(self.seconds, unit.seconds, strict=True)])
-
-
-def timings(chosen: list[Entry], config: StepConfig) -> dict[str, Timing | MemoryError]:
-    """Time a training step of the entries, in units of the plain step, which is to be among them."""
-    makers = {entry.name: functools.partial(training_step, entry, config) for entry in chosen}
-    return in_turn(makers, "plain", config, {entry.name: entry.interval for entry in chosen})
-
-
-def training_step(entry: Entry, config: StepConfig) -> Step:
-    """A training step of the entry's model."""
-    return batch_step(entries.training_model(entry, config), config)
-
-
-def batch_step(model: keras.Model, config: BenchmarkConfig) -> Step:
-    """A training step of a compiled model on random images; it returns its loss, and so is waited for."""
-    split = entries.images(config, config.batch_size)
-    batch = split.images(), split.labels
-    return lambda: model.train_on_batch(*batch)
 
 
 def in_turn(
@@ -121,7 +99,7 @@ def turns(
             first_calls[name] = turn(step)
             made[name] = step
         except Exception as error:
-            failures[name] = out_of_memory(error)
+            failures[name] = processes.out_of_memory(error)
     seconds, failed = rounds(made, config, steps or {})
     return {**failures, **failed, **{name: Turns(first_calls[name], taken) for name, taken in seconds.items()}}
 
@@ -145,7 +123,7 @@ def rounds(
                 try:
                     taken = turn(able[name], steps.get(name, 1)) / steps.get(name, 1)
                 except Exception as error:
-                    failures[name] = out_of_memory(error)
+                    failures[name] = processes.out_of_memory(error)
                     del able[name]
                     continue
                 if number >= config.warmup:
@@ -170,19 +148,6 @@ def outcome(right: bool, times: Timing | MemoryError | None, *others: object) ->
         "message": str(failure) if failure else None,
         **{field.name: measured.get(field.name) for field in dataclasses.fields(Timing)},
     }
-
-
-def out_of_memory(error: Exception) -> MemoryError:
-    """The error as a MemoryError.
-
-    Raises:
-        Exception: the error itself, where it is another one.
-    """
-    message = f"{type(error).__name__}: {error}"
-    marks = ("MemoryError", "ResourceExhausted", "RESOURCE_EXHAUSTED", "out of memory")
-    if any(mark.lower() in message.lower() for mark in marks):
-        return MemoryError(message.splitlines()[0])
-    raise error
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:

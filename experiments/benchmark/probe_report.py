@@ -1,15 +1,10 @@
 """The benchmark of the Jacobian's health as a table, on the terminal and in Markdown, and as a figure."""
 
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.figure import Figure
-from rich.console import Console
 
-from experiments import files, tables
-from experiments.benchmark import report
-from experiments.plots import STYLE
+from experiments.benchmark import study
 
 COLORS = {"classifier": "C0", "unet": "C2"}
 BACKGROUND = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
@@ -17,27 +12,24 @@ BACKGROUND = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
 
 def columns(row: dict[str, Any]) -> dict[str, str]:
     """One entry's figures, by the heading of their column."""
-    timed = row["ratio"] is not None
-    spread = "-".join(f"{quartile:.2f}" for quartile in row["ratio_quartiles"] or ())
     products = row["num_products"]
     return {
         "step": row["label"],
         "J v": str(products) if products else "",
-        "error": report.one_digit(row["error"]),
-        "may be": report.one_digit(row["allowed_error"]),
-        "× forward pass": f"{row['ratio']:.2f} ({spread})" if timed else row["status"],
-        "ms": f"{1000 * row['seconds']:.1f}" if timed else "",
-        "first s": f"{row['first_call_seconds']:.1f}" if timed else "",
+        "error": study.one_digit(row["error"]),
+        "may be": study.one_digit(row["allowed_error"]),
+        "× forward pass": study.ratio(row),
+        **study.times(row),
         "traces": "" if row["traces"] is None else f"{row['traces']}+{row['traces_again']}",
     }
 
 
-def conditions(summary: dict[str, Any]) -> str:
+def caption(summary: dict[str, Any]) -> str:
     """What the figures mean and where they are from."""
     settings = summary["settings"]
     size = settings["unet_image_size"]
     return (
-        f"{report.subject(settings)}; UNet of `verify`, batches of {settings['unet_batch_size']} images of "
+        f"{study.subject(settings)}; UNet of `verify`, batches of {settings['unet_batch_size']} images of "
         f"{size}x{size}x3, an output for each pixel and class. Inference mode. One compiled call linearizes, computes "
         "`f(x)` and what the row names; a full probe is `frobenius_norm(num_probes=16)` and "
         "`spectral_norm(tolerance=1e-3)`, each of which has a row too, and so has `JacobianProbe` as `fit` calls it "
@@ -50,7 +42,7 @@ def conditions(summary: dict[str, Any]) -> str:
         f"jit; they may be {settings['tolerance']:g}, and what the estimate itself says, 5 standard errors or the "
         "residual. What is off by more is wrong and is not timed. First s: seconds of the first call, compilation "
         "included. Traces: by the first call + by all later ones; what is traced again is not timed. "
-        f"{report.ran_on(summary)}"
+        f"{study.ran_on(summary)}"
     )
 
 
@@ -65,43 +57,29 @@ def costs(summary: dict[str, Any]) -> str:
     return f"In forward passes: {', '.join(parts)}." if parts else ""
 
 
-def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
-    """Write probe.json, probe.md and probe.png, and print the table."""
-    rows = [columns(row) for row in summary["entries"]]
-    files.write_json(folder / "probe.json", summary)
-    files.write_text(folder / "probe.md", f"{tables.grid_markdown(rows)}\n\n{conditions(summary)}\n")
-    figure(summary, folder / "probe.png")
-    console.print(tables.grid(rows))
-    console.print(conditions(summary))
-    console.print(f"Files: {folder}")
-
-
-def figure(summary: dict[str, Any], path: Path) -> None:
-    """Draw the ratios as bars with their quartiles into a PNG file."""
+def figure(summary: dict[str, Any]) -> Figure:
+    """The ratios as bars with their quartiles."""
     rows = [row for row in summary["entries"] if not row["name"].endswith("forward")]
-    with matplotlib.rc_context({**STYLE, "axes.grid.axis": "x"}):
-        drawing = Figure(figsize=(8.0, 0.36 * len(rows) + 1.3), layout="constrained")
-        axes = drawing.subplots()
-        for place, row in enumerate(rows):
-            if row["ratio"] is None:
-                axes.text(1.1, place, row["status"], va="center", color="C3")
-                continue
-            lower, upper = row["ratio_quartiles"]
-            spread = [[max(row["ratio"] - lower, 0)], [max(upper - row["ratio"], 0)]]
-            color = COLORS[row["network"]]
-            axes.barh(place, row["ratio"], xerr=spread, height=0.62, color=color, ecolor="0.2", capsize=3)
-            products = f"  ({row['num_products']} products)" if (row["num_products"] or 0) > 1 else ""
-            axes.text(1.05 * upper, place, f"{row['ratio']:.3g}{products}", va="center", fontsize=9, bbox=BACKGROUND)
-        axes.axvline(1.0, color="0.4", linewidth=1, linestyle=":")
-        axes.axvline(60.0, color="C3", linewidth=1, linestyle="--")
-        axes.text(60.0, -0.75, "aim of a full probe", color="C3", fontsize=8, ha="center", va="bottom")
-        axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
-        axes.invert_yaxis()
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter("{x:g}")
-        largest = max((row["ratio_quartiles"][1] for row in rows if row["ratio"] is not None), default=1.0)
-        axes.set_xlim(0.5, 4 * max(largest, 60.0))
-        axes.grid(False, axis="y")
-        axes.set_xlabel("forward passes of the same batch (median and quartiles, logarithmic)")
-        axes.set_title(f"{summary['machine']['backend']}, {summary['mode']}", loc="left", fontsize=10, pad=14)
-        files.save_figure(drawing, path)
+    drawing = Figure(figsize=(8.0, 0.36 * len(rows) + 1.3), layout="constrained")
+    axes = drawing.subplots()
+    for place, row in enumerate(rows):
+        if row["ratio"] is None:
+            axes.text(1.1, place, row["status"], va="center", color="C3")
+            continue
+        upper, color = row["ratio_quartiles"][1], COLORS[row["network"]]
+        axes.barh(place, row["ratio"], xerr=study.spread([row]), height=0.62, color=color, ecolor="0.2", capsize=3)
+        products = f"  ({row['num_products']} products)" if (row["num_products"] or 0) > 1 else ""
+        axes.text(1.05 * upper, place, f"{row['ratio']:.3g}{products}", va="center", fontsize=9, bbox=BACKGROUND)
+    axes.axvline(1.0, color="0.4", linewidth=1, linestyle=":")
+    axes.axvline(60.0, color="C3", linewidth=1, linestyle="--")
+    axes.text(60.0, -0.75, "aim of a full probe", color="C3", fontsize=8, ha="center", va="bottom")
+    axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    largest = max((row["ratio_quartiles"][1] for row in rows if row["ratio"] is not None), default=1.0)
+    axes.set_xlim(0.5, 4 * max(largest, 60.0))
+    axes.grid(False, axis="y")
+    axes.set_xlabel("forward passes of the same batch (median and quartiles, logarithmic)")
+    study.title(axes, summary, pad=14)
+    return drawing

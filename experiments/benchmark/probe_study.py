@@ -8,15 +8,17 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
+from rich.console import Console
 
 import jvpreg
-from experiments import tables
 from experiments.benchmark import entries, measure, probe_report, study
 from experiments.benchmark.calls import compiled
 from experiments.benchmark.config import BenchmarkConfig, ProbeConfig
 from experiments.benchmark.probe_entries import CALLBACK, ENTRIES, FEW, MANY, NUM_PROBES, TOL, Entry, nothing
 from experiments.benchmark.reference import Reference, float64
+from experiments.benchmark.study import Benchmark
 from experiments.errors import ExperimentError
+from experiments.study import one_table
 from experiments.verify.architectures import unet
 from experiments.verify.products import stateless
 
@@ -57,23 +59,10 @@ class Traces:
     later: int = 0
 
 
-def run(config: ProbeConfig) -> dict[str, Any]:
-    """Measure the entries, and write and print what came out.
-
-    Args:
-        config: see `ProbeConfig`.
-
-    Returns:
-        What `probe.json` holds: the settings, the machine, a row an entry, the cost of a further product, and what was
-        aimed at.
-
-    Raises:
-        ExperimentError: where the backend is not known, or the UNet does not fit the images.
-    """
-    study.check_backend("probe")
+def measured(config: ProbeConfig, console: Console) -> dict[str, Any]:
+    """A row an entry, the cost of a further product, and what was aimed at."""
     if config.unet_image_size % 4:
         raise ExperimentError(f"unet_image_size: expected a multiple of 4. Received: {config.unet_image_size}.")
-    console = tables.wide_console()
     rows: list[dict[str, Any]] = []
     for name, subject in (("classifier", classifier(config)), ("unet", pixelwise(config))):
         chosen = [entry for entry in ENTRIES if entry.network == name]
@@ -83,15 +72,7 @@ def run(config: ProbeConfig) -> dict[str, Any]:
         console.print(f"timing {config.rounds} rounds of {len(right)} entries")
         rows += timed_rows(subject, chosen, right, errors, config)
     further = {kind: further_product(rows, kind) for kind in ("jvp", "vjp")}
-    summary = {
-        "study": "benchmark probe",
-        **study.conditions(config),
-        "entries": rows,
-        "further_product": further,
-        "aims": aims(rows, further),
-    }
-    probe_report.write(summary, study.folder("probe", config), console)
-    return summary
+    return {"entries": rows, "further_product": further, "aims": aims(rows, further)}
 
 
 def classifier(config: ProbeConfig) -> Subject:
@@ -300,3 +281,12 @@ def aims(rows: list[dict[str, Any]], further: dict[str, float | None]) -> list[d
         }
         for name, most in AIMS.items()
     ]
+
+
+STUDY = Benchmark(
+    "probe",
+    measured,
+    one_table("entries", probe_report.columns, probe_report.caption),
+    {"probe": probe_report.figure},
+    backends=study.TWO_BACKENDS,
+)

@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from experiments import processes
 from experiments.benchmark import competitors, measure, products, study
 from experiments.benchmark.competitors import FEW_OUTPUTS, FORWARD, JVPREG, Entry
 from experiments.benchmark.config import ProductsConfig
@@ -19,7 +20,7 @@ from experiments.benchmark.products import Use
 from experiments.benchmark.reference import float64
 from experiments.verify import weights
 from experiments.verify.architectures import Architecture
-from experiments.verify.measure import made_again, reason
+from experiments.verify.measure import made_again
 
 SHORTEST_TURN = 0.02
 """Seconds; a forward pass that takes less is taken several times a turn, and so is every entry beside it."""
@@ -191,9 +192,9 @@ def outcome(right: bool, timed: measure.Timing | None, cause: Exception | None) 
     if cause is None:
         return measure.outcome(right, timed)
     try:
-        return measure.outcome(right, None, measure.out_of_memory(cause))
+        return measure.outcome(right, None, processes.out_of_memory(cause))
     except Exception:
-        return {**measure.outcome(right, None), "status": "failed", "message": reason(cause)}
+        return {**measure.outcome(right, None), "status": "failed", "message": processes.reason(cause)}
 
 
 def speed_up(chosen: Sequence[Entry], seconds: dict[str, list[float]]) -> tuple[str | None, list[float] | None]:

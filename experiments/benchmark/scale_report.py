@@ -1,16 +1,12 @@
 """The benchmark of growing sizes as a table, on the terminal and in Markdown, and as a figure."""
 
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from rich.console import Console
 
-from experiments import files, tables
-from experiments.benchmark import report
-from experiments.plots import STYLE
+from experiments.benchmark import study
+from experiments.study import Rows
 
 LABELS = {"forward": "forward pass", "jvpreg": "f(x) and J u"}
 COLORS = {"forward": "0.45", "jvpreg": "C0"}
@@ -19,7 +15,7 @@ SIZES = {"batch": "batch size", "width": "channels", "depth": "convolutions", "p
 
 def columns(axis: str, row: dict[str, Any]) -> dict[str, str]:
     """The figures of one point of an axis, by the heading of their column."""
-    cells = {"along": SIZES[axis], "size": str(row["size"]), "error": report.one_digit(row["jvpreg"]["error"])}
+    cells = {"along": SIZES[axis], "size": str(row["size"]), "error": study.one_digit(row["jvpreg"]["error"])}
     for name, label in LABELS.items():
         found = row[name]
         cells[f"ms: {label}"] = f"{1000 * found['seconds']:.2f}" if found["seconds"] is not None else found["status"]
@@ -36,7 +32,7 @@ def exponents(summary: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def conditions(summary: dict[str, Any]) -> str:
+def caption(summary: dict[str, Any]) -> str:
     """What the figures mean and where they are from."""
     settings = summary["settings"]
     size = settings["image_size"]
@@ -51,53 +47,45 @@ def conditions(summary: dict[str, Any]) -> str:
         "time is fitted; along probes, what is over jvpreg's `f(x)` alone, which does not grow with them (of the "
         "forward pass there is nothing to fit). Errors are relative, of `f(x)` and the compiled product in float32 "
         "at a few inputs, far from kinks, against autodiff in float64 that is not jitted; above "
-        f"{settings['tolerance']:g} a point is wrong and is not timed. {report.ran_on(summary)}"
+        f"{settings['tolerance']:g} a point is wrong and is not timed. {study.ran_on(summary)}"
     )
 
 
-def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
-    """Write scale.json, scale.md and scale.png, and print the tables."""
+def page(summary: dict[str, Any]) -> list[Rows | str]:
+    """The table of the points, that of the exponents, and what they mean."""
     rows = [columns(axis, row) for axis, found in summary["axes"].items() for row in found["points"]]
-    found = exponents(summary)
-    files.write_json(folder / "scale.json", summary)
-    files.write_text(
-        folder / "scale.md",
-        f"{tables.grid_markdown(rows)}\n\nExponents:\n\n{tables.grid_markdown(found)}\n\n{conditions(summary)}\n",
-    )
-    figure(summary, folder / "scale.png")
-    console.print(tables.grid(rows))
-    console.print(tables.grid(found))
-    console.print(conditions(summary))
-    console.print(f"Files: {folder}")
+    return [rows, "Exponents:", exponents(summary), caption(summary)]
 
 
-def figure(summary: dict[str, Any], path: Path) -> None:
-    """Draw a panel an axis, log-log, with points and fitted curves, into a PNG file."""
-    with matplotlib.rc_context(STYLE):
-        drawing = Figure(figsize=(8.0, 6.4), layout="constrained")
-        for axes, (axis, row) in zip(drawing.subplots(2, 2).flat, summary["axes"].items(), strict=False):
-            for name in LABELS:
-                timed = [point for point in row["points"] if point[name]["ratio"] is not None]
-                sizes, ratios = [p["size"] for p in timed], [p[name]["ratio"] for p in timed]
-                spread = [[abs(p[name]["ratio"] - p[name]["ratio_quartiles"][side]) for p in timed] for side in (0, 1)]
-                axes.errorbar(
-                    sizes, ratios, yerr=spread, fmt="o", color=COLORS[name], capsize=3, label=_label(name, row)
-                )
-                fit = row["fits"].get(name)
-                if fit:
-                    curve = np.geomspace(min(sizes), max(sizes))
-                    at_zero = row["at_zero"]
-                    axes.plot(
-                        curve, at_zero + fit["constant"] * curve ** fit["exponent"], color=COLORS[name], alpha=0.7
-                    )
-            axes.set_xscale("log", base=2)
-            axes.set_yscale("log")
-            axes.xaxis.set_major_formatter("{x:g}")
-            axes.set_xlabel(SIZES[axis])
-            axes.set_ylabel("time (base forward pass = 1)")
-            axes.legend(fontsize=8)
-        drawing.suptitle(f"{summary['machine']['backend']}, {summary['mode']}", fontsize=10)
-        files.save_figure(drawing, path)
+def figure(summary: dict[str, Any]) -> Figure:
+    """Draw a panel an axis, log-log, with points and fitted curves,."""
+    drawing = Figure(figsize=(8.0, 6.4), layout="constrained")
+    for axes, (axis, row) in zip(drawing.subplots(2, 2).flat, summary["axes"].items(), strict=False):
+        for name in LABELS:
+            timed = [point for point in row["points"] if point[name]["ratio"] is not None]
+            sizes, ratios = [p["size"] for p in timed], [p[name]["ratio"] for p in timed]
+            axes.errorbar(
+                sizes,
+                ratios,
+                yerr=study.spread([point[name] for point in timed]),
+                fmt="o",
+                color=COLORS[name],
+                capsize=3,
+                label=_label(name, row),
+            )
+            fit = row["fits"].get(name)
+            if fit:
+                curve = np.geomspace(min(sizes), max(sizes))
+                at_zero = row["at_zero"]
+                axes.plot(curve, at_zero + fit["constant"] * curve ** fit["exponent"], color=COLORS[name], alpha=0.7)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel(SIZES[axis])
+        axes.set_ylabel("time (base forward pass = 1)")
+        axes.legend(fontsize=8)
+    drawing.suptitle(f"{summary['machine']['backend']}, {summary['mode']}", fontsize=10)
+    return drawing
 
 
 def _label(name: str, row: dict[str, Any]) -> str:

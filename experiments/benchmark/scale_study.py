@@ -8,12 +8,13 @@ from typing import Any
 import keras
 import numpy as np
 from keras import layers
+from rich.console import Console
 from scipy.stats import linregress
 
-from experiments import tables
 from experiments.benchmark import competitors, kinks, measure, products, scale_report, study
 from experiments.benchmark.config import ScaleConfig
 from experiments.benchmark.reference import float64
+from experiments.benchmark.study import Benchmark
 from experiments.errors import ExperimentError
 
 CANDIDATES, EXAMPLES = 16, 2  # of the inputs at which products are checked, and that are
@@ -58,28 +59,17 @@ Key = tuple[str, Point]
 Times = dict[Key, measure.Turns | MemoryError]
 
 
-def run(config: ScaleConfig) -> dict[str, Any]:
-    """Measure the points, fit the exponents, and write and print what came out.
-
-    Args:
-        config: see `ScaleConfig`.
-
-    Returns:
-        What `scale.json` holds: the settings, the machine, and for each axis its points and fits.
-
-    Raises:
-        ExperimentError: where an axis has too few points for a standard error.
-    """
+def measured(config: ScaleConfig, console: Console) -> dict[str, Any]:
+    """For each axis its points and fits."""
     for name in AXES.values():
         if len(set(getattr(config, name))) < 3:
             raise ExperimentError(
                 f"{name}: expected three different values or more. Received: {getattr(config, name)}."
             )
-    console = tables.wide_console()
     keys = all_keys(config)
     console.print(f"checking {len(keys)} calls")
     errors = check(keys, config)
-    right = {key: name for name, key in enumerate(keys) if is_right(errors[checked_at(key)], config)}
+    right = {key: name for name, key in enumerate(keys) if study.is_right(errors[checked_at(key)], config)}
     console.print(f"timing {config.rounds} rounds of {len(right)} calls")
     makers = {str(name): functools.partial(call, key, config) for key, name in right.items()}
     unit = ("forward", replace(base(config), probes=0))
@@ -91,13 +81,7 @@ def run(config: ScaleConfig) -> dict[str, Any]:
     times = {key: taken[str(name)] for key, name in right.items()}
     if isinstance(times[unit], MemoryError):
         raise ExperimentError(f"batch_size: the forward pass of the base point runs out of memory: {times[unit]}.")
-    summary = {
-        "study": "benchmark scale",
-        **study.conditions(config),
-        "axes": {axis: axis_row(axis, times, errors, config) for axis in AXES},
-    }
-    scale_report.write(summary, study.folder("scale", config), console)
-    return summary
+    return {"axes": {axis: axis_row(axis, times, errors, config) for axis in AXES}}
 
 
 def base(config: ScaleConfig) -> Point:
@@ -139,11 +123,6 @@ def check(keys: Sequence[Key], config: ScaleConfig) -> dict[Key, float]:
         received = products.call(model, STARTS[name], xs, us if point.probes else [], config.jit_compile)()
         errors[name, point] = products.worst(received, products.exact(exact, xs, us))
     return errors
-
-
-def is_right(error: float, config: ScaleConfig) -> bool:
-    """Whether a call is to be timed; not if its error is not a number."""
-    return error <= config.tolerance
 
 
 def chain(point: Point, config: ScaleConfig) -> keras.Model:
@@ -191,7 +170,7 @@ def part(key: Key, times: Times, errors: dict[Key, float], config: ScaleConfig) 
     unit = times["forward", replace(base(config), probes=0)]
     assert isinstance(unit, measure.Turns)
     timing = taken.timing(unit) if isinstance(taken, measure.Turns) else taken
-    return {"error": study.finite(error), **measure.outcome(is_right(error, config), timing)}
+    return {"error": study.finite(error), **measure.outcome(study.is_right(error, config), timing)}
 
 
 def ratio(own: measure.Turns | MemoryError | None, other: measure.Turns | MemoryError | None) -> float | None:
@@ -214,3 +193,6 @@ def power_law(sizes: Sequence[float], times: Sequence[float]) -> Fit:
     """The power law through three points or more, by least squares on logarithms."""
     line = linregress(np.log(sizes), np.log(times))
     return Fit(float(line.slope), float(line.stderr), float(np.exp(line.intercept)))
+
+
+STUDY = Benchmark("scale", measured, scale_report.page, {"scale": scale_report.figure})

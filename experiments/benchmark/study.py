@@ -1,82 +1,69 @@
-"""The `benchmark step` study: correctness first, then times in turn, then memory."""
+"""What the benchmarks share: when an entry is right, what a file says of the machine, and cells of the tables."""
 
-import dataclasses
-import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import keras
-from rich.console import Console
 
-from experiments import files, tables, timing
-from experiments.benchmark import entries, measure, memory, report
-from experiments.benchmark.check import Check, Checker
-from experiments.benchmark.config import StepConfig, TimingConfig
-from experiments.benchmark.entries import Entry
+from experiments.benchmark.config import TimingConfig
 from experiments.errors import ExperimentError
+from experiments.study import Study, Summary
 
 
-def run(config: StepConfig) -> dict[str, Any]:
-    """Measure the entries, and write and print what came out.
+@dataclass(frozen=True)
+class Benchmark(Study):
+    """A study of costs, whose files say how calls were compiled.
 
-    Args:
-        config: see `StepConfig`.
-
-    Returns:
-        What `step.json` holds: the settings, the machine, and a row an entry.
-
-    Raises:
-        ExperimentError: where the name of an entry is not known.
+    Attributes:
+        backends: on which it runs.
+        variant: ends the name of the folder, if the configuration names none.
     """
-    chosen = chosen_entries(config)
-    console = tables.wide_console()
-    checker = Checker(config)
-    checks: dict[str, Check | None] = {}
-    for entry in chosen:
-        console.print(f"checking {entry.label}")
-        checks[entry.name] = checker.check(entry)
-    right = [entry for entry in chosen if is_right(checks[entry.name], config)]
-    peaks: dict[str, int | MemoryError] = {}
-    for entry in right if config.memory else []:
-        console.print(f"measuring the memory of {entry.label}")
-        peaks[entry.name] = memory.peak_bytes(entry.name, config)
-    # What fells a process of its own would fell this one.
-    able = [entry for entry in right if not isinstance(peaks.get(entry.name), MemoryError)]
-    console.print(f"timing {config.rounds} rounds of {len(able)} entries")
-    times = measure.timings(able, config)
-    rows = [row(entry, config, checks[entry.name], times.get(entry.name), peaks.get(entry.name)) for entry in chosen]
-    summary = {
-        "study": "benchmark step",
-        **conditions(config),
-        "entries": rows,
-    }
-    write(summary, default_folder(config), console)
-    return summary
+
+    backends: tuple[str, ...] = ("tensorflow", "jax", "torch")
+    variant: Callable[[Any], str] = lambda config: ""
+
+    def run(self, config: Any) -> Summary:
+        """As `Study.run`; an ExperimentError also on a backend that the benchmark does not know."""
+        if keras.backend.backend() not in self.backends:
+            message = f"benchmark {self.name} runs on TensorFlow and JAX: set KERAS_BACKEND to one of the two."
+            raise ExperimentError(message)
+        return super().run(config)
+
+    def conditions(self, config: Any) -> Summary:
+        """What the summary says beside the figures: also how calls were compiled, and the memory."""
+        found = super().conditions(config)
+        return {
+            "study": f"benchmark {self.name}",
+            "mode": mode(config),
+            "settings": found["settings"],
+            "machine": {**found["machine"], "memory_gigabytes": round(physical_memory() / 1e9, 1)},
+        }
+
+    def folder(self, config: Any) -> Path:
+        """The folder that is named, or one after the benchmark, the backend and the mode."""
+        words = f"{self.name}-{keras.backend.backend()}-{mode(config)}{self.variant(config)}"
+        return Path(config.folder or f"runs/benchmark/{words}")
 
 
-def check_backend(study: str) -> None:
-    """An error on a backend that the benchmarks do not know."""
-    if keras.backend.backend() not in ("tensorflow", "jax"):
-        raise ExperimentError(f"benchmark {study} runs on TensorFlow and JAX: set KERAS_BACKEND to one of the two.")
+TWO_BACKENDS = ("tensorflow", "jax")
+"""Of benchmarks with entries that are written by hand for each."""
 
 
-def conditions(config: TimingConfig) -> dict[str, Any]:
-    """What a file says beside its figures: how steps were compiled, the settings and the machine."""
-    return {
-        "mode": mode(config),
-        "settings": json.loads(json.dumps(dataclasses.asdict(config))),
-        "machine": {**timing.machine(), "memory_gigabytes": round(physical_memory() / 1e9, 1)},
-    }
+def mode(config: TimingConfig) -> str:
+    """How steps are compiled, in a word."""
+    compiled, other = {"tensorflow": ("xla", "graph"), "jax": ("jit", "eager"), "torch": ("compile", "eager")}[
+        keras.backend.backend()
+    ]
+    return compiled if config.jit_compile else other
 
 
-def chosen_entries(config: StepConfig) -> list[Entry]:
-    """The plain step and what `only` names."""
-    names = [entry.name for entry in entries.ENTRIES]
-    wanted = ["plain", *chosen_names(config.only, names)]
-    return [entry for entry in entries.ENTRIES if entry.name in wanted]
+def physical_memory() -> int:
+    """Bytes of memory that the machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def chosen_names(only: Sequence[str] | None, names: Sequence[str]) -> list[str]:
@@ -91,66 +78,63 @@ def chosen_names(only: Sequence[str] | None, names: Sequence[str]) -> list[str]:
     return list(names if only is None else only)
 
 
-def is_right(check: Check | None, config: StepConfig) -> bool:
-    """Whether an entry is to be timed; the plain step has nothing to check."""
-    return check is None or check.error <= config.tolerance
-
-
-def row(
-    entry: Entry,
-    config: StepConfig,
-    check: Check | None,
-    times: measure.Timing | MemoryError | None,
-    peak: int | MemoryError | None,
-) -> dict[str, Any]:
-    """What the JSON file says of an entry; what was not measured is null."""
-    return {
-        "name": entry.name,
-        "label": entry.label,
-        "derivative": entry.derivative(config),
-        "steps_per_turn": entry.interval,
-        "penalty_error": finite(check.penalty_error) if check else None,
-        "gradient_error": finite(check.gradient_error) if check else None,
-        **measure.outcome(is_right(check, config), times, peak),
-        "peak_memory_bytes": peak if isinstance(peak, int) else None,
-    }
-
-
-def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
-    """Write step.json, step.md and step.png, and print the table."""
-    rows = [report.columns(row) for row in summary["entries"]]
-    files.write_json(folder / "step.json", summary)
-    files.write_text(folder / "step.md", f"{tables.grid_markdown(rows)}\n\n{report.conditions(summary)}\n")
-    report.figure(summary, folder / "step.png")
-    console.print(tables.grid(rows))
-    console.print(report.conditions(summary))
-    console.print(f"Files: {folder}")
-
-
-def mode(config: TimingConfig) -> str:
-    """How steps are compiled, in a word."""
-    compiled, other = {"tensorflow": ("xla", "graph"), "jax": ("jit", "eager"), "torch": ("compile", "eager")}[
-        keras.backend.backend()
-    ]
-    return compiled if config.jit_compile else other
-
-
-def folder(name: str, config: TimingConfig) -> Path:
-    """The folder that is named, or one after the study, the backend and the mode."""
-    return Path(config.folder or f"runs/benchmark/{name}-{keras.backend.backend()}-{mode(config)}")
-
-
-def default_folder(config: StepConfig) -> Path:
-    """The folder that is named, or one after the backend, the mode and the batch normalization."""
-    suffix = "" if config.batch_normalization == "training" else f"-{config.batch_normalization}"
-    return Path(config.folder or f"runs/benchmark/step-{keras.backend.backend()}-{mode(config)}{suffix}")
-
-
-def physical_memory() -> int:
-    """Bytes of memory that the machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def is_right(error: float, config: TimingConfig) -> bool:
+    """Whether what has this error is to be timed; not if the error is not a number."""
+    return error <= config.tolerance
 
 
 def finite(error: float) -> float | str:
     """The error as JSON has it, which has no infinity."""
     return error if math.isfinite(error) else "infinite"
+
+
+def subject(settings: dict[str, Any]) -> str:
+    """What is run, and on what."""
+    size = settings["image_size"]
+    return (
+        f"Model {settings['model']['name']} of width {settings['model']['width']}, batches of "
+        f"{settings['batch_size']} images of {size}x{size}x3"
+    )
+
+
+def ran_on(summary: Summary) -> str:
+    """What it ran on."""
+    machine = summary["machine"]
+    return (
+        f"{machine['backend']} ({summary['mode']}), Keras {machine['keras']}, "
+        f"{machine['cores']} cores of {machine['processor']}."
+    )
+
+
+def title(axes: Any, summary: Summary, before: str = "", **style: Any) -> None:
+    """Write what it ran on above a picture."""
+    axes.set_title(f"{before}{summary['machine']['backend']}, {summary['mode']}", loc="left", fontsize=10, **style)
+
+
+def spread(rows: Sequence[dict[str, Any]]) -> list[list[float]]:
+    """Distances of the ratios from their first and third quartiles, as matplotlib takes error bars."""
+    return [[abs(row["ratio"] - row["ratio_quartiles"][side]) for row in rows] for side in (0, 1)]
+
+
+def one_digit(error: float | str | None) -> str:
+    """A relative error, to one digit."""
+    return f"{error:.0e}" if isinstance(error, float) else error or ""
+
+
+def with_quartiles(median: float, quartiles: Sequence[float]) -> str:
+    """A median with the first and the third quartile."""
+    return f"{median:.2f} ({'-'.join(f'{quartile:.2f}' for quartile in quartiles)})"
+
+
+def ratio(row: dict[str, Any]) -> str:
+    """How many units an entry takes; or why that is not known."""
+    return row["status"] if row["ratio"] is None else with_quartiles(row["ratio"], row["ratio_quartiles"])
+
+
+def times(row: dict[str, Any]) -> dict[str, str]:
+    """Milliseconds of an entry and seconds of its first call, by the heading of their column."""
+    timed = row["ratio"] is not None
+    return {
+        "ms": f"{1000 * row['seconds']:.1f}" if timed else "",
+        "first s": f"{row['first_call_seconds']:.1f}" if timed else "",
+    }

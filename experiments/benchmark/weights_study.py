@@ -8,11 +8,14 @@ from typing import Any
 
 import keras
 import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
 
-from experiments import tables
-from experiments.benchmark import competitors, entries, measure, products, study, weights_report
+from experiments.benchmark import competitors, entries, measure, products, study
 from experiments.benchmark.config import WeightsConfig
 from experiments.benchmark.reference import Reference
+from experiments.benchmark.study import Benchmark
+from experiments.study import one_table
 
 EXAMPLES = 4  # at which products are checked
 
@@ -38,44 +41,27 @@ class Entry:
     expected: float
 
 
-def run(config: WeightsConfig) -> dict[str, Any]:
-    """Measure the products, and write and print what came out.
-
-    Args:
-        config: see `WeightsConfig`.
-
-    Returns:
-        What `weights.json` holds: the settings, the machine, and a row a product.
-
-    Raises:
-        ExperimentError: where the backend is not known.
-    """
-    study.check_backend("weights")
-    console = tables.wide_console()
+def measured(config: WeightsConfig, console: Console) -> dict[str, Any]:
+    """A row a product."""
     model = entries.plain_model(config)
     chosen = model_entries(model, config)
     console.print(f"checking {len(chosen)} entries")
     errors = check(model, chosen, config)
-    right = [entry for entry in chosen if is_right(errors[entry.name], config)]
+    right = {entry.name: entry for entry in chosen if study.is_right(errors[entry.name], config)}
     console.print(f"timing {config.rounds} rounds of {len(right)} entries")
-    makers = {entry.name: functools.partial(step, model, entry, config) for entry in right}
+    makers = {name: functools.partial(step, model, entry, config) for name, entry in right.items()}
     times = measure.in_turn(makers, "forward", config)
-    summary = {
-        "study": "benchmark weights",
-        **study.conditions(config),
-        "entries": [
-            {
-                "name": entry.name,
-                "label": entry.label,
-                "expected_ratio": entry.expected,
-                "error": study.finite(errors[entry.name]),
-                **measure.outcome(is_right(errors[entry.name], config), times.get(entry.name)),
-            }
-            for entry in chosen
-        ],
-    }
-    weights_report.write(summary, study.folder("weights", config), console)
-    return summary
+    rows = [
+        {
+            "name": entry.name,
+            "label": entry.label,
+            "expected_ratio": entry.expected,
+            "error": study.finite(errors[entry.name]),
+            **measure.outcome(entry.name in right, times.get(entry.name)),
+        }
+        for entry in chosen
+    ]
+    return {"entries": rows}
 
 
 def model_entries(model: keras.Model, config: WeightsConfig) -> list[Entry]:
@@ -117,11 +103,6 @@ def check(model: keras.Model, chosen: Sequence[Entry], config: WeightsConfig) ->
     return errors
 
 
-def is_right(relative_error: float, config: WeightsConfig) -> bool:
-    """Whether an entry is to be timed; not if its error is not a number."""
-    return relative_error <= config.tolerance
-
-
 def directions(model: keras.Model, entry: Entry, x: np.ndarray, config: WeightsConfig) -> list[np.ndarray]:
     """Random directions `(P, …)` of each weight of an entry; of none, of the input."""
     shapes = [tuple(model.variables[place].shape) for place in entry.weights]
@@ -140,3 +121,71 @@ def call(
     """`f(x)` and the product, in one compiled call."""
     start = STARTS.get(entry.name, competitors.linearize)
     return products.call(model, start, [x], vectors, config.jit_compile, weights=entry.weights)
+
+
+def columns(row: dict[str, Any]) -> dict[str, str]:
+    """One entry's figures, by the heading of their column."""
+    pushed = row["ratio"] is not None and row["name"] not in STARTS
+    return {
+        "along": row["label"],
+        "error": study.one_digit(row["error"]),
+        "× forward pass": study.ratio(row),
+        "of it tangent": f"{row['ratio'] - 1:.2f}" if pushed else "",
+        "by multiplications": f"{row['expected_ratio']:.2f}",
+        **study.times(row),
+    }
+
+
+def caption(summary: dict[str, Any]) -> str:
+    """What the figures mean and where they are from."""
+    settings = summary["settings"]
+    return (
+        f"{study.subject(settings)}, inference mode, {settings['num_probes']} direction(s) of each. One compiled call "
+        "computes `f(x)` and the product (`linearize(...).jvp(weights=...)`); the forward pass is that of the plain "
+        f"model. Ratios to the forward pass of the same round, median and quartiles of {settings['rounds']} rounds; of "
+        "it tangent: what is over 1, which is the tangent pass, and what freezing the layers costs beside it "
+        "(linearize alone: its `f(x)`, without a product). By multiplications: the ratio if multiplications by kernels "
+        "were all that costs, those of a tangent pass being the ones from its layer on. Errors are relative, of the "
+        "compiled product in float32 against autodiff in "
+        f"float64 that is not jitted; above {settings['tolerance']:g} a product is wrong and is not timed. First s: "
+        f"seconds of the first call, compilation included. {study.ran_on(summary)}"
+    )
+
+
+def figure(summary: dict[str, Any]) -> Figure:
+    """The cost along each kernel over its depth, beside those along the input and all weights."""
+    whole = ("forward", "primal", "input", "all")
+    kernels = [row for row in summary["entries"] if row["name"] not in whole]
+    timed = [(depth, row) for depth, row in enumerate(kernels) if row["ratio"] is not None]
+    drawing = Figure(figsize=(8.0, 3.6), layout="constrained")
+    axes = drawing.subplots()
+    axes.errorbar(
+        [depth for depth, _ in timed],
+        [row["ratio"] for _, row in timed],
+        yerr=study.spread([row for _, row in timed]),
+        marker="o",
+        capsize=3,
+        label="one kernel",
+    )
+    axes.plot([row["expected_ratio"] for row in kernels], color="C0", linestyle=":", label="by multiplications")
+    for row, color in zip(
+        (row for row in summary["entries"] if row["name"] in whole), ("0.4", "0.7", "C1", "C2"), strict=True
+    ):
+        if row["ratio"] is not None:
+            axes.axhline(row["ratio"], color=color, linestyle="--", linewidth=1, label=row["label"])
+    axes.set_xticks(range(len(kernels)), [row["name"] for row in kernels])
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("the kernel that is pushed along, by its depth")
+    axes.set_ylabel("forward passes (median and quartiles)")
+    study.title(axes, summary)
+    drawing.legend(loc="outside right upper", fontsize=9)
+    return drawing
+
+
+STUDY = Benchmark(
+    "weights",
+    measured,
+    one_table("entries", columns, caption),
+    {"weights": figure},
+    backends=study.TWO_BACKENDS,
+)

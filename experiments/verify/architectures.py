@@ -27,6 +27,10 @@ class Architecture:
     make: Callable[[tuple[int, ...]], keras.Model]
     paper: bool = False
 
+    def __reduce__(self):
+        """By its name, for another process: a function within a function cannot be pickled."""
+        return find, (self.name,)
+
 
 def rnn(input_shape: tuple[int, ...]) -> keras.Model:
     """A simple recurrent layer and an LSTM on it."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import re
 import time
 from collections.abc import Callable, Generator, Iterator
 from typing import Any
@@ -11,6 +10,8 @@ import keras
 import numpy as np
 
 import jvpreg
+from experiments import processes
+from experiments.processes import reason
 from experiments.verify import weights
 from experiments.verify.architectures import Architecture
 from experiments.verify.config import VerifyConfig
@@ -26,8 +27,13 @@ MIXED = {
 FIGURES = (*FLOAT64, *FLOAT32, *JIT, *(name for names in MIXED.values() for name in names))
 
 
+def row(architecture: Architecture, config: VerifyConfig) -> dict[str, Any]:
+    """What could be measured of an architecture within the time limit; `failure` says why the rest was not."""
+    return processes.row(figures, (architecture, config), config.time_limit, {"JAX_ENABLE_X64": "1"})
+
+
 def figures(architecture: Architecture, config: VerifyConfig) -> Iterator[dict[str, Any]]:
-    """Parts of a row as they are measured, so that what is there is kept if the rest takes too long.
+    """In a process of its own: parts of a row, so that what is there is kept if the rest takes too long.
 
     An error is `‖received − expected‖ / ‖expected‖`. Expected is autodiff without jit in float64, of the same
     weights, inputs and directions, all of which float32 can hold.
@@ -121,12 +127,3 @@ def _figure(name: str, measured: Callable[[], float]) -> Iterator[dict[str, Any]
         yield {name: measured()}
     except Exception as cause:
         yield {f"{name}_failure": reason(cause)}
-
-
-def reason(cause: BaseException) -> str:
-    """An exception in a line: without the traceback that TensorFlow puts before it, and Keras' list of arguments."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", str(cause)).partition("Arguments received by")[0]
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no message"]
-    inner = [place for place, line in enumerate(lines) if re.match(r"[\w.]*(Error|Exception): ", line)]
-    lines = lines[inner[-1] :] if inner else [f"{type(cause).__name__}: {lines[0]}", *lines[1:]]
-    return " ".join(lines[:2])[:300]

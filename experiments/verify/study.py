@@ -10,7 +10,7 @@ import keras
 from experiments import files, tables, timing
 from experiments.config import as_plain_dict
 from experiments.errors import say
-from experiments.verify import architectures, process, report
+from experiments.verify import architectures, measure, report
 from experiments.verify.architectures import Architecture
 from experiments.verify.config import VerifyConfig
 
@@ -46,7 +46,7 @@ def run(config: VerifyConfig) -> dict[str, Any]:
         row = {
             "name": architecture.name,
             "input_shape": architecture.input_shape,
-            **process.measured(architecture.name, config),
+            **measure.row(architecture, config),
         }
         summary["rows"].append({**row, "status": report.status(row, settings)})
         write(summary, folder)

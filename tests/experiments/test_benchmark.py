@@ -20,7 +20,7 @@ from experiments.benchmark import (
     probe_entries,
     probe_report,
     probe_study,
-    weights_report,
+    study,
     weights_study,
 )
 from experiments.benchmark.config import BiasesConfig, DistillConfig, ProbeConfig, WeightsConfig
@@ -42,7 +42,7 @@ def weights_config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weights_summary(weights_config):
-    return weights_study.run(weights_config)
+    return weights_study.STUDY.run(weights_config)
 
 
 def test_products_along_every_kernel_are_checked_and_timed(weights_summary):
@@ -76,13 +76,13 @@ def test_a_wrong_product_gets_no_time(weights_config, tmp_path, monkeypatch):
         return (1.01 if moved == {"dense2/kernel"} else 1.0) * right(self, u, weights)
 
     monkeypatch.setattr(jvpreg.Linearization, "jvp", too_long)
-    summary = weights_study.run(dataclasses.replace(weights_config, folder=str(tmp_path), rounds=1))
+    summary = weights_study.STUDY.run(dataclasses.replace(weights_config, folder=str(tmp_path), rounds=1))
     rows = {row["name"]: row for row in summary["entries"]}
     assert [name for name, row in rows.items() if row["status"] == "wrong"] == ["dense2"]
     assert rows["dense2"]["error"] == pytest.approx(0.01, rel=1e-2)
     assert rows["dense2"]["seconds"] is rows["dense2"]["ratio"] is None
-    assert weights_report.columns(rows["dense2"])["× forward pass"] == "wrong"
-    assert not weights_study.is_right(float("nan"), weights_config)
+    assert weights_study.columns(rows["dense2"])["× forward pass"] == "wrong"
+    assert not study.is_right(float("nan"), weights_config)
 
 
 def test_several_probes_through_convolutions_and_pooling_are_checked(weights_config):
@@ -125,7 +125,7 @@ def probe_summary(probe_config):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(probe_study, "ENTRIES", (*chosen, WRONG_PROBE))
         patch.setattr(probe_study, "EXAMPLES", 2)
-        return probe_study.run(probe_config)
+        return probe_study.STUDY.run(probe_config)
 
 
 def test_a_probe_is_checked_and_timed_and_never_traced_again(probe_summary):
@@ -222,7 +222,7 @@ def test_the_configuration_of_the_probe_is_valid():
     _, config = parse("experiments benchmark", BENCHMARKS, ["probe", f"--config={file}", "--rounds=3"])
     assert (config.rounds, config.batch_size, config.model.name, config.model.width) == (3, 64, "vgg9", 16)
     with pytest.raises(ExperimentError, match="unet_image_size"):
-        probe_study.run(ProbeConfig(unet_image_size=10))
+        probe_study.STUDY.run(ProbeConfig(unet_image_size=10))
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +239,7 @@ def biases_config(tmp_path_factory):
 
 
 def test_bias_penalties_are_checked_and_timed(biases_config):
-    summary = biases_study.run(biases_config)
+    summary = biases_study.STUDY.run(biases_config)
     rows = {row["name"]: row for row in summary["entries"]}
     assert list(rows) == [entry.name for entry in biases_entries.ENTRIES]
     assert rows["plain"]["penalty_error"] is None
@@ -276,7 +276,7 @@ def distill_config(tmp_path_factory):
 
 
 def test_distillation_is_checked_and_timed(distill_config):
-    summary = distill_study.run(distill_config)
+    summary = distill_study.STUDY.run(distill_config)
     rows = {row["name"]: row for row in summary["entries"]}
     assert list(rows) == list(distill_entries.LABELS)
     for name, row in rows.items():

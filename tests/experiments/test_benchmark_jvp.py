@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
+from experiments import processes
 from experiments.__main__ import parse
 from experiments.benchmark import (
     competitors,
     counts_study,
-    jvp_process,
     jvp_report,
     jvp_study,
     literal,
@@ -145,7 +145,7 @@ def registered(monkeypatch):
 @pytest.mark.every_backend
 def test_several_directions_are_pushed_at_once(registered, tmp_path):
     config = ProbesConfig(architecture="small", counts=[3, 1], folder=str(tmp_path), **CONFIG)
-    summary = counts_study.probes(config)
+    summary = counts_study.PROBES.run(config)
     one, three = summary["rows"]
     assert (one["count"], three["count"]) == (1, 3)
     assert set(by_name(one)) == {"forward", *FEW}
@@ -167,7 +167,7 @@ def test_several_directions_are_pushed_at_once(registered, tmp_path):
 @pytest.mark.every_backend
 def test_products_one_after_the_other_are_right_and_timed(registered, tmp_path):
     config = IterateConfig(architecture="smooth", counts=[1, 3], folder=str(tmp_path), **CONFIG)
-    summary = counts_study.iterate(config)
+    summary = counts_study.ITERATE.run(config)
     names = {"forward", *FEW} - {"clone", "arithmetic"}
     for row in summary["rows"]:
         assert {entry["name"]: entry["status"] for entry in row["entries"]} == dict.fromkeys(names, "ok")
@@ -197,16 +197,16 @@ def test_each_direction_depends_on_the_product_before(loop):
 def test_a_study_writes_each_architecture_and_goes_on(registered, measured, tmp_path, monkeypatch):
     asked = []
 
-    def in_process(name, config):
-        asked.append(name)
-        return {"failure": "stopped after 1 s"} if name == "smooth" else measured
+    def in_process(architecture, config):
+        asked.append(architecture.name)
+        return {"failure": "stopped after 1 s"} if architecture is SMOOTH else measured
 
-    monkeypatch.setattr(jvp_study, "measured", in_process)
+    monkeypatch.setattr(jvp_study, "row", in_process)
     config = JvpConfig(folder=str(tmp_path), **CONFIG)
-    summary = jvp_study.run(config)
+    summary = jvp_study.STUDY.run(config)
     assert asked == ["small", "smooth"]
     written = json.loads((tmp_path / "jvp.json").read_text())
-    assert written["rows"] == json.loads(json.dumps(summary["rows"]))
+    assert written == json.loads(json.dumps(summary))
     assert written["geometric_means"]["input"] == pytest.approx(measured["input"]["speed_up"][1])
     assert (tmp_path / "jvp.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "jvp.md").read_text()
@@ -215,21 +215,21 @@ def test_a_study_writes_each_architecture_and_goes_on(registered, measured, tmp_
     assert [row["model"] for row in rows] == ["small", "small", "geometric mean", "geometric mean", "smooth"]
     assert len({tuple(row) for row in rows}) == 1  # the same columns in each
 
-    jvp_study.run(dataclasses.replace(config, only=["small"]))
+    jvp_study.STUDY.run(dataclasses.replace(config, only=["small"]))
     assert asked == ["small", "smooth"]
     with pytest.raises(ExperimentError, match="num_probes was 1 and is now 2"):
-        jvp_study.run(dataclasses.replace(config, num_probes=2))
+        jvp_study.STUDY.run(dataclasses.replace(config, num_probes=2))
 
 
 def test_the_geometric_mean_is_that_of_the_medians():
     rows = [{"name": str(place), "input": {"speed_up": [0.0, median, 9.0]}} for place, median in enumerate((2.0, 8.0))]
-    means = jvp_report.means({"settings": {"along": ["input", "weight"]}, "rows": [*rows, {"name": "stopped"}]})
+    means = jvp_report.means([*rows, {"name": "stopped"}], ["input", "weight"])
     assert means == {"input": pytest.approx(4.0)}
 
 
-def test_the_process_prints_what_was_measured(registered, capsys):
+def test_the_process_prints_what_was_measured(capsys):
     config = JvpConfig(along=["input"], image_size=5, **CONFIG)
-    jvp_process.main("smooth", json.dumps(dataclasses.asdict(config)))
+    processes.print_parts(jvp_study.parts, (SMOOTH, config))
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert first["input_shape"] == [5]  # no image
     assert by_name(second["input"])["jvpreg"]["status"] == "ok"
@@ -237,13 +237,13 @@ def test_the_process_prints_what_was_measured(registered, capsys):
 
 def test_mistakes_in_the_keys_are_told():
     with pytest.raises(ExperimentError, match="only: there is no architecture 'VGG17'"):
-        jvp_study.run(JvpConfig(only=["VGG17"]))
+        jvp_study.STUDY.run(JvpConfig(only=["VGG17"]))
     with pytest.raises(ExperimentError, match="architecture: there is no architecture 'VGG17'"):
-        counts_study.probes(ProbesConfig(architecture="VGG17"))
+        counts_study.PROBES.run(ProbesConfig(architecture="VGG17"))
     with pytest.raises(ExperimentError, match="counts: expected a number or more"):
-        counts_study.probes(ProbesConfig(counts=[]))
+        counts_study.PROBES.run(ProbesConfig(counts=[]))
     with pytest.raises(ExperimentError, match="counts: expected two different numbers"):
-        counts_study.iterate(IterateConfig(counts=[4, 4]))
+        counts_study.ITERATE.run(IterateConfig(counts=[4, 4]))
 
 
 def test_the_default_is_the_papers_13():

@@ -30,7 +30,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def summary(config):
-    return layers_study.run(config)
+    return layers_study.STUDY.run(config)
 
 
 def test_layers_are_checked_and_timed_beside_both_alternatives(summary):
@@ -75,7 +75,7 @@ def test_a_wrong_product_of_a_layer_gets_no_time(config, tmp_path, monkeypatch):
         return y, 1.01 * product
 
     monkeypatch.setattr(jvpreg, "jvp", wrong)
-    summary = layers_study.run(dataclasses.replace(config, only=["Add"], folder=str(tmp_path), rounds=1))
+    summary = layers_study.STUDY.run(dataclasses.replace(config, only=["Add"], folder=str(tmp_path), rounds=1))
     (row,) = summary["layers"]
     part = row["products"]["jvpreg"]
     assert part["status"] == "wrong"
@@ -125,6 +125,6 @@ def test_the_configuration_of_the_layers_is_valid():
     _, config = parse("experiments benchmark", BENCHMARKS, ["layers", f"--config={file}", "--num_probes=4"])
     assert (config.num_probes, config.batch_size, config.units) == (4, 32, 128)
     with pytest.raises(ExperimentError, match="no entry 'Desne'"):
-        layers_study.run(LayersConfig(only=["Desne"]))
+        layers_study.STUDY.run(LayersConfig(only=["Desne"]))
     with pytest.raises(ExperimentError, match="units: expected a multiple of 8"):
-        layers_study.run(LayersConfig(units=12))
+        layers_study.STUDY.run(LayersConfig(units=12))

@@ -12,7 +12,7 @@ from keras import ops
 import jvpreg
 from experiments import processes
 from experiments.__main__ import parse
-from experiments.benchmark import memory, memory_entries, memory_process, memory_report, memory_study
+from experiments.benchmark import memory_entries, memory_study
 from experiments.benchmark.config import MemoryConfig
 from experiments.config import ModelConfig
 from experiments.studies import BENCHMARKS
@@ -46,8 +46,8 @@ def sizes_of(name, mode, config):
 @pytest.fixture(scope="module")
 def summary(config):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory_process, "measured", sizes_of)
-        return memory_study.run(config)
+        patch.setattr(memory_study, "sizes_of", sizes_of)
+        return memory_study.STUDY.run(config)
 
 
 def test_entries_are_checked_and_set_beside_training(summary, config):
@@ -73,7 +73,7 @@ def test_the_files_of_the_memory_say_the_same(summary, config):
 
 def test_a_process_measures_what_an_entry_holds(config):
     larger = dataclasses.replace(config, image_size=32, batch_size=64, model=ModelConfig("vgg4", 8))
-    found = memory_process.measured("linearization", "eager", larger)
+    found = memory_study.sizes_of("linearization", "eager", larger)
     # At the least, the outputs of the first convolution, its normalization and its ReLU in float32.
     least = 3 * 64 * 32 * 32 * 8 * 4
     assert found["counted"] > least
@@ -85,7 +85,7 @@ def test_a_process_measures_what_an_entry_holds(config):
 def test_a_process_that_is_killed_has_run_out_of_memory_and_another_failure_is_told(monkeypatch):
     def failed(text):
         monkeypatch.setattr(processes, "row", lambda *arguments: {"held": 1, "failure": text})
-        return memory.of_process("module", ["product"], {})
+        return processes.memory(memory_study.sizes, ("product",))
 
     assert isinstance(failed("exit status -9: no message"), MemoryError)
     assert isinstance(failed("exit status 1: ResourceExhaustedError: OOM"), MemoryError)
@@ -128,7 +128,7 @@ def test_residuals_are_less_than_the_outputs_of_all_nodes(config):
 def test_an_entry_with_a_wrong_product_gets_no_bytes(config, monkeypatch):
     right = jvpreg.Linearization.jvp
     monkeypatch.setattr(jvpreg.Linearization, "jvp", lambda self, u: 1.01 * right(self, u))
-    monkeypatch.setattr(memory_process, "measured", sizes_of)
+    monkeypatch.setattr(memory_study, "sizes_of", sizes_of)
     errors = memory_study.check(["eager"], config)
     error = errors["eager", False]
     assert list(errors.values()) == [pytest.approx(0.01, rel=1e-2)] * 2
@@ -136,7 +136,7 @@ def test_an_entry_with_a_wrong_product_gets_no_bytes(config, monkeypatch):
     row = memory_study.row(entry, "eager", error, config)
     assert row["status"] == "wrong"
     assert row["peak_bytes"] is row["held_bytes"] is None
-    assert memory_report.columns(row)["peak MB"] == "wrong"
+    assert memory_study.columns(row)["peak MB"] == "wrong"
 
 
 def test_the_configuration_of_the_memory_is_valid():

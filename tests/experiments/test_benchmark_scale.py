@@ -38,7 +38,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def summary(config):
-    return scale_study.run(config)
+    return scale_study.STUDY.run(config)
 
 
 def test_every_point_is_checked_and_timed(summary):
@@ -95,7 +95,7 @@ def test_a_wrong_point_gets_no_time_and_no_place_in_the_fit(config, tmp_path, mo
 
     monkeypatch.setattr(jvpreg.Linearization, "jvp", wrong_for_three)
     monkeypatch.setattr(scale_study, "AXES", {"probes": "probes"})
-    summary = scale_study.run(dataclasses.replace(config, folder=str(tmp_path), rounds=1))
+    summary = scale_study.STUDY.run(dataclasses.replace(config, folder=str(tmp_path), rounds=1))
     row = summary["axes"]["probes"]
     assert [point["jvpreg"]["status"] for point in row["points"]] == ["ok", "ok", "wrong"]
     last = row["points"][-1]["jvpreg"]
@@ -109,4 +109,4 @@ def test_the_configuration_of_the_points_is_valid():
     _, config = parse("experiments benchmark", BENCHMARKS, ["scale", f"--config={file}", "--depth=2"])
     assert (config.depth, config.width, config.probes) == (2, 32, [1, 2, 4, 8, 16])
     with pytest.raises(ExperimentError, match="widths: expected three different values"):
-        scale_study.run(dataclasses.replace(config, widths=[4, 8, 8]))
+        scale_study.STUDY.run(dataclasses.replace(config, widths=[4, 8, 8]))

@@ -8,8 +8,9 @@ import keras
 import pytest
 from sizes import SMALL
 
+from experiments import processes
 from experiments.__main__ import main, parse
-from experiments.benchmark import autodiff, entries, measure, memory, report, study
+from experiments.benchmark import autodiff, entries, measure, step_study
 from experiments.benchmark.check import Check, Checker
 from experiments.benchmark.config import StepConfig
 from experiments.benchmark.entries import Entry
@@ -37,7 +38,7 @@ def config(tmp_path_factory):
 def summary(config):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(entries, "ENTRIES", (*entries.ENTRIES, WRONG))
-        return study.run(config)
+        return step_study.STUDY.run(config)
 
 
 @pytest.mark.every_backend
@@ -72,7 +73,7 @@ def test_a_wrong_entry_gets_no_time(summary):
     assert row["status"] == "wrong"
     assert row["penalty_error"] == pytest.approx(1.01**2 - 1, rel=1e-2)
     assert row["seconds"] is row["ratio"] is row["ratio_quartiles"] is row["peak_memory_bytes"] is None
-    columns = report.columns(row)
+    columns = step_study.columns(row)
     assert columns["× plain step"] == "wrong"
     assert columns["error"] == "2e-02"
     assert columns["ms"] == ""
@@ -101,18 +102,18 @@ def test_an_entry_without_enough_memory_is_named_and_the_others_go_on(config, mo
 
     monkeypatch.setattr(entries, "training_model", build)
     chosen = [entry for entry in entries.ENTRIES if entry.name in ("plain", "norm_4")]
-    times = measure.timings(chosen, config)
+    times = step_study.timings(chosen, config)
     assert isinstance(times["plain"], measure.Timing)
-    row = study.row(chosen[1], config, Check(0.0, 0.0), times["norm_4"], None)
+    row = step_study.row(chosen[1], config, Check(0.0, 0.0), times["norm_4"], None)
     assert row["status"] == "out of memory"
     assert row["message"] == "RuntimeError: RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes"
     with pytest.raises(ValueError, match="shape"):
-        measure.out_of_memory(ValueError("wrong shape"))
+        processes.out_of_memory(ValueError("wrong shape"))
 
 
 def test_the_peak_memory_is_that_of_a_process_of_its_own(config):
     ballast = bytes(10**9)  # which the other process must not inherit
-    assert 0 < memory.peak_bytes("plain", config) < len(ballast)
+    assert 0 < step_study.peak_bytes("plain", config) < len(ballast)
 
 
 def test_an_error_that_is_not_a_number_is_infinite():
@@ -127,6 +128,6 @@ def test_the_configuration_is_valid_and_unknown_names_are_told(tmp_path, capsys)
     )
     assert (config.model.width, config.batch_size) == (3, 64)
     with pytest.raises(ExperimentError, match="no entry 'nrom_1'"):
-        study.run(StepConfig(only=["nrom_1"]))
+        step_study.STUDY.run(StepConfig(only=["nrom_1"]))
     assert main(["benchmark", "step", "--wdith=3"]) == 2
     assert "wdith" in capsys.readouterr().err

@@ -8,10 +8,11 @@ import pytest
 from keras import layers
 
 import jvpreg
+from experiments import processes
 from experiments.__main__ import main, parse
 from experiments.errors import ExperimentError
 from experiments.studies import STUDIES
-from experiments.verify import architectures, measure, process, report, study
+from experiments.verify import architectures, measure, report, study
 from experiments.verify.architectures import ARCHITECTURES, Architecture
 from experiments.verify.config import VerifyConfig
 from experiments.verify.measure import FIGURES, FLOAT64, JIT, MIXED
@@ -104,7 +105,7 @@ def test_a_model_that_cannot_be_made_in_16_bits_keeps_the_other_figures():
     assert row["seconds"] > 0
 
 
-def test_a_node_without_a_rule_fails_the_row(monkeypatch, capsys):
+def test_a_node_without_a_rule_fails_the_row(capsys):
     class Opaque(layers.Layer):
         def call(self, x):
             if isinstance(x, keras.KerasTensor):
@@ -114,14 +115,15 @@ def test_a_node_without_a_rule_fails_the_row(monkeypatch, capsys):
         def compute_output_shape(self, shape):
             return shape
 
-    monkeypatch.setattr(architectures, "ARCHITECTURES", (with_layer(Opaque),))
-    process.main("with_layer", json.dumps(dataclasses.asdict(CONFIG)))
+    processes.print_parts(measure.figures, (with_layer(Opaque), CONFIG))
     *_, last = capsys.readouterr().out.splitlines()
     assert "Opaque) has no pushforward rule" in json.loads(last)["failure"]
 
 
 def test_a_process_that_takes_too_long_is_stopped():
-    assert process.measured("NASNetMobile", VerifyConfig(time_limit=1)) == {"failure": "stopped after 1 s"}
+    assert measure.row(architectures.find("NASNetMobile"), VerifyConfig(time_limit=1)) == {
+        "failure": "stopped after 1 s"
+    }
 
 
 def test_every_family_and_the_papers_13_are_there():
@@ -141,11 +143,11 @@ def test_the_study_writes_each_row_and_resumes(tmp_path, monkeypatch):
     results = {"RNN": good, "UNet": {"failure": "exit status -9: no message"}}
     asked = []
 
-    def measured(name, config):
-        asked.append(name)
-        return results[name]
+    def row(architecture, config):
+        asked.append(architecture.name)
+        return results[architecture.name]
 
-    monkeypatch.setattr(process, "measured", measured)
+    monkeypatch.setattr(measure, "row", row)
     config = VerifyConfig(only=["UNet", "RNN"], folder=str(tmp_path))
     summary = study.run(config)
     assert [row["status"] for row in summary["rows"]] == ["ok", "incomplete"]
