@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -215,7 +216,8 @@ class CompareConfig:
     """Where the runs and the comparison go; by default one under runs/, named after data and model."""
 
 
-def as_plain_dict(config: Any) -> dict[str, Any]:
-    """A configuration as nested dicts of plain values, for YAML and W&B."""
+def as_plain_dict(config: Any, without: Sequence[str] = ()) -> dict[str, Any]:
+    """A configuration as nested dicts of plain values, for YAML and W&B; without some keys."""
     # Through JSON, because the restricted numbers of jsonargparse have classes of their own.
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    plain = json.loads(json.dumps(dataclasses.asdict(config)))
+    return {key: value for key, value in plain.items() if key not in without}

@@ -40,15 +40,15 @@ STUDIES = {
     "train": Command(TrainConfig, "experiments.train:train", "--resume=auto"),
     "compare": Command(CompareConfig, "experiments.compare:compare", ""),
     "status": Command(StatusConfig, "experiments.status:status"),
-    "verify": Command(VerifyConfig, "experiments.verify.study:run", "--resume=true"),
-    "estimators": Command(EstimatorsConfig, "experiments.estimators.study:run"),
-    "fixed_point": Command(FixedPointConfig, "experiments.fixed_point.study:run"),
-    "health": Command(HealthConfig, "experiments.health.study:run"),
+    "verify": Command(VerifyConfig, "experiments.verify.study:STUDY.run", "--resume=true"),
+    "estimators": Command(EstimatorsConfig, "experiments.estimators.study:STUDY.run"),
+    "fixed_point": Command(FixedPointConfig, "experiments.fixed_point.study:STUDY.run"),
+    "health": Command(HealthConfig, "experiments.health.study:STUDY.run"),
     "constraints": Command(ConstraintsConfig, "experiments.constraints.study:run"),
-    "regularization": Command(RegularizationConfig, "experiments.regularization.study:run", ""),
-    "distill": Command(DistillConfig, "experiments.distill.study:run", ""),
-    "saliency": Command(SaliencyConfig, "experiments.saliency.study:run"),
-    "sparing": Command(SparingConfig, "experiments.sparing.study:run", ""),
+    "regularization": Command(RegularizationConfig, "experiments.regularization.study:STUDY.run", ""),
+    "distill": Command(DistillConfig, "experiments.distill.study:STUDY.run", ""),
+    "saliency": Command(SaliencyConfig, "experiments.saliency.study:STUDY.run"),
+    "sparing": Command(SparingConfig, "experiments.sparing.study:STUDY.run", ""),
 }
 
 BENCHMARKS = {

@@ -95,3 +95,9 @@ def one_table(
 ) -> Callable[[Summary], list[Rows | str]]:
     """A page of one table and what it means: of the rows that the summary has under `key`."""
     return lambda summary: [[columns(row) for row in summary[key]], caption(summary)]
+
+
+def ran_on(summary: Summary) -> str:
+    """What a study ran on."""
+    machine = summary["machine"]
+    return f"{machine['cores']} cores of {machine['processor']}, Keras {machine['keras']}, {machine['backend']}."

@@ -32,7 +32,7 @@ def grid_markdown(rows: list[dict[str, str]]) -> str:
 
 def wide_console(columns: int = 120) -> Console:
     """The terminal; the tables are wider than the 80 columns that a pipe is given."""
-    return Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else columns)
+    return Console(soft_wrap=True, highlight=False, log_path=False, width=None if sys.stdout.isatty() else columns)
 
 
 def columns(row: dict[str, Any]) -> dict[str, str]:

@@ -151,7 +151,7 @@ def notes(summary: dict[str, Any]) -> list[str]:
 
 
 def figure(name: str, summary: dict[str, Any]) -> Figure:
-    """The ratios over the counts, with their quartiles,."""
+    """The ratios over the counts, with their quartiles."""
     drawing = Figure(figsize=(6.5, 4.2), layout="constrained")
     axes = drawing.subplots()
     for entry_name, label in jvp_report.labels(summary["rows"]).items():

@@ -132,7 +132,7 @@ def page(summary: dict[str, Any]) -> list[Rows | str]:
 
 
 def figure(summary: dict[str, Any]) -> Figure:
-    """The speed-ups as bars with their quartiles, by architecture,."""
+    """The speed-ups as bars with their quartiles, by architecture."""
     names = [row["name"] for row in summary["rows"]]
     alongs = summary["settings"]["along"]
     height = 0.8 / len(alongs)

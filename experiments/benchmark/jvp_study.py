@@ -30,7 +30,7 @@ def measured(config: JvpConfig, console: Console) -> dict[str, Any]:
     chosen = chosen_architectures(config)
     names = [architecture.name for architecture in chosen]
     cells_folder = STUDY.folder(config) / "cells"
-    settings = {key: value for key, value in as_plain_dict(config).items() if key not in NOT_COMPARED}
+    settings = as_plain_dict(config, without=NOT_COMPARED)
     listed = [
         Cell(cells_folder / f"{architecture.name}.json", settings, functools.partial(row, architecture, config))
         for architecture in chosen

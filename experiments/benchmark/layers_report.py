@@ -58,7 +58,7 @@ def failures_of(row: dict[str, Any]) -> list[str]:
 
 
 def figure(summary: dict[str, Any]) -> Figure:
-    """The ratios as horizontal bars from 1, the plain layer, with their quartiles,."""
+    """The ratios as horizontal bars from 1, the plain layer, with their quartiles."""
     rows, height = summary["layers"], 0.8 / len(LABELS)
     drawing = Figure(figsize=(8.0, 0.42 * len(rows) + 1.5), layout="constrained")
     axes = drawing.subplots()

@@ -58,7 +58,7 @@ def page(summary: dict[str, Any]) -> list[Rows | str]:
 
 
 def figure(summary: dict[str, Any]) -> Figure:
-    """Draw a panel an axis, log-log, with points and fitted curves,."""
+    """A panel an axis, log-log, with points and fitted curves."""
     drawing = Figure(figsize=(8.0, 6.4), layout="constrained")
     for axes, (axis, row) in zip(drawing.subplots(2, 2).flat, summary["axes"].items(), strict=False):
         for name in LABELS:

@@ -1,17 +1,13 @@
 """The study as a table and as one page of pictures."""
 
 import math
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from rich.console import Console
 
-from experiments import files, tables
 from experiments.constraints.fitting import AUGMENTED, FREE
-from experiments.plots import STYLE
+from experiments.study import Rows, ran_on
 
 HEADINGS = {
     "error": "error",
@@ -31,16 +27,9 @@ DIGITS = {"seconds": "{:.0f}", "steps": "{:.0f}", "clean": "{:.1f}", "rotated": 
 DIGITS |= {"both": "{:.1f}"}
 
 
-def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
-    """Write PROBLEM.json, PROBLEM.md and PROBLEM.png, and print the table."""
-    problem = summary["settings"]["problem"]
-    files.write_json(folder / f"{problem}.json", summary, indent=1)
-    rows = [columns(name, figures, summary) for name, figures in summary["runs"].items()]
-    files.write_text(folder / f"{problem}.md", f"{tables.grid_markdown(rows)}\n\n{conditions(summary)}\n")
-    figure(summary, folder / f"{problem}.png")
-    console.print(tables.grid(rows))
-    console.print(conditions(summary))
-    console.print(f"Files: {folder}")
+def page(summary: dict[str, Any]) -> list[Rows | str]:
+    """The table, and what it means."""
+    return [[columns(name, figures, summary) for name, figures in summary["runs"].items()], caption(summary)]
 
 
 def columns(name: str, figures: dict[str, Any], summary: dict[str, Any]) -> dict[str, str]:
@@ -89,9 +78,9 @@ MEANING = {
 }
 
 
-def conditions(summary: dict[str, Any]) -> str:
+def caption(summary: dict[str, Any]) -> str:
     """What the figures mean and where they are from."""
-    settings, machine = summary["settings"], summary["machine"]
+    settings = summary["settings"]
     network = f"two hidden layers of {settings['width']} units with tanh"
     if settings["problem"] == "invariance":
         data = settings["data"]
@@ -107,15 +96,13 @@ def conditions(summary: dict[str, Any]) -> str:
         f"{MEANING[settings['problem']]} {network[0].upper()}{network[1:]}; {settings['steps']} steps of "
         f"{settings['batch_size']} examples, Adam from {settings['learning_rate']:g}{multipliers}. Means and standard "
         f"errors of {settings['seeds']} seeds. Seconds of training, while other work shared the machine. "
-        f"{machine['cores']} cores of {machine['processor']}, Keras {machine['keras']}, {machine['backend']}."
+        f"{ran_on(summary)}"
     )
 
 
-def figure(summary: dict[str, Any], path: Path) -> None:
-    """Draw the study into a PNG file."""
-    draw = {"derivative": _by_points, "invariance": _accuracies}.get(summary["settings"]["problem"], _trade)
-    with matplotlib.rc_context(STYLE):
-        files.save_figure(draw(summary), path)
+def figure(summary: dict[str, Any]) -> Figure:
+    """The picture of the problem."""
+    return {"derivative": _by_points, "invariance": _accuracies}.get(summary["settings"]["problem"], _trade)(summary)
 
 
 def _trade(summary: dict[str, Any]) -> Figure:

@@ -1,15 +1,13 @@
 """The `constraints` study: one of four problems, each trained in several settings and seeds."""
 
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from experiments import timing
-from experiments.config import as_plain_dict
 from experiments.constraints import derivative, divergence, invariance, monotone, report
 from experiments.constraints.config import ConstraintsConfig
 from experiments.errors import ExperimentError
+from experiments.study import Study
 
 PROBLEMS = {
     "monotone": monotone.run,
@@ -20,10 +18,7 @@ PROBLEMS = {
 
 
 def run(config: ConstraintsConfig) -> dict[str, Any]:
-    """Train every setting, and write and print what came out.
-
-    Args:
-        config: see `ConstraintsConfig`.
+    """Train every setting, and write and print what came out, in files that are named after the problem.
 
     Returns:
         What the JSON file holds: the settings, the machine, and the figures of each run.
@@ -31,14 +26,24 @@ def run(config: ConstraintsConfig) -> dict[str, Any]:
     Raises:
         ExperimentError: where the data cannot be had, or no setting has a constraint.
     """
+    return study_of(config.problem).run(config)
+
+
+def study_of(problem: str) -> Study:
+    """The study of one problem."""
+    return Study(
+        "constraints",
+        measured,
+        report.page,
+        {problem: report.figure},
+        indent=1,
+        stem=problem,
+        home=f"runs/constraints_{problem}",
+    )
+
+
+def measured(config: ConstraintsConfig, console: Console) -> dict[str, Any]:
+    """The figures of each run."""
     if config.rho is None and not any(config.strengths):
         raise ExperimentError("strengths: expected one above 0, or a rho.")
-    console = Console(soft_wrap=True, highlight=False)
-    summary = {
-        "study": "constraints",
-        "settings": as_plain_dict(config),
-        "machine": timing.machine(),
-        "runs": PROBLEMS[config.problem](config),
-    }
-    report.write(summary, Path(config.folder or f"runs/constraints_{config.problem}"), console)
-    return summary
+    return {"runs": PROBLEMS[config.problem](config)}

@@ -1,16 +1,13 @@
 """The study as tables, beside the paper's, and as pages of curves."""
 
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
 
-from experiments import cells, files, tables
-from experiments.plots import STYLE
+from experiments import cells
+from experiments.study import Rows, ran_on
 
 PAPER = {
     "cifar10": {
@@ -75,9 +72,9 @@ def angle(results: list[dict[str, Any]]) -> str:
     return f"{np.mean([one['angle'] for one in results]):.1f}"
 
 
-def conditions(summary: dict[str, Any]) -> str:
+def caption(summary: dict[str, Any]) -> str:
     """What the figures mean and where they are from."""
-    settings, machine, teacher = summary["settings"], summary["machine"], summary["teacher"]
+    settings, teacher = summary["settings"], summary["teacher"]
     student = settings["student"]
     weights = ", ".join(f"{name} {value:g}" for name, value in settings["weights"].items())
     return (
@@ -89,58 +86,57 @@ def conditions(summary: dict[str, Any]) -> str:
         f"Weights: {weights}; stages {', '.join(map(str, settings['stages']))}. {settings['steps']} steps of "
         f"{settings['batch_size']} {'augmented ' if settings['augment'] else ''}examples, "
         f"{settings['optimizer']['name']} {settings['optimizer']['learning_rate']:g} falling along a cosine. "
-        f"{machine['cores']} cores of {machine['processor']}, Keras {machine['keras']}, {machine['backend']}."
+        f"{ran_on(summary)}"
     )
 
 
-def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
-    """Write distill.json, distill.md, methods.png and, of several students, students.png; and print the tables."""
-    files.write_json(folder / "distill.json", summary)
-    found = [
-        [columns(row, summary["data"]) for row in summary["rows"]],
-        [angle_columns(row) for row in summary["rows"]],
-    ]
-    first = summary["settings"]["examples_per_class"][0]
-    methods = {row["method"]: row["columns"][str(first)] for row in summary["rows"]}
-    figure(methods, f"{first} examples a class", folder / "methods.png")
+def page(summary: dict[str, Any]) -> list[Rows | str]:
+    """The tables of the methods and, if there are several, of the students, and what they mean."""
+    rows, data = summary["rows"], summary["data"]
+    found = [[columns(row, data) for row in rows], [angle_columns(row) for row in rows]]
     if summary["students"]:
-        found.append([student_columns(row, summary["data"]) for row in summary["students"]])
-        students = {row["student"]: row["results"] for row in summary["students"]}
-        title = f"{summary['settings']['methods'][-1]}, {first} examples a class"
-        figure(students, title, folder / "students.png")
-    text = "\n\n".join([*map(tables.grid_markdown, found), conditions(summary)])
-    files.write_text(folder / "distill.md", f"{text}\n")
-    for rows in found:
-        console.print(tables.grid(rows))
-    console.print(conditions(summary))
-    console.print(f"Files: {folder}")
+        found.append([student_columns(row, data) for row in summary["students"]])
+    return [*found, caption(summary)]
 
 
-def figure(results: dict[str, list[dict[str, Any]]], title: str, path: Path) -> None:
-    """Draw angle and accuracy over the training steps, the mean over the seeds, into a PNG file.
+def methods(summary: dict[str, Any]) -> Figure:
+    """The curves of the methods, at the first number of examples."""
+    first = summary["settings"]["examples_per_class"][0]
+    found = {row["method"]: row["columns"][str(first)] for row in summary["rows"]}
+    return figure(found, f"{first} examples a class")
+
+
+def students(summary: dict[str, Any]) -> Figure | None:
+    """The curves of the students, if there are several."""
+    settings = summary["settings"]
+    title = f"{settings['methods'][-1]}, {settings['examples_per_class'][0]} examples a class"
+    found = {row["student"]: row["results"] for row in summary["students"]}
+    return figure(found, title) if found else None
+
+
+def figure(results: dict[str, list[dict[str, Any]]], title: str) -> Figure:
+    """Angle and accuracy over the training steps, the mean over the seeds.
 
     Args:
         results: by the label of the curve.
         title: of the page.
-        path: the file.
     """
-    with matplotlib.rc_context(STYLE):
-        page = Figure(figsize=(9.5, 4), layout="constrained")
-        angles, accuracies = page.subplots(1, 2)
-        for number, (label, several) in enumerate(results.items()):
-            color = f"C{number}"
-            histories = [one["history"] for one in several]
-            if "train_angle" in histories[0]:
-                curve(angles, histories, "train_angle", color, linestyle="-")
-                curve(angles, histories, "val_angle", color, linestyle="--")
-            curve(accuracies, histories, "val_accuracy", color, scale=100, label=label)
-        angles.set_ylabel("angle of the input-Jacobians (degrees)\n– training, -- test images")
-        accuracies.set_ylabel("test accuracy (%)")
-        for axes in (angles, accuracies):
-            axes.set_xlabel("training step")
-        page.suptitle(title, fontsize=10)
-        page.legend(*accuracies.get_legend_handles_labels(), loc="outside right center")
-        files.save_figure(page, path)
+    page = Figure(figsize=(9.5, 4), layout="constrained")
+    angles, accuracies = page.subplots(1, 2)
+    for number, (label, several) in enumerate(results.items()):
+        color = f"C{number}"
+        histories = [one["history"] for one in several]
+        if "train_angle" in histories[0]:
+            curve(angles, histories, "train_angle", color, linestyle="-")
+            curve(angles, histories, "val_angle", color, linestyle="--")
+        curve(accuracies, histories, "val_accuracy", color, scale=100, label=label)
+    angles.set_ylabel("angle of the input-Jacobians (degrees)\n– training, -- test images")
+    accuracies.set_ylabel("test accuracy (%)")
+    for axes in (angles, accuracies):
+        axes.set_xlabel("training step")
+    page.suptitle(title, fontsize=10)
+    page.legend(*accuracies.get_legend_handles_labels(), loc="outside right center")
+    return page
 
 
 def curve(axes: Axes, histories: list[dict[str, Any]], key: str, color: str, scale: float = 1, **style: Any) -> None:

@@ -7,29 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import keras
+from rich.console import Console
 
-from experiments import cells, data, models, tables, timing
+from experiments import cells, data, models
 from experiments.config import ModelConfig, as_plain_dict
 from experiments.distill import cell, report
 from experiments.distill.config import DistillConfig
 from experiments.errors import ExperimentError
+from experiments.study import Study
 from experiments.train import trained_dataset, trained_model
 
 
-def run(config: DistillConfig) -> dict[str, Any]:
-    """Train the cells that are not trained yet, then write and print the tables and draw the figures.
-
-    Args:
-        config: see `DistillConfig`.
-
-    Returns:
-        What `distill.json` holds: the settings, the machine, the teacher, a row a method, and one a student.
-
-    Raises:
-        ExperimentError: there is no teacher, the data cannot be had or is too small, or the folder holds cells of
-            other settings.
-    """
-    console = tables.wide_console(200)
+def measured(config: DistillConfig, console: Console) -> dict[str, Any]:
+    """The teacher, a row a method, and one a student, of the cells that are trained now or were before."""
     teacher, dataset = trained_model(config.teacher), trained_dataset(config.teacher)
     check(config, teacher)
     accuracy = teacher_accuracy(teacher, dataset)
@@ -59,17 +49,12 @@ def run(config: DistillConfig) -> dict[str, Any]:
     sizes: dict[str, list] = {name: [] for name in config.student_sizes}
     for name, _ in by_student:
         sizes[name].append(next(results))
-    summary = {
-        "study": "distill",
-        "settings": as_plain_dict(config),
-        "machine": timing.machine(),
+    return {
         "data": dataset.name,
         "teacher": {"model": teacher.name, "test_accuracy": accuracy},
         "rows": [{"method": method, "columns": found} for method, found in columns.items()],
         "students": [{"student": name, "results": found} for name, found in sizes.items()],
     }
-    report.write(summary, Path(config.folder), console)
-    return summary
 
 
 def check(config: DistillConfig, teacher: keras.Model) -> None:
@@ -85,9 +70,7 @@ def check(config: DistillConfig, teacher: keras.Model) -> None:
 
 def settings(config: DistillConfig, method: str, count: int, seed: int, student: ModelConfig) -> dict[str, Any]:
     """All that the result of a cell depends on: of the weights, those that its method has."""
-    shared = as_plain_dict(config)
-    for key in ("methods", "examples_per_class", "seeds", "student_sizes", "folder"):
-        del shared[key]
+    shared = as_plain_dict(config, without=("methods", "examples_per_class", "seeds", "student_sizes", "folder"))
     weights = {name: shared["weights"][name] for name in cell.MATCHED[method]}
     return {
         **shared,
@@ -113,3 +96,6 @@ def teacher_accuracy(teacher: keras.Model, dataset: data.Dataset) -> float:
     """The part of the test images that the teacher gets right."""
     logits = teacher.predict(dataset.test.images(), batch_size=256, verbose=0)
     return float((logits.argmax(axis=1) == dataset.test.labels).mean())
+
+
+STUDY = Study("distill", measured, report.page, {"methods": report.methods, "students": report.students}, columns=200)

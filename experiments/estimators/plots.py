@@ -1,15 +1,10 @@
 """The two figures."""
 
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
-from experiments import files
-from experiments.plots import STYLE
 
 COLORS = ("black", "C0")
 """Of one value and of a block, as in the paper."""
@@ -27,29 +22,28 @@ STEPS = {
 PAPER = "the paper's algorithm 4 (left), 2 (middle)"
 
 
-def figure4(summary: dict[str, Any], path: Path) -> None:
-    """Draw the convergence of the values and the trajectories of the norm into a PNG file."""
+def figure4(summary: dict[str, Any]) -> Figure:
+    """The convergence of the values and the trajectories of the norm."""
     data = summary["figure4"]
-    with matplotlib.rc_context(STYLE):
-        drawing = Figure(figsize=(14.0, 5.0), layout="constrained")
-        panels = dict(zip(("singular", "eigen"), drawing.subplots(1, 3)[:2], strict=True))
-        last = drawing.axes[2]
-        for kind, axes in panels.items():
-            for curve, color in zip((c for c in data["convergence"] if c["kind"] == kind), COLORS, strict=True):
-                _curve(axes, curve, color)
-            axes.set_yscale("log")
-            axes.set_xscale("log")
-            axes.xaxis.set_major_formatter("{x:g}")
-            axes.xaxis.set_minor_formatter("")
-            axes.set_xticks([1, 2, 5, 10, 20, 40])
-            axes.set_xlim(0.85, 1.15 * max(axes.dataLim.intervalx))
-            axes.set_xlabel(STEPS[kind])
-            axes.set_ylabel("largest error of the $k$ values / largest value")
-            axes.set_title(TITLES[kind], loc="left", fontsize=10)
-        _trajectories(last, data["frobenius_norm"])
-        handles, labels = panels["singular"].get_legend_handles_labels()
-        drawing.legend(handles, labels, loc="outside lower left", ncols=2, fontsize=9, handlelength=4)
-        files.save_figure(drawing, path)
+    drawing = Figure(figsize=(14.0, 5.0), layout="constrained")
+    panels = dict(zip(("singular", "eigen"), drawing.subplots(1, 3)[:2], strict=True))
+    last = drawing.axes[2]
+    for kind, axes in panels.items():
+        for curve, color in zip((c for c in data["convergence"] if c["kind"] == kind), COLORS, strict=True):
+            _curve(axes, curve, color)
+        axes.set_yscale("log")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
+        axes.set_xticks([1, 2, 5, 10, 20, 40])
+        axes.set_xlim(0.85, 1.15 * max(axes.dataLim.intervalx))
+        axes.set_xlabel(STEPS[kind])
+        axes.set_ylabel("largest error of the $k$ values / largest value")
+        axes.set_title(TITLES[kind], loc="left", fontsize=10)
+    _trajectories(last, data["frobenius_norm"])
+    handles, labels = panels["singular"].get_legend_handles_labels()
+    drawing.legend(handles, labels, loc="outside lower left", ncols=2, fontsize=9, handlelength=4)
+    return drawing
 
 
 def _curve(axes: Axes, curve: dict[str, Any], color: str) -> None:
@@ -93,31 +87,30 @@ def _trajectories(axes: Axes, norm: dict[str, Any]) -> None:
     axes.legend(fontsize=8)
 
 
-def trace(summary: dict[str, Any], path: Path) -> None:
-    """Draw the errors of the trace, and the reported standard errors against the actual spread, into a PNG file."""
+def trace(summary: dict[str, Any]) -> Figure:
+    """The errors of the trace, and the reported standard errors against the actual spread."""
     matrices = summary["trace"]
-    with matplotlib.rc_context(STYLE):
-        drawing = Figure(figsize=(4.3 * len(matrices), 6.4), layout="constrained")
-        grid = drawing.subplots(2, len(matrices), sharex="col", sharey="row", squeeze=False, height_ratios=(3, 2))
-        for column, (label, found) in enumerate(matrices.items()):
-            error, sem = grid[0, column], grid[1, column]
-            for method, rows in found["methods"].items():
-                name, color, marker = METHODS[method]
-                spent = [row["matvecs"] for row in rows]
-                style = {"color": color, "marker": marker, "markersize": 4, "label": name}
-                error.plot(spent, [row["error"] / found["frobenius_norm"] for row in rows], **style)
-                sem.plot(spent, [row["sem_over_spread"] for row in rows], **style)
-            error.set_yscale("log")
-            error.tick_params(labelleft=True)
-            error.set_title(
-                f"{label}\n(trace {found['trace']:.3g}, Frobenius norm {found['frobenius_norm']:.3g})",
-                loc="left",
-                fontsize=10,
-            )
-            sem.axhline(1.0, color="black", linewidth=1, linestyle=":")
-            sem.set_ylim(0, 1.4)
-            sem.set_xlabel("products with the matrix")
-        grid[0, 0].set_ylabel(r"root mean square error of the trace / $\Vert A\Vert_F$")
-        grid[1, 0].set_ylabel("reported standard error\n/ actual spread")
-        grid[0, 0].legend()
-        files.save_figure(drawing, path)
+    drawing = Figure(figsize=(4.3 * len(matrices), 6.4), layout="constrained")
+    grid = drawing.subplots(2, len(matrices), sharex="col", sharey="row", squeeze=False, height_ratios=(3, 2))
+    for column, (label, found) in enumerate(matrices.items()):
+        error, sem = grid[0, column], grid[1, column]
+        for method, rows in found["methods"].items():
+            name, color, marker = METHODS[method]
+            spent = [row["matvecs"] for row in rows]
+            style = {"color": color, "marker": marker, "markersize": 4, "label": name}
+            error.plot(spent, [row["error"] / found["frobenius_norm"] for row in rows], **style)
+            sem.plot(spent, [row["sem_over_spread"] for row in rows], **style)
+        error.set_yscale("log")
+        error.tick_params(labelleft=True)
+        error.set_title(
+            f"{label}\n(trace {found['trace']:.3g}, Frobenius norm {found['frobenius_norm']:.3g})",
+            loc="left",
+            fontsize=10,
+        )
+        sem.axhline(1.0, color="black", linewidth=1, linestyle=":")
+        sem.set_ylim(0, 1.4)
+        sem.set_xlabel("products with the matrix")
+    grid[0, 0].set_ylabel(r"root mean square error of the trace / $\Vert A\Vert_F$")
+    grid[1, 0].set_ylabel("reported standard error\n/ actual spread")
+    grid[0, 0].legend()
+    return drawing

@@ -4,16 +4,18 @@ from typing import Any
 
 import numpy as np
 
+from experiments.study import Rows
+
 KINDS = {"singular": "σ", "eigen": "abs(λ)"}
 
 
-def markdown(summary: dict[str, Any]) -> str:
+def page(summary: dict[str, Any]) -> list[Rows | str]:
     """The tables, with what they mean and where they are from."""
     settings, machine = summary["settings"], summary["machine"]
     size = settings["image_size"]
     norm = summary["figure4"]["frobenius_norm"]
     last = len(norm["sem"]) - 1
-    parts = [
+    return [
         "# How fast the estimators converge",
         f"UNet of `verify` with 3 channels out, never trained, standard normal images of {size}x{size}x3: square "
         f"Jacobians of {3 * size**2} dimensions. Exact values from whole Jacobians in float64; products in float32. "
@@ -45,7 +47,6 @@ def markdown(summary: dict[str, Any]) -> str:
         "size, share their draws, so that they deviate together.",
         *trace_tables(summary["trace"]),
     ]
-    return "\n\n".join(parts) + "\n"
 
 
 def convergence_rows(curves: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

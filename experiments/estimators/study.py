@@ -1,8 +1,5 @@
 """The `estimators` study: figure 4 of the paper, and the trace."""
 
-import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -11,31 +8,20 @@ from keras import ops
 from rich.console import Console
 
 import jvpreg
-from experiments import files, timing
 from experiments.errors import ExperimentError
 from experiments.estimators import convergence, networks, plots, report, traces
 from experiments.estimators.config import EstimatorsConfig
 from experiments.estimators.norm import KIND, trajectories
+from experiments.study import Study
 from jvpreg.estimators import frobenius_norm, top_eigenvalues, top_singular_values
 
 PAPER_STEPS = 10
 PAPER_SAMPLES = 100
 
 
-def run(config: EstimatorsConfig) -> dict[str, Any]:
-    """Measure, draw, and write what came out.
-
-    Args:
-        config: see `EstimatorsConfig`.
-
-    Returns:
-        What `estimators.json` holds: the settings, the machine, and the data of both figures.
-
-    Raises:
-        ExperimentError: where the settings do not fit each other.
-    """
+def measured(config: EstimatorsConfig, console: Console) -> dict[str, Any]:
+    """The data of both figures."""
     check(config)
-    console = Console(soft_wrap=True, highlight=False, log_path=False)
     model = networks.square_unet(config.image_size, config.seed)
     x = networks.images(config.image_size, config.examples, config.seed)
     lin = jvpreg.linearize(model, x, fallback="error")
@@ -57,15 +43,10 @@ def run(config: EstimatorsConfig) -> dict[str, Any]:
     console.log("timing")
     times = timed(model, config)
     console.log("estimating traces")
-    summary = {
-        "study": "estimators",
-        "settings": json.loads(json.dumps(dataclasses.asdict(config))),
-        "machine": timing.machine(),
+    return {
         "figure4": {"convergence": curves, "frobenius_norm": norm, "seconds": times},
         "trace": matrices(jacobians[0], config),
     }
-    write(summary, Path(config.folder or f"runs/estimators-{keras.backend.backend()}"), console)
-    return summary
 
 
 def check(config: EstimatorsConfig) -> None:
@@ -138,12 +119,4 @@ def matrices(jacobian: np.ndarray, config: EstimatorsConfig) -> dict[str, Any]:
     return {label: traces.errors(matrix, matvecs, config.trace_seeds, config.seed) for label, matrix in named.items()}
 
 
-def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
-    """Write estimators.json, estimators.md, figure4.png and trace.png, and print the tables."""
-    files.write_json(folder / "estimators.json", summary, indent=1)
-    text = report.markdown(summary)
-    files.write_text(folder / "estimators.md", text)
-    plots.figure4(summary, folder / "figure4.png")
-    plots.trace(summary, folder / "trace.png")
-    console.print(text, markup=False)
-    console.print(f"Files: {folder}")
+STUDY = Study("estimators", measured, report.page, {"figure4": plots.figure4, "trace": plots.trace}, indent=1)

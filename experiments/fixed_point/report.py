@@ -1,16 +1,12 @@
 """The study as tables and as one page of pictures."""
 
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from rich.console import Console
 
-from experiments import files, tables
 from experiments.fixed_point.network import LAYER
-from experiments.plots import STYLE
+from experiments.study import Rows, ran_on
 
 MEGABYTE = 1e6
 PANELS = {
@@ -49,9 +45,9 @@ def memory_columns(summary: dict[str, Any]) -> list[dict[str, str]]:
     return rows
 
 
-def conditions(summary: dict[str, Any]) -> str:
+def caption(summary: dict[str, Any]) -> str:
     """What the figures mean and where they are from."""
-    settings, machine = summary["settings"], summary["machine"]
+    settings = summary["settings"]
     return (
         "Runs: after the last epoch, on "
         f"{settings['evaluated']} test images, the spectral radius on {settings['probed']}; unconverged in % of them, "
@@ -59,54 +55,44 @@ def conditions(summary: dict[str, Any]) -> str:
         "unconverged: solves of the last epoch's training. Memory: peak in MB that two training steps add to the "
         f"imports, by iterations, on batches of {settings['memory_batch_size']}. Width {settings['width']}, "
         f"{settings['data']['train_examples'] or 'all'} training images of {settings['data']['name']}, "
-        f"{settings['epochs']} epochs. {machine['cores']} cores of {machine['processor']}, Keras {machine['keras']}, "
-        f"{machine['backend']}."
+        f"{settings['epochs']} epochs. {ran_on(summary)}"
     )
 
 
-def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
-    """Write fixed_point.json, fixed_point.md and fixed_point.png, and print the tables."""
-    files.write_json(folder / "fixed_point.json", summary)
-    runs, memory = [columns(one) for one in summary["runs"]], memory_columns(summary)
-    parts = [tables.grid_markdown(runs), tables.grid_markdown(memory), conditions(summary)]
-    files.write_text(folder / "fixed_point.md", "\n\n".join(parts) + "\n")
-    figure(summary, folder / "fixed_point.png")
-    for rows in (runs, memory):
-        console.print(tables.grid(rows))
-    console.print(conditions(summary))
-    console.print(f"Files: {folder}")
+def page(summary: dict[str, Any]) -> list[Rows | str]:
+    """The tables of the runs and of the memory, and what they mean."""
+    return [[columns(one) for one in summary["runs"]], memory_columns(summary), caption(summary)]
 
 
-def figure(summary: dict[str, Any], path: Path) -> None:
-    """Draw training, the gradient's error and the memory into a PNG file."""
-    with matplotlib.rc_context(STYLE):
-        page = Figure(figsize=(10.5, 6), layout="constrained")
-        panels = list(page.subplots(2, 3).flat)
-        for axes, (key, label) in zip(panels, PANELS.items(), strict=False):
-            for one in summary["runs"]:
-                color = f"C{summary['settings']['strengths'].index(one['strength'])}"
-                name = name_of(one["strength"]) if one["seed"] == summary["settings"]["seeds"][0] else None
-                values = one["history"][key]
-                axes.plot(np.arange(1, len(values) + 1), values, color=color, marker="o", markersize=3, label=name)
-            axes.set_xlabel("epoch")
-            axes.set_ylabel(label)
-        panels[1].set_yscale("log")
-        panels[2].axhline(1, color="0.7", linewidth=1)
-        panels[0].legend()
-        for solver in dict.fromkeys(row["adjoint_solver"] for row in summary["gradients"]):
-            own = [row for row in summary["gradients"] if row["adjoint_solver"] == solver]
-            panels[4].loglog(
-                [row["tolerance"] for row in own], [row["error"] for row in own], marker="o", markersize=3, label=solver
-            )
-        panels[4].set_xlabel("tolerance")
-        panels[4].set_ylabel("relative error of the gradient")
-        panels[4].legend(title="adjoint solver")
-        for kind in dict.fromkeys(row["kind"] for row in summary["memory"]):
-            own = [row for row in summary["memory"] if row["kind"] == kind]
-            sizes = [row["bytes"] / MEGABYTE for row in own]
-            panels[5].plot([row["depth"] for row in own], sizes, marker="o", markersize=3, label=kind)
-        panels[5].set_ylim(bottom=0)
-        panels[5].set_xlabel("iterations")
-        panels[5].set_ylabel("peak memory of a step, MB")
-        panels[5].legend()
-        files.save_figure(page, path)
+def figure(summary: dict[str, Any]) -> Figure:
+    """Training, the gradient's error and the memory."""
+    page = Figure(figsize=(10.5, 6), layout="constrained")
+    panels = list(page.subplots(2, 3).flat)
+    for axes, (key, label) in zip(panels, PANELS.items(), strict=False):
+        for one in summary["runs"]:
+            color = f"C{summary['settings']['strengths'].index(one['strength'])}"
+            name = name_of(one["strength"]) if one["seed"] == summary["settings"]["seeds"][0] else None
+            values = one["history"][key]
+            axes.plot(np.arange(1, len(values) + 1), values, color=color, marker="o", markersize=3, label=name)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
+    panels[1].set_yscale("log")
+    panels[2].axhline(1, color="0.7", linewidth=1)
+    panels[0].legend()
+    for solver in dict.fromkeys(row["adjoint_solver"] for row in summary["gradients"]):
+        own = [row for row in summary["gradients"] if row["adjoint_solver"] == solver]
+        panels[4].loglog(
+            [row["tolerance"] for row in own], [row["error"] for row in own], marker="o", markersize=3, label=solver
+        )
+    panels[4].set_xlabel("tolerance")
+    panels[4].set_ylabel("relative error of the gradient")
+    panels[4].legend(title="adjoint solver")
+    for kind in dict.fromkeys(row["kind"] for row in summary["memory"]):
+        own = [row for row in summary["memory"] if row["kind"] == kind]
+        sizes = [row["bytes"] / MEGABYTE for row in own]
+        panels[5].plot([row["depth"] for row in own], sizes, marker="o", markersize=3, label=kind)
+    panels[5].set_ylim(bottom=0)
+    panels[5].set_xlabel("iterations")
+    panels[5].set_ylabel("peak memory of a step, MB")
+    panels[5].legend()
+    return page

@@ -1,35 +1,23 @@
 """The `fixed_point` study: training with and without the penalty, the gradient's error, and memory."""
 
-from pathlib import Path
 from typing import Any
 
 import keras
 from rich.console import Console
 
 import jvpreg
-from experiments import data, timing
-from experiments.config import as_plain_dict
+from experiments import data
 from experiments.fixed_point import gradients, memory, network, report
 from experiments.fixed_point.config import FixedPointConfig
+from experiments.study import Study
 from experiments.train import optimizer
 from jvpreg.estimators import fixed_point_spectral_radius
 
 RADIUS = "jacobian/radius"
 
 
-def run(config: FixedPointConfig) -> dict[str, Any]:
-    """Train at every strength, measure, and write and print what came out.
-
-    Args:
-        config: see `FixedPointConfig`.
-
-    Returns:
-        What `fixed_point.json` holds: the settings, the machine, and rows of `runs`, `gradients` and `memory`.
-
-    Raises:
-        ExperimentError: where the data cannot be had.
-    """
-    console = Console(soft_wrap=True, highlight=False)
+def measured(config: FixedPointConfig, console: Console) -> dict[str, Any]:
+    """Rows of `runs`, `gradients` and `memory`."""
     dataset = data.load(config.data)
     runs, models = [], {}
     for strength in config.strengths:
@@ -40,10 +28,7 @@ def run(config: FixedPointConfig) -> dict[str, Any]:
     strongest = models[max(config.strengths)]
     split = dataset.train.take(slice(config.probed))
     console.print("measuring: gradients, memory")
-    summary = {
-        "study": "fixed_point",
-        "settings": as_plain_dict(config),
-        "machine": timing.machine(),
+    return {
         "runs": runs,
         "gradients": gradients.errors(strongest, split, config.tolerances),
         "memory": [
@@ -56,8 +41,6 @@ def run(config: FixedPointConfig) -> dict[str, Any]:
             for depth in config.depths
         ],
     }
-    report.write(summary, Path(config.folder), console)
-    return summary
 
 
 def train(
@@ -95,3 +78,6 @@ def train(
         ],
     ).history
     return base, {key: [float(value) for value in values] for key, values in history.items()}
+
+
+STUDY = Study("fixed_point", measured, report.page, {"fixed_point": report.figure})

@@ -1,15 +1,11 @@
 """The study as a table and as one page of pictures."""
 
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from rich.console import Console
 
-from experiments import files, tables
-from experiments.plots import STYLE
+from experiments.study import ran_on
 
 LABELS = {
     "loss": "test loss",
@@ -28,9 +24,9 @@ def columns(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def conditions(summary: dict[str, Any]) -> str:
+def caption(summary: dict[str, Any]) -> str:
     """What the figures mean and where they are from."""
-    settings, machine = summary["settings"], summary["machine"]
+    settings = summary["settings"]
     train = settings["train"]
     return (
         "The step from which on each measure tells a run from the healthy ones (a healthy run: from the other healthy "
@@ -40,54 +36,42 @@ def conditions(summary: dict[str, Any]) -> str:
         f"{train['data']['train_examples'] or 'all'} training images of {train['data']['name']}, {train['epochs']} "
         f"epochs of batches of {train['batch_size']}; the loss on {settings['loss_examples']} test images, the "
         f"Jacobian of the logits on {train['probe']['examples']}, both in inference mode; accuracy in % on the former. "
-        f"{machine['cores']} cores of {machine['processor']}, Keras {machine['keras']}, {machine['backend']}."
+        f"{ran_on(summary)}"
     )
 
 
-def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
-    """Write health.json, health.md and health.png, and print the table."""
-    files.write_json(folder / "health.json", summary)
-    rows = [columns(row) for row in summary["rows"]]
-    files.write_text(folder / "health.md", f"{tables.grid_markdown(rows)}\n\n{conditions(summary)}\n")
-    figure(summary, folder / "health.png")
-    console.print(tables.grid(rows))
-    console.print(conditions(summary))
-    console.print(f"Files: {folder}")
-
-
-def figure(summary: dict[str, Any], path: Path) -> None:
-    """Draw every measure of every run over the steps, with error bars, into a PNG file."""
-    with matplotlib.rc_context(STYLE):
-        page = Figure(figsize=(9.5, 7), layout="constrained")
-        told = {row["setting"]: row["told_apart"] for row in summary["rows"] if row["setting"] != "healthy"}
-        panels = page.subplots(2, 2, sharex=True).flat
-        for axes, (measure, label) in zip(panels, LABELS.items(), strict=True):
-            for number, (setting, runs) in enumerate(summary["runs"].items()):
-                color = "0.45" if setting == "healthy" else f"C{number - 1}"
-                for i, run in enumerate(runs):
-                    # The first measurement is of no step: on a logarithmic axis it stands left of the first.
-                    steps = np.maximum(run["steps"], 0.7)
-                    mean, sem = (np.asarray(run["measures"][measure][part]) for part in ("mean", "sem"))
-                    name = setting if i == 0 else None
-                    axes.plot(steps, mean, color=color, label=name, linewidth=1 if setting == "healthy" else 1.8)
-                    axes.fill_between(steps, mean - sem, mean + sem, color=color, alpha=0.2, linewidth=0)
-                step = told.get(setting, {}).get(measure)
-                if step is not None:
-                    at = runs[0]["steps"].index(step)
-                    axes.plot(
-                        [max(step, 0.7)],
-                        [runs[0]["measures"][measure]["mean"][at]],
-                        color=color,
-                        marker="v",
-                        markersize=9,
-                        markeredgecolor="white",
-                        linestyle="none",
-                        zorder=5,
-                    )
-            axes.set_xscale("log")
-            axes.set_yscale("log")
-            axes.set_ylabel(label)
-        for axes in page.axes[2:]:
-            axes.set_xlabel("training step (▾: told from the healthy runs, from here on)")
-        page.legend(*page.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-        files.save_figure(page, path)
+def figure(summary: dict[str, Any]) -> Figure:
+    """Every measure of every run over the steps, with error bars."""
+    page = Figure(figsize=(9.5, 7), layout="constrained")
+    told = {row["setting"]: row["told_apart"] for row in summary["rows"] if row["setting"] != "healthy"}
+    panels = page.subplots(2, 2, sharex=True).flat
+    for axes, (measure, label) in zip(panels, LABELS.items(), strict=True):
+        for number, (setting, runs) in enumerate(summary["runs"].items()):
+            color = "0.45" if setting == "healthy" else f"C{number - 1}"
+            for i, run in enumerate(runs):
+                # The first measurement is of no step: on a logarithmic axis it stands left of the first.
+                steps = np.maximum(run["steps"], 0.7)
+                mean, sem = (np.asarray(run["measures"][measure][part]) for part in ("mean", "sem"))
+                name = setting if i == 0 else None
+                axes.plot(steps, mean, color=color, label=name, linewidth=1 if setting == "healthy" else 1.8)
+                axes.fill_between(steps, mean - sem, mean + sem, color=color, alpha=0.2, linewidth=0)
+            step = told.get(setting, {}).get(measure)
+            if step is not None:
+                at = runs[0]["steps"].index(step)
+                axes.plot(
+                    [max(step, 0.7)],
+                    [runs[0]["measures"][measure]["mean"][at]],
+                    color=color,
+                    marker="v",
+                    markersize=9,
+                    markeredgecolor="white",
+                    linestyle="none",
+                    zorder=5,
+                )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_ylabel(label)
+    for axes in page.axes[2:]:
+        axes.set_xlabel("training step (▾: told from the healthy runs, from here on)")
+    page.legend(*page.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return page

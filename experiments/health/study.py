@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any
 
 import keras
@@ -10,10 +9,11 @@ import numpy as np
 from rich.console import Console
 
 import jvpreg
-from experiments import data, devices, timing
-from experiments.config import TrainConfig, as_plain_dict
+from experiments import data, devices
+from experiments.config import TrainConfig
 from experiments.health import report
 from experiments.health.config import HealthConfig
+from experiments.study import Study, one_table
 from experiments.train import compiled_model, training_batches
 
 LOSS = "loss"
@@ -23,20 +23,9 @@ HEALTHY = "healthy"
 IN_A_ROW = 3
 
 
-def run(config: HealthConfig) -> dict[str, Any]:
-    """Train every setting, and write and print what came out.
-
-    Args:
-        config: see `HealthConfig`.
-
-    Returns:
-        What `health.json` holds: the settings, the machine, the measurements of each run, and a row a setting.
-
-    Raises:
-        ExperimentError: where the data cannot be had.
-    """
+def measured(config: HealthConfig, console: Console) -> dict[str, Any]:
+    """The measurements of each run, and a row a setting."""
     devices.check_one_device(config.train, "health")
-    console = Console(soft_wrap=True, highlight=False)
     dataset = data.load(config.train.data)
     runs: dict[str, list[dict[str, Any]]] = {}
     for name, settings in all_settings(config).items():
@@ -45,15 +34,7 @@ def run(config: HealthConfig) -> dict[str, Any]:
             console.print(f"training: {name}, seed {seed}")
             chosen = dataclasses.replace(settings, seed=seed)
             runs.setdefault(name, []).append(measured_run(chosen, dataset, config))
-    summary = {
-        "study": "health",
-        "settings": as_plain_dict(config),
-        "machine": timing.machine(),
-        "runs": runs,
-        "rows": rows(runs),
-    }
-    report.write(summary, Path(config.folder), console)
-    return summary
+    return {"runs": runs, "rows": rows(runs)}
 
 
 def all_settings(config: HealthConfig) -> dict[str, TrainConfig]:
@@ -193,3 +174,6 @@ def told_apart(one: dict[str, Any], healthy: list[dict[str, Any]], measure: str)
         if outside[i : i + IN_A_ROW].all():
             return int(one["steps"][i])
     return None
+
+
+STUDY = Study("health", measured, one_table("rows", report.columns, report.caption), {"health": report.figure})

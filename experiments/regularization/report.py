@@ -1,12 +1,11 @@
 """The study as a table, beside the paper's."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
-from experiments import cells, files, tables
+from experiments import cells
+from experiments.study import Rows, ran_on
 
 PAPER = {
     "no regularization": {"50": "33.25 ± 0.6", "100": "46.24 ± 0.1", "500": "68.48 ± 0.1"},
@@ -40,9 +39,9 @@ def explanations(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def conditions(summary: dict[str, Any]) -> str:
+def caption(summary: dict[str, Any]) -> str:
     """What the figures mean and where they are from."""
-    settings, machine = summary["settings"], summary["machine"]
+    settings = summary["settings"]
     return (
         f"Test accuracy in %, mean ± deviation over seeds {', '.join(map(str, settings['seeds']))}, by training "
         "examples a class; paper: table 4 of Srinivas & Fleuret (2018), on CIFAR-100 with a VGG "
@@ -52,17 +51,10 @@ def conditions(summary: dict[str, Any]) -> str:
         f"{settings['model']['name'].upper()} of width {settings['model']['width']}, {settings['data']['name']}, "
         f"{settings['steps']} steps of {settings['batch_size']} examples, {settings['optimizer']['name']} "
         f"{settings['optimizer']['learning_rate']:g} falling along a cosine. "
-        f"{machine['cores']} cores of {machine['processor']}, Keras {machine['keras']}, {machine['backend']}."
+        f"{ran_on(summary)}"
     )
 
 
-def write(summary: dict[str, Any], folder: Path, console: Console) -> None:
-    """Write regularization.json and regularization.md, and print the tables."""
-    files.write_json(folder / "regularization.json", summary)
-    both = [[columns(row) for row in summary["rows"]] for columns in (accuracies, explanations)]
-    text = "\n\n".join([*map(tables.grid_markdown, both), conditions(summary)])
-    files.write_text(folder / "regularization.md", f"{text}\n")
-    for rows in both:
-        console.print(tables.grid(rows))
-    console.print(conditions(summary))
-    console.print(f"Files: {folder}")
+def page(summary: dict[str, Any]) -> list[Rows | str]:
+    """The tables, and what they mean."""
+    return [*([columns(row) for row in summary["rows"]] for columns in (accuracies, explanations)), caption(summary)]

@@ -10,12 +10,14 @@ from typing import Any
 
 import keras
 import numpy as np
+from rich.console import Console
 
 import jvpreg
-from experiments import cells, data, models, tables, timing
+from experiments import cells, data, models
 from experiments.config import as_plain_dict
 from experiments.regularization import report
 from experiments.regularization.config import RegularizationConfig
+from experiments.study import Study
 from experiments.train import optimizer
 from jvpreg.attribution.decomposition import as_cotangent
 
@@ -40,27 +42,15 @@ def methods(config: RegularizationConfig) -> list[Method]:
     ]
 
 
-def run(config: RegularizationConfig) -> dict[str, Any]:
-    """Train the cells that are not trained yet, then write and print the table.
-
-    Args:
-        config: see `RegularizationConfig`.
-
-    Returns:
-        What `regularization.json` holds: the settings, the machine and a row a method.
-
-    Raises:
-        ExperimentError: the data cannot be had or is too small, or the folder holds cells of other settings.
-    """
-    console = tables.wide_console()
+def measured(config: RegularizationConfig, console: Console) -> dict[str, Any]:
+    """A row a method, of the cells that are trained now or were before."""
     dataset = data.load(dataclasses.replace(config.data, train_examples=None))
     subsets = {n: data.balanced_subset(dataset, n * dataset.num_classes) for n in config.examples_per_class}
-    folder = Path(config.folder)
     rows: list[dict[str, Any]] = [{"method": method.name, "columns": {}} for method in methods(config)]
     each = list(itertools.product(subsets, zip(rows, methods(config), strict=True), config.seeds))
     listed = [
         cells.Cell(
-            folder / "cells" / f"{method.name}, {count} a class, seed {seed}.json",
+            Path(config.folder) / "cells" / f"{method.name}, {count} a class, seed {seed}.json",
             settings(config, method, count, seed),
             functools.partial(trained, config, method, subsets[count], seed),
         )
@@ -72,21 +62,13 @@ def run(config: RegularizationConfig) -> dict[str, Any]:
 
     for (count, (row, _), _), result in zip(each, cells.work_off(listed, tell), strict=True):
         row["columns"].setdefault(str(count), []).append(result)
-    summary = {
-        "study": "regularization",
-        "settings": as_plain_dict(config),
-        "machine": timing.machine(),
-        "rows": rows,
-    }
-    report.write(summary, folder, console)
-    return summary
+    return {"rows": rows}
 
 
 def settings(config: RegularizationConfig, method: Method, count: int, seed: int) -> dict[str, Any]:
     """All that the result of a cell depends on."""
-    shared = as_plain_dict(config)
-    for key in ("examples_per_class", "seeds", "dropout", "bias_decay", "bias_jacobian", "folder"):
-        del shared[key]
+    varied = ("examples_per_class", "seeds", "dropout", "bias_decay", "bias_jacobian", "folder")
+    shared = as_plain_dict(config, without=varied)
     return {**shared, "method": dataclasses.asdict(method), "examples_per_class": count, "seed": seed}
 
 
@@ -144,3 +126,6 @@ def bias_jacobian_norm_squared(model: keras.Model, layer: str, split: data.Split
         _, found = lin.bias_jacobians(as_cotangent(lin.outputs, part.labels), [layer], with_inputs=False)
         total += float(np.sum(keras.ops.convert_to_numpy(found[layer]).astype("float64") ** 2))
     return total / len(split)
+
+
+STUDY = Study("regularization", measured, report.page)

@@ -1,17 +1,9 @@
 """The study as a table, as curves and as a page of maps."""
 
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from rich.console import Console
-
-import jvpreg
-from experiments import files, tables
-from experiments.plots import STYLE
 
 
 def columns(row: dict[str, Any]) -> dict[str, str]:
@@ -20,7 +12,7 @@ def columns(row: dict[str, Any]) -> dict[str, str]:
     return {"map": row["method"], "removed (less is better)": areas["remove"], "kept (more is better)": areas["keep"]}
 
 
-def conditions(summary: dict[str, Any]) -> str:
+def caption(summary: dict[str, Any]) -> str:
     """What the figures mean and where they are from."""
     machine = summary["machine"]
     return (
@@ -32,33 +24,18 @@ def conditions(summary: dict[str, Any]) -> str:
     )
 
 
-def write(
-    summary: dict[str, Any], images: np.ndarray, maps: Mapping[str, np.ndarray], folder: Path, console: Console
-) -> None:
-    """Write saliency.json, saliency.md, maps.png and curves.png, and print the table."""
-    files.write_json(folder / "saliency.json", summary)
-    rows = [columns(row) for row in summary["rows"]]
-    files.write_text(folder / "saliency.md", f"{tables.grid_markdown(rows)}\n\n{conditions(summary)}\n")
-    files.save_figure(jvpreg.attribution.saliency.figure(images, maps), folder / "maps.png")
-    curves(summary, folder / "curves.png")
-    console.print(tables.grid(rows))
-    console.print(conditions(summary))
-    console.print(f"Files: {folder}")
-
-
-def curves(summary: dict[str, Any], path: Path) -> None:
-    """Draw the label's probability over the part of the pixels that is removed, or kept, into a PNG file."""
+def curves(summary: dict[str, Any]) -> Figure:
+    """The label's probability over the part of the pixels that is removed, or kept."""
     fractions = 100 * np.asarray(summary["settings"]["fractions"])
-    with matplotlib.rc_context(STYLE):
-        page = Figure(figsize=(9, 4), layout="constrained")
-        for axes, kind in zip(page.subplots(1, 2, sharey=True), ("remove", "keep"), strict=True):
-            for number, row in enumerate(summary["rows"]):
-                mean, sem = (np.asarray(row[kind][part]) for part in ("mean", "sem"))
-                random = row["method"].startswith("random")
-                color = "0.5" if random else f"C{number}"
-                axes.plot(fractions, mean, color=color, linestyle="--" if random else "-", label=row["method"])
-                axes.fill_between(fractions, mean - sem, mean + sem, color=color, alpha=0.15, linewidth=0)
-            axes.set_xlabel(f"most salient pixels {'removed' if kind == 'remove' else 'kept'} (%)")
-        page.axes[0].set_ylabel("probability of the label")
-        page.legend(*page.axes[0].get_legend_handles_labels(), loc="outside right center")
-        files.save_figure(page, path)
+    page = Figure(figsize=(9, 4), layout="constrained")
+    for axes, kind in zip(page.subplots(1, 2, sharey=True), ("remove", "keep"), strict=True):
+        for number, row in enumerate(summary["rows"]):
+            mean, sem = (np.asarray(row[kind][part]) for part in ("mean", "sem"))
+            random = row["method"].startswith("random")
+            color = "0.5" if random else f"C{number}"
+            axes.plot(fractions, mean, color=color, linestyle="--" if random else "-", label=row["method"])
+            axes.fill_between(fractions, mean - sem, mean + sem, color=color, alpha=0.15, linewidth=0)
+        axes.set_xlabel(f"most salient pixels {'removed' if kind == 'remove' else 'kept'} (%)")
+    page.axes[0].set_ylabel("probability of the label")
+    page.legend(*page.axes[0].get_legend_handles_labels(), loc="outside right center")
+    return page

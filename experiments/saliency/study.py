@@ -11,30 +11,19 @@ from rich.console import Console
 from scipy import integrate
 
 import jvpreg
-from experiments import data, timing
-from experiments.config import as_plain_dict
+from experiments import data, files
 from experiments.errors import ExperimentError
 from experiments.saliency import report
 from experiments.saliency.config import SaliencyConfig
+from experiments.study import Study, one_table
 from experiments.train import trained_dataset, trained_model
 
 RANDOM = "random pixels"
 METHODS = {**jvpreg.attribution.saliency.METHODS, RANDOM: None}
 
 
-def run(config: SaliencyConfig) -> dict[str, Any]:
-    """Make the maps and the curves, and write and print what came out.
-
-    Args:
-        config: see `SaliencyConfig`.
-
-    Returns:
-        What `saliency.json` holds: the settings, the machine, and a row a method.
-
-    Raises:
-        ExperimentError: where the run has no model, or the model gets too few images right.
-    """
-    console = Console(soft_wrap=True, highlight=False)
+def measured(config: SaliencyConfig, console: Console) -> dict[str, Any]:
+    """The curves of each method; and the maps, which are drawn at once."""
     model, test = trained_model(config.run), trained_dataset(config.run).test
     images, labels = recognized(model, test, max(config.examples, config.shown))
     maps = {}
@@ -43,17 +32,10 @@ def run(config: SaliencyConfig) -> dict[str, Any]:
         maps[name] = salient(model, images, labels, name, config)
     mean = test.images().mean(axis=(0, 1, 2))
     rows = [row(model, images[: config.examples], labels, name, maps[name], mean, config) for name in METHODS]
-    summary = {
-        "study": "saliency",
-        "settings": as_plain_dict(config),
-        "machine": timing.machine(),
-        "model": model.name,
-        "examples": len(images[: config.examples]),
-        "rows": rows,
-    }
     shown = {name: salient[: config.shown] for name, salient in maps.items() if name != RANDOM}
-    report.write(summary, images[: config.shown], shown, Path(config.folder), console)
-    return summary
+    page = jvpreg.attribution.saliency.figure(images[: config.shown], shown)
+    files.save_figure(page, Path(config.folder) / "maps.png")
+    return {"model": model.name, "examples": len(images[: config.examples]), "rows": rows}
 
 
 def recognized(model: keras.Model, test: data.Split, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -135,3 +117,6 @@ def label_probabilities(model: keras.Model, images: np.ndarray, labels: np.ndarr
     logits = model.predict(images, batch_size=256, verbose=0).astype("float64")
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
     return (exponentials / exponentials.sum(axis=1, keepdims=True))[np.arange(len(images)), labels[: len(images)]]
+
+
+STUDY = Study("saliency", measured, one_table("rows", report.columns, report.caption), {"curves": report.curves})

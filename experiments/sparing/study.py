@@ -9,11 +9,13 @@ from typing import Any
 
 import keras
 import numpy as np
+from rich.console import Console
 
 import jvpreg
-from experiments import cells, data, files, models, tables, timing
+from experiments import cells, data, models
 from experiments.config import as_plain_dict
 from experiments.sparing.config import SparingConfig
+from experiments.study import Study, one_table, ran_on
 from experiments.train import optimizer
 
 PROBED_AT_ONCE = 64
@@ -39,26 +41,14 @@ def methods(config: SparingConfig) -> list[Method]:
     ]
 
 
-def run(config: SparingConfig) -> dict[str, Any]:
-    """Train the cells that are not trained yet, then write and print the table.
-
-    Args:
-        config: see `SparingConfig`.
-
-    Returns:
-        What `sparing.json` holds: the settings, the machine and a row a method.
-
-    Raises:
-        ExperimentError: the data cannot be had or is too small, or the folder holds cells of other settings.
-    """
-    console = tables.wide_console()
+def measured(config: SparingConfig, console: Console) -> dict[str, Any]:
+    """A row a method, of the cells that are trained now or were before."""
     dataset = data.load(config.data)
-    folder = Path(config.folder)
     rows: list[dict[str, Any]] = [{"method": method.name, "results": []} for method in methods(config)]
     each = list(itertools.product(zip(rows, methods(config), strict=True), config.seeds))
     listed = [
         cells.Cell(
-            folder / "cells" / f"{method.name}, seed {seed}.json",
+            Path(config.folder) / "cells" / f"{method.name}, seed {seed}.json",
             settings(config, method, seed),
             functools.partial(trained, config, method, dataset, seed),
         )
@@ -71,21 +61,12 @@ def run(config: SparingConfig) -> dict[str, Any]:
 
     for ((row, _), _), result in zip(each, cells.work_off(listed, tell), strict=True):
         row["results"].append(result)
-    summary = {"study": "sparing", "settings": as_plain_dict(config), "machine": timing.machine(), "rows": rows}
-    found = [columns(row) for row in rows]
-    files.write_json(folder / "sparing.json", summary)
-    files.write_text(folder / "sparing.md", f"{tables.grid_markdown(found)}\n\n{conditions(summary)}\n")
-    console.print(tables.grid(found))
-    console.print(conditions(summary))
-    console.print(f"Files: {folder}")
-    return summary
+    return {"rows": rows}
 
 
 def settings(config: SparingConfig, method: Method, seed: int) -> dict[str, Any]:
     """All that the result of a cell depends on."""
-    shared = as_plain_dict(config)
-    for key in ("strength", "intervals", "fractions", "seeds", "folder"):
-        del shared[key]
+    shared = as_plain_dict(config, without=("strength", "intervals", "fractions", "seeds", "folder"))
     return {**shared, "method": dataclasses.asdict(method), "seed": seed}
 
 
@@ -133,9 +114,9 @@ def columns(row: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def conditions(summary: dict[str, Any]) -> str:
+def caption(summary: dict[str, Any]) -> str:
     """What the figures mean and where they are from."""
-    settings, machine = summary["settings"], summary["machine"]
+    settings = summary["settings"]
     images, model, trained_by = settings["data"], settings["model"], settings["optimizer"]
     return (
         f"Mean ± deviation over seeds {', '.join(map(str, settings['seeds']))} after {settings['epochs']} epochs of "
@@ -144,5 +125,8 @@ def conditions(summary: dict[str, Any]) -> str:
         f"{trained_by['learning_rate']:g} falling along a cosine. Penalty: {settings['strength']:g} × the mean of "
         f"‖J‖_F², one random direction an example. ‖J‖_F: the mean over {settings['probed']} test images (or all of "
         "them), of the whole Jacobian of the logits. Accuracy in %, on all test images. "
-        f"{machine['cores']} cores of {machine['processor']}, Keras {machine['keras']}, {machine['backend']}."
+        f"{ran_on(summary)}"
     )
+
+
+STUDY = Study("sparing", measured, one_table("rows", columns, caption))

@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from experiments import tables
+from experiments.study import Rows
 from experiments.verify.architectures import ARCHITECTURES
 from experiments.verify.measure import FIGURES, FLOAT64, JIT, MIXED
 
@@ -77,19 +77,14 @@ def _due_in_mixed_precision(row: dict[str, Any]) -> list[str]:
     return [ours for autodiff, ours in MIXED.values() if math.isfinite(row.get(autodiff, math.inf))]
 
 
-def rows(summary: dict[str, Any]) -> list[dict[str, str]]:
-    """All architectures' figures."""
-    return [columns(row, summary["settings"]) for row in summary["rows"]]
+def page(summary: dict[str, Any]) -> list[Rows | str]:
+    """The command, the table, what it means and what failed."""
+    heading = f"# Whole architectures against autodiff: {_backend(summary)}"
+    table = [columns(row, summary["settings"]) for row in summary["rows"]]
+    return [heading, f"    {summary['command']}", table, caption(summary), *notes(summary)]
 
 
-def markdown(summary: dict[str, Any]) -> str:
-    """The command, the table, what it means and what failed, in Markdown."""
-    table = tables.grid_markdown(rows(summary))
-    parts = [f"# Whole architectures against autodiff: {_backend(summary)}", f"    {summary['command']}", table]
-    return "\n\n".join([*parts, conditions(summary), *notes(summary)]) + "\n"
-
-
-def conditions(summary: dict[str, Any]) -> str:
+def caption(summary: dict[str, Any]) -> str:
     """What the figures mean and where they are from."""
     settings, machine = summary["settings"], summary["machine"]
     return (

@@ -6,39 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import keras
+from rich.console import Console
 
-from experiments import files, tables, timing
+from experiments import files
 from experiments.config import as_plain_dict
 from experiments.errors import say
+from experiments.study import Study
 from experiments.verify import architectures, measure, report
 from experiments.verify.architectures import Architecture
 from experiments.verify.config import VerifyConfig
 
 
-def run(config: VerifyConfig) -> dict[str, Any]:
-    """Verify the architectures, and write and print what came out.
-
-    Args:
-        config: see `VerifyConfig`.
-
-    Returns:
-        What `verify.json` holds: the settings, the machine, and a row an architecture.
-
-    Raises:
-        ExperimentError: where the name of an architecture is not known.
-    """
-    chosen = chosen_architectures(config)
-    console = tables.wide_console(240)
-    folder = Path(config.folder or f"runs/verify-{keras.backend.backend()}")
-    settings = as_plain_dict(config)
-    summary: dict[str, Any] = {
-        "study": "verify",
-        "command": command(config),
-        "settings": settings,
-        "machine": timing.machine(),
-        "rows": kept_rows(folder) if config.resume else [],
-    }
-    kept = {row["name"] for row in summary["rows"]}
+def measured(config: VerifyConfig, console: Console) -> dict[str, Any]:
+    """The command, and a row an architecture; the files are written after each of them."""
+    chosen, folder = chosen_architectures(config), STUDY.folder(config)
+    rows = kept_rows(folder) if config.resume else []
+    found = {"command": command(config), "rows": rows}
+    summary = {**STUDY.conditions(config), **found}
+    kept = {row["name"] for row in rows}
     for architecture in chosen:
         if architecture.name in kept:
             continue
@@ -48,15 +33,10 @@ def run(config: VerifyConfig) -> dict[str, Any]:
             "input_shape": architecture.input_shape,
             **measure.row(architecture, config),
         }
-        summary["rows"].append({**row, "status": report.status(row, settings)})
-        write(summary, folder)
-    summary["rows"].sort(key=lambda row: [a.name for a in architectures.ARCHITECTURES].index(row["name"]))
-    write(summary, folder)
-    console.print(tables.grid(report.rows(summary)))
-    for paragraph in [report.conditions(summary), *report.notes(summary)]:
-        console.print(paragraph)
-    console.print(f"Files: {folder}")
-    return summary
+        rows.append({**row, "status": report.status(row, summary["settings"])})
+        STUDY.write(summary, folder)
+    rows.sort(key=lambda row: [a.name for a in architectures.ARCHITECTURES].index(row["name"]))
+    return found
 
 
 def chosen_architectures(config: VerifyConfig) -> list[Architecture]:
@@ -73,12 +53,6 @@ def kept_rows(folder: Path) -> list[dict[str, Any]]:
     return [row for row in kept or [] if row["status"] == "ok"]
 
 
-def write(summary: dict[str, Any], folder: Path) -> None:
-    """Write verify.json and verify.md."""
-    files.write_json(folder / "verify.json", summary)
-    files.write_text(folder / "verify.md", report.markdown(summary))
-
-
 def command(config: VerifyConfig) -> str:
     """The command line of a run."""
     settings, default = as_plain_dict(config), as_plain_dict(VerifyConfig())
@@ -88,3 +62,6 @@ def command(config: VerifyConfig) -> str:
         if value != default[key] and key not in ("folder", "resume")
     ]
     return " ".join([f"KERAS_BACKEND={keras.backend.backend()} python -m experiments verify", *words])
+
+
+STUDY = Study("verify", measured, report.page, columns=240)

@@ -174,9 +174,9 @@ def test_studies_that_train_on_one_host_or_device_say_so():
     with pytest.raises(ExperimentError, match=r"`compare` trains each model on one host.*--train.hosts.count=2"):
         compare.compare(CompareConfig(several))
     with pytest.raises(ExperimentError, match=r"`health` trains each model on one host"):
-        health.run(HealthConfig(several))
+        health.STUDY.run(HealthConfig(several))
     with pytest.raises(ExperimentError, match=r"`health` trains on one device. Received: --train.devices=2"):
-        health.run(HealthConfig(TrainConfig(devices=2)))
+        health.STUDY.run(HealthConfig(TrainConfig(devices=2)))
 
 
 def test_torch_is_told_of_its_own_way(monkeypatch):

@@ -42,7 +42,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def summary(config):
-    return study.run(config)
+    return study.STUDY.run(config)
 
 
 def test_the_files_say_the_same(summary, config):

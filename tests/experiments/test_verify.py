@@ -149,7 +149,7 @@ def test_the_study_writes_each_row_and_resumes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(measure, "row", row)
     config = VerifyConfig(only=["UNet", "RNN"], folder=str(tmp_path))
-    summary = study.run(config)
+    summary = study.STUDY.run(config)
     assert [row["status"] for row in summary["rows"]] == ["ok", "incomplete"]
     assert json.loads((tmp_path / "verify.json").read_text()) == json.loads(json.dumps(summary))
     text = (tmp_path / "verify.md").read_text()
@@ -159,7 +159,7 @@ def test_the_study_writes_each_row_and_resumes(tmp_path, monkeypatch):
 
     asked.clear()
     results["UNet"] = {**good, "jit_autodiff": 0.1}
-    summary = study.run(dataclasses.replace(config, resume=True))
+    summary = study.STUDY.run(dataclasses.replace(config, resume=True))
     assert asked == ["UNet"]
     assert [row["status"] for row in summary["rows"]] == ["ok", "ok"]
 
