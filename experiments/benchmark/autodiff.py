@@ -17,8 +17,47 @@ Draw = Callable[[Any], Any]
 Product = Callable[[keras.Model, Any, Draw], tuple[Any, Any]]
 
 
-class AutodiffModel(keras.Model):
-    """A model that is trained with `strength × mean ‖product‖²`, through Keras' own train step.
+class PenalizedByAutodiff(keras.Model):
+    """A model that is trained with a penalty on its derivatives, through Keras' own train step.
+
+    A subclass has the methods `with_products` and `penalty`.
+
+    Args:
+        base: the model.
+    """
+
+    def __init__(self, base: keras.Model):
+        super().__init__()
+        self.base = base
+        self.kept: Any = None
+        self.built = True
+
+    def with_products(self, x):
+        """The base model's outputs in training mode, and what the penalty is computed from."""
+        raise NotImplementedError
+
+    def penalty(self, kept, x, y, outputs):
+        """The penalty, from what `with_products` returned, the inputs, the labels and the outputs."""
+        raise NotImplementedError
+
+    def call(self, inputs, training=None):
+        """What the base model computes; in training, what the penalty needs beside it, for `compute_loss`."""
+        if not training or isinstance(inputs, keras.KerasTensor):
+            return self.base(inputs, training=training)
+        outputs, self.kept = self.with_products(inputs)
+        return outputs
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """The loss as compiled, and the penalty of the same step."""
+        loss = super().compute_loss(x, y, y_pred, sample_weight, training=training)
+        if self.kept is None:
+            return loss
+        kept, self.kept = self.kept, None
+        return loss + self.penalty(kept, x, y, y_pred)
+
+
+class AutodiffModel(PenalizedByAutodiff):
+    """With the penalty `strength × mean ‖product‖²`.
 
     Args:
         base: the model.
@@ -28,28 +67,19 @@ class AutodiffModel(keras.Model):
     """
 
     def __init__(self, base: keras.Model, product: Product, draw: Draw, strength: float):
-        super().__init__()
-        self.base, self.product, self.draw, self.strength = base, product, draw, strength
+        super().__init__(base)
+        self.product, self.draw, self.strength = product, draw, strength
         self.tracker = keras.metrics.Mean(name="frobenius_norm_squared")
-        self.penalty = None
-        self.built = True
 
-    def call(self, inputs, training=None):
-        """What the base model computes; in training, the penalty beside it, for `compute_loss`."""
-        if not training or isinstance(inputs, keras.KerasTensor):
-            return self.base(inputs, training=training)
-        outputs, product = self.product(self.base, inputs, self.draw)
-        self.penalty = ops.mean(squared_norm(ops.expand_dims(product, 0)))
-        return outputs
+    def with_products(self, x):
+        """The outputs, and the product."""
+        return self.product(self.base, x, self.draw)
 
-    def compute_loss(self, *args, **kwargs):
-        """The loss as compiled, and the penalty of the same step."""
-        loss = super().compute_loss(*args, **kwargs)
-        if self.penalty is None:
-            return loss
-        penalty, self.penalty = self.penalty, None
-        self.tracker.update_state(penalty)
-        return loss + self.strength * penalty
+    def penalty(self, kept, x, y, outputs):
+        """The penalty; its mean is a metric."""
+        norm = ops.mean(squared_norm(ops.expand_dims(kept, 0)))
+        self.tracker.update_state(norm)
+        return self.strength * norm
 
 
 class TwiceDifferentiable(keras_private.BatchNormalization):

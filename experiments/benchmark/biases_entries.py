@@ -10,6 +10,7 @@ from keras import ops
 
 import jvpreg
 from experiments.benchmark import entries
+from experiments.benchmark.autodiff import PenalizedByAutodiff
 from experiments.benchmark.config import BiasesConfig
 from jvpreg.estimators.norms import squared_norm
 
@@ -65,12 +66,7 @@ def convolutions(model: keras.Model, entry: Entry) -> list[str]:
 def training_model(entry: Entry, config: BiasesConfig, **arguments: Any) -> keras.Model:
     """The model of an entry as it is timed: cross-entropy and Adam, where `arguments` of `compile` say nothing else."""
     strength = arguments.pop("strength", STRENGTH)
-    defaults = {
-        "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        "optimizer": keras.optimizers.Adam(),
-        "jit_compile": config.jit_compile,
-    }
-    arguments = {**defaults, **arguments}
+    arguments = {**entries.timed_training(config), **arguments}
     base = plain_model(config)
     if entry.layers is None:
         base.compile(**arguments)
@@ -90,7 +86,7 @@ def training_model(entry: Entry, config: BiasesConfig, **arguments: Any) -> kera
     return model
 
 
-class DoubleBackpropagation(keras.Model):
+class DoubleBackpropagation(PenalizedByAutodiff):
     """The same penalty by autodiff: the label's logit is differentiated by what the convolutions return.
 
     Args:
@@ -102,38 +98,28 @@ class DoubleBackpropagation(keras.Model):
     """
 
     def __init__(self, base: keras.Model, layers: Sequence[str], with_input: bool, strength: float):
-        super().__init__()
-        self.base, self.names, self.with_input, self.strength = base, list(layers), with_input, strength
+        super().__init__(base)
+        self.names, self.with_input, self.strength = list(layers), with_input, strength
         self.tracker = keras.metrics.Mean(name="penalty")
-        self.gradients: Any = None
-        self.built = True
 
-    def call(self, inputs, training=None):
-        """What the base model computes; in training, the way back beside it, for `compute_loss`."""
-        if not training or isinstance(inputs, keras.KerasTensor):
-            return self.base(inputs, training=training)
+    def with_products(self, x):
+        """The outputs, and the way back."""
         first = 1 if self.with_input else [layer.name for layer in self.base.layers].index(self.names[0])
         below, above = self.base.layers[1:first], self.base.layers[first:]  # the first is the input
-        features = inputs
         for layer in below:
-            features = layer(features)
-        outputs, self.gradients = differentiable(above, features, self.names)
-        return outputs
+            x = layer(x)
+        return differentiable(above, x, self.names)[:2]
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """The loss as compiled, and the penalty of the same step."""
-        loss = super().compute_loss(x, y, y_pred, sample_weight, training=training)
-        if self.gradients is None:
-            return loss
-        gradients, self.gradients = self.gradients, None
-        at_input, at_layers = gradients(ops.one_hot(ops.cast(y, "int32"), y_pred.shape[1], dtype=y_pred.dtype))
+    def penalty(self, kept, x, y, outputs):
+        """The penalty; its mean is a metric."""
+        at_input, at_layers = kept(ops.one_hot(ops.cast(y, "int32"), outputs.shape[1], dtype=outputs.dtype))
         biases = {
             layer.name: ops.convert_to_tensor(layer.bias) for layer in self.base.layers if layer.name in self.names
         }
-        penalty = squares(at_input) if self.with_input else 0.0
-        penalty = ops.mean(penalty + sum(squares(at_layers[name] * bias) for name, bias in biases.items()))
-        self.tracker.update_state(penalty)
-        return loss + self.strength * penalty
+        norm = squares(at_input) if self.with_input else 0.0
+        norm = ops.mean(norm + sum(squares(at_layers[name] * bias) for name, bias in biases.items()))
+        self.tracker.update_state(norm)
+        return self.strength * norm
 
 
 def squares(tensor):
@@ -141,27 +127,30 @@ def squares(tensor):
     return squared_norm(ops.expand_dims(tensor, 0))[0]
 
 
-def differentiable(layers: Sequence[keras.Layer], x, names: Sequence[str]):
-    """The output of a chain of layers, and a function from its cotangent to the gradients at `x` and at `names`."""
+def differentiable(layers: Sequence[keras.Layer], x, names: Sequence[str], watched: Sequence[str] = ()):
+    """A chain of layers, and a function from the cotangent of its output to the gradients at `x` and at `names`.
+
+    Returns:
+        The output, that function, and what the layers returned that are named or `watched`, by name.
+    """
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
         # The weights are the outer tape's business: to watch them here too would record twice as much.
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(x)
-            y, found = through(layers, x, dict.fromkeys(names))
+            y, found = through(layers, x, dict.fromkeys([*names, *watched]))
 
         def gradients(cotangent):
-            at_x, *at_layers = tape.gradient(y, [x, *found.values()], output_gradients=cotangent)
-            return at_x, dict(zip(found, at_layers, strict=True))
+            at_x, *at_layers = tape.gradient(y, [x, *(found[name] for name in names)], output_gradients=cotangent)
+            return at_x, dict(zip(names, at_layers, strict=True))
 
-        return y, gradients
+        return y, gradients, found
     import jax
 
     shapes = jax.eval_shape(lambda x: through(layers, x, dict.fromkeys(names))[1], x)
     zeros = {name: ops.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
-    y, pull = jax.vjp(lambda x, taps: through(layers, x, taps)[0], x, zeros)
-    return y, pull
+    return jax.vjp(lambda x, taps: through(layers, x, dict.fromkeys(watched) | taps), x, zeros, has_aux=True)
 
 
 def through(layers: Sequence[keras.Layer], x, taps: dict[str, Any]):

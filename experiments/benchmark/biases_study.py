@@ -8,7 +8,7 @@ from keras import ops
 
 from experiments.benchmark import biases_entries, checked, entries, study
 from experiments.benchmark.biases_entries import ENTRIES, Entry
-from experiments.benchmark.check import EXAMPLES, Check, check_gradient, penalty_alone
+from experiments.benchmark.check import EXAMPLES, Check, check_gradient
 from experiments.benchmark.config import BiasesConfig
 from experiments.benchmark.kinks import far_from_kinks
 from experiments.benchmark.reference import Reference, float64
@@ -17,7 +17,7 @@ from experiments.data import Split
 
 def check(entry: Entry, config: BiasesConfig) -> Check:
     """Whether an entry, compiled as it is timed, trains on the penalty that it claims to."""
-    model = biases_entries.training_model(entry, config, strength=1.0, **penalty_alone())
+    model = biases_entries.training_model(entry, config, strength=1.0, **entries.penalty_alone())
     split = checked_images(config)
     return check_gradient(model, split.images(), split.labels, functools.partial(exact_penalty, entry, config))
 
@@ -35,7 +35,7 @@ def exact_penalty(entry: Entry, config: BiasesConfig, moved: list[np.ndarray]) -
         for variable, weight, change in zip(exact.model.trainable_variables, exact.weights, moved, strict=True):
             variable.assign(weight + change)
         names = biases_entries.convolutions(exact.model, entry)
-        outputs, gradients = biases_entries.differentiable(exact.model.layers[1:], exact.x, names)
+        outputs, gradients, _ = biases_entries.differentiable(exact.model.layers[1:], exact.x, names)
         at_input, at_layers = gradients(ops.one_hot(split.labels, outputs.shape[1], dtype="float64"))
         biases = {layer.name: layer.bias for layer in exact.model.layers if layer.name in names}
         total = sum(biases_entries.squares(at_layers[name] * ops.convert_to_tensor(b)) for name, b in biases.items())

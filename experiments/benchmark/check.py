@@ -34,43 +34,54 @@ class Check:
         return math.inf if math.isnan(self.penalty_error + self.gradient_error) else worst
 
 
-def penalty_alone() -> dict[str, Any]:
-    """Arguments of `compile` with which a step moves the weights by the penalty's gradient, and nothing else."""
-
-    def nothing(labels, outputs):
-        return 0.0 * ops.sum(outputs, axis=-1)
-
-    return {"loss": nothing, "optimizer": keras.optimizers.SGD(1.0)}
-
-
 def check_gradient(
-    model: keras.Model, x: np.ndarray, labels: np.ndarray, exact: Callable[[list[np.ndarray]], float]
+    model: keras.Model,
+    x: np.ndarray,
+    labels: np.ndarray,
+    exact: Callable[[list[np.ndarray]], Any],
+    interval: int = 1,
+    fraction: float = 1.0,
 ) -> Check:
-    """Take one step of a model that was compiled with `penalty_alone`, and compare.
+    """Take steps of a model that was compiled with `entries.penalty_alone` until one has a penalty, and compare.
 
-    The gradient is checked along itself: there the slope of the penalty is its norm, if it is right.
+    The gradient is checked along itself: there the slope of the penalty is its norm, if it is right. The examples that
+    a fraction of the batch held are taken to be those whose mean comes closest.
 
     Args:
         model: whose `base` is trained.
         x: its inputs.
         labels: the labels.
-        exact: the penalty in float64, at the weights moved by so much.
+        exact: the penalty in float64, or that of each example, at the weights moved by so much.
+        interval: steps from one penalty to the next.
+        fraction: the part of a batch that the penalty sees.
     """
     weights = [ops.convert_to_numpy(variable) for variable in model.base.trainable_variables]
-    penalty = float(model.train_on_batch(x, labels, return_dict=True)["loss"])
-    # On JAX, reading `trainable_variables` of the model that was trained brings them up to date.
-    moved = [ops.convert_to_numpy(variable) for variable in model.trainable_variables]
-    gradient = [np.float64(old) - new for old, new in zip(weights, moved, strict=True)]
+    for _ in range(interval):
+        logs = model.train_on_batch(x, labels, return_dict=True)
+        # On JAX, reading `trainable_variables` of the model that was trained brings them up to date.
+        moved = [ops.convert_to_numpy(variable) for variable in model.trainable_variables]
+        gradient = [(np.float64(old) - new) / interval for old, new in zip(weights, moved, strict=True)]
+        if any(np.any(part) for part in gradient):
+            break
+    # The compiled loss is zero, and what a step has of penalty counts as often as the interval is long.
+    penalty = float(logs["loss"]) / interval
     norm = math.sqrt(sum(float(np.sum(part**2)) for part in gradient))
     here, ahead, behind = (
-        exact([distance / (norm or 1.0) * part for part in gradient]) for distance in (0.0, DIFFERENCE, -DIFFERENCE)
+        np.atleast_1d(exact([distance / (norm or 1.0) * part for part in gradient]))
+        for distance in (0.0, DIFFERENCE, -DIFFERENCE)
     )
-    slope = (ahead - behind) / (2 * DIFFERENCE)
-    return Check(abs(penalty - here) / here, abs(norm - slope) / abs(slope) if slope else math.inf)
+    parts = itertools.combinations(range(len(here)), math.ceil(fraction * len(here)))
+    part = list(min(parts, key=lambda part: abs(np.mean(here[list(part)]) - penalty)))
+    expected = float(np.mean(here[part]))
+    slope = float(np.mean(ahead[part]) - np.mean(behind[part])) / (2 * DIFFERENCE)
+    return Check(
+        penalty_error=abs(penalty - expected) / expected,
+        gradient_error=abs(norm - slope) / abs(slope) if slope else math.inf,
+    )
 
 
 class Checker:
-    """Checks entries against references that it keeps.
+    """Checks the steps of `benchmark step`, in known directions, against references that it keeps.
 
     Args:
         config: which model; how it is compiled.
@@ -82,46 +93,18 @@ class Checker:
         self.references: dict[str, Reference] = {}
 
     def check(self, entry: Entry) -> Check | None:
-        """Take steps of an entry as it is timed, but in known directions, until one has a penalty, and compare.
-
-        Returns:
-            The errors; None for the plain step, which has no penalty.
-        """
-        if entry.side is None:
+        """The errors; None for the plain step, which has no penalty."""
+        side = entry.side
+        if side is None:
             return None
-        model = entries.checked_model(entry, self.config)
-        x, labels = self.batch.images(), self.batch.labels
-        weights = [ops.convert_to_numpy(variable) for variable in model.base.trainable_variables]
-        for _ in range(entry.interval):
-            logs = model.train_on_batch(x, labels, return_dict=True)
-            # On JAX, reading `trainable_variables` of the model that was trained brings them up to date.
-            moved = [ops.convert_to_numpy(variable) for variable in model.trainable_variables]
-            gradient = [(np.float64(old) - new) / entry.interval for old, new in zip(weights, moved, strict=True)]
-            if any(np.any(part) for part in gradient):
-                break
-        # The compiled loss is zero, and what a step has of penalty counts as often as the interval is long.
-        return self.compare(entry, float(logs["loss"]) / entry.interval, gradient)
-
-    def compare(self, entry: Entry, penalty: float, gradient: list[np.ndarray]) -> Check:
-        """The errors of a penalty and of its gradient by the weights.
-
-        The gradient is checked along itself: there the slope of the penalty is its norm, if it is right. The
-        examples that a fraction of the batch held are taken to be those whose mean comes closest.
-        """
-        norm = math.sqrt(sum(float(np.sum(part**2)) for part in gradient))
-        here, ahead, behind = (
-            self._reference(entry).penalties(
-                entry.side or "input", entry.num_probes, [distance / (norm or 1.0) * part for part in gradient]
-            )
-            for distance in (0.0, DIFFERENCE, -DIFFERENCE)
-        )
-        parts = itertools.combinations(range(len(here)), math.ceil(entry.fraction * len(here)))
-        part = list(min(parts, key=lambda part: abs(np.mean(here[list(part)]) - penalty)))
-        expected = float(np.mean(here[part]))
-        slope = float(np.mean(ahead[part]) - np.mean(behind[part])) / (2 * DIFFERENCE)
-        return Check(
-            penalty_error=abs(penalty - expected) / expected,
-            gradient_error=abs(norm - slope) / abs(slope) if slope else math.inf,
+        reference = self._reference(entry)
+        return check_gradient(
+            entries.checked_model(entry, self.config),
+            self.batch.images(),
+            self.batch.labels,
+            lambda moved: reference.penalties(side, entry.num_probes, moved),
+            entry.interval,
+            entry.fraction,
         )
 
     def _reference(self, entry: Entry) -> Reference:

@@ -8,8 +8,9 @@ import keras
 from keras import ops
 
 import jvpreg
-from experiments.benchmark import biases_entries
-from experiments.benchmark.biases_entries import squares, through
+from experiments.benchmark import biases_entries, entries
+from experiments.benchmark.autodiff import PenalizedByAutodiff
+from experiments.benchmark.biases_entries import squares
 from experiments.benchmark.config import DistillConfig
 from experiments.distill.cell import last_layers
 from jvpreg.distillation import ActivationMatching, AttentionMatching, BiasJacobianMatching, JacobianMatching
@@ -33,11 +34,6 @@ def network(config: DistillConfig, role: Literal["teacher", "student"]) -> keras
 
 def training_model(name: str, config: DistillConfig, **arguments: Any) -> keras.Model:
     """The model of an entry as it is timed: cross-entropy and Adam, where `arguments` of `compile` say nothing else."""
-    defaults = {
-        "loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        "optimizer": keras.optimizers.Adam(),
-        "jit_compile": config.jit_compile,
-    }
     student = network(config, "student")
     if name == "plain":
         model = student
@@ -46,7 +42,7 @@ def training_model(name: str, config: DistillConfig, **arguments: Any) -> keras.
     else:
         teacher = network(config, "teacher")
         model = jvpreg.JacobianDistiller(teacher, student, losses(teacher, student)[: None if name == "full" else 1])
-    model.compile(**{**defaults, **arguments})
+    model.compile(**{**entries.timed_training(config), **arguments})
     return model
 
 
@@ -64,7 +60,7 @@ def losses(teacher: keras.Model, student: keras.Model) -> list[jvpreg.distillati
     ]
 
 
-class HandWritten(keras.Model):
+class HandWritten(PenalizedByAutodiff):
     """The same losses by the backend's own reverse mode within reverse mode, each network run once.
 
     Args:
@@ -73,29 +69,20 @@ class HandWritten(keras.Model):
     """
 
     def __init__(self, teacher: keras.Model, base: keras.Model):
-        super().__init__()
-        self.teacher, self.base = teacher, base
+        super().__init__(base)
+        self.teacher = teacher
         teacher.trainable = False
-        self.products: Any = None
-        self.built = True
 
-    def call(self, inputs, training=None):
-        """What the student computes; in training, the way back beside it, for `compute_loss`."""
-        if not training or isinstance(inputs, keras.KerasTensor):
-            return self.base(inputs, training=training)
-        outputs, self.products = differentiable(self.base, inputs)
-        return outputs
+    def with_products(self, x):
+        """The outputs, and the way back."""
+        return differentiable(self.base, x)
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """The loss as compiled, and the distances of the same step."""
-        loss = super().compute_loss(x, y, y_pred, sample_weight, training=training)
-        if self.products is None:
-            return loss
-        products, self.products = self.products, None
-        cotangent = ops.one_hot(ops.cast(y, "int32"), y_pred.shape[1], dtype=y_pred.dtype)
-        outputs, of_teacher = differentiable(self.teacher, x)
-        taught = keras.tree.map_structure(ops.stop_gradient, (outputs, *of_teacher(cotangent)))
-        return loss + ops.mean(distances(taught, (y_pred, *products(cotangent))))
+    def penalty(self, kept, x, y, outputs):
+        """The distances."""
+        cotangent = ops.one_hot(ops.cast(y, "int32"), outputs.shape[1], dtype=outputs.dtype)
+        theirs, of_teacher = differentiable(self.teacher, x)
+        taught = keras.tree.map_structure(ops.stop_gradient, (theirs, *of_teacher(cotangent)))
+        return ops.mean(distances(taught, (outputs, *kept(cotangent))))
 
 
 def distances(teacher: Sequence, student: Sequence):
@@ -116,23 +103,7 @@ def differentiable(model: keras.Model, x):
     """
     biased, active = last_layers(model, "bias", STAGES), last_layers(model, "relu", STAGES)
     layers = model.layers[1:]  # the first is the input
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(x)
-            y, found = through(layers, x, dict.fromkeys([*biased, *active]))
-
-        def gradients(cotangent):
-            at_x, *at_layers = tape.gradient(y, [x, *[found[name] for name in biased]], output_gradients=cotangent)
-            return at_x, dict(zip(biased, at_layers, strict=True))
-    else:
-        import jax
-
-        shapes = jax.eval_shape(lambda x: through(layers, x, dict.fromkeys(biased))[1], x)
-        zeros = {name: ops.zeros(shape.shape, shape.dtype) for name, shape in shapes.items()}
-        nothing = dict.fromkeys(active)
-        y, gradients, found = jax.vjp(lambda x, taps: through(layers, x, nothing | taps), x, zeros, has_aux=True)
+    y, gradients, found = biases_entries.differentiable(layers, x, biased, active)
 
     def products(cotangent):
         at_x, at_layers = gradients(cotangent)

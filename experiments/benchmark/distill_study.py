@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from experiments.benchmark import checked, distill_entries, entries, study
-from experiments.benchmark.check import EXAMPLES, Check, check_gradient, penalty_alone
+from experiments.benchmark.check import EXAMPLES, Check, check_gradient
 from experiments.benchmark.config import DistillConfig
 from experiments.benchmark.distill_entries import LABELS, WEIGHTS
 from experiments.benchmark.kinks import far_from_kinks
@@ -17,7 +17,7 @@ from experiments.data import Split
 
 def check(name: str, config: DistillConfig) -> Check:
     """Whether an entry, compiled as it is timed, trains on the distances that it claims to."""
-    model = distill_entries.training_model(name, config, **penalty_alone())
+    model = distill_entries.training_model(name, config, **entries.penalty_alone())
     split = checked_images(config)
     return check_gradient(model, split.images(), split.labels, functools.partial(exact_loss, name, config))
 

@@ -100,8 +100,7 @@ def batch_step(model: keras.Model, config: BenchmarkConfig) -> Callable[[], obje
 
 def training_model(entry: Entry, config: StepConfig) -> keras.Model:
     """The model of an entry as it is timed: cross-entropy, Adam, random directions."""
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    return _compiled(entry, config, STRENGTH, loss=loss, optimizer=keras.optimizers.Adam())
+    return _compiled(entry, config, STRENGTH)
 
 
 def checked_model(entry: Entry, config: StepConfig) -> keras.Model:
@@ -110,15 +109,27 @@ def checked_model(entry: Entry, config: StepConfig) -> keras.Model:
     It moves them by `interval` times the gradient, which is what makes up for the steps without a penalty.
     """
 
+    return _compiled(entry, config, 1.0, known=True, **penalty_alone())
+
+
+def penalty_alone() -> dict[str, Any]:
+    """Arguments of `compile` with which a step moves the weights by the penalty's gradient, and nothing else."""
+
     def nothing(labels, outputs):
         return 0.0 * ops.sum(outputs, axis=-1)
 
-    return _compiled(entry, config, 1.0, known=True, loss=nothing, optimizer=keras.optimizers.SGD(1.0))
+    return {"loss": nothing, "optimizer": keras.optimizers.SGD(1.0)}
+
+
+def timed_training(config: BenchmarkConfig) -> dict[str, Any]:
+    """Arguments of `compile` with which a step is timed: cross-entropy and Adam."""
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    return {"loss": loss, "optimizer": keras.optimizers.Adam(), "jit_compile": config.jit_compile}
 
 
 def _compiled(entry: Entry, config: StepConfig, strength: float, known: bool = False, **arguments: Any) -> keras.Model:
     base = base_model(config)
-    arguments["jit_compile"] = config.jit_compile
+    arguments = {**timed_training(config), **arguments}
     if entry.side is None:
         base.compile(**arguments)
         return base

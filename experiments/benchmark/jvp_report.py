@@ -150,11 +150,8 @@ def figure(summary: dict[str, Any]) -> Figure:
     for along in alongs:
         axes.barh([0], [0], color=COLORS[along], label=f"along the {along}")
     axes.axvline(1.0, color="0.2", linewidth=1, linestyle="--")
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
     axes.set_xlim(left=0)
-    axes.grid(False, axis="y")
-    axes.set_xlabel("time of the best right alternative over jvpreg's (median and quartiles)")
-    study.title(axes, summary)
+    unit = "time of the best right alternative over jvpreg's (median and quartiles)"
+    study.name_bars(axes, names, unit, summary)
     drawing.legend(loc="outside right upper", fontsize=9)
     return drawing

@@ -84,11 +84,8 @@ def figure(summary: dict[str, Any]) -> Figure:
     axes.axvline(1.0, color="0.4", linewidth=1)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("")
-    axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
-    axes.invert_yaxis()
-    axes.grid(False, axis="y")
-    axes.set_xlabel("time of f(x) and J u, times the plain layer (median and quartiles)")
-    study.title(axes, summary)
+    unit = "time of f(x) and J u, times the plain layer (median and quartiles)"
+    study.name_bars(axes, [row["name"] for row in rows], unit, summary)
     drawing.legend(loc="outside lower center", ncols=len(LABELS), fontsize=9)
     return drawing
 

@@ -73,13 +73,10 @@ def figure(summary: dict[str, Any]) -> Figure:
     axes.axvline(1.0, color="0.4", linewidth=1, linestyle=":")
     axes.axvline(60.0, color="C3", linewidth=1, linestyle="--")
     axes.text(60.0, -0.75, "aim of a full probe", color="C3", fontsize=8, ha="center", va="bottom")
-    axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
-    axes.invert_yaxis()
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter("{x:g}")
     largest = max((row["ratio_quartiles"][1] for row in rows if row["ratio"] is not None), default=1.0)
     axes.set_xlim(0.5, 4 * max(largest, 60.0))
-    axes.grid(False, axis="y")
-    axes.set_xlabel("forward passes of the same batch (median and quartiles, logarithmic)")
-    study.title(axes, summary, pad=14)
+    unit = "forward passes of the same batch (median and quartiles, logarithmic)"
+    study.name_bars(axes, [row["label"] for row in rows], unit, summary, pad=14)
     return drawing

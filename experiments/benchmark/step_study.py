@@ -146,13 +146,10 @@ def figure(summary: dict[str, Any]) -> Figure:
         )
         axes.text(row["ratio_quartiles"][1] + 0.04, place, f"{row['ratio']:.2f}", va="center")
     axes.axvline(1.0, color="0.4", linewidth=1, linestyle=":")
-    axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
-    axes.invert_yaxis()
     axes.margins(x=0.1)
     axes.set_xlim(left=0)
-    axes.grid(False, axis="y")
-    axes.set_xlabel("time of a training step, times the plain step (median and quartiles)")
-    study.title(axes, summary)
+    unit = "time of a training step, times the plain step (median and quartiles)"
+    study.name_bars(axes, [row["label"] for row in rows], unit, summary)
     return drawing
 
 

@@ -111,6 +111,15 @@ def title(axes: Any, summary: Summary, before: str = "", **style: Any) -> None:
     axes.set_title(f"{before}{summary['machine']['backend']}, {summary['mode']}", loc="left", fontsize=10, **style)
 
 
+def name_bars(axes: Any, names: Sequence[str], unit: str, summary: Summary, **style: Any) -> None:
+    """Write the names of horizontal bars beside them, the first one at the top, and what they say below and above."""
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.grid(False, axis="y")
+    axes.set_xlabel(unit)
+    title(axes, summary, **style)
+
+
 def spread(rows: Sequence[dict[str, Any]]) -> list[list[float]]:
     """Distances of the ratios from their first and third quartiles, as matplotlib takes error bars."""
     return [[abs(row["ratio"] - row["ratio_quartiles"][side]) for row in rows] for side in (0, 1)]
