@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import pkgutil
 import signal
 import subprocess
 import sys
@@ -205,6 +206,11 @@ def test_the_sweep_passes_keys_that_exist(tmp_path):
     words = [word.replace("--config=", f"--config={CONFIGS.parent}/") for word in words]
     _, config = parse("experiments", STUDIES, words)
     assert {key: value_of(config, key) for key in values} == values
+
+
+@pytest.mark.parametrize("command", [*STUDIES.values(), *BENCHMARKS.values()], ids=lambda command: command.target)
+def test_what_the_list_names_can_be_run(command):
+    assert callable(pkgutil.resolve_name(command.target))
 
 
 def test_keys_are_checked_before_keras_is_loaded():
