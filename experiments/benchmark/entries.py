@@ -108,7 +108,6 @@ def checked_model(entry: Entry, config: StepConfig) -> keras.Model:
 
     It moves them by `interval` times the gradient, which is what makes up for the steps without a penalty.
     """
-
     return _compiled(entry, config, 1.0, known=True, **penalty_alone())
 
 

@@ -113,12 +113,8 @@ def outcome(
     name: str, found: float | str, taken: dict[str, measure.Turns | MemoryError], config: LayersConfig
 ) -> dict[str, Any]:
     """What the JSON file says of one product: its error, its status, and its time in units of the plain layer."""
-    times, unit = taken.get(name), taken.get("plain")
-    timing: measure.Timing | MemoryError | None = times if isinstance(times, MemoryError) else None
-    if isinstance(times, measure.Turns) and isinstance(unit, measure.Turns):
-        timing = times.timing(unit)
     right = isinstance(found, float) and study.is_right(found, config)
-    made = measure.outcome(right, timing)
+    made = measure.outcome(right, measure.in_units(taken.get(name), taken.get("plain")))
     if isinstance(found, str):
         return {"error": None, **made, "status": "failed", "message": found}
     return {"error": study.finite(found), **made}

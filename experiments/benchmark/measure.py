@@ -77,6 +77,13 @@ def in_turn(
     return {name: entry if isinstance(entry, MemoryError) else entry.timing(measured) for name, entry in taken.items()}
 
 
+def in_units(taken: Turns | MemoryError | None, unit: Turns | MemoryError | None) -> Timing | MemoryError | None:
+    """What an entry took, in units of another; None where one of the two was not timed."""
+    if isinstance(taken, Turns) and isinstance(unit, Turns):
+        return taken.timing(unit)
+    return taken if isinstance(taken, MemoryError) else None
+
+
 def turns(
     makers: Mapping[str, Callable[[], Step]], config: TimingConfig, steps: Mapping[str, int] | None = None
 ) -> dict[str, Turns | MemoryError]:

@@ -107,7 +107,7 @@ def row(entry: Entry, mode: Mode, error: float | None, config: MemoryConfig) -> 
     """What the JSON file says of an entry; one with a wrong product gets no bytes."""
     right = error is None or study.is_right(error, config)
     found = sizes_of(entry.name, mode, config) if right else None
-    sizes = found if isinstance(found, dict) else {}
+    known = found if isinstance(found, dict) else {}
     return {
         "name": entry.name,
         "label": entry.label,
@@ -115,7 +115,7 @@ def row(entry: Entry, mode: Mode, error: float | None, config: MemoryConfig) -> 
         "error": None if error is None else study.finite(error),
         "status": "wrong" if not right else "out of memory" if isinstance(found, MemoryError) else "ok",
         "message": str(found) if isinstance(found, MemoryError) else None,
-        **{f"{name}_bytes": sizes.get(name) for name in ("baseline", "peak", "held", "counted")},
+        **{f"{name}_bytes": known.get(name) for name in ("baseline", "peak", "held", "counted")},
     }
 
 

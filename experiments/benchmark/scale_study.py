@@ -154,8 +154,9 @@ def axis_row(axis: str, times: Times, errors: dict[Key, float], config: ScaleCon
     for point in along(axis, config):
         keys: dict[str, Key] = {"forward": ("forward", replace(point, probes=0)), "jvpreg": ("jvpreg", point)}
         parts = {name: part(key, times, errors, config) for name, key in keys.items()}
-        over = ratio(times.get(keys["jvpreg"]), times.get(keys["forward"]))
-        rows.append({"size": getattr(point, axis), **parts, "over_forward": over})
+        over = measure.in_units(times.get(keys["jvpreg"]), times.get(keys["forward"]))
+        ratio = over.ratio if isinstance(over, measure.Timing) else None
+        rows.append({"size": getattr(point, axis), **parts, "over_forward": ratio})
     if axis != "probes":
         return {"points": rows, "at_zero": 0.0, "fits": {name: fitted(rows, name, 0.0) for name in keys}}
     # Without the primal pass, which does not grow with the probes; the forward pass has none.
@@ -166,18 +167,9 @@ def axis_row(axis: str, times: Times, errors: dict[Key, float], config: ScaleCon
 
 def part(key: Key, times: Times, errors: dict[Key, float], config: ScaleConfig) -> dict[str, Any]:
     """The error, the status and the time of one call; times in units of the forward pass of the base point."""
-    error, taken = errors[checked_at(key)], times.get(key)
-    unit = times["forward", replace(base(config), probes=0)]
-    assert isinstance(unit, measure.Turns)
-    timing = taken.timing(unit) if isinstance(taken, measure.Turns) else taken
+    error, unit = errors[checked_at(key)], times["forward", replace(base(config), probes=0)]
+    timing = measure.in_units(times.get(key), unit)
     return {"error": study.finite(error), **measure.outcome(study.is_right(error, config), timing)}
-
-
-def ratio(own: measure.Turns | MemoryError | None, other: measure.Turns | MemoryError | None) -> float | None:
-    """The median ratio of two calls in the same rounds; None where one of them has no time."""
-    if isinstance(own, measure.Turns) and isinstance(other, measure.Turns):
-        return own.ratio(other)[1]
-    return None
 
 
 def fitted(rows: Sequence[dict[str, Any]], name: str, at_zero: float) -> dict[str, float] | None:
