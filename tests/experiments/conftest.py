@@ -5,8 +5,8 @@ With `--studies` all of them run.
 
 import keras
 
-# Where nothing is traced, what trains many small models takes a fraction of the time. The others are TensorFlow's:
-# the quickstart's commands, and benchmarks, whose competitors Torch has not all of.
+# These train many small models, which takes a fraction of the time on Torch, where nothing is traced. The other tests
+# run on TensorFlow: the commands of the quickstart, and benchmarks, of whose competitors Torch lacks some.
 ON_TORCH = {
     "test_constraints_study.py",
     "test_distill_study.py",

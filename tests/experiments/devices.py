@@ -1,6 +1,6 @@
 """What `tests/experiments/test_devices.py` runs in a process of its own: `python -m tests.experiments.devices FOLDER`.
 
-A second word is the layout, as JSON. It trains on one device and on two, and writes what came out.
+A second word is the layout, as JSON. The process trains on one device and on two, and writes both results.
 """
 
 import json

@@ -34,11 +34,11 @@ class Run:
     """A process that runs a study.
 
     Attributes:
-        words: of the command.
-        folder: the study's.
-        output: the file of what it prints.
-        regularizers: a key of `REGULARIZERS`, for what the keys of `train` do not name.
-        operation: it is killed before so many changes to its folder.
+        words: the words of the command.
+        folder: the folder of the study.
+        output: the file that takes what the process prints.
+        regularizers: a key of `REGULARIZERS`, for regularizers that `train` has no keys for.
+        operation: the number of the change to its folder before which it is killed.
         seconds: it is killed so many seconds after the first change to its folder.
     """
 
@@ -52,12 +52,12 @@ class Run:
 
 @dataclass(frozen=True)
 class Ended:
-    """How it ended.
+    """How a run ended.
 
     Attributes:
         status: as `os.waitstatus_to_exitcode` has it; that of a kill is negative.
-        operations: so many changes to the folder were seen; None if it was killed.
-        seconds: from the first of them to the end; None if it was killed.
+        operations: how many changes to the folder were seen; None if the run was killed.
+        seconds: the time from the first change to the end; None if the run was killed.
     """
 
     status: int
@@ -66,12 +66,12 @@ class Ended:
 
     @property
     def killed(self) -> bool:
-        """Whether it was killed, as wanted, and did not hang until its time was over."""
+        """Whether the run was killed as wanted, and not by the alarm that ends a run that hangs."""
         return self.status in (-signal.SIGKILL, -signal.SIGVTALRM)
 
 
 class Server:
-    """The server's other end."""
+    """The client's end of the connection to the server."""
 
     def __init__(self):
         # A W&B service of its own: another process's would go on after a kill, and hold the run.
@@ -157,7 +157,7 @@ class Watch:
 
             self.began = time.monotonic()
             if self.run.seconds is not None:
-                # By the kernel, wherever it is: Python handles no signal within a step or a file of HDF5's.
+                # The kernel ends the process wherever it is: a Python handler would wait for a step or an HDF5 file.
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)
                 signal.setitimer(signal.ITIMER_REAL, self.run.seconds)
         self.operations += 1
@@ -183,7 +183,7 @@ REGULARIZERS = {"spectral": spectral, "lagrangian": lagrangian}
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What two folders of a study hold that is not the same, bit for bit; W&B's newest files among it."""
+    """The files of two folders of a study that are not the same bit for bit; W&B's newest files are compared too."""
     files = {path.relative_to(folder) for folder in (one, other) for path in folder.rglob("*") if path.is_file()}
     found = []
     for file in sorted(files):
@@ -204,7 +204,7 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def equal(one: Path, other: Path, *folders: bytes) -> bool:
-    """Whether two files hold the same, but for times and the names of their folders."""
+    """Whether two files hold the same, except for times and the names of their folders."""
     if one.suffix == ".keras":
         return arrays(one) == arrays(other)
     if one.name == "comparison.json":
@@ -219,7 +219,7 @@ def equal(one: Path, other: Path, *folders: bytes) -> bool:
 
 
 def arrays(path: Path) -> dict[str, bytes]:
-    """All that a saved model holds: weights, the optimizer's state, the penalties' and the seeds'."""
+    """All arrays of a saved model: weights, and the states of the optimizer, of the penalties and of the seeds."""
     found = {}
     with zipfile.ZipFile(path) as archive, h5py.File(io.BytesIO(archive.read("model.weights.h5"))) as file:
 

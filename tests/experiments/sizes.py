@@ -1,4 +1,4 @@
-"""What the benchmarks' tests measure, as small as can be."""
+"""The smallest settings with which the tests of the benchmarks can measure anything."""
 
 import keras
 

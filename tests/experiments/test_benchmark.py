@@ -171,7 +171,7 @@ def test_the_files_of_the_probe_say_the_same(probe_summary, probe_config):
 
 
 def test_an_entry_that_is_traced_again_gets_no_time(probe_config, monkeypatch):
-    # Not compiled, a function is run by Python each time.
+    # A function that is not compiled is run by Python at each call, so it counts as traced again.
     monkeypatch.setattr(probe_study, "compiled", lambda function, jit: function)
     chosen = [entry for entry in probe_entries.ENTRIES if entry.name in ("forward", "linearize")]
     subject = probe_study.classifier(probe_config)
@@ -194,7 +194,7 @@ def test_every_estimator_of_the_probe_is_right(probe_config):
 def test_what_is_not_a_number_is_infinitely_far_off():
     found = probe_entries.Found(np.array([1.0, np.nan]), np.ones(2))
     assert found.errors(0.1) == (np.inf, 0.1)
-    # Where an estimate says itself that it is rough, a small error counts for less than where it says nothing.
+    # The reported error of an estimate is allowed: the same small error weighs less if the estimate reports one.
     found = probe_entries.Found(np.array([1.2, 1.1]), np.ones(2), slack=np.array([0.5, 0.0]))
     assert found.errors(0.0) == (pytest.approx(0.1), 0.0)
 

@@ -125,7 +125,7 @@ def test_no_more_is_asked_than_float32_can_have():
     subject = products_study.subject(SMOOTH, config)
     task = jvp_study.along_input(subject, 1, config)
     outputs, product = products.by_autodiff(subject.model, [subject.x], task.tangents)
-    # As if float64 were elsewhere, by rounding that moved a mask.
+    # The product in float64 is made to differ, as if rounding had moved a mask in float32.
     found = products_study.comparison(subject, task, config, [outputs, product / 1.05])
     assert found["allowed_error"] == pytest.approx(0.1, rel=1e-3)
     assert {row["status"] for row in found["entries"]} == {"ok"}
@@ -151,8 +151,8 @@ def test_several_directions_are_pushed_at_once(registered, tmp_path):
     assert set(by_name(one)) == {"forward", *FEW}
     rows = by_name(three)
     assert set(rows) == {"forward", "vectorized", *FEW}
-    # Keras' convolution has an operation that Torch cannot vectorize; and what `torch.func.linearize` returns changes a
-    # constant of batch normalization in place, so that only its first product is right.
+    # Keras' convolution has an operation that Torch cannot vectorize. The function that `torch.func.linearize` returns
+    # changes a constant of batch normalization in place, so only its first product is right.
     odd = {"vectorized": "failed", "linearize": "wrong"} if BACKEND == "torch" else {}
     for name, row in rows.items():
         assert row["status"] == odd.get(name, "ok"), row

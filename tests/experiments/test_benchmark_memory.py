@@ -33,7 +33,7 @@ def config(tmp_path_factory):
 
 
 def sizes_of(name, mode, config):
-    """Different for each entry, so that they can be told apart."""
+    """Sizes that differ from entry to entry, so that entries can be told apart."""
     number = [entry.name for entry in memory_entries.ENTRIES].index(name) + 1
     return {
         "baseline": 1000,

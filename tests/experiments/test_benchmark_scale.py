@@ -60,7 +60,7 @@ def test_every_point_is_checked_and_timed(summary):
 def test_the_base_point_is_timed_once(config):
     keys = scale_study.all_keys(config)
     assert len(keys) == len(set(keys))
-    # Two more points an axis, but those along the probes have no forward pass of their own.
+    # Each axis has two more points, but points along the probes have no forward pass of their own.
     assert [name for name, _ in keys].count("forward") == 1 + 6
     assert [name for name, _ in keys].count("jvpreg") == 1 + 8
 

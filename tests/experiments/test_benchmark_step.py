@@ -60,7 +60,7 @@ def test_every_entry_is_checked_and_timed(summary):
 def test_convolutions_pooling_and_normalization_are_checked_too(config):
     checker = Checker(dataclasses.replace(config, model=ModelConfig("vgg4", 2), image_size=8))
     derivatives = {"norm_fraction": "frozen", "double_backpropagation": "coupled"}
-    if keras.backend.backend() == "jax":  # compiles a reference op by op, so one of them must do
+    if keras.backend.backend() == "jax":  # JAX compiles a reference op by op, so one entry must do
         del derivatives["double_backpropagation"]
     for name, derivative in derivatives.items():
         entry = next(entry for entry in entries.ENTRIES if entry.name == name)

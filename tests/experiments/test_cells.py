@@ -54,7 +54,7 @@ def test_a_cell_that_fails_has_no_result(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         cell(tmp_path / "one.json", run=run).result()
     assert not (tmp_path / "one.json").exists()
-    assert cell(tmp_path / "one.json").result() == {"accuracy": 0.5}  # its lock is free
+    assert cell(tmp_path / "one.json").result() == {"accuracy": 0.5}  # the lock is free again
 
 
 def test_a_cell_of_other_settings_is_an_error(tmp_path):
@@ -74,7 +74,7 @@ def test_a_damaged_cell_is_told_and_run_again(content, tmp_path, capsys):
 
 
 def test_a_cell_that_is_held_is_left_for_later(tmp_path, monkeypatch):
-    """The first is held at first: the second is taken, and the first when it is free."""
+    """Another process holds the first cell, so the second is taken first, and the first when it is free."""
     first, second = cell(tmp_path / "first.json"), cell(tmp_path / "second.json", run=lambda: {"accuracy": 0.6})
     monkeypatch.setattr(locks, "PATIENCE", 0.0)
     monkeypatch.setattr(cells, "PAUSE", 0.0)
@@ -114,7 +114,7 @@ print([result["name"] for result in cells.work_off(works, lambda place, result: 
 
 
 def worked_off(folder, dies_in=""):
-    """What three processes print that work off twelve cells, and how often each cell was run."""
+    """What three processes print that run twelve cells together, and how often each cell was run."""
     log = folder / "log"
     deaths = [dies_in, "", ""]
     command = [sys.executable, "-c", WORKER, str(folder), str(log)]

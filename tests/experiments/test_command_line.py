@@ -121,7 +121,7 @@ def test_an_error_of_the_code_has_its_traceback(monkeypatch):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_study_that_is_asked_to_end_says_how_to_go_on(number, status, words, hint, request, monkeypatch, capsys):
     before = signal.getsignal(signal.SIGTERM)
-    # A job in the background of a shell has it ignored.
+    # A shell makes a job in the background ignore SIGINT.
     interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, interrupt))
     run = lambda self, config: signal.raise_signal(number)  # noqa: E731
@@ -145,7 +145,7 @@ def test_every_configuration_in_the_repository_is_valid():
     seen = set()
     for file in files:
         prefix, _, rest = file.stem.partition("_")
-        # A file of another study is named after it.
+        # The file of any other study has the name of the study.
         own = file.stem if file.stem in STUDIES else prefix
         known, study = (BENCHMARKS, rest) if prefix == "benchmark" else (STUDIES, own)
         if study not in known:
@@ -157,9 +157,9 @@ def test_every_configuration_in_the_repository_is_valid():
 
 
 def words_of_an_agent(sweep: dict, values: dict, tmp_path: Path) -> list[str]:
-    """What W&B's agent runs for a sweep, with these values of its parameters; its own code writes them."""
+    """The command that W&B's agent runs for a sweep with these values of its parameters, made by W&B's own code."""
     forms = create_sweep_command_args({"args": {key: {"value": value} for key, value in values.items()}})
-    # As `wandb.wandb_agent` goes on.
+    # The rest is as in `wandb.wandb_agent`.
     forms |= {"env": ["/usr/bin/env"], "program": [sweep["program"]], "args_json_file": [str(tmp_path / "args.json")]}
     (tmp_path / "args.json").write_text(forms["args_json"][0])
     words = []

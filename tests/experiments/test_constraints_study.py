@@ -1,4 +1,4 @@
-"""The constraints study: what it measures is what it says, and a small run of each problem."""
+"""The constraints study: its measures are what their names say, and a small run of each problem."""
 
 import json
 

@@ -30,7 +30,7 @@ TWO_HOSTS = HostsConfig(2, 0, "127.0.0.1:1234")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """What comes out on two devices and on one, by the layout."""
+    """The results of training on two devices and on one, for each layout."""
 
     @functools.cache
     def trained(layout: str):

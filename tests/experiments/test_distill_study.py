@@ -72,11 +72,11 @@ def test_a_small_run_and_its_continuation(teacher, tmp_path, capsys):
     for name in ("methods.png", "students.png"):
         assert (tmp_path / name).stat().st_size > 10_000
     assert "5 a class" in (tmp_path / "distill.md").read_text()
-    # What is there is not trained again.
+    # Cells that are there are not trained again.
     assert main([*words, "--methods=['cross-entropy']", "--seeds=[0, 1]"]) == 0
     assert len(list((tmp_path / "cells").iterdir())) == 4
     assert {path: path.stat().st_mtime_ns for path in written} == written
-    # A weight that a method does not have is no change to its cells; one that it has is.
+    # If a method does not use a weight, changing this weight does not change its cells; otherwise it does.
     alone = [*words, "--seeds=[0]", "--weights.attention=3"]
     assert main([*alone, "--methods=['cross-entropy']"]) == 0
     assert main([*alone, "--methods=['full-Jacobian + attention']"]) == 2

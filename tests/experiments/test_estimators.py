@@ -1,4 +1,4 @@
-"""The convergence study: what it draws is what the estimators and exact values say."""
+"""The convergence study: its figures show what the estimators and the exact values say."""
 
 import json
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_the_iterations_converge_and_materialized_steps_are_left_out(summary):
     assert single["steps"] == [1, 2, 4, 5]
     assert np.median(single["ours"][-1]) < np.median(single["ours"][0])
     assert np.median(single["ours"][-1]) < np.median(single["paper"][-1])
-    # Of 48 dimensions: 2 · 3 · 4 products are fewer, 8 steps would not be.
+    # The Jacobian has 48 dimensions. The 2 · 3 · 4 products of 4 steps are fewer; with 8 steps they would not be.
     assert curves[1]["ours_steps"] == [1, 2, 4]
     for curve in curves:
         assert len(curve["ours"]) == len(curve["reported"]) == len(curve["ours_steps"])

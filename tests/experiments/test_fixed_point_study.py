@@ -1,4 +1,4 @@
-"""The fixed-point study: what the memory is measured of, and a small run of all."""
+"""The fixed-point study: the steps whose memory is measured, and a small run of the whole study."""
 
 import json
 

@@ -116,7 +116,7 @@ class Trials:
         return self.uninterrupted[name]
 
     def killed(self, name, generator):
-        """What differs in a run that was killed, and maybe killed again, and what it printed."""
+        """The differences of a run that was killed once or twice, and what it printed."""
         whole, ended = self.whole(name)
         self.number += 1
         folder = self.folder / str(self.number) / "run"
@@ -163,6 +163,6 @@ def test_kills(request):
     print(f"\n{keras.backend.backend()}")
     for name, row in table.items():
         print(f"{name:25}", *(f"{key} {value:3}" for key, value in row.items()))
-    # A resumed run has fewer operations, and another one may be the faster.
+    # A resumed run makes fewer changes, and runs differ in speed, so a kill may come too late.
     assert sum(row["kills"] for row in table.values()) >= count / 2
     assert not wrong, "\n\n".join(wrong)

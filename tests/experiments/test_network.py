@@ -1,4 +1,4 @@
-"""Whether something answers is told in time, and why not."""
+"""`network.failure` says in time whether a server answers, and if not, why."""
 
 import http.server
 import threading
@@ -11,7 +11,7 @@ from experiments import network
 
 @pytest.fixture
 def server():
-    """Answers that there is nothing."""
+    """A server that answers every request with 404."""
     server = http.server.HTTPServer(("127.0.0.1", 0), type("Silent", (http.server.BaseHTTPRequestHandler,), {
         "do_GET": lambda self: self.send_error(404),
         "log_message": lambda self, *args: None,

@@ -24,7 +24,7 @@ def test_a_small_run_and_its_continuation(tmp_path, capsys):
     assert [row["method"] for row in summary["rows"]] == ["no penalty", "every step", "interval=2", "fraction=0.25"]
     norms = {row["method"]: [one["frobenius_norm"] for one in row["results"]] for row in summary["rows"]}
     assert all(len(set(found)) == 2 for found in norms.values())
-    assert len({found[0] for found in norms.values()}) == 4  # each of them trains otherwise
+    assert len({found[0] for found in norms.values()}) == 4  # no two methods train alike
     assert all(less < more for less, more in zip(norms["every step"], norms["no penalty"], strict=True))
     assert "every step" in capsys.readouterr().out
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}

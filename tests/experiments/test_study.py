@@ -1,4 +1,4 @@
-"""What every study does with what it measured."""
+"""What every study does with its measurements."""
 
 import json
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ def test_a_study_writes_and_prints_what_it_measured(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["drawn.png", "file.json", "file.md"]
     printed = capsys.readouterr().out
     assert printed.startswith("measuring\n")
-    assert "Settings [red]of[/red] 3.\n" in printed  # as it is, and not as a color
+    assert "Settings [red]of[/red] 3.\n" in printed  # printed as it is; rich does not take it for a color
 
 
 def test_a_benchmark_is_refused_on_a_backend_that_it_does_not_know_before_it_measures():

@@ -1,4 +1,4 @@
-"""A run from its configuration to its report, and what a damaged folder of one is mended to."""
+"""A run from its configuration to its report, and how the damaged folder of a run is mended."""
 
 import dataclasses
 import errno
@@ -117,7 +117,7 @@ def test_strength_zero_trains_the_plain_model(tmp_path, capsys):
     assert history.keys() >= JACOBIAN_KEYS  # a plain model's Jacobian is watched all the same
     shown = capsys.readouterr().out
     assert "    ‖J‖ " in shown
-    assert "jacobian/" not in shown.replace("/jacobian/", "")  # but in one short line
+    assert "jacobian/" not in shown.replace("/jacobian/", "")  # except in one short line
 
 
 def test_a_folder_that_holds_a_run_is_not_overwritten(finished, capsys):

@@ -1,4 +1,4 @@
-"""Whole architectures: a wrong product is called wrong, and what could not be measured is a row that says so."""
+"""Whole architectures: a wrong product is called wrong, and a row says so if something could not be measured."""
 
 import dataclasses
 import json
@@ -62,7 +62,7 @@ def test_an_architecture_is_measured(architecture):
     assert set(FIGURES) & set(row) == set(FIGURES) - (set() if jit else set(JIT))
     assert all(row[name] < 1e-12 for name in FLOAT64)
     assert 0 < row["float32_jvpreg"] < 1e-5
-    # Mixed precision is that of 11 and of 8 bits, so that neither is float32 again; and the policy is what it was.
+    # Errors are those of 11 and of 8 bits, so neither run was in float32; and the policy is restored afterwards.
     assert 1e-5 < row["float16_jvpreg"] < 2e-2
     assert 1e-3 < row["bfloat16_jvpreg"] < 2e-1
     assert keras.config.dtype_policy().name == "float32"
