@@ -16,12 +16,12 @@ numpy = ops.convert_to_numpy
 
 @pytest.fixture(autouse=True)
 def few_are_many(monkeypatch):
-    """Layers small enough for a test are packed too."""
+    """Lowers a limit, so that layers that are small enough for a test are packed too."""
     monkeypatch.setattr(companions, "MANY_WEIGHTS", 0)
 
 
 def mixed():
-    """Layers whose weights outnumber a batch of two, and one of which they do not."""
+    """Layers whose weights outnumber a batch of two, and one layer whose weights do not."""
     x = keras.Input((4, 4, 3))
     y = layers.Conv2D(4, 3, padding="same", activation="relu")(x)
     y = layers.Conv2D(64, 3, strides=2, name="many")(y)
@@ -40,7 +40,7 @@ def opened():
 
 @keras.saving.register_keras_serializable()
 class Unopened(layers.Layer):
-    """Not to be called with symbols."""
+    """A layer that cannot be called with symbolic tensors."""
 
     def build(self, shape):
         self.kernel = self.add_weight((shape[-1],))
@@ -78,7 +78,7 @@ def counted(monkeypatch) -> list[int]:
 
 
 def in_graph(function, *tensors):
-    """What a function returns in a TensorFlow graph, or jitted by JAX; on Torch as it is."""
+    """What a function returns in a TensorFlow graph, or jitted by JAX. On Torch it runs eagerly."""
     if keras.backend.backend() == "torch":
         return function(*tensors)
     if keras.backend.backend() == "jax":
@@ -98,7 +98,7 @@ def test_products_are_those_of_the_linearization(float64, monkeypatch, shape):
     sizes = counted(monkeypatch)
     for run in (in_graph, lambda function, *tensors: function(*tensors)):
         assert_close(run(lambda x, u: jvpreg.jvp(model, x, u), x, u), [lin.outputs, lin.jvp(u)])
-    # Several probes do not go along in eager mode, where they would all be held.
+    # In eager mode several probes do not go along, since the memory of all of them would be held.
     assert any(size > 2 for size in sizes) == (keras.backend.backend() != "torch" or u.size == x.size)
     assert any(size == 2 for size in sizes) == any(size > 2 for size in sizes)
 
@@ -134,7 +134,7 @@ def test_a_large_batch_goes_alone(monkeypatch):
 
 
 def test_products_along_weights(float64, monkeypatch):
-    """Behind the first of them tangents go along, and a weight of a layer that packs them counts too."""
+    """Behind the first of these weights tangents go along with `x`, also through a layer whose own weight is moved."""
     model = randomize(mixed())
     x = normal(2, 4, 4, 3)
     weights = [v for v in model.trainable_variables if v.path.startswith(("many", "last"))]
@@ -179,7 +179,7 @@ def test_what_no_tangent_reaches_is_zero(float64):
 
 
 def test_where_packing_pays(monkeypatch):
-    """From as many weights on as there are numbers in `x` and its tangents, if they are many."""
+    """It pays if a layer has at least as many weights as `x` and its tangents have numbers, and has many weights."""
     x, tangent = (ops.convert_to_tensor(normal(*shape).astype("float32")) for shape in ((2, 5), (3, 2, 5)))
     numbers = 2 * 5 * 4
     for many, num_weights, together in ((0, numbers, True), (0, numbers - 1, False), (numbers + 1, numbers, False)):
@@ -194,7 +194,7 @@ def test_where_packing_pays(monkeypatch):
 
 
 def test_a_rule_may_run_another_one(float64):
-    """What went along in the inner one is not taken for what the outer one makes of it."""
+    """The tangent that went along in the inner rule is not mistaken for that of the outer rule's result."""
 
     class Twice(layers.Dense):
         pass
@@ -276,7 +276,7 @@ def test_a_cell_with_batch_statistics_is_refused():
 
 
 def test_weights_that_the_model_does_not_track(float64):
-    """Those of a function of Keras', which tracks none."""
+    """The weights of a `keras.Function`, which tracks none."""
     x, inner = normal(2, 3), layers.Dense(4)
     inner.build((None, 3))
     start = keras.Input((3,))
@@ -296,7 +296,7 @@ def test_no_tangent_of_a_weight_is_zero(float64):
 
 
 def test_a_recurrent_layer_that_nothing_reaches(float64, monkeypatch):
-    """Along a weight behind it no tangent goes through its steps."""
+    """The product is along a weight behind the layer, so no tangent goes through the steps of the layer."""
     model = randomize(keras.Sequential([keras.Input((4, 3)), layers.GRU(5), layers.Dense(2)]))
     x, kernel = normal(2, 4, 3), model.layers[-1].kernel
     u = normal(*kernel.shape, seed=1)
@@ -338,12 +338,12 @@ def test_weights_that_a_cell_borrows(float64):
 
 
 def test_a_cell_that_draws_or_mixes_is_frozen_step_by_step(float64):
-    """Its activation is a layer, or a function that mixes examples."""
+    """The activation of the cell is a layer that draws random numbers, or a function that mixes examples."""
     x, u = normal(2, 4, 3), normal(2, 4, 3, seed=1)
     drawing = layers.SimpleRNN(5, use_bias=False, activation=layers.Dropout(0.5, seed=1))
     model = randomize(keras.Sequential([keras.Input((4, 3)), drawing]))
     y, jx = jvpreg.jvp(model, x, x, training=True)
-    assert_close(y, jx)  # homogeneous, with the masks that were drawn
+    assert_close(y, jx)  # with its masks frozen the model is homogeneous: f(x) = J x
     mixing = layers.SimpleRNN(5, activation=lambda z: ops.tanh(z - ops.mean(z, axis=0, keepdims=True)))
     model = randomize(keras.Sequential([keras.Input((4, 3)), mixing]))
     step = 1e-6
@@ -354,7 +354,7 @@ def test_a_cell_that_draws_or_mixes_is_frozen_step_by_step(float64):
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="only TensorFlow has unknown shapes")
 @pytest.mark.parametrize("kind", ["mixed", "opened", "left to autodiff"])
 def test_an_unknown_number_of_probes(float64, caplog, kind):
-    """Along the input and along weights; one of them in a function that AutoGraph converts, and the engine with it."""
+    """Products along the input and along weights. In one case AutoGraph converts the function and the engine."""
     import tensorflow as tf
 
     model = randomize({"mixed": mixed, "opened": opened, "left to autodiff": unopened}[kind]())
@@ -380,7 +380,7 @@ def test_an_unknown_number_of_probes(float64, caplog, kind):
 @pytest.mark.parametrize("num_probes", [1, 3])
 @pytest.mark.parametrize("batch", [None, 2])
 def test_gradients_in_a_graph(float64, batch, num_probes):
-    """Of penalties on products that go along, by kernels of ReLU and pooling, against those of a linearization."""
+    """Gradients of penalties on products that go along, by kernels of ReLU and pooling, against a linearization."""
     import tensorflow as tf
 
     x = keras.Input((6, 3))
@@ -402,7 +402,7 @@ def test_gradients_in_a_graph(float64, batch, num_probes):
 
 
 def recurrences():
-    """Sequences of 3 numbers, with a first state, to what each kind of layer can return; by name."""
+    """Models of recurrent layers, by name. The inputs are a sequence of 3 numbers a step, and a first state."""
     x, state = keras.Input((5, 3)), keras.Input((4,))
     masked = layers.Masking(0.0)(x)
     lstm = layers.LSTM(4, return_sequences=True, return_state=True)
@@ -425,7 +425,7 @@ def recurrences():
 )
 @pytest.mark.parametrize("without", [None, "sequences", "state"])
 def test_recurrent_layers(float64, name, without):
-    """Their tangents go along in the same scan, but for those both ways; eagerly, in a graph, along weights."""
+    """Tangents go along in the same scan, except in bidirectional layers; eagerly, in a graph, and along weights."""
     model = randomize(recurrences()[name])
     sequences = normal(2, 5, 3)
     sequences[1, 3:] = 0  # masked steps
@@ -470,7 +470,7 @@ def test_errors():
 
 
 def test_a_weight_that_no_tangent_can_have():
-    """A seed is one of a model's variables."""
+    """The state of a seed generator is a variable of the model, but it has no tangent."""
     model = keras.Sequential([keras.Input((3,)), layers.Dropout(0.5), layers.Dense(2)])
     (seed,) = (v for v in model.variables if "seed" in v.path)
     with pytest.raises(ValueError, match="seed_generator_state"):

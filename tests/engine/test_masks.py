@@ -15,7 +15,7 @@ BATCH, STEPS, SEED = 4, (5, 3), 2
 
 
 class MaskBy(layers.Layer):
-    """Puts the first input under a mask that is made of the second, and differs from example to example.
+    """Puts the first input under a mask. The mask is made of the second input and differs from example to example.
 
     The masked steps keep their values, so that a layer that does not heed the mask gives itself away.
     """
@@ -29,13 +29,13 @@ class MaskBy(layers.Layer):
 
     def compute_mask(self, inputs, mask=None):
         above = inputs[1] > 0
-        if self.pattern == "holes":  # Of which the first step is none.
+        if self.pattern == "holes":  # The first step is never masked.
             return ops.logical_or(above, ops.arange(above.shape[1]) == 0)
         if self.pattern == "left":
             return ops.cumsum(ops.cast(above, "int32"), axis=1) > 0
         if self.pattern == "right":
             return ops.cumsum(ops.cast(above, "int32"), axis=1) < 2
-        return ops.logical_and(above, above[:, :1])  # "rows", of which some are masked as a whole.
+        return ops.logical_and(above, above[:, :1])  # "rows": some examples are masked as a whole.
 
 
 PATTERNS = ["holes", "left", "right", "rows"]
@@ -54,15 +54,15 @@ def drawn_inputs(model):
 
 
 def check(model, **arguments):
-    """Everything about the products, those of weights and the penalty's gradient too."""
+    """Check all products, also those along weights, and the gradient of the penalty."""
     jvpreg.testing.check_rule(model, [x.shape[1:] for x in model.inputs], batch_size=BATCH, jit=JAX, **arguments)
     check_products(model)
 
 
 def check_products(model, x=None, tolerance=1e-10):
-    """Outputs, their masks, both products, completeness and two examples alone, against the model itself.
+    """Check outputs, their masks, both products, completeness and a part of two examples against the model itself.
 
-    Directions are 0 where `x` is: there `Masking` would see another mask.
+    Directions are 0 where `x` is 0, since a step away from 0 would change the mask of `Masking`.
     """
     model = randomize(model)
     x = drawn_inputs(model) if x is None else x
@@ -165,7 +165,7 @@ def test_recurrent_convolution(float64):
 
 @pytest.mark.parametrize("explicit", [True, False])
 def test_a_first_state_beside_a_mask(float64, explicit):
-    """Keras takes a mask off a single tensor only: beside a state, it must be given."""
+    """Keras reads a mask off a single tensor only, so beside a state the mask must be given as an argument."""
     x, key, state = keras.Input(STEPS), keras.Input(STEPS[:1]), keras.Input((2,))
     mask = {"mask": key > 0} if explicit else {}
     y = layers.GRU(2, return_sequences=True)(MaskBy("left")([x, key]), initial_state=state, **mask)
@@ -196,7 +196,7 @@ def attend(y):
 
 @pytest.mark.parametrize("apply", [lambda y: layers.LSTM(2)(y), lambda y: layers.GlobalAveragePooling1D()(y), attend])
 def test_embedding_with_a_mask(float64, apply):
-    """Words have no tangents; the table has."""
+    """Tokens have no tangents, but the table of the embedding has."""
     words = keras.Input((4,))
     y = apply(layers.Embedding(6, 3, mask_zero=True)(words))
     model = randomize(keras.Model(words, layers.Dense(2)(y)))
@@ -217,7 +217,7 @@ def test_embedding_with_a_mask(float64, apply):
 
     assert_close(products, (shifted(1e-6) - shifted(-1e-6)) / 2e-6, 1e-7)
     table = np.zeros(variables[0].shape)
-    table[0] = 1.0  # The row of what is masked.
+    table[0] = 1.0  # The row of the token that is masked.
     assert norm(lin.jvp(weights=[(variables[0], table)])) == 0
     assert_close(
         lin.take([1]).jvp(weights=[(variables[1], moved[1])]), lin.jvp(weights=[(variables[1], moved[1])])[1:2]
@@ -306,7 +306,7 @@ ATTENTION = {
 
 
 def attention_written_out(query, key, value, bias=None, mask=None, scale=None, is_causal=False, **_):
-    """With a softmax in float64, where the backends' own is in float32, and no tangent where a row is masked."""
+    """Attention with a softmax in float64 (the backends' is in float32). A row that is all masked has no tangent."""
     key, value = (ops.repeat(heads, query.shape[2] // heads.shape[2], axis=2) for heads in (key, value))
     logits = ops.einsum("btnh,bsnh->bnts", query, key) * scale
     mask = True if mask is None else mask
@@ -315,7 +315,7 @@ def attention_written_out(query, key, value, bias=None, mask=None, scale=None, i
     return ops.einsum("bnts,bsnh->btnh", ops.softmax(ops.where(mask, logits, -1e30)), value)
 
 
-# The projections within drop masks, which their outputs need not have.
+# The projections within the layer drop the masks, and Keras warns of it; their outputs need no mask.
 @pytest.mark.filterwarnings("ignore:.*Layer .* does not support masking")
 @pytest.mark.parametrize("kind", ["MultiHeadAttention-causal", "Attention"] if JAX else ATTENTION)
 def test_attention(float64, monkeypatch, kind):
@@ -325,7 +325,7 @@ def test_attention(float64, monkeypatch, kind):
     x = drawn_inputs(model)
     assert_close(jvpreg.linearize(model, x).outputs, model(x), 1e-6)
     monkeypatch.setattr("keras.src.backend.nn.dot_product_attention", attention_written_out)
-    # These take 1e9 off what is masked, and with it its last digits.
+    # These layers subtract 1e9 from masked logits, which rounds off the last digits.
     rounded = kind.startswith(("Attention", "AdditiveAttention"))
     check_products(model, tolerance=1e-7 if rounded else 1e-10)
 
@@ -463,7 +463,7 @@ def test_a_layer_that_is_left_to_autodiff(float64):
     assert_close(lin.vjp(v), transpose(lambda inputs: [model(inputs)], x, [ops.convert_to_tensor(v)]))
 
 
-# From outside, and out again.
+# Masks that come with the inputs, and masks of the outputs.
 
 
 @pytest.mark.filterwarnings("ignore:Layer .* does not support masking")

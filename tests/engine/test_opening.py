@@ -1,4 +1,4 @@
-"""What a layer's own `call` may hold: keyword tensors, control flow, whole and complex numbers, weights alone."""
+"""Layers whose `call` has keyword tensors, control flow, whole or complex numbers, or operations on weights alone."""
 
 import keras
 import numpy as np
@@ -31,7 +31,7 @@ class Call(layers.Layer):
 
 
 def check_call(function, x, weight=True, dtype="float64"):
-    """Values, and products by both passes, against what the layer computes and its finite differences."""
+    """Check outputs and both products against the layer itself and its finite differences."""
     exact, near, step = {"float64": (1e-12, 1e-7, 1e-5), "float32": (1e-6, 2e-3, 1e-2)}[dtype]
     layer = Call(function, dtype=dtype)
     x, u = x.astype(dtype), normal(*x.shape, seed=1).astype(dtype)
@@ -90,7 +90,7 @@ def test_control_flow(kind):
     if kind == "associative_scan" and keras.backend.backend() == "torch":
         pytest.skip("Keras computes it in 32 bits there, too few for finite differences")
     lin = check_call(CONTROL_FLOW[kind], normal(2, 3))
-    # On Torch a loop that begins with numbers runs while it is traced.
+    # On Torch a loop that starts from numbers, and not from tensors, runs while it is traced.
     assert all(reason.startswith("Call: its `call` ") for reason in lin.fallbacks.values())
     assert lin.fallbacks or (kind == "a loop from constants" and keras.backend.backend() == "torch")
 
@@ -134,20 +134,20 @@ COMPLEX = {
 
 @pytest.mark.parametrize("kind", COMPLEX)
 def test_complex_numbers(kind):
-    # Of 64 bits: of 128, a Python number is of 64 for Keras and of 128 for a tensor of TensorFlow's.
+    # In complex64: beside complex128, a Python number is complex64 for Keras and complex128 for a TensorFlow tensor.
     check_call(COMPLEX[kind], 0.5 * normal(2, 3), weight=False, dtype="float32")
 
 
 def test_pairs_as_complex_numbers():
     layer = Call(lambda x, w: ops.view_as_real(ops.view_as_complex(ops.reshape(x, (-1, 3, 2))) * (1 + 2j)))
     x, u = normal(2, 6).astype("float32"), normal(2, 6, seed=1).astype("float32")
-    expected = layer(ops.convert_to_tensor(u))  # It is linear.
+    expected = layer(ops.convert_to_tensor(u))  # The layer is linear, so its product is the layer of u.
     lin = jvpreg.linearize(layer, x)
     assert_close(lin.jvp(u), expected, 1e-5)
     assert_close(lin.outputs, layer(x), 1e-5)
 
 
-# Operations of which something has no tangent: predicates, indices, counts.
+# Operations with a result that has no tangent: predicates, indices, counts.
 WITHOUT_TANGENT = {
     "isnan": lambda x, w: ops.where(ops.isnan(x), 0.0, x * x),
     "isinf": lambda x, w: ops.where(ops.isinf(x), x, x * x),
@@ -168,7 +168,7 @@ def test_what_is_no_real_number_has_no_tangent(kind):
     check_call(WITHOUT_TANGENT[kind], normal(2, 3), weight=False)
 
 
-# An argument that an operation keeps as an attribute, and not as an input. What Keras itself takes there differs.
+# Tensors as arguments that an operation keeps as attributes, and not as inputs. Backends differ in which they take.
 TENSORS_AS_CONSTANTS = {
     "clip": lambda x, w: ops.clip(x, ops.mean(x, axis=1, keepdims=True), 1.0),
     "clip by a weight": lambda x, w: ops.clip(ops.matmul(x, w), w[0, 0], w[0, 0] + 1.0),
@@ -205,7 +205,7 @@ def test_padding_by_a_tensor(kind):
     assert not lin.fallbacks
 
 
-# What has a rule for some of its arguments: why it has none for these.
+# Operations with a rule for some arguments only, and the reason why there is none for these.
 DECLINED = {
     "norm": (lambda x: ops.norm(x, ord=1, axis=-1), "a norm that is not the root of the sum of squares"),
     "normalize": (lambda x: ops.normalize(x, order=3, axis=-1), "a norm of another order than 2"),
@@ -240,7 +240,7 @@ def moved(images):
     return ops.image.affine_transform(images, ops.convert_to_tensor(transform))
 
 
-# On Torch, the first is opened up as any other function.
+# On Torch, the first one is opened up like any other function.
 WITHOUT_FORWARD_MODE = {
     "a gradient of one's own": (squared, (2, 3)),
     "an affine transform": (moved, (2, 4, 4, 1)),
@@ -249,7 +249,7 @@ WITHOUT_FORWARD_MODE = {
 
 @pytest.mark.parametrize("kind", WITHOUT_FORWARD_MODE)
 def test_where_a_backend_has_no_forward_mode(kind):
-    """Both products, against differences."""
+    """Both products are still right, against finite differences."""
     function, shape = WITHOUT_FORWARD_MODE[kind]
     x, u = normal(*shape).astype("float32"), normal(*shape, seed=1).astype("float32")
     layer = Call(lambda x, w: function(x))
@@ -288,7 +288,7 @@ class Scaled(layers.Layer):
         return self.scale * x
 
 
-# What Keras fills in, or does, in the function and not in the operation that a trace leaves.
+# Functions in which Keras fills in arguments, or computes, before the operation: a trace sees only the operation.
 FILLED_IN = {
     "conv_transpose": lambda x, w: ops.conv_transpose(x[:, :, None], w[:, :2, None], strides=2),
     "conv_transpose, same": lambda x, w: ops.conv_transpose(x[:, :, None], w[:, :2, None], strides=2, padding="same"),
@@ -306,7 +306,7 @@ def test_arguments_that_keras_fills_in(kind):
 
 
 class Keywords(layers.Layer):
-    """Its keyword tensors stand in no order of the alphabet, one among them in a dict."""
+    """Its keyword tensors are not in alphabetical order, and one of them is in a dict."""
 
     def call(self, scale=None, base=None, others=None):
         return ops.tanh(scale) * 2.0 + base * others["z"] - ops.sin(others["a"])
@@ -342,9 +342,9 @@ class Attending(layers.Layer):
 
 @pytest.mark.usefixtures("float64")
 def test_attention_by_keywords():
-    """Its outputs are those of Keras, with the scale that TensorFlow rounds to 32 bits.
+    """The outputs are those of Keras, also with the scale, which TensorFlow rounds to 32 bits.
 
-    On JAX Keras takes the softmax in 32 bits, and the rule does not: there it is the more exact one.
+    On JAX Keras takes the softmax in 32 bits. The rule does not, so there the rule is the more exact one.
     """
     x, u = normal(2, 5, 8), normal(2, 5, 8, seed=1)
     model = keras.Sequential([keras.Input((5, 8)), Attending()])
@@ -383,7 +383,7 @@ def test_augmentation_is_left_to_autodiff_without_a_word(recwarn):
     lin = jvpreg.linearize(model, images, training=True)
     assert not [warning for warning in recwarn if "autodiff" in str(warning.message)]
     assert list(lin.fallbacks) == ["random_flip"]
-    # It moves pixels about: linear, so the same as what it makes of the images.
+    # The layer only moves pixels, so it is linear: its product is the layer of the tangent.
     flipped = lin.block("random_flip")
     assert_close(flipped.jvp(images), flipped.outputs, 1e-6)
     assert jvpreg.linearize(model, images).fallbacks == {}

@@ -1,4 +1,4 @@
-"""The slope of a batch normalization in the kernel before it: where it is put there, and that nothing changes."""
+"""The slope of a batch normalization is multiplied into the kernel before it: when, and that no product changes."""
 
 import keras
 import pytest
@@ -20,7 +20,7 @@ CONVOLUTIONS = {
 
 @pytest.fixture
 def scaled(monkeypatch) -> list[bool]:
-    """Whether each normalization that could be was put into a kernel."""
+    """For each normalization behind a kernel, whether its slope was multiplied into that kernel."""
     put = []
     original = frozen_graph.with_scaled_kernel
 
@@ -52,11 +52,11 @@ def test_products_and_the_gradients_of_penalties(kind, scaled):
 
 
 def test_statistics_of_the_batch(float64, scaled):
-    """Frozen ones; those that move along with the batch are no slope."""
+    """Frozen statistics make a slope. Coupled ones depend on the batch, so they make none."""
     model = normalized(layers.Conv1D(3, 1), (6, 2))
     x, u = normal(4, 6, 2), normal(2, 4, 6, 2, seed=1)
     lin = jvpreg.linearize(model, x, training=True)
-    first = lin.after("conv1d").jvp(lin.block("conv1d").jvp(u))  # in two parts: nothing can be put anywhere
+    first = lin.after("conv1d").jvp(lin.block("conv1d").jvp(u))  # in two parts: no slope can be multiplied in
     assert not scaled
     assert_close(lin.jvp(u), first)
     assert scaled == [True]
@@ -91,7 +91,7 @@ def test_only_where_nothing_else_sees_what_is_between_the_two(float64, scaled):
     ],
 )
 def test_only_where_it_pays_and_is_the_same(shape, policy, axis, pays, scaled):
-    """Not for kernels that outnumber the tangents, nor in two precisions, nor along another axis."""
+    """It is not done if the kernel outnumbers the tangents, if there are two precisions, or along another axis."""
     convolution = layers.Conv1D(3, 1, dtype=policy)
     model = normalized(convolution, shape, axis=axis, dtype=policy)
     x, u = normal(2, *shape).astype("float32"), normal(2, *shape, seed=1).astype("float32")

@@ -1,4 +1,4 @@
-"""The walk over a graph: architectures of every shape, random ones, structures, and what is refused."""
+"""The walk over a graph: architectures of many kinds, random graphs, nested inputs and outputs, and refused models."""
 
 import itertools
 
@@ -21,7 +21,7 @@ numpy = ops.convert_to_numpy
 
 @pytest.mark.parametrize("case", ARCHITECTURES, ids=lambda case: case.id)
 def test_architecture(float64, case):
-    """On JAX compiled: operation by operation, the rows of single layers are run."""
+    """On JAX whole models are compiled; operation by operation, only single layers are run there."""
     jvpreg.testing.check_rule(case.make(), case.input_shape, jit=JAX, **case.arguments)
 
 
@@ -32,7 +32,7 @@ def test_architecture_compiled(float64):
 
 
 def with_frozen_statistics(model, x):
-    """`model` as a function, its batch statistics those of the batch `x`, whatever it is given."""
+    """`model` as a function whose batch statistics are always those of the batch `x`, whatever its input."""
     statistics = {}
 
     def run(inputs):
@@ -126,7 +126,7 @@ def random_architecture(seed):
     return randomize(keras.Model(x, layers.Dense(3)(y)), seed)
 
 
-# JAX compiles for seconds where the others start at once.
+# Fewer on JAX, which compiles for seconds where the other backends start at once.
 SEEDS = range(10 if JAX else 20)
 
 
@@ -252,7 +252,7 @@ class Subclassed(keras.Model):
 
 
 class OverridesCall(keras.Model):
-    """Functional by its constructor, and yet not what its graph says."""
+    """A functional model by its constructor, but its `call` does something else than its graph."""
 
     def call(self, inputs, training=None, mask=None):
         return 2.0 * super().call(inputs, training=training)
@@ -291,7 +291,7 @@ class Backbone(keras.Model):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("modes", [{"norm": False}, {"drop": True}, {"drop": False, "norm": True}, {}])
 def test_a_call_may_give_layers_a_mode_of_their_own(float64, modes, training):
-    """As Keras does: the outputs, and what is left of the moving averages, are those of a plain call."""
+    """Outputs and moving averages are those of a plain call of Keras'."""
     x = ops.convert_to_tensor(normal(6, 4))
     ours, theirs = (Backbone(**modes) for _ in range(2))
     for model in (ours, theirs):
@@ -303,7 +303,7 @@ def test_a_call_may_give_layers_a_mode_of_their_own(float64, modes, training):
 
 
 def test_a_token_at_the_head_of_each_sequence(float64):
-    """A weight that is spread over the examples: with a penalty on a part of batches of unknown size, and cut."""
+    """A weight is repeated for each example; examples are cut out, also from a batch of unknown size."""
 
     class Headed(layers.Layer):
         def build(self, shape):
@@ -378,7 +378,7 @@ def test_a_layer_without_a_rule_is_opened_up(float64):
 
 
 class Opaque(layers.Layer):
-    """Its `call` needs values: nothing but autodiff can linearize it."""
+    """Its `call` needs values and not symbolic tensors, so only autodiff can linearize it."""
 
     def build(self, shape):
         self.scale = self.add_weight(shape=(shape[-1],), initializer="ones")
@@ -412,7 +412,7 @@ def test_autodiff_is_announced_once_or_forbidden():
     # The primal ran once, and tangents leave the layer's state alone.
     lin.jvp(x)
     assert float(model.layers[-1].calls) == 1
-    jvpreg.linearize(model, x)  # says nothing any more
+    jvpreg.linearize(model, x)  # the second time there is no message
     jvpreg.linearize(keras.models.clone_model(model), x, fallback="ignore")
     with pytest.raises(
         NotImplementedError, match=r"`opaque` \(.*Opaque\) has no pushforward rule \(its `call` does.*register_rule"
@@ -439,7 +439,7 @@ def test_a_quantized_layer():
 
 
 def test_a_batch_of_unknown_size_through_a_layer_that_reshapes():
-    """In `fit` on TensorFlow, group normalization reads off a batch that is not known."""
+    """In `fit` on TensorFlow the batch size is unknown when group normalization reads the shape."""
     model = keras.Sequential([keras.Input((4, 4)), layers.GroupNormalization(2), layers.Flatten(), layers.Dense(2)])
     model = jvpreg.JacobianModel(model)
     model.compile(loss="mse", jacobian_regularizers=[jvpreg.regularizers.JacobianNorm(0.1)])

@@ -27,7 +27,7 @@ def test_no_float_rounds_them(dtype, floatx):
     keras.config.set_floatx(floatx)
     try:
         model = remainders(dtype)
-        # Beyond what halves hold exactly, and in 32 bits what floats do.
+        # Larger than float16 holds exactly; integers of 32 bits also larger than float32 does.
         largest = {"bool": 1, "int8": 127, "int16": 2**12 + 1, "uint16": 2**12 + 1}.get(dtype, 2**24 + 1)
         x = np.array([[largest, 0], [largest - 1, 1]]).astype(dtype)
         expected = numpy(model(x))
@@ -110,7 +110,7 @@ def test_what_an_embedding_returns_has_one():
 
 
 class Hears(jvpreg.regularizers.JacobianRegularizer):
-    """Keeps the inputs at which it looks."""
+    """Records the inputs that its penalty sees."""
 
     def __init__(self, at):
         super().__init__(1.0)
@@ -136,7 +136,7 @@ def test_points_between_have_the_codes_of_an_example(fraction):
     assert len(heard["tokens"]) == 4 * fraction
     places = [x["tokens"].tolist().index(codes) for codes in heard["tokens"].tolist()]
     moved = heard["numbers"] - x["numbers"][places]
-    # By a part of the way to another example of the batch.
+    # Each point lies a part of the way to another example of the batch.
     ways = [np.roll(places, 1), np.roll(places, -1)]
     parts = [moved / (x["numbers"][way] - x["numbers"][places]) for way in ways]
     assert min(np.max(np.ptp(part, axis=1)) for part in parts) < 1e-3

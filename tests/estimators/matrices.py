@@ -1,4 +1,4 @@
-"""Matrices with a spectrum of one's choice, the operators that they are, and estimates of them as numbers."""
+"""Matrices with a given spectrum, operators made of them, and estimates as NumPy arrays."""
 
 import keras
 import numpy as np
@@ -18,7 +18,7 @@ def with_singular_values(values, rows, columns, seed=0):
 
 
 def with_eigenvalues(values, size, seed=0):
-    """A real normal matrix. Of a conjugate pair, give one; what is missing is zero."""
+    """A real normal matrix. Give one value of each conjugate pair; the remaining eigenvalues are zero."""
     matrix, i = np.zeros((size, size)), 0
     for value in values:
         if np.iscomplex(value):
@@ -32,7 +32,7 @@ def with_eigenvalues(values, size, seed=0):
 
 
 def operator(matrices, batch_size=None, transposed=True, **kwargs):
-    """Of one matrix an example `(B, m, n)`, or of the same one for all."""
+    """The operator of one matrix for each example `(B, m, n)`, or of one `(m, n)` for all examples."""
     matrices = ops.convert_to_tensor(matrices)
     dtype = keras.backend.standardize_dtype(matrices.dtype)
     if len(matrices.shape) == 2:
@@ -46,7 +46,7 @@ def operator(matrices, batch_size=None, transposed=True, **kwargs):
 
 
 def estimated(estimator, matrices, *args, batch_size=None, **kwargs):
-    """What an estimator says of matrices, as numbers. On JAX it runs compiled: one by one, operations take minutes."""
+    """An estimate of matrices as NumPy arrays. On JAX it is compiled, since operations one by one take minutes."""
 
     def run(matrices):
         return tuple(estimator(operator(matrices, batch_size), *args, **kwargs))
@@ -66,7 +66,7 @@ def numbers(structure):
 
 
 def assert_mean(samples, expected, sems=None, between=(0.9, 1.1)):
-    """That samples have the mean, and that their reported standard errors are as large as they spread."""
+    """Check that samples have the expected mean, and that reported standard errors are as large as their spread."""
     spread = samples.std(ddof=1)
     assert abs(samples.mean() - expected) < 5 * spread / np.sqrt(len(samples))
     assert spread > 1e-6 * abs(expected)

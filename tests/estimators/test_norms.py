@@ -37,7 +37,7 @@ def test_of_any_size_in_float32(num_probes, scale):
 
 
 def variance(kind, matrix):
-    """Of one probe's ‖J u‖²: MATHEMATICS.md, and Hutchinson's for signs."""
+    """The variance of ‖J u‖² for one probe, from MATHEMATICS.md; for signs it is Hutchinson's formula."""
     gram, size = matrix.T @ matrix, matrix.shape[1]
     squared, norm = np.sum(gram**2), np.trace(gram)
     return {
@@ -78,7 +78,7 @@ def test_orthogonal_probes_vary_less_than_they_say():
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("probes", ["every sign", "basis"])
 def test_over_all_probes_it_is_the_norm(monkeypatch, probes):
-    """Enumerated instead of drawn, they are the whole distribution, and the mean of it is exact."""
+    """If all probes are enumerated instead of drawn, their mean is exact."""
     matrix = normal(7, 5)
     every = np.array(np.meshgrid(*[[-1.0, 1.0]] * 5)).reshape(5, -1).T if probes == "every sign" else 5**0.5 * np.eye(5)
     monkeypatch.setattr(Operator, "draw", lambda *_: ops.convert_to_tensor(every[:, None]))

@@ -17,7 +17,7 @@ from jvpreg.testing import compiled
 
 BACKEND = keras.backend.backend()
 SIZE = 20
-# Each by itself, with options so small that a network of 20 inputs is not materialized; and materialized.
+# Each estimator has options so small that a network of 20 inputs is not materialized; some also have a row that is.
 ESTIMATORS = {
     "frobenius_norm": partial(estimators.frobenius_norm, num_probes=4),
     "exact frobenius_norm": partial(estimators.frobenius_norm, num_probes=SIZE),
@@ -39,7 +39,7 @@ ESTIMATORS = {
     "spectral_density": partial(estimators.spectral_density, num_points=8, num_probes=2, num_iterations=4),
 }
 every_estimator = pytest.mark.parametrize("name", ESTIMATORS)
-# Compiling takes seconds each: these hold all there is of loops and decompositions.
+# Compiling takes seconds for each, so not all are compiled. These use every kind of loop and decomposition.
 COMPILED = [
     "top_singular_values",
     "xtrace",
@@ -50,7 +50,7 @@ COMPILED = [
 
 
 def test_every_estimator_has_a_row():
-    """All but those that take a linearization and no operator."""
+    """Except estimators that take only a linearization, and no operator."""
     given = {name: getattr(estimators, name) for name in estimators.__all__ if name.islower()}
     kinds = {name: typing.get_type_hints(estimator)["linearization"] for name, estimator in given.items()}
     known = [getattr(row, "func", row) for row in ESTIMATORS.values()]
@@ -134,17 +134,17 @@ def test_compiled_it_is_the_same_and_compiled_once(name):
     run = compiled(estimate)
     received = [values(run(x)) for x in points]
     assert len(traced) == 1
-    # In float32 an iteration may take a step more or less, and what it counts differs; its value does not.
+    # In float32 an iteration may take a step more or less. Then its counts differ, but its value does not.
     for given, x in zip(received, points, strict=True):
         np.testing.assert_allclose(given[0], values(estimate(x))[0], rtol=2e-3, atol=1e-4)
         if BACKEND == "jax":
-            break  # One after the other, operations take long.
+            break  # Eager operations take long on JAX, so one point is enough.
     assert np.abs(received[0][0] - received[1][0]).max() > 1e-4
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="others have no unknown sizes")
 def test_a_batch_of_unknown_size_in_one_graph():
-    """Of all estimators at once, since one graph takes as long as many."""
+    """One graph holds all estimators, and two batch sizes run through it."""
     import tensorflow as tf
 
     model, traced = randomize(network()), []

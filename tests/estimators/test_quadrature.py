@@ -91,7 +91,7 @@ def test_the_effective_rank_over_seeds():
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("estimator", [log_determinant, inverse_frobenius_norm, effective_rank])
 def test_from_every_direction_of_a_basis_nothing_is_left_to_chance(monkeypatch, estimator):
-    """The canonical basis instead of random vectors, and steps enough: the sum over the spectrum itself."""
+    """With the canonical basis instead of random vectors, and enough steps, the estimate is the exact sum."""
     matrix = MATRICES["well conditioned"]
     basis = np.sqrt(SIZE) * np.eye(SIZE)[:, None]
     draw = Operator.draw
@@ -116,7 +116,7 @@ def test_a_jacobian_that_is_not_symmetric_does_not_converge():
 
 @pytest.mark.usefixtures("float64")
 def test_the_residual_says_where_more_steps_are_needed():
-    """The inverse of what is nearly singular: 12 orders of magnitude within 8 steps."""
+    """The inverse of a nearly singular matrix: 8 steps are too few for a spectrum of 12 orders of magnitude."""
     matrices = np.stack([with_singular_values(np.geomspace(1e-6, 1, SIZE), SIZE, SIZE), MATRICES["well conditioned"]])
     found = estimated(inverse_frobenius_norm, matrices, **SMALL)
     assert not found.converged[0]
@@ -175,7 +175,7 @@ def test_the_standard_error_of_the_density():
     matrix = MATRICES["random"]
     exact = density_of(matrix, num_points=12, width=0.1)
     many = numbers(spectral_density(operator(matrix, 400), num_points=12, width=0.1, **SMALL))
-    # The points of an example reach as far as its largest value found: compare with that.
+    # The points of each example end at the largest value that was found for it, so compare that end.
     np.testing.assert_allclose(many[0][:, -1], exact.points[0, -1], rtol=0.05)
     spread = many[1].std(axis=0)
     middle = slice(2, 9)

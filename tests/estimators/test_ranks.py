@@ -50,7 +50,7 @@ def test_of_a_zero_jacobian_and_of_a_low_rank_without_its_matrix(estimator):
     assert np.isfinite(found.sem).all()
     assert np.isfinite(found.residual).all()
     assert found.value[0] == found.sem[0] == 0
-    # One random direction after the other, of one value: the spread is that of the norm.
+    # The matrix has one value only, so the estimate spreads as that of the norm does.
     assert abs(found.value[1] - 1) < 5 * found.sem[1]
 
 

@@ -46,7 +46,7 @@ EIGEN = {
 
 
 def check_singular(matrices, estimate, names, rounding, tolerance):
-    """Everything that is promised of each example; tolerances are relative to σ₁."""
+    """Check every promise for each example; tolerances are relative to σ₁."""
     k = estimate.value.shape[1]
     left, right = (vectors.transpose(1, 0, 2) for vectors in estimate.vectors)
     assert estimate.value.shape == estimate.sem.shape == estimate.residual.shape == estimate.converged.shape
@@ -62,7 +62,7 @@ def check_singular(matrices, estimate, names, rounding, tolerance):
         assert np.all(np.abs(value - exact[:k])[converged] <= tolerance * scale), f"{name}: wrong"
         for rows in (left[b], right[b]):
             np.testing.assert_allclose(rows @ rows.T, np.eye(k), atol=100 * rounding, err_msg=name)
-        # A v = σ u and Aᵀ u = σ v: one of them to rounding, and the other to ρ / σ, where the residual may be √ρ.
+        # Of A v = σ u and Aᵀ u = σ v one holds to rounding, and the other to ρ / σ; the residual may be √ρ.
         residual = np.maximum(residual, residual**2 / np.maximum(value, 1e-30))
         off = np.linalg.norm(right[b] @ matrices[b].T - value[:, None] * left[b], axis=1)
         assert np.all(off <= residual + 10 * rounding * scale), name
@@ -92,7 +92,7 @@ def test_singular_values_of_all_kinds_in_one_batch(num_iterations, shape):
 
 @pytest.mark.usefixtures("float64")
 def test_vectors_of_repeated_values_belong_together():
-    """Those of an SVD may not, by 1e-8 on TensorFlow; rounding decides of which matrices, so here are many."""
+    """TensorFlow's SVD may pair them wrongly by 1e-8. Rounding decides for which matrices, so here are many."""
     values = [3, 3, 3, *np.linspace(0.1, 1, 20)]
     matrices = np.stack([with_singular_values(values, ROWS, COLUMNS, seed=2 * seed) for seed in range(300)])
     found = estimated(top_singular_values, matrices, k=4, tolerance=1e-7, num_iterations=20)
@@ -184,7 +184,7 @@ def check_eigenvalues(matrices, estimate, names, rounding, tolerance, wrong=()):
         if name in wrong:
             continue
         assert estimate.converged[b].all(), name
-        # By size first: which of several of one size comes first is arbitrary. Each of them is one, too.
+        # Compare sizes, since the order of values of one size is arbitrary. Each value must also be an eigenvalue.
         sizes = np.abs(largest(exact, k))
         np.testing.assert_allclose(np.abs(value), sizes, atol=tolerance * scale, err_msg=name)
         distance = np.abs(value[:, None] - exact).min(axis=1)
@@ -208,7 +208,7 @@ def test_eigenvalues_in_float32(num_iterations):
     matrices = np.stack(list(cases.values())).astype("float32")
     found = estimated(top_eigenvalues, matrices, k=2, num_iterations=num_iterations, max_restarts=20)
     assert found.value.dtype == "complex64"
-    # Far from normal, an eigenvalue moves by many times the residual.
+    # If a matrix is far from normal, an eigenvalue may be off by many times the residual.
     check_eigenvalues(matrices, found, cases, rounding=1e-6, tolerance=2e-3, wrong=("far from normal",))
     for name, scale in (("1e20", 1e20), ("1e-20", 1e-20)):
         value = found.value[list(cases).index(name)]
@@ -218,7 +218,7 @@ def test_eigenvalues_in_float32(num_iterations):
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("num_iterations", [5, 20], ids=["iterated", "materialized"])
 def test_defective_matrices(num_iterations):
-    """Their eigenvalues move by the root of a perturbation, that of a block of 36 is lost: but the residual is true."""
+    """Rounding moves their eigenvalues by its n-th root: a block of 36 loses all digits, but the residual is right."""
     matrices = np.stack([JORDAN, np.eye(36, k=1), SMALL_JORDAN])
     found = estimated(top_eigenvalues, matrices, k=2, tolerance=1e-9, num_iterations=num_iterations)
     names = ("jordan", "nilpotent", "small jordan")

@@ -50,7 +50,7 @@ def test_over_all_signs_hutchinson_is_the_trace(monkeypatch):
 
 
 def test_on_a_spectrum_that_decays_the_better_methods_are_better():
-    """At as many products: by the root mean square of 200 errors, which moves by 5%."""
+    """All methods have the same number of products. The root mean square of 200 errors varies by 5%."""
     matrix = with_eigenvalues(0.6 ** np.arange(60), 60).astype("float32")
     error = {}
     for method in METHODS:
@@ -75,7 +75,7 @@ def test_exact_with_as_many_products_as_dimensions(num_matvecs, method):
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("method", ["hutch++", "xtrace"])
 def test_exact_where_the_rank_is_used_up(method):
-    """Fewer directions than vectors: R is singular. The identity is exact for XTrace, which knows |ω|."""
+    """If the rank is lower than the number of vectors, R is singular. XTrace knows |ω|, so the identity is exact."""
     matrices = np.stack(
         [np.zeros((20, 20)), np.outer(normal(20), normal(20, seed=1)), np.diag([1.0, 2.0] + [0.0] * 18)]
         + ([np.eye(20)] if method == "xtrace" else [])

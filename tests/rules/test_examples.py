@@ -76,7 +76,7 @@ APART = {
     "scanned": lambda: Call(scanned),
     "multiplied": lambda: Call(multiplied),
 }
-# What can be cut by examples too: where nothing is frozen while the first axis is another one.
+# Models from which examples can be cut: nothing is frozen in them while the first axis is not the batch.
 CUT = ["TimeDistributed", "TimeDistributed-convolution", "TimeDistributed-nested", "scanned"]
 
 
@@ -119,7 +119,7 @@ def test_examples_that_are_apart_in_the_end(name):
     np.testing.assert_allclose(np.einsum("bktd,btd->bk", jacobian, u), differences, rtol=1e-6, atol=1e-7)
     full = jvpreg.full_jacobian(lin, None)
     assert numpy(full.completeness_error()).max() < 1e-12
-    # What an example's nodes contribute does not depend on the batch that it comes in.
+    # The contributions of the nodes to an example do not depend on the other examples of its batch.
     one = jvpreg.full_jacobian(model, x[3:4])
     assert one.bias_jacobians.keys() == full.bias_jacobians.keys()
     for node, contribution in full.bias_jacobians.items():
@@ -165,7 +165,7 @@ class Function(layers.Layer):
 
 
 def of_the_batch(function):
-    """A layer that multiplies `x` by what `function` makes of it without a tangent, out of the whole batch."""
+    """A layer that multiplies `x` by `function(x)`, which depends on the whole batch and has no tangent."""
     return Function(lambda x: x * function(ops.stop_gradient(x)) + ops.tanh(x))
 
 
@@ -174,7 +174,7 @@ def frozen_gram(x):
     return ops.reshape(ops.reshape(x, (-1, 20)) @ (ops.transpose(frozen) @ frozen), (-1, 5, 4))
 
 
-# What no tangent reaches may be the same for all examples, or not: only what is theirs is cut.
+# Values without a tangent may be common to all examples, or belong to each: only the latter are cut.
 WHOLE = {
     "mean": lambda: of_the_batch(lambda x: ops.mean(x, axis=0)),
     "largest": lambda: of_the_batch(lambda x: ops.max(x)),
@@ -193,7 +193,7 @@ WHOLE = {
         lambda x: ops.pad(x, [(0, 0), (0, 0), (1, 2)], constant_values=ops.max(ops.stop_gradient(x)))
     ),
 }
-# Where it cannot be told, as it could be were it made before the layer, nothing is cut.
+# It cannot be told whether these values belong to examples, so nothing is cut.
 UNTOLD = {
     "sorted": lambda: of_the_batch(lambda x: ops.sort(x, axis=0)),
     "repeated": lambda: of_the_batch(lambda x: ops.broadcast_to(ops.mean(x, axis=0), (5, 5, 4))),
@@ -253,7 +253,7 @@ def test_an_operation_without_a_rule_that_works_example_by_example(function, sha
 
 
 def test_taps_of_a_part_of_the_batch():
-    """More examples than there were, and where the first axis is another one."""
+    """A part may have more examples than the batch, and the first axis of a node may not be the batch."""
     model, x = made(APART["TimeDistributed"]())
     lin = jvpreg.linearize(model, x)
     indices = [0, 1, 2, 3, 4, 0, 1]
@@ -266,7 +266,7 @@ def test_taps_of_a_part_of_the_batch():
 
 
 def test_penalties_see_each_example():
-    """Of contributions within `TimeDistributed`, and of a random part of the batch."""
+    """Penalties on contributions within `TimeDistributed`, and on a random part of the batch."""
     model, x = made(Call(by_steps))
     penalty = jvpreg.regularizers.BiasJacobianNorm(1.0, target="predicted")
     lin = jvpreg.linearize(model, x)

@@ -41,7 +41,7 @@ def test_registering_twice():
         jvpreg.register_rule(Halve)(halve)
     with pytest.raises(ValueError, match=r"Received: Dense, which has the rule `dense`"):
         jvpreg.register_rule(HalveMore, layers.Dense)(halve)
-    # All or none.
+    # If one operation is refused, none is registered.
     assert registry.find_rule(HalveMore()) is None
 
 

@@ -89,7 +89,7 @@ def test_rules_compute_in_the_precision_of_their_layers():
 
 @pytest.mark.skipif(keras.backend.backend() == "jax", reason="a minute of compilation: rules are found alike on all")
 def test_no_row_is_left_to_autodiff(float64):
-    """And every trainable weight can be perturbed."""
+    """No case needs autodiff, and tangents reach every trainable weight."""
     for case in LAYERS:
         layer = case.make()
         if case.float32_on_tensorflow or case.channels_first:
@@ -108,7 +108,7 @@ def test_no_row_is_left_to_autodiff(float64):
 
 @pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.id)
 def test_rule(case):
-    """On JAX only the first row of each rule is run operation by operation: each of them is compiled by itself."""
+    """On JAX only the first row of each rule is run op by op, since JAX compiles every operation by itself."""
     skip_if_unavailable(case)
     jit = keras.backend.backend() == "jax" and case.compiled and case not in first_rows()
     jvpreg.testing.check_rule(case.make(), case.input_shape, jit=jit, **case.arguments)
@@ -131,7 +131,7 @@ def test_threshold_activation():
 
 
 def test_frozen_batch_statistics_are_constant_to_the_tangent_but_not_to_the_weights():
-    """The Jacobian is that with constant statistics; the penalty's gradient is checked by differences all the same."""
+    """The Jacobian is that of constant statistics; the gradient of the penalty is that of finite differences."""
 
     def reference(x):
         mean, variance = ops.stop_gradient(MEAN), ops.stop_gradient(VARIANCE)
@@ -147,7 +147,7 @@ def test_frozen_batch_statistics_are_constant_to_the_tangent_but_not_to_the_weig
 
 
 def _attention_written_out(layer, query, value, causal=False):
-    """With a softmax in float64, where Keras' own is in float32."""
+    """Attention with a softmax in float64; Keras' own is in float32."""
     q, k, v = layer._query_dense(query), layer._key_dense(value), layer._value_dense(value)
     k, v = (ops.repeat(heads, q.shape[2] // heads.shape[2], axis=2) for heads in (k, v))
     logits = ops.einsum("btnh,bsnh->bnts", q, k) / math.sqrt(q.shape[-1])
@@ -178,7 +178,7 @@ def test_attention(float64, make, arguments):
 
 
 def test_attention_with_a_mask_is_exact_in_its_products(float64):
-    """Beyond Keras' float32 softmax, which bounds the comparison above: against differences of the engine's primal."""
+    """Products against differences of the engine's primal. Keras' softmax in float32 limits the comparison above."""
     layer = layers.MultiHeadAttention(2, 3)
     x, mask = keras.Input((4, 5)), keras.Input((4, 4), dtype="bool")
     model = keras.Model([x, mask], layer(x, x, attention_mask=mask))
@@ -222,7 +222,7 @@ def test_operations_without_a_tangent(float64):
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "nearest"])
 def test_resizing_in_float32(interpolation):
-    """Linear, and in float32 on TensorFlow: against the layer itself."""
+    """Resizing is linear, so its product is the layer of the tangent. TensorFlow has it in float32 only."""
     layer = layers.Resizing(3, 5, interpolation=interpolation)
     x, u = (normal(2, 6, 7, 3, seed=seed).astype("float32") for seed in (0, 1))
     layer(x)
@@ -243,7 +243,7 @@ def test_relu_has_no_slope_at_zero():
 
 
 def _exact_gelu(x):
-    # TensorFlow's root is that of float32, and so is that of its rule.
+    # TensorFlow rounds the root to float32, and its rule takes the same root.
     root = float(np.float32(math.sqrt(1 / 2))) if keras.backend.backend() == "tensorflow" else math.sqrt(1 / 2)
     return 0.5 * x * (1 + ops.erf(x * root))
 
@@ -265,7 +265,7 @@ def _exact_hard_sigmoid(x):
     ],
 )
 def test_activations_whose_constants_a_backend_rounds(function, arguments, exact):
-    """Autodiff itself may be off by up to 3e-8 where TensorFlow or Torch hold a constant in float32: written out."""
+    """Against formulas: TensorFlow and Torch hold some constants in float32, so autodiff is off by up to 3e-8."""
 
     class Layer(layers.Layer):
         def call(self, x):
@@ -280,7 +280,7 @@ def test_activations_whose_constants_a_backend_rounds(function, arguments, exact
 
 @pytest.mark.parametrize("pooling", ["max", "average"])
 def test_pooling_of_volumes_in_float32(pooling):
-    """Small integers, so that float32 is exact: against windows written out in NumPy."""
+    """Against windows written out in NumPy, on small integers, for which float32 is exact."""
     layer = (layers.MaxPooling3D if pooling == "max" else layers.AveragePooling3D)(2)
     random = np.random.default_rng(0)
     x = random.permutation(4 * 4 * 4 * 4 * 2).reshape(2, 4, 4, 4, 4).astype("float32")

@@ -48,7 +48,7 @@ def test_which_cells_are_split(kind):
 @pytest.mark.skipif(JAX, reason="no cell is split there")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_parts_are_the_whole_cell(float64, monkeypatch, kind):
-    """Products along the input and along every weight, of a frozen model and along with it."""
+    """Products along the input and along every weight, of a frozen model and of tangents that go along with `x`."""
     x = keras.Input((5, 3))
     model = randomize(keras.Model(x, built(KINDS[kind])(x)))
     x, u = normal(2, 5, 3), normal(3, 2, 5, 3, seed=1)
@@ -71,7 +71,7 @@ def test_the_parts_are_the_whole_cell(float64, monkeypatch, kind):
 
 @pytest.mark.skipif(JAX, reason="no cell is split there")
 def test_what_a_split_cell_freezes():
-    """Seven numbers for each unit of an LSTM in a step, its last output among them."""
+    """An LSTM freezes seven numbers for each unit and step: three tensors of its width, and one of four times that."""
     model = keras.Sequential([keras.Input((5, 3)), layers.LSTM(4)])
     x = keras.ops.convert_to_tensor(normal(2, 5, 3).astype("float32"))
     (node,) = jvpreg.linearize(model, x).nodes

@@ -87,10 +87,10 @@ FINITE = {
     "squareplus without b": (lambda t: ops.squareplus(t, 0), [0, 1, -1], [0, 1, 0]),
     "maximum over padding": (lambda t: total(ops.max)(padded(t)), [1, 2], [[0, 1]]),
 }
-if keras.backend.backend() != "torch":  # whose own gelu has NaN there, and whose step no derivative
+if keras.backend.backend() != "torch":  # Torch's own gelu has NaN there, and its heaviside has no derivative
     FINITE["heaviside"] = (lambda t: ops.heaviside(ops.stop_gradient(t), t + 0.5), [0, 2, -1], [1, 0, 0])
     FINITE["gelu"] = (lambda t: ops.gelu(t, approximate=True), [1e200, -1e200, 0], [1, 0, 0.5])
-# Where backends share the slope out otherwise.
+# Ties for which the backends' own autodiff divides the slope otherwise.
 TIES = {"maximum of equals", "abs"}
 # Name: the function, the end, and the sign of its slope there.
 INFINITE = {
@@ -140,7 +140,7 @@ def test_a_slope_is_finite_wherever_it_can_be(name):
 
 @pytest.mark.parametrize("name", INFINITE)
 def test_at_an_end_a_tangent_of_zero_stays_zero(name):
-    """In place of an infinite slope there is a very large number, which no product makes NaN."""
+    """The slope there is a very large number instead of infinity, so that 0 times it is 0 and not NaN."""
     function, end, sign = INFINITE[name]
     lin, _ = linearized(function, [end])
     for product in (lin.jvp, lin.vjp):
@@ -157,7 +157,7 @@ def test_a_penalty_trains_at_these_points():
     norms = [total(ops.std)(t), layers.Lambda(total(ops.norm))(t), ops.arctan2(t, 0 * t)]
     powers = [t**exponent for exponent in (0.0, 1, 1.5, 2.0)] + [exponents(0, 1)(t)]
     model = jvpreg.JacobianModel(keras.Model(x, layers.Concatenate()([*roots, *norms, *powers])))
-    # A loss of the outputs would have NaN from the roots by itself.
+    # The loss is zero, since the gradient of a loss of the outputs would be NaN at the roots.
     model.compile(
         "sgd", lambda y, z: ops.zeros_like(z[:, :1]), jacobian_regularizers=[jvpreg.regularizers.JacobianNorm(1.0)]
     )
@@ -168,7 +168,7 @@ def test_a_penalty_trains_at_these_points():
     assert np.all(kernel != 1)
 
 
-# Name: the function, the numbers, their dtype, and the slopes there: their squares are too large or too small for it.
+# Name: the function, the numbers, their dtype, the slopes. The squares of the numbers are out of the dtype's range.
 OUT_OF_SQUARES = {
     "norm, large": (total(ops.norm), [300, 300, 300, 300], "float16", [0.5, 0.5, 0.5, 0.5]),
     "std, small": (total(ops.std), [1e-4, 3e-4], "float16", [-0.5, 0.5]),
