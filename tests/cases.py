@@ -65,7 +65,7 @@ def _activation(function):
 
 
 def _call(operation, make, shapes, name=None, **arguments):
-    """A row for what is called with several tensors, or is no layer: within a functional model of its own."""
+    """A row for a function of several tensors, or for one that is no layer: it gets a functional model of its own."""
 
     def model():
         with jvpreg.testing.float64():
@@ -80,7 +80,7 @@ def _dense(units):
     return layers.Dense(units, activation="tanh", dtype="float64")
 
 
-# Activations whose arguments have no default are only reachable through `Activation` with a function of one's own.
+# An activation without default arguments can be reached only by `Activation` with a function of the user's own.
 ACTIVATIONS = [
     activations.celu,
     activations.elu,
@@ -150,7 +150,7 @@ def _bounded(x):
 
 
 def _operations():
-    """A row for every operation of `keras.ops` that has a rule: the last one of each function is what is tested."""
+    """A row for every operation of `keras.ops` with a rule; the last operation of each function is the tested one."""
     unary = {
         "absolute": ops.absolute,
         "add-a-number": lambda x: x + 2.0,
@@ -278,7 +278,7 @@ def _operations():
     }
     rows = [(name, function, [(4, 3)]) for name, function in unary.items()]
     rows += [(name, function, [left, right]) for name, (function, left, right) in binary.items()]
-    # Keras' own exp2 does not take float64 in a TensorFlow graph, and its norm in a graph no axes on JAX.
+    # In a graph, Keras' own `exp2` does not take float64 on TensorFlow, and its `norm` does not take axes on JAX.
     norm = _made_by(lambda x: ops.norm(x, axis=1), keras.KerasTensor((3, 4)))
     norms = [{"axis": 1}, {"axis": (1, 2), "keepdims": True}]
     return [replace(_operation(*row), compiled=row[0] != "exp2") for row in rows] + [
@@ -548,7 +548,7 @@ LAYERS = [
     *[_own_convolution(name) for name in ("conv", "depthwise_conv", "conv_transpose")],
 ]
 
-# What has no tangent, or none that means anything, and why.
+# Layers without a rule, and the reason: they have no tangent, or none that means anything.
 MEANINGLESS = {
     layers.Layer: "abstract",
     layers.Wrapper: "abstract",
@@ -578,9 +578,9 @@ WINDOWS = ("jvpreg.rules.convolution", "jvpreg.rules.pooling")
 
 @functools.cache
 def first_rows():
-    """The first row of each rule, since others run the same code; on TensorFlow, every row that XLA may treat apart.
+    """The first row of each rule, since the others run the same code; on TensorFlow also rows that XLA may treat apart.
 
-    These are windows, where it has kernels of its own, and layers without a rule, which are opened up.
+    XLA has kernels of its own for windows, and a layer without a rule is opened up: of both, every row is taken.
     """
     chosen = {}
     for case in LAYERS:

@@ -1,4 +1,4 @@
-"""What the tests of several modules draw and compare with."""
+"""Random numbers and comparisons that several test modules share."""
 
 import keras
 import numpy as np
@@ -6,13 +6,14 @@ from keras import ops, tree
 
 numpy = ops.convert_to_numpy
 JAX = keras.backend.backend() == "jax"
-"""Which compiles for seconds what the others start at once."""
+"""JAX compiles for seconds, where the other backends start at once."""
 
 
 def at_once(function):
-    """On JAX, whose eager mode compiles every operation for every shape (25 s a model), `function` compiled as one.
+    """On JAX, `function` compiled as one; elsewhere, `function` itself.
 
-    `conftest.py` turned XLA's optimizations off, so what runs is what eager mode would run.
+    JAX' eager mode compiles every operation for every shape, which takes 25 s for a model. `conftest.py` turned XLA's
+    optimizations off, so the compiled function runs the same operations as eager mode would.
     """
     if not JAX:
         return function

@@ -1,4 +1,4 @@
-"""Float64 where a test asks for it, the same seed for every test, no network; compiled and computed cheaply."""
+"""Every test has the same seed and no network, and float64 if it asks for it. Settings make compilation cheap."""
 
 import atexit
 import contextlib
@@ -12,8 +12,8 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_ENABLE_X64", "1")
-# Tests compile much and compute little. XLA's older code for fused loops compiles in little more than half the time,
-# and a program in one part in three quarters of the time that several parts take.
+# Tests compile much and compute little, so two settings below make compilation faster: XLA's older code for fused
+# loops takes little more than half the time, and a program in one part three quarters of the time of several parts.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # XLA ends a process that names a flag it does not know.
 with contextlib.suppress(metadata.PackageNotFoundError):
@@ -25,11 +25,11 @@ with contextlib.suppress(metadata.PackageNotFoundError):
         flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
         os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_parallel_codegen_split_count=1 {os.environ.get('XLA_FLAGS', '')}"
 os.environ.setdefault("WANDB_MODE", "offline")
-# There is a process of pytest-xdist for each core: further threads would only wait for each other.
+# pytest-xdist runs one process for each core, so further threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
-# Most of JAX' programs are the same from test to test: what one process has compiled, all of them load.
+# Most of JAX' programs are the same from test to test, so the processes share a cache of compiled programs.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jax-")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -53,7 +53,7 @@ tests_run = itertools.count(1)
 
 @pytest.fixture(autouse=True, scope="session")
 def one_context_of_mlir():
-    """JAX makes one for each program, in about the time in which a small program is loaded from the cache."""
+    """One context for all programs. JAX makes one for each, which takes as long as loading a small program does."""
     with contextlib.suppress(ImportError):
         from jax._src.interpreters import mlir
 
@@ -63,10 +63,10 @@ def one_context_of_mlir():
 
 @pytest.fixture(autouse=True)
 def few_compiled_programs():
-    """Each program that JAX keeps holds memory maps, of which Linux allows a process 65,530: beyond, it crashes."""
+    """JAX' programs are dropped in time. Each holds memory maps; a process with more than 65,530 crashes on Linux."""
     yield
     if keras.backend.backend() != "jax" or next(tests_run) % 16 or not MAPS.exists():
-        return  # To read the maps takes 20 ms.
+        return  # Reading the maps takes 20 ms, so not after every test.
     if MAPS.read_bytes().count(b"\n") > 20_000:
         import jax
 
@@ -86,7 +86,7 @@ def own_rules(monkeypatch):
 
 
 def pytest_addoption(parser):
-    # TensorFlow traces a graph for each anew, and JAX compiles every operation of every graph.
+    # Fewer where each graph takes long: TensorFlow traces each one anew, and JAX compiles every operation of each.
     default = {"tensorflow": 100, "jax": 20}.get(keras.backend.backend(), 200)
     parser.addoption(
         "--fuzz-interface", type=int, default=400, help="how many calls tests/test_fuzz_interface.py makes"
@@ -95,7 +95,7 @@ def pytest_addoption(parser):
     parser.addoption("--fuzz", type=int, default=default, help="how many random graphs tests/test_fuzz.py checks")
     calls = {"tensorflow": 20, "jax": 4}.get(keras.backend.backend(), 40)
     parser.addoption("--fuzz-calls", type=int, default=calls, help="how many programs tests/test_fuzz_calls.py checks")
-    # On JAX each of the processes compiles anew: two minutes, for files that are written alike on all backends.
+    # None on JAX: each process compiles anew, which takes two minutes, and files are written alike on all backends.
     kills = 0 if keras.backend.backend() == "jax" else 3
     parser.addoption("--kills", type=int, default=kills, help="how many runs tests/experiments/test_kills.py kills")
     parser.addoption("--studies", action="store_true", help="test the studies whatever the backend")

@@ -1,6 +1,6 @@
-"""What `tests/test_distribution.py` runs in a process whose devices are made of the CPU: cases on one and on several.
+"""Cases that `tests/test_distribution.py` runs on one device and on several, which are made of the CPU.
 
-`python -m tests.distributed FILE` writes what differs, by case, as JSON.
+`python -m tests.distributed FILE` writes the differences between both, by case, as JSON.
 """
 
 import functools
@@ -32,7 +32,7 @@ def slopes_beyond(inputs, outputs, products):
     return ops.relu(ops.abs(products[0]) - 0.1)
 
 
-# Rows are trained together, in one model; each has a metric, and what it carries, of its own.
+# All rows are trained together, in one model. Each has its own metric and its own carried state.
 ROWS = {
     "JacobianNorm": lambda name: [
         regularizers.JacobianNorm(0.1, num_probes=2, probes=kind, side=side, name=f"{name}_{kind}_{side}")
@@ -43,7 +43,7 @@ ROWS = {
         regularizers.BiasJacobianNorm(0.1, target=target, name=f"{name}_{target}") for target in ("label", "all")
     ],
     "FullJacobianNorm": lambda name: [regularizers.FullJacobianNorm(0.1, target="predicted", name=name)],
-    "FixedPointJacobianNorm": lambda name: [],  # In a case of its own.
+    "FixedPointJacobianNorm": lambda name: [],  # It has a case of its own.
     "Monotone": lambda name: twice(constraints.Monotone, name, [0]),
     "Bounded": lambda name: twice(constraints.Bounded, name, -0.2, 0.2, DIRECTIONS),
     "Invariant": lambda name: twice(constraints.Invariant, name, DIRECTIONS[:1]),
@@ -52,7 +52,7 @@ ROWS = {
     "Linear": lambda name: twice(constraints.Linear, name, slopes_beyond, DIRECTIONS),
     "Symmetric": lambda name: twice(constraints.Symmetric, name, 2),
     "DivergenceFree": lambda name: twice(constraints.DivergenceFree, name),
-    # Enforcements: each constraint above has both.
+    # The enforcements need no row: each constraint above is made with both.
     "Penalty": lambda name: [],
     "AugmentedLagrangian": lambda name: [],
 }
@@ -69,7 +69,7 @@ LOSSES = {
 
 
 def twice(constraint, name, *arguments):
-    """At points between the data by a penalty, and in a box by multipliers; the former are those of other examples."""
+    """A constraint enforced twice: by a penalty at points between the data, and by multipliers in a box."""
     return [
         constraint(*arguments, at="between", name=f"{name}_penalty", **FIXED),
         constraint(*arguments, at=BOX, name=f"{name}_multipliers", **GROWING),
@@ -85,7 +85,7 @@ def base_model():
 
 
 def trained(model, x, y=None, loss="mse", callbacks=(), compiled=None, **arguments):
-    """All that is to be the same: logs, weights, what is carried."""
+    """All results that must be the same on one device and on several: logs, weights and carried state."""
     model.compile(keras.optimizers.SGD(0.01), loss, **(compiled or {}))
     options = {"batch_size": BATCH, "epochs": 2, "shuffle": False, "verbose": 0, **arguments}
     history = model.fit(x, y, callbacks=list(callbacks), **options).history
@@ -98,7 +98,7 @@ def trained(model, x, y=None, loss="mse", callbacks=(), compiled=None, **argumen
 
 
 def on_each(variable):
-    """The value of a variable, which must be one for all replicas."""
+    """The value of a variable, which must be the same on all replicas."""
     copies = getattr(variable.value, "values", None)
     copies = [ops.convert_to_numpy(variable)] if copies is None else [copy.numpy() for copy in copies]
     for copy in copies[1:]:
@@ -125,7 +125,7 @@ def an_interval_within_one_call():
 
 
 def a_fraction_with_weights():
-    """Of eight examples five are drawn, of which replicas have different numbers."""
+    """Five of eight examples are drawn, so replicas have different numbers of them."""
     rules = [
         regularizers.JacobianNorm(0.2, num_probes=2),
         regularizers.SpectralNorm(0.2),
@@ -143,7 +143,7 @@ def labels_of_a_constraint():
 
 
 def the_end_of_the_data():
-    """Of the last batch replicas have different numbers of examples, or none. Keras' own losses then differ."""
+    """In the last batch replicas have different numbers of examples, or none. Keras' own losses differ then."""
     rules = [
         regularizers.JacobianNorm(0.2, num_probes=2, side="input"),
         regularizers.SpectralNorm(0.2),
@@ -178,7 +178,7 @@ def a_fixed_point():
 
 
 def linear_solves_that_fail():
-    """Each is counted, whichever replica has it."""
+    """Each failed solve is counted, whichever replica it is on."""
     x, z = keras.Input((3,)), keras.Input((3,))
     cell = keras.Model([x, z], layers.Dense(3)(x) + 0.9 * layers.Dense(3, kernel_initializer="orthogonal")(z))
     layer = jvpreg.layers.FixedPoint(cell, unconverged="ignore", max_iterations=2, name="equilibrium")
@@ -214,7 +214,7 @@ def a_probe():
 
 
 def a_penalty_that_is_not_finite():
-    """On one replica only."""
+    """The penalty is not finite on one replica only."""
 
     class Exploding(regularizers.JacobianRegularizer):
         def directions(self, inputs, labels, seed):
@@ -233,7 +233,7 @@ def a_penalty_that_is_not_finite():
 
 
 def several_steps_at_once():
-    """On several replicas Keras takes them with no model, jvpreg or not, and `JacobianModel` says so."""
+    """On several replicas Keras cannot take several steps at once with any model; `JacobianModel` says so."""
     import tensorflow as tf
 
     def fails(model, compiled):
@@ -265,7 +265,7 @@ CASES = {
     "a_probe": a_probe,
     "a_penalty_that_is_not_finite": a_penalty_that_is_not_finite,
 }
-if keras.backend.backend() == "tensorflow":  # JAX divides no batch that devices cannot share evenly.
+if keras.backend.backend() == "tensorflow":  # Not on JAX: it cannot divide a batch that devices do not share evenly.
     CASES["the_end_of_the_data"] = the_end_of_the_data
     del CASES["an_interval_within_one_call"]
     CASES["several_steps_at_once"] = several_steps_at_once
@@ -278,7 +278,7 @@ def on_one_device(case):
 
 @functools.cache
 def strategy():
-    """One for all cases: TensorFlow takes the reductions of a second one for those of the first."""
+    """One strategy for all cases: TensorFlow would mistake the reductions of a second one for those of the first."""
     import tensorflow as tf
 
     return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(REPLICAS)])
@@ -297,7 +297,7 @@ def on_several(case):
 
 
 def differences(one: dict, other: dict) -> list[str]:
-    """What is not equal to 1e-5, of values of the size of 1 or more relatively."""
+    """The values that differ by more than 1e-5; if they are larger than 1, by more than 1e-5 relatively."""
     told = [f"not in both: {key}" for key in one.keys() ^ other.keys()] + ["nothing"] * (not one)
     for key in one.keys() & other.keys():
         a, b = np.asarray(one[key], "float64"), np.asarray(other[key], "float64")
@@ -322,7 +322,7 @@ def main(path, *names):
     for name in names or CASES:
         try:
             found[name] = differences(on_one_device(CASES[name]), on_several(CASES[name]))
-        except Exception:  # Of one case; the others are told too.
+        except Exception:  # The error of one case must not hide the results of the others.
             found[name] = traceback.format_exc().splitlines()[-12:]
         with open(path, "w") as file:
             json.dump(found, file)

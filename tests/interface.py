@@ -1,4 +1,4 @@
-"""How every public function and class is called rightly: a row for each name, for the fuzz of the interface."""
+"""A right call of every public function and class, one row for each name, for the fuzz of the interface."""
 
 import functools
 import inspect
@@ -28,8 +28,8 @@ class Row:
     """A right call.
 
     Attributes:
-        function: what is called.
-        arguments: by name; a function of nothing in place of one that must be made anew.
+        function: the function or class that is called.
+        arguments: by name. One that must be made anew for each call is a function without arguments.
         fixed: names of arguments that are not changed.
     """
 
@@ -358,7 +358,7 @@ def rows() -> dict[str, Row]:
     return found
 
 
-# Not called by users: what a function returns or hands on, a base that a row covers, or what only rules call.
+# Names that users do not call: results of functions, bases that a row covers, and functions that only rules call.
 NOT_CALLED = {
     *("FullJacobian", "Linearization"),
     *("callbacks.GuardEvent", "constraints.ExactReport", "constraints.Report", "distillation.JacobianDistiller"),

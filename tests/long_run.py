@@ -16,7 +16,7 @@ RANDOM = np.random.default_rng(0)
 
 
 class Record(keras.callbacks.Callback):
-    """What there is after each measurement of a probe: traces so far, live objects, and MB of memory."""
+    """Records after each measurement of a probe: traces so far, live objects, and MB of memory."""
 
     def __init__(self, traces: dict, every: int):
         super().__init__()
@@ -48,7 +48,7 @@ def run(steps: int, every: int, epochs: int) -> list[dict]:
     """Trains for so many steps, with a measurement after every so many; a row for each of them."""
     traces = {"step traces": 0, "probe traces": 0, "compilations": 0}
 
-    # Python runs what is compiled only when it is traced; on Torch, where nothing is, each time.
+    # If a function is compiled, Python runs it only in a trace, so this counts traces; on Torch it counts each run.
     def loss(y, predicted):
         traces["step traces"] += 1
         return keras.losses.mean_squared_error(y, predicted)

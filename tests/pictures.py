@@ -1,4 +1,4 @@
-"""What the tests read of a PNG file."""
+"""Reads the size of a PNG file."""
 
 import struct
 

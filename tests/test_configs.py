@@ -85,7 +85,7 @@ class Subclassed(keras.Model):
 FORMATS = {"tensorflow": "tf_saved_model", "jax": "onnx", "torch": "torch"}
 
 
-@pytest.mark.filterwarnings("ignore")  # Of the exporters.
+@pytest.mark.filterwarnings("ignore")  # Warnings of the exporters.
 @pytest.mark.parametrize("base", [lambda: keras.Sequential([keras.Input((6,)), layers.Dense(3)]), Subclassed])
 def test_a_trained_model_is_exported(base, tmp_path):
     model = jvpreg.JacobianModel(base())

@@ -13,7 +13,7 @@ import jvpreg
 from jvpreg.engine.transpose import transpose
 
 BATCH = 2
-# No GELU, no leaky ReLU: TensorFlow and Torch hold constants of theirs in float32; autodiff itself is off by 1e-8.
+# GELU and leaky ReLU are left out: TensorFlow and Torch hold their constants in float32, so autodiff is off by 1e-8.
 
 
 def pytest_generate_tests(metafunc):
@@ -161,7 +161,7 @@ def test_graph(seed):
 @pytest.mark.usefixtures("float64")
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="the kernels are those of TensorFlow's graphs")
 def test_one_product_in_a_plain_graph(seed):
-    """By TensorFlow's own kernels, and along with `x`, as well as pushed afterwards by masks and slopes."""
+    """By TensorFlow's own kernels and along with `x`, the product is the one that masks and slopes give afterwards."""
     import tensorflow as tf
 
     graph = Graph(seed)

@@ -1,9 +1,9 @@
 """Random programs within a `call`, as users write them: products against what the layer computes, in float64.
 
-Keyword tensors and dicts, whole numbers among the inputs, layers within layers, control flow that closes over values,
-axes that move and come back, several outputs, weights of the layer's own. A program that fails is made as short as it
-can be by Hypothesis, which prints it: it belongs into `NAMED` then. `pytest tests/test_fuzz_calls.py --fuzz-calls 500`
-checks more of them.
+The programs have keyword tensors and dicts, whole numbers among the inputs, layers within layers, control flow that
+closes over values, axes that move and come back, several outputs, and weights of the layer's own. Hypothesis makes a
+program that fails as short as it can, and prints it: add it to `NAMED` then.
+`pytest tests/test_fuzz_calls.py --fuzz-calls 500` checks more of them.
 """
 
 import keras
@@ -21,7 +21,7 @@ BATCH, SIZE = 2, 4
 
 
 class Keywords(layers.Layer):
-    """Its tensors come by keywords, in no order of the alphabet, one pair of them in a dict."""
+    """Its tensors come by keywords that are not in alphabetical order; two of them are in a dict."""
 
     def call(self, scale=None, base=None, others=None):
         return ops.tanh(scale) * 2.0 + base * others["z"] - ops.sin(others["a"])
@@ -140,13 +140,13 @@ def check(steps, heads):
 
     expected = slope(with_weights)
     model.set_weights(before)
-    # What no output depends on is none of its weights: then it must make no difference.
+    # If no output depends on a variable, the linearization does not list it; moving it must then make no difference.
     pairs = zip(model.trainable_variables, directions, strict=True)
     used = [(variable, moved) for variable, moved in pairs if any(variable is known for known in lin.weights)]
     same(lin.jvp(weights=used) if used else [0 * y for y in flat], expected)
 
 
-# What failed once.
+# Programs that failed once.
 NAMED = {
     "a loop beside tokens": [("fori_loop", 0, 1), ("tokens", 2, 0)],
     "tokens of a weight within a branch": [("cond", 0, 1), ("tokens", 2, 0), ("fori_loop", 3, 2)],

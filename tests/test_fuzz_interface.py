@@ -13,18 +13,18 @@ from interface import NOT_CALLED, public_names, rows
 
 import jvpreg
 
-# What is right, but for hours, or for more memory than there is.
+# Arguments for which a huge value is right, but would run for hours or take more memory than there is.
 UNBOUNDED = ("num_", "max_", "batch_size", "every_", "window", "pool_size")
 HUGE = 10**9
 RECTIFIED = (jvpreg.attribution.saliency.grad_cam, jvpreg.attribution.saliency.guided_backpropagation)
-"""Maps that may be zero everywhere: what speaks against the target is left out."""
+"""Maps that may be zero everywhere, since these methods leave out negative contributions."""
 
-# Each compiles many programs on JAX, or runs for long: rarely.
+# These compile many programs on JAX, or run for long, so they are called rarely.
 SLOW = ("testing.", "estimators.", "JacobianDistiller")
 
 
 def ragged_or_sparse():
-    """Of the backend, where it has them."""
+    """Ragged and sparse tensors of the backend, if it has them."""
     backend = keras.backend.backend()
     if backend == "tensorflow":
         import tensorflow as tf
@@ -40,7 +40,7 @@ def ragged_or_sparse():
 
 
 def wrong_values(right) -> list:
-    """What might be given in place of a right value."""
+    """Values that a user might give in place of a right one."""
     values = [None, True, False, -1, 0, 1, 1.5, HUGE, -HUGE, float("nan"), float("inf"), "", "nonsense", b"bytes"]
     values += [[], {}, (), [[1.0], [2.0, 3.0]], [None], ["nonsense"], {"wrong": 1.0}, object(), 1j, abs, keras.Layer]
     values += [np.array([]), np.array(["a", "b"]), np.array([None, 1.0]), np.array([1j]), np.float64("nan")]
@@ -91,7 +91,7 @@ def call(row, changed):
 
 
 def has_wrong_numbers(value) -> bool:
-    """Whether a value holds what is not finite itself, or is so large that a result overflows."""
+    """Whether a value itself holds numbers that are not finite, or so large that a result overflows."""
     try:
         return not np.all(np.abs(np.asarray(value, "complex128")) < HUGE)
     except Exception:
@@ -106,7 +106,7 @@ def fault_of(row, changed, expected, same: bool = False) -> str | None:
         message = str(error)
         if same:
             return f"a right value in another form is refused: {message[:300]}"
-        # Of a value that is right by itself, another argument may be the one that does not fit it.
+        # The changed value may be right by itself, so the error may name another argument that does not fit it.
         named = any(f"`{argument}`" in message or f"'{argument}'" in message for argument in row.arguments)
         return None if named else f"an error that names no argument: {type(error).__name__}: {message[:300]}"
     except Exception as error:
@@ -119,7 +119,7 @@ def fault_of(row, changed, expected, same: bool = False) -> str | None:
     zero = numbers and all(array.size and not array.any() for array in numbers) and row.function not in RECTIFIED
     if zero and any(array.any() for array in expected if array.dtype.kind in "fc"):
         given = [value for value in changed.values() if isinstance(value, (np.ndarray, int, float))]
-        # Of equal numbers, deviations are zero.
+        # Deviations of equal numbers are rightly zero.
         if not any(np.size(value) and np.ptp(np.asarray(value, dtype=float)) == 0 for value in given):
             return "nothing but zeros"
     return None

@@ -186,7 +186,7 @@ def test_batch_statistics_modes_and_their_defaults(float64):
     assert_close(jvpreg.linearize(model, x).jvp(u), by_moving)
     assert_close(jvpreg.linearize(model, x, batch_statistics="moving").jvp(u), by_moving)
     assert_close(jvpreg.linearize(model, x, batch_statistics="frozen").jvp(u), by_batch)
-    # Not in training, nothing moves.
+    # Outside training mode the moving averages do not move.
     assert_close(layer.moving_variance, moving)
     assert_close(jvpreg.linearize(model, x, training=True, batch_statistics="moving").jvp(u), by_moving)
     assert_close(layer.moving_variance, moving)
@@ -226,7 +226,7 @@ def test_frozen_masks_are_booleans():
     lin = jvpreg.linearize(model, normal(3, 4, 4, 2))
     # The convolution keeps its input too, for tangents of its kernel; the next layer's backpropagation has it anyway.
     frozen = [node for node in lin.nodes if not isinstance(node.operation, layers.Conv2D)]
-    if keras.backend.backend() == "torch":  # whose kernels take the outputs of ReLU: no tensors of their own
+    if keras.backend.backend() == "torch":  # Torch's kernels take the outputs of ReLU, which are kept anyway
         kept = [node for node in frozen if not isinstance(node.operation, layers.MaxPooling2D)]
         assert len(kept) == 2
         assert all(node.pushforward.residuals[0] is node.outputs[0].primal for node in kept)
@@ -317,7 +317,7 @@ def test_take_of_what_are_no_indices(indices):
 
 
 def test_examples_that_move_to_another_axis(float64):
-    """The Jacobian of each is known; but what is frozen in between cannot be told by examples."""
+    """The Jacobian of each example is known, but the values frozen in between cannot be divided by examples."""
     x = keras.Input((2, 4))
     y = ops.reshape(layers.Dense(3, activation="tanh")(ops.reshape(x, (-1, 4))), (-1, 6))
     model = randomize(keras.Model(x, y))
@@ -596,7 +596,7 @@ def test_unknown_batch_size(jit):
         ju = lin.jvp(u)
         return lin.outputs, ju, lin.vjp(ju), jvpreg.linearize(model, x, training=True).jvp(u)
 
-    # XLA compiles for each shape anyway.
+    # One shape with XLA, which compiles for each shape anyway.
     for batch, num_probes in ((3, 2),) if jit else ((3, 2), (5, 1)):
         images = normal(batch, 8, 8, 2).astype("float32")
         u = normal(num_probes, batch, 8, 8, 2, seed=1).astype("float32")
@@ -692,7 +692,7 @@ def test_a_probability_head_warns_once(activation, recwarn):
 
 
 def test_a_probability_head_among_several_outputs_warns():
-    """Whichever of the heads happens to run last."""
+    """It warns whichever of the heads runs last."""
     for heads in (["softmax", None], [None, "softmax"]):
         x = keras.Input((3,))
         model = keras.Model(x, [layers.Dense(2, activation=head)(x) for head in heads])

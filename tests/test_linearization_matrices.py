@@ -270,7 +270,7 @@ SEVERAL_DTYPES = {"whole numbers first": (whole_and_real, 1e-12), "16 bits first
 
 @pytest.mark.parametrize("kind", SEVERAL_DTYPES)
 def test_matrices_round_no_output_to_the_dtype_of_another(kind):
-    """Against the second layer, worked out: no digit of its part may be lost to the first output."""
+    """Against the Jacobian of the second output by hand: the dtype of the first output must not round it."""
     make, tolerance = SEVERAL_DTYPES[kind]
     model = randomize(make())
     x = normal(3, 4).astype(model.inputs[0].dtype)

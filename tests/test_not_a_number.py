@@ -1,4 +1,4 @@
-"""What is not a number in the input is not a number in what is said of the Jacobian there, and nowhere else."""
+"""If an example is not finite, everything that is said of its Jacobian is NaN, and nothing else is."""
 
 import inspect
 
@@ -13,7 +13,7 @@ from jvpreg.attribution import saliency
 from jvpreg.callbacks import JacobianProbe
 
 ESTIMATORS = {name: getattr(estimators, name) for name in estimators.__all__ if name.islower()}
-# So that none is materialized, where it can be told not to.
+# Options with which no Jacobian is materialized, for estimators that have such options.
 ITERATED = {
     "frobenius_norm": {"num_probes": 4},
     "top_singular_values": {"num_iterations": 2},
@@ -31,7 +31,7 @@ X = np.random.default_rng(0).normal(size=(3, 12)).astype("float32")
 
 
 def network(activation="relu"):
-    """Its slope hides what is not a number; far from singular, since then rounding decides some values."""
+    """The ReLU's slope hides NaN. The Jacobian is far from singular; otherwise rounding would decide some values."""
     keras.utils.set_random_seed(0)
     x = keras.Input((12,))
     return keras.Model(x, 2 * x + layers.Dense(12)(layers.Dense(16, activation)(x)))
@@ -51,7 +51,7 @@ def spoilt(number):
 
 
 def check(found, expected):
-    """NaN for example 1, and of the others what they are by themselves."""
+    """Check that example 1 has NaN, and the other examples their values without it."""
     assert np.isnan(found[1]).all(), found[1]
     np.testing.assert_allclose(found[[0, 2]], expected[[0, 2]], rtol=2e-3, atol=1e-4)
     assert np.isfinite(found[[0, 2]]).all()
@@ -83,7 +83,7 @@ def test_vectors():
 
 
 def test_weights_that_are_not():
-    """A ReLU's slope of 0 hides the bias that is none."""
+    """A bias is NaN, and a ReLU's slope of 0 would hide it."""
     model = network()
     kernel, bias, *others = model.get_weights()
     bias[:] = np.nan
@@ -177,7 +177,7 @@ def test_verify_refuses_it(number):
 
 
 def test_every_estimator_is_marked():
-    """A new one is to say what it makes of an example that is not finite."""
+    """The mark makes NaN of an example that is not finite; a new estimator needs it too."""
     assert len(ESTIMATORS) > 10
     assert all(hasattr(estimator, "__wrapped__") for estimator in ESTIMATORS.values())
     assert all("linearization" in inspect.signature(estimator).parameters for estimator in ESTIMATORS.values())
@@ -201,7 +201,7 @@ def test_penalties_and_violations(number):
         assert np.isnan(logs[name]), name
     for measure in ("violation_mean", "violation_max"):
         assert np.isnan(logs[f"monotone/{measure}"]), measure
-    # Of the others it is known that they hold.
+    # One of three examples is not finite; for the other two the constraint holds.
     np.testing.assert_allclose(logs["monotone/violated"], 1 / 3, rtol=1e-6)
     assert model.evaluate(X, X, verbose=0, return_dict=True)["monotone/violated"] == 0
     with pytest.raises(FloatingPointError, match="`frobenius_norm_squared` was not finite at training step 1"):

@@ -73,7 +73,7 @@ def test_cotangents_of_other_outputs():
 
 
 class OfTwo(layers.Layer):
-    """Without a graph, whose inputs would have names."""
+    """A layer of two inputs, without a graph that would give them names."""
 
     def __init__(self):
         super().__init__()

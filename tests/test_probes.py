@@ -106,7 +106,7 @@ def test_no_draw_of_a_seed_is_a_later_one_of_its_neighbour(stream):
 
 
 def test_the_parts_of_a_model_of_one_seed_share_no_draw():
-    """Training, evaluation, what is carried, and what else was given the same seed: as dropout in the base may be."""
+    """Training, evaluation, carried state, and a generator of the user's with the same seed: each draws differently."""
     model = _model_of(0)
     regularizers = [jvpreg.regularizers.SpectralNorm(1.0, name=name) for name in "ab"]
     model.compile("sgd", "mse", jacobian_regularizers=regularizers)
@@ -117,7 +117,7 @@ def test_the_parts_of_a_model_of_one_seed_share_no_draw():
 
 
 def test_smooth_grad_has_noise_of_its_own_for_each_seed():
-    """With one copy more, all but one copy would be those of the seed before."""
+    """The second copy of seed 0 must not be the first copy of seed 1."""
     x = np.random.default_rng(0).normal(size=(1, 4, 4, 1)).astype("float32")
     square = keras.Sequential([keras.Input((4, 4, 1)), keras.layers.Flatten(), keras.layers.Lambda(keras.ops.square)])
     target = np.ones((1, 16), "float32")

@@ -46,7 +46,7 @@ class OneBatch(keras.utils.PyDataset):
 
 @pytest.fixture
 def run(tmp_path):
-    """Of Weights & Biases."""
+    """An offline run of Weights & Biases."""
     settings = wandb.Settings(silent=True, console="off")
     run = wandb.init(mode="offline", dir=tmp_path, settings=settings)
     yield run
@@ -54,7 +54,7 @@ def run(tmp_path):
 
 
 def test_the_first_block_is_told_whole(tmp_path, monkeypatch, run, capfd):
-    """On every backend, without TensorFlow too: what it leaves in W&B, on disk and on the screen."""
+    """What it leaves in W&B, on disk and on the screen, on every backend, also without TensorFlow."""
     monkeypatch.chdir(tmp_path)
     images, labels = normal(4, 8, 8, 3).astype("float32"), np.arange(4)
     known = {"my_keras_model": images_to_logits(3), "x_probe": images}
@@ -109,7 +109,7 @@ def test_the_code_of_the_page(tmp_path, monkeypatch):
     x, y = normal(4, 3), normal(4, 1, seed=1)
     rows = {"x": x, "y": y, "x_test": x, "y_test": y}
     vectors = {"train": OneBatch(normal(4, 8), normal(4, 3))}
-    # What a block needs that is not what the others do, by its place.
+    # Values that one block needs and that differ from those of the other blocks, by the place of the block.
     others = {4: {"teacher": images_to_logits(5), "student": images_to_logits(7), "y": labels}, 5: rows, 6: vectors}
     for i, code in enumerate(BLOCKS):
         if "JacobianWandbLogger" in code:

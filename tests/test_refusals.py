@@ -1,4 +1,4 @@
-"""What cannot be trained is refused before the first step, and nothing in a step can end a fit in silence."""
+"""A model that cannot be trained is refused before the first step, and no exception in a step ends `fit` silently."""
 
 import keras
 import numpy as np
@@ -51,7 +51,7 @@ def test_a_step_that_runs_out_of_something_does_not_end_the_fit():
         def directions(self, inputs, labels, seed):
             return next(iter([]))
 
-    for call in ("fit", "evaluate"):  # each of a model of its own: on JAX, Keras' is not usable after an error
+    for call in ("fit", "evaluate"):  # each has its own model: on JAX, Keras cannot use a model after an error
         model = jvpreg.JacobianModel(dense())
         model.compile("sgd", "mse", jacobian_regularizers=[Empty(0.1)])
         with pytest.raises(RuntimeError, match="A step raised StopIteration"):

@@ -1,6 +1,6 @@
 """The gradient of a penalty through a normalization: ours is right where TensorFlow's autodiff is silently wrong.
 
-`tf.nn.moments` takes the mean within the variance for a constant: exact to first order, wrong to second.
+Within the variance, `tf.nn.moments` takes the mean for a constant. This is exact to first order and wrong to second.
 """
 
 import keras
@@ -22,7 +22,7 @@ def penalty_by_engine(model, x, u, **options):
 
 
 def gradient(model, penalty):
-    """By the first layer's kernel, on a tape around `penalty`."""
+    """The gradient of `penalty` by the kernel of the first layer, from a tape."""
     import tensorflow as tf
 
     with tf.GradientTape() as tape:
@@ -65,7 +65,7 @@ def test_weight_gradient_through_a_normalization(normalization, training):
     def by_engine():
         return penalty_by_engine(model, x, u, **options)
 
-    # The penalties agree, and so do their differences; of the gradients only ours does.
+    # Both penalties agree, and so do their finite differences. Only our gradient agrees with the differences.
     np.testing.assert_allclose(float(by_engine()), float(by_autodiff()), rtol=1e-10)
     expected = difference(model, by_engine, direction)
     np.testing.assert_allclose(difference(model, by_autodiff, direction), expected, rtol=1e-6)

@@ -222,7 +222,7 @@ def test_an_operation_that_would_need_autodiff_is_an_error():
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras exports a SavedModel from Torch by torch_xla, of an older Torch")
 @pytest.mark.parametrize("make", MODELS)
 def test_saved_model_has_no_gradients(make, tmp_path):
-    # On JAX, whose environment need not have it.
+    # Not every environment for JAX has TensorFlow.
     tf = pytest.importorskip("tensorflow")
     tangent, x, u = tangent_and_data(make)
     tangent.export(tmp_path / "saved", verbose=False)
@@ -247,7 +247,7 @@ def test_litert_runs_on_its_own_operations(make, tmp_path):
     tangent, x, u = tangent_and_data(make)
     signature = None
     if make is recurrent:
-        # LiteRT has no lists of tensors of unknown size, in a plain LSTM either.
+        # LiteRT has no lists of tensors of unknown size, so it cannot run a plain LSTM either: fix the sizes.
         signature = [[keras.InputSpec(shape=x.shape, dtype="float32", name=name) for name in ("x", "u")]]
     path = tmp_path / "tangent.tflite"
     tangent.export(
@@ -262,8 +262,9 @@ def test_litert_runs_on_its_own_operations(make, tmp_path):
     assert_same_product([received["output_0"], received["output_1"]], tangent.base, x, u)
 
 
-# tf2onnx tries all orders of an einsum's indices: half a minute for attention, and right.
-@pytest.mark.filterwarnings("ignore")  # Of the converters.
+# On TensorFlow attention is left out: its export is right, but tf2onnx tries all orders of an einsum's indices, which
+# takes half a minute.
+@pytest.mark.filterwarnings("ignore")  # Warnings of the converters.
 @pytest.mark.parametrize("make", MODELS if BACKEND != "tensorflow" else [convolutional, recurrent])
 def test_onnx(make, tmp_path):
     import onnxruntime
@@ -277,7 +278,7 @@ def test_onnx(make, tmp_path):
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="Torch's own format")
-@pytest.mark.filterwarnings("ignore")  # Of the exporter.
+@pytest.mark.filterwarnings("ignore")  # Warnings of the exporter.
 @pytest.mark.parametrize("make", MODELS)
 def test_torch_program(make, tmp_path):
     import torch

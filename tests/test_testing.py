@@ -22,12 +22,12 @@ class Curve(layers.Layer):
 
 
 def check(primal=None, slope=None, push=None, residual=True, parted=True, partless=False, **arguments):
-    """`check_rule` of a rule that is right but for what is given.
+    """`check_rule` of a rule that is right, except for the parts that are given.
 
     Args:
         primal: what it makes of y.
-        slope: what it takes for the derivative, of x, w and y.
-        push: what its pushforward does with a tangent and the slope.
+        slope: its derivative, a function of x, w and y.
+        push: its pushforward, a function of a tangent and the slope.
         residual: whether the slope is a residual, and not closed over.
         parted: whether the part of the weight takes residuals, and closes over nothing.
         partless: whether it has no part for the weight.
@@ -134,7 +134,7 @@ def test_tangent_of_the_wrong_shape():
 
 
 def test_pushforward_whose_transpose_is_right():
-    """Reverse mode sees the right slope, the pushforward itself returns another."""
+    """Reverse mode sees the right slope, but the pushforward itself returns another one."""
     with fails("the pushforward, against finite differences"):
         check(push=lambda tangent, slope: tangent * slope + 1e-3 * ops.stop_gradient(tangent))
 
@@ -149,7 +149,7 @@ def test_transpose_that_is_wrong_under_a_right_pushforward():
 
 
 def test_pushforward_and_pullback_that_are_not_adjoint():
-    """Too close for the finite differences, and the pullback is right: only adjointness can tell."""
+    """The error is too small for finite differences, and the pullback is right, so only adjointness can tell."""
     with fails("adjointness"):
         check(push=lambda tangent, slope: slope * (tangent + 1e-8 * ops.stop_gradient(tangent)))
 
@@ -223,7 +223,7 @@ def test_a_kernel_with_a_slope_that_is_not_the_layers_own():
 
 
 def test_part_of_the_batch_that_depends_on_the_rest():
-    """Right for the whole batch, and for a part of it too small to see what was frozen."""
+    """The product is right for the whole batch, and wrong for one example taken out of it."""
 
     def push(tangent, slope):
         alone = tangent.shape[1] == 1
@@ -234,7 +234,7 @@ def test_part_of_the_batch_that_depends_on_the_rest():
 
 
 def test_wrong_completeness(monkeypatch):
-    """For one node it holds by definition, so it is the engine's sum over nodes that is put wrong here."""
+    """For one node completeness holds by definition, so this test falsifies the engine's intercepts."""
     right = Linearization.intercepts.fget
     wrong = property(lambda self: {name: (1 + 1e-9) * c for name, c in right(self).items()})
     monkeypatch.setattr(Linearization, "intercepts", wrong)
@@ -248,7 +248,7 @@ def test_penalty_gradient_that_is_cut_at_the_weights():
 
 
 def test_penalty_gradient_that_is_cut_at_one_path_of_a_weight():
-    """As the moments of `tf.nn` do: the part of the gradient through the slope's w is there, through y's it is not."""
+    """One path of w to the slope has its gradient, the other has none. The moments of `tf.nn` have this fault."""
     with fails(r"the penalty's gradient by .*\bw, against finite differences"):
         check(slope=lambda x, w, y: (1 - ops.tanh(x * ops.stop_gradient(w)) ** 2) * w)
 
@@ -282,7 +282,7 @@ def test_several_inputs_are_checked_each():
 
 
 def test_a_reference_of_ones_own():
-    """The map whose Jacobian is expected, where that is not the layer: here one that is held constant in part."""
+    """A reference is the map whose Jacobian is expected, if it is not the layer: here a part is held constant."""
 
     class Gated(layers.Layer):
         def call(self, x):
@@ -321,7 +321,7 @@ def test_float64():
         layer = layers.Dense(2)
         y = layer(np.ones((1, 3)))
         assert {keras.backend.standardize_dtype(t.dtype) for t in (y, layer.kernel)} == {"float64"}
-        # The step of a finite difference survives.
+        # A number as small as the step of a finite difference is not rounded away.
         assert float(ops.add(1.0, ops.convert_to_tensor(np.array(1e-12))) - 1.0) > 0
     assert keras.config.floatx() == "float32"
     with pytest.raises(ZeroDivisionError), jvpreg.testing.float64():

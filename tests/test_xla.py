@@ -153,9 +153,9 @@ def test_without_xla_the_backends_own_relu_gives_the_same(slope, num_probes):
     "arguments", [{"pool_size": 2}, *({"pool_size": 3, "strides": s, "padding": "same"} for s in (1, 2, 3))]
 )
 def test_without_xla_the_backends_own_max_pooling_gives_the_same(arguments):
-    """What is said of XLA chooses kernels, in a plain TensorFlow graph, and changes nothing that comes out.
+    """In a plain TensorFlow graph the argument `xla` chooses kernels, and does not change the results.
 
-    Ties (of what ReLU made zero), several probes, both products and the gradients of penalties on them.
+    Ties (zeros of a ReLU), several probes, both products and the gradients of penalties on them are compared.
     """
     import tensorflow as tf
 

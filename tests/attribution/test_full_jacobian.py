@@ -64,7 +64,7 @@ def recurrent():
 
 
 def padded_with_infinity():
-    """Before a maximum, which drops it: so ResNetV2 pads in keras-hub."""
+    """Padding of −∞ before a max pooling, which never takes it: ResNetV2 in keras-hub pads like this."""
     x = keras.Input((4, 4, 2))
     y = ops.pad(layers.Conv2D(2, 1)(x), [[0, 0], [1, 1], [1, 1], [0, 0]], constant_values=-float("inf"))
     return keras.Model(x, layers.Dense(3)(layers.Flatten()(layers.MaxPooling2D(3, 2)(y))))
@@ -83,7 +83,7 @@ def norms(t):
 
 
 def with_roots():
-    """Of zeros, and of what is not taken."""
+    """Roots of zeros, and roots and logarithms in a branch that `where` does not take."""
     x = keras.Input((4,))
     y = layers.Dense(5, activation="relu")(x)
     positive = ops.where(y > 0, ops.log(y) / ops.sqrt(y), 0.0)
@@ -114,7 +114,7 @@ def test_the_parts_sum_to_the_output(make):
     np.testing.assert_allclose(numpy(kinds), numpy(full.from_biases()), rtol=1e-12, atol=1e-14)
 
 
-# Not with roots: there the gradient of the plain loss is NaN already, on TensorFlow and on JAX.
+# `with_roots` is left out: on TensorFlow and on JAX the gradient of its plain loss is NaN already.
 @pytest.mark.parametrize("make", [padded_with_infinity, masked_with_infinity])
 def test_a_penalty_on_the_full_jacobian_is_finite_where_values_are_not(make):
     model, x = made(make)
@@ -129,7 +129,7 @@ def test_a_penalty_on_the_full_jacobian_is_finite_where_values_are_not(make):
 
 
 def test_values_that_are_known_to_be_finite_are_not_asked(monkeypatch):
-    """So that an intercept costs what it did."""
+    """`isfinite` is not called for them, so that an intercept costs no more than without the check."""
     model, x = made(normalized)
     monkeypatch.setattr(ops, "isfinite", lambda tensor: pytest.fail("asked"))
     assert jvpreg.linearize(model, x).intercepts

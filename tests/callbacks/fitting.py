@@ -9,7 +9,7 @@ from jvpreg.regularizers import JacobianNorm
 
 
 def make_model(wrapped=False, activity_regularizer=None):
-    """Six inputs, three outputs, and all that has a state."""
+    """A model of six inputs and three outputs, with every kind of state: batch statistics, dropout, an optimizer."""
     keras.utils.set_random_seed(1)
     base = keras.Sequential(
         [
@@ -37,7 +37,7 @@ def fit(model, *callbacks, **kwargs):
 
 
 class NeverBegins(keras.callbacks.Callback):
-    """Fails if what should have failed before training did not."""
+    """Fails if training begins: for tests of an error that must come before."""
 
     def on_train_begin(self, logs=None):
         raise AssertionError("training began")
@@ -57,9 +57,9 @@ class Scale(keras.callbacks.Callback):
 
 
 def still_model():
-    """A model that training leaves as it is, but for what a callback does to it."""
+    """A model whose weights training does not change; only a callback does."""
     model = make_model()
     for name in ("first", "norm"):
-        model.get_layer(name).trainable = False  # A NaN in the loss would be one in all weights.
+        model.get_layer(name).trainable = False  # Otherwise a NaN in the loss would make all weights NaN.
     model.compile(keras.optimizers.SGD(0.0), model.loss)
     return model

@@ -1,4 +1,4 @@
-"""`JacobianGuard`: what it notices, where it says that began, and what it leaves alone."""
+"""`JacobianGuard`: which faults it notices, in which layer it says that they began, and that it is silent otherwise."""
 
 import math
 
@@ -49,7 +49,7 @@ def test_it_warns_once_for_each_time_and_goes_on():
         ("collapse", 5),
         ("explosion", 6),
     ]
-    # The reference is that of the healthy epochs.
+    # The reference comes from the healthy epochs alone, so it is the same for all three events.
     assert len({round(event.reference, 3) for event in guard.events}) == 1
     assert len([w for w in warned if "jacobian/spectral_norm" in str(w.message)]) == 3
 
@@ -57,8 +57,8 @@ def test_it_warns_once_for_each_time_and_goes_on():
 def test_a_healthy_run_is_left_alone():
     probe = JacobianProbe(data(4)[0], ["frobenius_norm"], every_epochs=2)
     guard = JacobianGuard(probe)
-    history = fit(make_model(wrapped=True), probe, guard, epochs=4).history  # A warning would be an error.
-    # The epoch that is not measured is NaN in the logs, and no event.
+    history = fit(make_model(wrapped=True), probe, guard, epochs=4).history  # Pytest makes a warning an error.
+    # The epoch that is not measured has NaN in the logs, and the guard makes no event of it.
     assert math.isnan(history["jacobian/frobenius_norm"][2])
     assert guard.events == []
 
@@ -81,7 +81,7 @@ def test_batches_are_guarded_too():
 
 @pytest.mark.filterwarnings(FROZEN)
 def test_the_first_layer_is_found_where_the_nonlinearity_hides_it():
-    """An overflow, of which ReLU and its tangent show nothing, in a residual block."""
+    """An overflow in a residual block. Neither the output of a ReLU nor its tangent shows it."""
     x = keras.Input((6,))
     y = layers.Dense(5, activation="relu", name="stem")(x)
     z = layers.Rescaling(1.0, name="overflow")(y)

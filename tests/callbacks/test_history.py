@@ -18,7 +18,7 @@ def density(lin):
 
 
 EVERY_KIND = {
-    "file": lambda lin: lin.outputs[:, 0],  # A name that NumPy has a use for.
+    "file": lambda lin: lin.outputs[:, 0],  # `np.savez` has an argument of this name.
     "complex": lambda lin: keras.ops.cast(lin.outputs, "complex64") * 1j,
     "matrix": lambda lin: lin.outputs[:, :, None],
     "estimate": lambda lin: Estimate(lin.outputs[:, 0], converged=lin.outputs[:, 0] > 0, num_matvecs=1),
@@ -27,7 +27,7 @@ EVERY_KIND = {
 
 
 class Die(keras.callbacks.Callback):
-    """As a process that is killed at the end of an epoch, after those listed before it and before the others."""
+    """Ends training as a kill at the end of an epoch would, after the callbacks before it and before those after it."""
 
     def __init__(self, epoch):
         super().__init__()
@@ -39,7 +39,7 @@ class Die(keras.callbacks.Callback):
 
 
 def assert_same(one, other):
-    """Of one class, dtype and value, to the last bit."""
+    """Both are of the same class, dtype and value, to the last bit."""
     assert type(one) is type(other)
     assert [part is None for part in one] == [part is None for part in other]
     for left, right in zip(one, other, strict=True):
@@ -57,7 +57,7 @@ def test_it_is_there_again_after_a_kill(tmp_path):
         fit(make_model(), killed, Die(2), backup, epochs=4)
     assert list(killed.history) == [0, 1, 2]
     with np.load(tmp_path / "probe" / "epoch-00000.npz") as file:
-        # As in the files of earlier runs.
+        # The keys must stay those of files that earlier versions wrote.
         expected = {"value:file", "value:complex", "value:matrix", "value:estimate", "converged:estimate"}
         expected |= {"points:density", "value:density", "sem:density"}
         assert set(file.files) == expected | {key.replace(":", ":block/last/") for key in expected}

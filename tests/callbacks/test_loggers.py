@@ -49,7 +49,7 @@ def test_tensorboard_has_every_scalar_without_tensorflow_too(tmp_path):
     assert set(read.Tags()["scalars"]) == set(killed)
     for key, values in resumed.items():
         found = read.Scalars(key)
-        # The epoch that was trained again is there once.
+        # The epoch that was trained a second time is in the file once.
         assert [event.step for event in found] == [0, 1, 2]
         assert [event.value for event in found] == pytest.approx([killed[key][0], *values], nan_ok=True)
 
@@ -66,7 +66,7 @@ def test_pictures_as_files_and_in_tensorboard(tmp_path):
     assert set(read.Tags()["images"]) == {f"jacobian/{name}" for name in names}
     for name in names:
         images = read.Images(f"jacobian/{name}")
-        # The first epoch is measured, and then each second one; the third is not.
+        # The first epoch and then every second one is measured, so the third is not.
         assert [image.step for image in images] == [0, 1]
         assert (images[-1].width, images[-1].height) == size(images[-1].encoded_image_string)
         assert images[-1].encoded_image_string == files[f"{name.replace('/', '-')}.png"]
@@ -84,7 +84,7 @@ def test_pictures_are_drawn_now_and_then_and_at_the_end(tmp_path):
 @pytest.mark.parametrize("name", ["frobenius_norm", "top_singular_values", "top_eigenvalues", "mine", "density"])
 @pytest.mark.parametrize("broken", [None, np.nan, np.inf])
 def test_every_picture_can_be_drawn(name, broken):
-    """Of many epochs and of one, of many examples and of one, and where nothing is finite."""
+    """A picture of many epochs or one, of many examples or one, and one of values of which none is finite."""
     image = pytest.importorskip("PIL.Image")
     random = np.random.default_rng(0)
     for batch, epochs in ((5, [0, 1, 5]), (1, [2])):

@@ -28,6 +28,6 @@ def test_nothing_is_compiled_after_the_first_epoch(rows):
 
 
 def test_no_objects_stay(rows):
-    """Not even one a step."""
+    """No live object is left behind by a step, not even one."""
     assert rows[2]["objects"] - rows[1]["objects"] < EVERY
     assert rows[5]["objects"] - rows[4]["objects"] < EVERY

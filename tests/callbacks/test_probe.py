@@ -91,10 +91,10 @@ def test_csv_has_the_same_columns_in_each_row_and_nan_where_nothing_was_measured
     with open(tmp_path / "log.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4
-    # A row that is longer than the head has a column None, a shorter one a value None.
+    # `DictReader` gives a row that is longer than the head a key None, and a shorter one a value None.
     assert all(None not in row and None not in row.values() for row in rows)
     for key in KEYS:
-        # The first epoch, and then each second one.
+        # The first epoch is measured, and then every second one.
         assert [math.isnan(float(row[key])) for row in rows] == [False, False, True, False]
 
 
@@ -127,7 +127,7 @@ def test_batches_are_measured_when_several_run_at_once():
     model.compile("adam", model.loss, steps_per_execution=2)
     probe = JacobianProbe(data(10)[0], ["frobenius_norm"], every_batches=3)
     fit(model, probe, Look(), batch_size=4)
-    # After the batches 2, 4 and 6, of which the third and the sixth are among the second and third pair.
+    # Batches run in pairs. Batches 3 and 6 are to be measured; they are in the second and in the third pair.
     assert seen == [False, True, True]
 
 
@@ -254,7 +254,7 @@ def test_any_estimator_any_function_any_part_any_class():
             key = f"jacobian/class_{label}/{place}corner"
             assert logs[key] == pytest.approx(mine[:, 0, 0].mean(), rel=1e-3)
             assert logs[f"{key}_sem"] == pytest.approx(mine[:, 0, 0].std(ddof=1) / math.sqrt(len(mine)), rel=1e-3)
-        # A density is for pictures.
+        # A density is no number for the logs: only the pictures show it.
         assert not any("spectral_density" in key for key in logs)
         assert probe.values[f"{place}spectral_density"].points.shape == (10, 8)
         assert probe.values[f"{place}sigma"].value.shape == (10, 2)
@@ -284,7 +284,7 @@ def test_of_a_square_jacobian_the_log_says_so():
 
 
 def test_the_result_says_whether_it_was_iterated():
-    """However the function is written, and of an estimator of one's own too."""
+    """It says so however the function is written, and for an estimator of the user's own too."""
 
     def own(lin):
         return estimators.Estimate(ops.norm(lin.jacobian(), axis=(1, 2)))
@@ -334,7 +334,7 @@ def test_training_and_validation_batches():
 
 
 def test_the_keys_are_known_where_the_first_epoch_is_not_measured(tmp_path):
-    """As in a run that is resumed."""
+    """A run that is resumed may begin with such an epoch."""
     probe = JacobianProbe(data(10)[0], every_epochs=2)
     logger = keras.callbacks.CSVLogger(tmp_path / "log.csv")
     fit(make_model(), probe, logger, initial_epoch=2, epochs=4)
@@ -345,7 +345,7 @@ def test_the_keys_are_known_where_the_first_epoch_is_not_measured(tmp_path):
 
 @pytest.mark.parametrize("every_example", [True, False])
 def test_what_is_not_finite_is_nan_and_no_error(every_example):
-    """Even where ReLU hides it from the Jacobian, and where the backend's linear algebra raises."""
+    """This also holds if ReLU hides it from the Jacobian, and if the backend's linear algebra raises."""
     x = data(10)[0]
     model = keras.Sequential([keras.Input((6,)), layers.Dense(40, activation="relu"), layers.Dense(40)])
     model.compile(keras.optimizers.SGD(0.0), make_model().loss)

@@ -16,7 +16,7 @@ def test_the_bar_is_keras_own_and_the_jacobian_stands_beneath(capfd, verbose):
     history = fit(make_model(), probe, JacobianProgbarLogger(probe), epochs=3, verbose=verbose).history
     printed = capfd.readouterr().out
     assert "jacobian/" not in printed
-    # Keras writes a bar over and over in one line.
+    # Keras writes the bar over and over in one line; the lines of the probe are indented.
     told = [line for line in printed.splitlines() if line.startswith("    ")]
     starts = ["    ‖J‖ ", "    class_2: ‖J‖ ", "    block/last: ‖J‖ ", "    class_2/block/last: ‖J‖ "]
     assert [line[: line.index("J") + 3] for line in told] == 2 * starts  # The second epoch is not measured.
@@ -65,7 +65,7 @@ def logged(**numbers):
             },
             "σ₁ 2.00±0.10  σ₂ 2.00±0.10",
         ),
-        # A metric that has such a name itself.
+        # A metric whose own name ends like the flags of convergence.
         ({"m_converged": 0.5, "m_converged_sem": 0.1}, "m_converged 0.50±0.10"),
         (
             {"e_1_abs": 2.0, "e_1_abs_sem": 0.1, "e_1_imag": 1.0, "e_1_imag_sem": 0.1, "e_converged": 0.5},

@@ -22,11 +22,11 @@ SPECTRUM = {
     "top_singular_values": functools.partial(estimators.top_singular_values, k=2),
     "spectral_density": "spectral_density",
 }
-STEPS = 3  # of an epoch
+STEPS = 3  # in an epoch
 
 
 class WandbMetricsLogger(keras.callbacks.Callback):
-    """Does what W&B's own does, which cannot be imported where there is no TensorFlow."""
+    """Stands in for W&B's callback of this name, which cannot be imported without TensorFlow."""
 
     def on_epoch_end(self, epoch, logs=None):
         wandb.log({**{f"epoch/{key}": value for key, value in logs.items()}, "epoch/epoch": epoch, "theirs": epoch})
@@ -60,13 +60,13 @@ def records_of(folder, kind):
 
 
 def config_of(folder):
-    """The config as it was last told."""
+    """The config as the run last recorded it."""
     updates = [update for config in records_of(folder, "config") for update in config.update]
     return [json.loads(update.value_json) for update in updates if update.key == "jacobian"][-1]
 
 
 def test_a_row_an_epoch_with_numbers_histograms_and_pictures(tmp_path):
-    """Whether the probe measured it or not, with everything in `logs`, and nothing else in the fit."""
+    """Each epoch has a row, measured or not, with everything in `logs`; `fit` itself is not changed."""
     probe = JacobianProbe(data(10)[0], SPECTRUM, every_epochs=2, prefix="val_jacobian", seed=4)
     with offline(tmp_path, config={"jacobian": {"own": 1}}):
         history = fit(make_model(wrapped=True), probe, JacobianWandbLogger(probe), epochs=3).history
@@ -80,7 +80,7 @@ def test_a_row_an_epoch_with_numbers_histograms_and_pictures(tmp_path):
         # The third epoch is not measured, and the last histogram is not shown again as if it were its own.
         assert ("val_jacobian/frobenius_norm_histogram/values" in row) == (i < 2)
         assert ("val_jacobian/top_singular_values_history/path" in row) == (i < 2)
-    row = rows[1]  # A dict is a key for each of its entries, as the file has it.
+    row = rows[1]  # In the file, a dict has one key for each of its entries.
     assert sum(row["val_jacobian/frobenius_norm_histogram/values"]) == 10
     smallest = probe.values["frobenius_norm"].value.min()
     assert row["val_jacobian/frobenius_norm_histogram/bins"][0] == pytest.approx(smallest)
@@ -104,7 +104,7 @@ def test_a_row_an_epoch_with_numbers_histograms_and_pictures(tmp_path):
 
 
 def test_several_loggers_write_one_row(tmp_path):
-    """Of two probes, one of which finds nothing finite, and W&B's own beside them; with batches."""
+    """Loggers of two probes, one of which finds nothing finite, and W&B's own callback; batches are logged too."""
     one = JacobianProbe(data(4)[0], ["frobenius_norm"], every_batches=2)
     other = JacobianProbe(data(4)[0] * np.nan, {"norm": "frobenius_norm"}, prefix="other")
     loggers = [JacobianWandbLogger(one, every_batches=2), JacobianWandbLogger(other, every_batches=1)]
@@ -168,7 +168,7 @@ def test_a_run_with_nothing_left_to_train_is_told_whole(tmp_path):
     again = JacobianProbe(data(4)[0], ["frobenius_norm"], folder=tmp_path / "probe")
     logger = JacobianWandbLogger(again, history=tmp_path / "log.csv")
     with offline(tmp_path):
-        for _ in range(2):  # The second time it holds them.
+        for _ in range(2):  # The second time the run has these rows already.
             with pytest.warns(UserWarning, match=r"finds no row of epochs \[3\] in .*log.csv, so the W&B run lacks"):
                 logger.log_history(3)
     rows = rows_of(tmp_path)

@@ -1,4 +1,4 @@
-"""Checks of arguments: what passes and as what, what is refused, and in which words."""
+"""Checks of arguments: which values pass and what they become, which are refused, and in which words."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""One door to Keras' private parts: nothing else touches them, and one line tells what a version of Keras lacks."""
+"""One module alone touches Keras' private parts, and a name that a version of Keras lacks is told in one line."""
 
 import ast
 import functools
@@ -36,7 +36,7 @@ def take_away(monkeypatch, name):
 
 
 def check_told(error, name, purpose):
-    """An error is one sentence, with what to do after it, and no other error before it."""
+    """The error is one sentence and then the remedy; no other error is shown before it."""
     first, then = str(error).split(". Install ")
     assert first == f"Keras {keras.__version__} lacks `{name}`, which jvpreg needs to {purpose}"
     assert then == f"Keras {TESTED}, or a newer jvpreg."
@@ -44,7 +44,7 @@ def check_told(error, name, purpose):
     assert error.__context__ is None or error.__suppress_context__
 
 
-# What a version of Keras lacks.
+# A version of Keras that lacks a name.
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -142,7 +142,7 @@ def defined(tree):
 
 
 def touched(tree):
-    """Each underscore name that a module has of another object, or writes as a string, and whatever has `keras.src`."""
+    """Each underscore name that a module takes from another object or has in a string, and each `keras.src`."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls", "super()"):
             if is_private(node.attr):
@@ -167,7 +167,7 @@ def own_names():
 
 
 def strangers(tree, path="") -> list[str]:
-    """What a module touches that is neither ours nor an attribute's name alone."""
+    """The private names that a module touches and that are not the project's own."""
     return [f"{path}:{line}: {name}" for line, name in touched(tree) if name not in own_names()]
 
 

@@ -21,7 +21,7 @@ def points(count=5, size=2, seed=0):
 
 
 def outcome(constraint, model, x, labels=None, carried=None):
-    """What comes of one constraint at `x`."""
+    """The outcome of one constraint at `x`: its penalty, its sums for the carried state, and its measures."""
     lin = jvpreg.linearize(model, x)
     constraint.check(lin.inputs[0], lin.outputs)
     seed = keras.random.SeedGenerator(0)
@@ -29,7 +29,7 @@ def outcome(constraint, model, x, labels=None, carried=None):
 
 
 def violations(constraint, model, x, labels=None):
-    """`(N, C)`."""
+    """The violations of a constraint at `N` points, in `C` components: `(N, C)`."""
     return jvpreg.constraints.verify(model, constraint, x, labels).components
 
 

@@ -1,4 +1,4 @@
-"""Each constraint: nothing to pay exactly where it holds, something where it does not, by Jacobians that are known."""
+"""Each constraint, on known Jacobians: it costs exactly nothing where it holds, and something where it does not."""
 
 import keras
 import numpy as np
@@ -30,7 +30,7 @@ def sum_of_slopes(inputs, outputs, products):
     return 2.0 - ops.sum(products[0], axis=-1)
 
 
-# Each: the constraint, a Jacobian for which it holds, one for which it does not, and what is then missing.
+# Each row: the constraint, a Jacobian for which it holds, one for which it does not, and the violation of the latter.
 ROWS = {
     "monotone": (lambda **a: Monotone([0], **a), [[2.0, -1.0]], [[-0.5, 1.0]], [0.5]),
     "monotone-zero-slope": (lambda **a: Monotone([1], **a), [[2.0, 0.0]], [[2.0, -3.0]], [3.0]),
@@ -97,7 +97,7 @@ def test_random_pairs_see_an_asymmetry_and_nothing_else():
     assert violations(Symmetric(num_pairs=3), linear([[1, 2], [2, 5]]), x).max() < 1e-4
     found = violations(Symmetric(num_pairs=3), linear([[1, 2], [1, 5]]), x)
     assert found.shape == (400, 3)
-    # ‖J − Jᵀ‖_F² = 2, and the square of a pair has three times its mean as standard deviation, or less.
+    # ‖J − Jᵀ‖_F² = 2. The standard error is that of the mean over 400 points with 3 pairs each.
     assert abs(np.mean(found**2) - 2) < 4 * np.std(found**2) / np.sqrt(1200)
 
 
@@ -158,7 +158,7 @@ def smooth_field():
 @pytest.mark.parametrize("multipliers", [False, True])
 @pytest.mark.parametrize("name", [name for name in ROWS if name != "known-function"])
 def test_the_gradient_by_the_weights_is_that_of_finite_differences(name, multipliers):
-    # SGD moves the weights by the gradient of what the loss is: the penalty alone.
+    # The loss is the penalty alone, so SGD moves the weights by its gradient.
     enforcement = AugmentedLagrangian(rho=0.7) if multipliers else Penalty(0.7)
     constraint = ROWS[name][0](enforcement=enforcement)
     if "lipschitz" in name:

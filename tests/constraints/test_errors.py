@@ -1,4 +1,4 @@
-"""What cannot be is told before anything is computed, and by name."""
+"""A wrong argument is told by its name, before anything is computed."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""`verify`: at points what is there, and on a segment or a rectangle of a piecewise affine model all that is there."""
+"""`verify`: the violations at points; and all of them on a segment or a rectangle, if the model is piecewise affine."""
 
 import keras
 import numpy as np

@@ -1,4 +1,4 @@
-"""The tangents of the image transforms are the derivatives of the transforms, which are what they are called."""
+"""The transforms of images do what their names say, and the tangents are their derivatives."""
 
 import math
 
@@ -11,7 +11,8 @@ from jvpreg.constraints import tangents
 from tests.constraints.fields import numbers
 
 ALL = [tangents.Translation, tangents.Rotation, tangents.Scaling, tangents.Brightness]
-# The second derivative of the interpolation jumps at a pixel, so differences are right to the first order only.
+# The second derivative of the interpolation jumps at a pixel. Differences are then right to first order only, so the
+# step is small.
 STEP = 1e-7
 
 

@@ -1,4 +1,4 @@
-"""Constraints in `fit`: what is measured, what is carried, where it is looked, and what a step costs."""
+"""Constraints in `fit`: what they log, what they carry from step to step, at which points, and what a step costs."""
 
 import keras
 import numpy as np
@@ -24,7 +24,7 @@ COMPILATIONS = {
     "jax": [{"jit_compile": True}],
     "torch": [{"jit_compile": False}],
 }[keras.backend.backend()]
-# On JAX, whose eager steps are slow, a trace is counted.
+# Runs are counted in eager steps. On JAX, whose eager steps are slow, they are counted in a trace.
 COUNTED = {"run_eagerly": keras.backend.backend() != "jax"}
 
 
@@ -110,7 +110,7 @@ def test_multipliers_are_saved_and_restored_and_grow_on(tmp_path):
     loaded = keras.models.load_model(tmp_path / "model.keras")
     carried = numbers(model.penalty_metrics[0].carried)
     assert carried[0].max() > 0
-    assert carried[2].max() == 2  # In the middle of what the next update is the mean of.
+    assert carried[2].max() == 2  # Two of the three steps whose mean is the next update.
     np.testing.assert_array_equal(numbers(loaded.penalty_metrics[0].carried), carried)
     assert loaded.get_compile_config() == model.get_compile_config()
     again, theirs = (one.fit(x, y, epochs=2, **fit).history for one in (loaded, model))
@@ -133,7 +133,7 @@ def test_an_augmented_lagrangian_holds_what_a_penalty_that_starts_as_it_does_doe
             model=base(inputs=1),
             optimizer=keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.02, 600)),
         )
-        # One long epoch: what an epoch costs beside its steps is most of a short one.
+        # One long epoch, since most of the time of a short epoch is not that of its steps.
         model.fit(np.tile(x, (600, 1)), np.tile(y, (600, 1)), batch_size=64, verbose=0, shuffle=False)
         return jvpreg.constraints.verify(model, Monotone([0]), np.linspace(-1, 1, 501).reshape(-1, 1)).max
 
@@ -177,7 +177,7 @@ def test_a_box_is_filled():
 
 @pytest.fixture
 def linearizations(monkeypatch):
-    """At how many points each linearization was, and whether in training."""
+    """A list of the linearizations: at how many points each was, and whether in training mode."""
     calls = []
 
     def linearize(model, x, **kwargs):
@@ -200,7 +200,7 @@ def test_constraints_at_the_same_points_share_one_run_of_the_model(linearization
         **COUNTED,
     )
     model.train_on_batch(x, y)
-    if keras.backend.backend() == "jax":  # Traced, and for the shapes of what is built too.
+    if keras.backend.backend() == "jax":  # Counted in a trace, and JAX also traces to find the shapes of the model.
         assert set(linearizations) == {(8, True), (5, False), (8, False)}
     else:
         assert linearizations == [(8, True), (5, False), (8, False)]

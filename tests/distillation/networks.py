@@ -12,7 +12,7 @@ LABELS = np.array([0, 2, 1, 1, 0, 2])
 
 
 def teacher(normalized=True, outputs=3):
-    """A map of 8x8 positions and one of 4x4."""
+    """A teacher with one map of 8x8 positions and one of 4x4."""
     model = keras.Sequential(
         [
             keras.Input((8, 8, 2)),
@@ -31,7 +31,7 @@ def teacher(normalized=True, outputs=3):
 
 
 def student(normalized=True, outputs=3):
-    """Other layers, other widths, another normalization of the input, a smooth activation."""
+    """A student that differs from the teacher in its layers, widths, normalization of the input and activation."""
     model = keras.Sequential(
         [
             keras.Input((8, 8, 2)),
@@ -66,7 +66,7 @@ def all_losses(target="label", pairs=(("first", "conv2"), ("norm", "conv3")), ma
 
 
 def compiled(distiller, optimizer=0.0, **kwargs):
-    """With an optimizer, or SGD of a learning rate; by default it stands still."""
+    """Compile with an optimizer, or SGD of a learning rate; the default rate of 0 leaves the weights as they are."""
     distiller.compile(
         keras.optimizers.SGD(optimizer) if isinstance(optimizer, float) else optimizer,
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),

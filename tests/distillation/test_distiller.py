@@ -97,7 +97,7 @@ def test_random_directions_have_the_frobenius_norm_for_their_mean():
     networks, x, y = (linear(1), linear(2)), normal(5, 4), np.zeros(5)
     distiller = distill([JacobianMatching(1.0, num_probes=800)], networks=networks)
     values = [evaluated(distiller, x, y)["jacobian_matching"] for _ in range(3)]
-    assert len(set(values)) == 3  # directions of its own each time
+    assert len(set(values)) == 3  # each call draws new directions
     difference = networks[0].get_weights()[0] - networks[1].get_weights()[0]
     # 12,000 probes; the variance of one is at most 2‖J‖_F⁴.
     np.testing.assert_allclose(np.mean(values), (difference**2).sum(), rtol=4 * np.sqrt(2 / 12_000))
@@ -256,7 +256,7 @@ def test_losses_of_the_model_itself_are_kept():
         distiller = distill(matching, networks=(teacher(), regularized(kind)))
         received = [step(distiller, x, y)["loss"] for _ in range(2)]
         np.testing.assert_allclose(received, without + losses[0] - losses[1], rtol=1e-4)
-        # The teacher's are not the student's.
+        # The losses of the teacher's own regularizers do not count.
         distiller = distill(matching, networks=(regularized(kind), student()))
         received = [step(distiller, x, y)["loss"] for _ in range(2)]
         np.testing.assert_allclose(received, of_plain_teacher, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""What the losses compute by themselves, and what is wrong with arguments and models."""
+"""The losses by themselves, and the errors for wrong arguments and models."""
 
 import keras
 import numpy as np
@@ -57,7 +57,7 @@ def test_shrunk_maps():
     blocks = tensor.reshape(2, 3, 2, 2, 2)
     np.testing.assert_allclose(numpy(maps.shrink(tensor, (3, 2), keep_sum=True)), blocks.sum((2, 4)), rtol=1e-5)
     np.testing.assert_allclose(numpy(maps.shrink(tensor, (3, 2), keep_sum=False)), blocks.mean((2, 4)), rtol=1e-5)
-    # Where sizes do not divide, positions are shared out.
+    # If one size does not divide the other, a position counts in part for each of two.
     np.testing.assert_allclose(maps.coverage(3, 2, keep_sum=True), [[1, 0], [0.5, 0.5], [0, 1]])
     np.testing.assert_allclose(maps.coverage(5, 3, keep_sum=False).sum(axis=0), np.ones(3))
     np.testing.assert_allclose(maps.coverage(5, 3, keep_sum=True).sum(axis=1), np.ones(5))
@@ -265,7 +265,7 @@ def test_a_teacher_that_is_a_jacobian_model():
 
 @keras.saving.register_keras_serializable(package="test_distillation")
 class LabelMatching(MatchingLoss):
-    """A user's loss: of the label's logit, in units of the image's mean."""
+    """A loss of the user's own, on the logit of the label, in units of the image's mean."""
 
     def see(self, view, sites, directions):
         chosen = ops.sum(view.outputs[0] * ops.one_hot(ops.cast(view.labels, "int32"), 3), axis=-1)

@@ -59,5 +59,5 @@ def test_the_teacher_may_have_dropout():
     x, y = batch()
     distiller = distill(all_losses(), networks=(noisy, student(normalized=False)))
     first, second = (distiller.fit(x, y, verbose=0).history for _ in range(2))
-    # Inference mode: no mask is drawn.
+    # Evaluation is in inference mode, so no dropout mask is drawn.
     np.testing.assert_allclose(first["jacobian_matching"], second["jacobian_matching"], rtol=1e-5)

@@ -102,7 +102,7 @@ class Mixed(layers.Layer):
 
 
 def normalized_cell():
-    # Of a factor so small that it contracts by far, whatever the statistics of a batch are divided by.
+    # The factor 0.1 makes the cell contract clearly, whatever the batch statistics are.
     x, z = keras.Input((3,)), keras.Input((3,))
     return keras.Model([x, z], x + 0.1 * layers.BatchNormalization()(ops.tanh(layers.Dense(3)(z + x))))
 
@@ -117,7 +117,7 @@ def normalized_cell():
     ids=["tanh", "dropout", "batch-statistics"],
 )
 def test_rule(make, arguments):
-    """Products, weights, adjointness, a part of the batch, and the gradient of `‖J u‖²` by input and weights."""
+    """All that `check_rule` checks: products, weights, adjointness, a part of the batch, gradients of `‖J u‖²`."""
     if keras.backend.backend() == "jax":
         pytest.skip("without jit, JAX compiles each of a hundred solves anew: minutes")
     with jvpreg.testing.float64():
@@ -135,7 +135,7 @@ def test_second_derivatives(float64):
     def slope(inputs):
         return transpose(lambda points: [layer(points[0])], inputs, [v])
 
-    if keras.backend.backend() == "torch":  # `transpose` starts anew from the values of its inputs.
+    if keras.backend.backend() == "torch":  # `transpose` detaches its inputs on Torch, so it cannot be taken twice.
         import torch
 
         x = x.requires_grad_()
@@ -149,7 +149,7 @@ def test_second_derivatives(float64):
 
 
 def test_expansive_linear_systems(float64):
-    """Of more dimensions than a window has, so that GMRES restarts. What plain iteration leaves does not shrink."""
+    """A window of GMRES has fewer dimensions, so it restarts. The residual of plain iteration does not shrink."""
     matrix, rhs = normal(2, 26, 26), normal(2, 26, seed=1)
     matrix *= 1.2 / np.abs(np.linalg.eigvals(matrix)).max(axis=1)[:, None, None]
     a, b = ops.convert_to_tensor(matrix), ops.convert_to_tensor(rhs)

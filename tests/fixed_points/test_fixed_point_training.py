@@ -34,7 +34,7 @@ def jitted(function):
 
 
 def test_gradients_of_penalties_against_finite_differences(float64):
-    """`‖J u‖²`, `‖Jᵀ v‖²` and `‖∂_z f ε‖²`, by all weights, those of the cell and those before it."""
+    """Penalties `‖J u‖²`, `‖Jᵀ v‖²`, `‖∂_z f ε‖²`; gradients by the weights of the cell and of layers before it."""
     model = make_model(tanh_cell(), **TIGHT)
     regularizer = FixedPointJacobianNorm(1.0, num_probes=2)
     x, u, v, epsilon = (ops.convert_to_tensor(normal(*shape)) for shape in ((3, 2), (1, 3, 2), (1, 3, 2), (2, 3, 4)))
@@ -83,9 +83,9 @@ JIT = {"tensorflow": [False, True], "jax": [True], "torch": [False]}[keras.backe
 
 @pytest.mark.parametrize("jit", JIT)
 def test_fit(jit, tmp_path):
-    """With penalties on the model's Jacobian and on the cell's, batch statistics in the cell, validation and a probe.
+    """Penalties on the Jacobians of the model and of the cell, batch statistics in the cell, validation and a probe.
 
-    Not the last two where TensorFlow compiles with XLA, which takes a minute for them.
+    The last two are left out where TensorFlow compiles with XLA, which would take a minute for them.
     """
     light = jit and keras.backend.backend() == "tensorflow"
     random = np.random.default_rng(0)
@@ -171,7 +171,7 @@ def test_a_cell_may_ask_for_the_size_of_the_batch():
 
 @pytest.mark.parametrize("penalized", [False, True])
 def test_state_is_moved_once(penalized):
-    """Batch statistics and seeds, whatever the number of iterations."""
+    """Batch statistics and seeds move once in a step, whatever the number of iterations."""
     cell = normalized_cell()
     norm = next(part for part in cell.layers if isinstance(part, layers.BatchNormalization))
     layer = FixedPoint(cell, tolerance=1e-5)
@@ -206,7 +206,7 @@ def affine_layer(**arguments):
 
 @pytest.mark.parametrize("solver", ["picard", "anderson", "broyden"])
 def test_an_example_that_fails_does_not_harm_the_others(solver):
-    """One expands (and plain iteration goes to infinity), one has no fixed point, one is NaN from the start."""
+    """One example expands (plain iteration goes to infinity), one has no fixed point, and one is NaN from the start."""
     x = SLOPES.astype("float32")
     layer = affine_layer(solver=solver, adjoint_solver=solver, unconverged="ignore", max_iterations=100)
     found = layer.solution(x)
@@ -214,7 +214,7 @@ def test_an_example_that_fails_does_not_harm_the_others(solver):
     assert [converged[i] for i in (0, 2, 3, 4)] == [True, False, False, True]
     assert converged[1] == (solver != "picard")
     alone = layer.solution(x[FINE])
-    # As near as the tolerance of 1e-6 says of slopes up to 0.5, and an iteration apart where rounding is at its edge.
+    # A tolerance of 1e-6 and slopes up to 0.5 allow this error. Rounding may decide on one iteration more or less.
     np.testing.assert_allclose(numpy(found.value)[FINE], numpy(alone.value), rtol=1e-5)
     assert np.all(np.abs(numpy(found.iterations)[FINE] - numpy(alone.iterations)) <= 1)
     expected = x[FINE, 1:] / (1 - x[FINE, :1])
@@ -340,7 +340,7 @@ def half_model(policy, **arguments):
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision(policy):
-    """The cell computes in 16 bits: the Jacobian is that of float32 but for their rounding."""
+    """The cell computes in 16 bits. The Jacobian is that of float32, up to the rounding of 16 bits."""
     model, exact = half_model(policy, tolerance=1e-2), half_model("float32", tolerance=1e-5)
     exact.set_weights(model.get_weights())
     x = normal(4, 3).astype("float32")

@@ -100,7 +100,7 @@ class Both(JacobianRegularizer):
 
     def penalty(self, seen):
         assert (seen.directions.shape[0], seen.cotangents.shape[0]) == (1, 2)
-        # Three times the same number.
+        # The three terms are the same number.
         return (ops.sum(seen.jvp[0], axis=-1) + seen.vjp[0, :, 0] + seen.vjp[1, :, 0] / 2) / 3
 
 
@@ -159,7 +159,7 @@ def test_what_is_seen_forward_and_back_is_the_same_jacobian():
 
 
 class Broken(JacobianRegularizer):
-    """Does what it is told to."""
+    """Has the faults that a test gives it."""
 
     def __init__(self, directions=None, cotangents=None, penalty=lambda seen: seen.jvp[0, :, 0]):
         super().__init__(1.0)
@@ -218,7 +218,7 @@ def test_a_subclass_without_a_penalty_is_told_so():
     ],
 )
 def test_a_method_that_nothing_asks_for_is_refused(method, kind):
-    """A regularizer is asked for it by its base class alone."""
+    """A method is used only if the regularizer has the base class that announces it."""
     regularizer = type("Norm", (JacobianNorm,), {method: lambda self, *arguments: None})(0.1)
     model = jvpreg.JacobianModel(linear_model())
     with pytest.raises(ValueError, match=rf"`jacobian_regularizers`\. Expected `jvpreg\.regularizers\.{kind}` among"):

@@ -36,7 +36,7 @@ def squared(full, names):
 
 
 def over_steps():
-    """The examples are on the second axis of one node, and merged with the steps in another."""
+    """A model in which examples are on the second axis at one node, and merged with the steps at another."""
     x = keras.Input((5, 3))
     steps = layers.TimeDistributed(layers.Dense(4, name="dense"), name="each")(x)
     return keras.Model(x, layers.Dense(2, name="last")(layers.Flatten()(ops.tanh(steps))))
@@ -106,7 +106,7 @@ def test_the_penalty_and_its_gradient(name):
     assert expected(model, x, labels, regularizer) > 1e-3
     reported = compiled(model, regularizer).evaluate(x, labels, verbose=0, return_dict=True)
     np.testing.assert_allclose(reported[regularizer.name], expected(model, x, labels, regularizer), rtol=1e-10)
-    # In training: with the batch's statistics.
+    # In training mode the penalty is that with the batch's statistics.
     compiled(model, regularizer, learning_rate=1.0).train_on_batch(x, labels)
     assert np.abs(numpy(model.layers[1].moving_mean.value - moving)).max() > 0
     trainable = [i for i, w in enumerate(model.weights) if w.trainable]
@@ -129,7 +129,7 @@ def test_random_directions_see_all_outputs(path):
     regularizer = BiasJacobianNorm(1.0, layers=path and [path], target="all", num_probes=400)
     model, x, labels = made()
     received = compiled(model, regularizer).evaluate(x, labels, verbose=0, return_dict=True)[regularizer.name]
-    # Four examples of 400 probes each: a standard error of at most √(2/1600).
+    # Four examples with 400 probes each have a standard error of at most √(2/1600).
     np.testing.assert_allclose(received, expected(model, x, labels, regularizer), rtol=4 * np.sqrt(2 / 1600))
 
 
@@ -140,11 +140,11 @@ def test_proposition_3_multiplicative_noise_on_biases():
     outputs, random = lin.node_outputs(), np.random.default_rng(0)
     cotangent = np.eye(3)[[1]]
     noise = {n: sigma * random.normal(size=(count, *outputs[n].shape)) for n in names}
-    # With one noise for each position. To first order what it does to the output is a tangent at the nodes.
+    # Each position has its own noise. To first order the noise moves the output as a tangent at the nodes does.
     moved = numpy(lin.jvp(taps={n: noise[n] * numpy(lin.intercepts[n]) for n in names}))[:, 0, 1]
     penalty = squared(jvpreg.full_jacobian(lin, None, target=cotangent), names)[0]
     np.testing.assert_allclose(moved.var(), sigma**2 * penalty, rtol=4 * np.sqrt(2 / count))
-    # And not to first order only: the biases themselves, of the last layer, which is linear in them.
+    # For the last layer this is exact, since the output is linear in its biases: noise on the biases themselves.
     bias = model.layers[-1].bias
     original, y = numpy(bias.value) + 0, 0.3
     losses = []
@@ -158,7 +158,7 @@ def test_proposition_3_multiplicative_noise_on_biases():
 
 
 def test_equation_3_low_noise_dropout():
-    """`E(f(z ⊙ ξ) − f(z))² = σ² ‖z ⊙ ∇_z f‖²`: noise on an activation, as the gradient at its node has it."""
+    """`E(f(z ⊙ ξ) − f(z))² = σ² ‖z ⊙ ∇_z f‖²`: noise on an activation, against the gradient at its node."""
     model, x, _ = made(batch=1)
     lin = jvpreg.linearize(model, x)
     rest = keras.Sequential([keras.Input((4, 4, 3)), *model.layers[3:]])

@@ -41,7 +41,7 @@ def squared_norms(model, x):
 
 
 def one_of_each_class(model):
-    """An example for each largest output."""
+    """One example for each class, whose output is the largest."""
     x = np.random.default_rng(1).normal(size=(200, 5))
     largest = ops.convert_to_numpy(model(x)).argmax(axis=1)
     return x[[np.flatnonzero(largest == c)[0] for c in range(3)]]

@@ -1,4 +1,4 @@
-"""What is carried from step to step takes up only what is finite."""
+"""State that is carried from step to step takes up finite values only."""
 
 import keras
 import numpy as np
@@ -22,10 +22,10 @@ CARRYING = {
 
 def compiled(regularizer, **arguments):
     keras.utils.set_random_seed(0)
-    # Its slope hides what is not a number.
+    # The slope of the ReLU hides NaN.
     base = keras.Sequential([keras.Input((3,)), layers.Dense(8, "relu"), layers.Dense(3)])
     model = jvpreg.JacobianModel(base, seed=1)
-    # It skips a step whose gradients are not finite.
+    # This optimizer skips a step whose gradients are not finite.
     optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.05), initial_scale=16.0)
     model.compile(optimizer, "mse", jacobian_regularizers=[regularizer], **arguments)
     return model
@@ -78,18 +78,18 @@ def test_a_file_that_holds_what_is_not_finite(tmp_path):
 
 @pytest.mark.parametrize("steps_per_execution", [1] if keras.backend.backend() == "torch" else [1, 2])
 def test_steps_without_penalties_leave_it_as_it_was(steps_per_execution):
-    """By two functions, or by a conditional."""
+    """Steps with and without penalties are two functions, or the branches of a conditional."""
     model = compiled(
         CARRYING["multipliers"](), jacobian_interval=2, steps_per_execution=steps_per_execution, run_eagerly=False
     )
     model.fit(X, X, batch_size=2, shuffle=False, verbose=0)
-    # Two of four steps were taken, by which they grow once.
+    # Two of four steps had penalties; after two the multipliers grow once.
     np.testing.assert_array_equal(carried(model)[2], np.zeros(6))
     assert carried(model)[0].max() > 0
 
 
 def test_a_name_with_a_slash_is_saved_as_any_other(tmp_path):
-    """A slash is a folder in a file of weights."""
+    """In a file of weights a slash would make a folder."""
     regularizers = [
         Monotone([0, 1], enforcement=AugmentedLagrangian(5.0, update_every=1), name="shape/rising"),
         SpectralNorm(0.1, name="shape/steep"),

@@ -10,7 +10,7 @@ from jvpreg.constraints import KnownDerivative
 from jvpreg.distillation import JacobianMatching
 from jvpreg.regularizers import BiasJacobianNorm, FullJacobianNorm
 
-# A graph takes longer to trace than these steps take; on JAX, eager steps do.
+# Tracing a graph takes longer than these few steps take eagerly. On JAX eager steps take longer.
 EAGER = {"run_eagerly": keras.backend.backend() != "jax"}
 X = np.random.default_rng(0).normal(size=(4, 3)).astype("float32")
 CLASSES = np.array([0, 1, 1, 0])

@@ -12,9 +12,9 @@ from jvpreg.estimators.norms import squared_norm
 from jvpreg.regularizers import JacobianNorm, JacobianRegularizer
 
 TORCH = keras.backend.backend() == "torch"
-# What is counted runs in every step where the step is eager. On JAX, whose eager steps are slow, a trace is counted.
+# Runs are counted in eager steps. On JAX, whose eager steps are slow, they are counted in a trace.
 COUNTED = {"run_eagerly": keras.backend.backend() != "jax"}
-# On JAX, uncompiled is eager; torch.compile takes minutes for its first step.
+# On JAX, a step that is not compiled is eager. On Torch, torch.compile takes minutes for its first step.
 COMPILATIONS = {
     "tensorflow": [{"jit_compile": False}, {"jit_compile": True}, {"run_eagerly": True}],
     "jax": [{"jit_compile": True}, {"run_eagerly": True}],

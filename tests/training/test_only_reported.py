@@ -1,4 +1,4 @@
-"""What has a weight of 0 is reported, and has no gradient: that of a root at 0 is infinite, and 0 times that is NaN."""
+"""A penalty of weight 0 is reported, but not differentiated: 0 times the infinite slope of a root at 0 would be NaN."""
 
 import keras
 import numpy as np
@@ -62,7 +62,7 @@ def test_a_weight_of_zero_gives_no_gradient(make):
 
 
 class Rising(Scheduled, JacobianRegularizer):
-    """Has a weight later on, in spite of its strength."""
+    """Its strength is 0, but its schedule gives it a weight."""
 
     def strength_at(self, step):
         return 1.0

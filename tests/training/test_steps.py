@@ -1,4 +1,4 @@
-"""Whose turn it is: the penalties come every k-th step, also after weights were restored."""
+"""Penalties come in every k-th step, also after weights were restored."""
 
 import keras
 import numpy as np
@@ -10,7 +10,7 @@ from jvpreg.regularizers import JacobianRegularizer
 
 X, Y = np.ones((4, 3), "float32"), np.ones((4, 2), "float32")
 TENSORFLOW = keras.backend.backend() == "tensorflow"
-# On JAX and Torch, uncompiled is eager, where the model's own count decides.
+# On JAX and Torch a step that is not compiled is eager, and then the model's own count decides.
 PLAIN = {"jit_compile": False} if TENSORFLOW else {}
 
 
@@ -98,7 +98,7 @@ RESTORATIONS = [
 
 @pytest.mark.parametrize(("restore", "compilation"), RESTORATIONS)
 def test_the_interval_goes_by_the_steps_that_the_weights_have_taken(restore, compilation, tmp_path):
-    # One step was taken, or three.
+    # The restored weights have taken one step, or three: an odd number.
     assert restore(tmp_path, **compilation) == [False, True, False]
 
 

@@ -71,7 +71,7 @@ def test_several_outputs(kind, several):
     weights = structured(kind, WEIGHTS, OTHER) if several else WEIGHTS
     mean = (WEIGHTS + OTHER) / 2 if several else WEIGHTS
     metrics = {"loss": structured(kind, "mse", "mse")}
-    if kind != "nested":  # Of deeper structures, Keras takes no metrics.
+    if kind != "nested":  # Keras takes no metrics for deeper structures.
         metrics["weighted_metrics"] = structured(kind, ["mae"], ["mae"])
     expected = plain_logs(base, x, y, weights, **metrics)
     logs = compiled(base, **metrics).evaluate(x, y, sample_weight=weights, verbose=0, return_dict=True)
@@ -143,7 +143,7 @@ def test_only_the_loss_or_only_the_own_labels_are_weighed():
     model = compiled(base, [known()])
     plain = model.test_on_batch(x, y, return_dict=True)
     weighed = plain_logs(one_output_like(base), x, y["y"], WEIGHTS)["loss"]
-    # By the loss's weights, since the derivatives have none of their own.
+    # The penalty has the weights of the loss, since the derivatives have none of their own.
     logs = model.test_on_batch(x, y, {"y": WEIGHTS}, return_dict=True)
     np.testing.assert_allclose(logs["loss"] - logs["known_derivative"], weighed, rtol=1e-4)
     assert logs["known_derivative"] != pytest.approx(plain["known_derivative"])
