@@ -48,7 +48,7 @@ JACOBIAN_KEYS = {
 def small(folder, **changes):
     config = TrainConfig(
         data=DataConfig(train_examples=256),
-        model=ModelConfig("vgg4", 4),
+        model=ModelConfig("mlp", 4),
         jacobian=JacobianConfig(strength=0.01),
         probe=ProbeConfig(examples=8),
         robustness=RobustnessConfig(examples=50, noise=[0.1], epsilons=[0.05], pgd_steps=2),
