@@ -19,6 +19,8 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 with contextlib.suppress(metadata.PackageNotFoundError):
     if metadata.version("jaxlib").startswith("0.10."):
         flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+        # A computation that runs in XLA's pool, and waits for others there, waits forever if the pool has few threads.
+        flags = f"{flags} --xla_cpu_multi_thread_eigen=false"
         os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
 with contextlib.suppress(metadata.PackageNotFoundError):
     if metadata.version("tensorflow-cpu").startswith("2.21."):
