@@ -255,7 +255,7 @@ class FrozenGraph:
         found = [
             (residual, axis, mask)
             for node in self.nodes
-            if (frozen := node.pushforward) is not None
+            for frozen in ([] if node.pushforward is None else [node.pushforward])
             for residual, axis, mask in zip(frozen.residuals, frozen.batch_axes, frozen.masks, strict=True)
             if not node.is_constant(residual)
         ]

@@ -1,5 +1,7 @@
 """The spectral radius of a fixed-point layer's cell: of its Jacobian with respect to its state."""
 
+from typing import Any
+
 from keras import ops
 
 from jvpreg import probes
@@ -24,29 +26,31 @@ def fixed_point_spectral_radius(
 ) -> Estimate:
     """The spectral radius of `∂_z f` at the fixed point of a `FixedPoint` layer's cell.
 
-    Below 1, plain iteration converges from nearby; in the end each step shortens the error by this factor.
+        Below 1, plain iteration converges from nearby; in the end each step shortens the error by this factor.
 
-    Args:
-        linearization: from `jvpreg.linearize`, of a model that holds the layer.
-        layer: its path, as the linearization's nodes have it; by default the only one.
-        tolerance: as in `top_eigenvalues`.
-        num_iterations: as in `top_eigenvalues`.
-        seed: as in `top_eigenvalues`.
+        Args:
+            linearization: from `jvpreg.linearize`, of a model that holds the layer.
+            layer: its path, as the linearization's nodes have it; by default the only one.
+            tolerance: as in `top_eigenvalues`.
+            num_iterations: as in `top_eigenvalues`.
+            seed: as in `top_eigenvalues`.
 
-    Returns:
-        An `Estimate`, each part `(B,)`: the magnitude of the largest eigenvalue, as `top_eigenvalues` finds it.
+        Returns:
+            An `Estimate`, each part `(B,)`: the magnitude of the largest eigenvalue, as `top_eigenvalues` finds it.
 
-    Raises:
-        ValueError: there is no such layer.
+        Raises:
+            ValueError: there is no such layer.
 
-    Example:
+        Example:
 
-    >>> import keras, numpy as np, jvpreg
-    >>> x, z = keras.Input((2,)), keras.Input((2,))
-    >>> model = keras.Sequential([keras.Input((2,)), jvpreg.layers.FixedPoint(keras.Model([x, z], x - 0.5 * z))])
-    >>> estimate = jvpreg.estimators.fixed_point_spectral_radius(jvpreg.linearize(model, np.ones((1, 2))))
-    >>> keras.ops.convert_to_numpy(estimate.value).round(4).tolist()
-    [0.5]
+        >>> from typing import Any
+
+    import keras, numpy as np, jvpreg
+        >>> x, z = keras.Input((2,)), keras.Input((2,))
+        >>> model = keras.Sequential([keras.Input((2,)), jvpreg.layers.FixedPoint(keras.Model([x, z], x - 0.5 * z))])
+        >>> estimate = jvpreg.estimators.fixed_point_spectral_radius(jvpreg.linearize(model, np.ones((1, 2))))
+        >>> keras.ops.convert_to_numpy(estimate.value).round(4).tolist()
+        [0.5]
     """
     pushforward = frozen_fixed_point(linearization, layer)
     z = pushforward.residuals[0]
@@ -75,7 +79,7 @@ def frozen_fixed_point(linearization: Linearization, layer: str | None) -> Impli
     solved = [node for node in linearization.nodes if isinstance(node.pushforward, ImplicitPushforward)]
     known = [node.name for node in solved]
     named = [node for node in solved if layer is None or is_within(node.name, layer) or is_within(node.path, layer)]
-    found = [frozen for node in named if isinstance(frozen := node.pushforward, ImplicitPushforward)]
+    found: list[Any] = [node.pushforward for node in named]
     if len(found) != 1:
         expected = f"the path of a FixedPoint layer of the model, one of {known}, or None if there is only one"
         raise checks.invalid("layer", expected, layer)

@@ -124,7 +124,10 @@ def carried_variable(regularizer: JacobianRegularizer, outputs: Structure, seed:
 
     All replicas of `tf.distribute` assign the same value to it.
     """
-    if not isinstance(regularizer, Carries) or (shape := regularizer.carried_shape(outputs)) is None:
+    if not isinstance(regularizer, Carries):
+        return None
+    shape = regularizer.carried_shape(outputs)
+    if shape is None:
         return None
     zeros = regularizer.carried_start == "zeros"
     start = keras.initializers.Zeros() if zeros else keras.initializers.RandomNormal(stddev=1.0, seed=seed)

@@ -298,7 +298,7 @@ def _taker(examples: Tensor) -> Callable:
     """A function that takes the examples out of a structure of tensors `(B, …)`; if they are None, it takes all."""
     if examples is None:
         return lambda structure: structure
-    taken: dict[int, tuple[Any, Any]] = {}
+    taken = dict[int, tuple[Any, Any]]()  # AutoGraph cannot convert a variable that has a type and is closed over
 
     def take(tensor: Tensor) -> Tensor:
         # Several regularizers may see the same labels. The tensor is kept too, so that no other gets its `id`.

@@ -102,7 +102,7 @@ def of_class(operation, shapes: Sequence[tuple]) -> Callable:
     """Where the examples are after an operation whose rule does not say so, by its class and its inputs' shapes."""
     if isinstance(operation, keras.Layer) or type(operation).__module__.split(".")[0] != "keras":
         # A layer, or somebody's own operation or function, is taken to work example by example.
-        return lambda *places: place if (place := kept(*places))._replace(mixed=False) == FIRST else MIXED
+        return _first_or_mixed
     if isinstance(operation, _ENTRYWISE):
         return broadcast(*map(len, shapes))
     if isinstance(operation, nn.OneHot):
@@ -110,6 +110,11 @@ def of_class(operation, shapes: Sequence[tuple]) -> Callable:
     if len({len(shape) for shape in shapes}) == 1:
         return along(operation, shapes[0])
     return lambda *places: MIXED
+
+
+def _first_or_mixed(*places: Place) -> Place:
+    place = kept(*places)
+    return place if place._replace(mixed=False) == FIRST else MIXED
 
 
 _MOVES = (numpy_ops.Transpose, numpy_ops.Swapaxes, numpy_ops.Moveaxis)

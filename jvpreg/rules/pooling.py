@@ -48,8 +48,10 @@ def max_pooling(layer, x, context):
     """
     if context.plain_graph and _tiles_the_input(layer, x):
         return layer.call(x), Pushforward(functools.partial(_push_by_average, layer), x)
-    if context.plain_graph and len(x.shape) < 5 and _is_smaller(y := layer.call(x), x):
-        return y, Pushforward(functools.partial(_push_by_kernel, layer, ops.shape(y)[1:]), x)
+    if context.plain_graph and len(x.shape) < 5:
+        y = layer.call(x)
+        if _is_smaller(y, x):
+            return y, Pushforward(functools.partial(_push_by_kernel, layer, ops.shape(y)[1:]), x)
     best, *rest = _window_entries(layer, x, outside=-float("inf"))
     masks = []
     for entry in rest:
