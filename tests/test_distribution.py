@@ -21,7 +21,8 @@ BASES = (regularizers.JacobianRegularizer, constraints.Constraint, distillation.
 def found(tmp_path_factory):
     """What differs, by case."""
     path = tmp_path_factory.mktemp("distributed") / "found.json"
-    environment = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={distributed.REPLICAS}"}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={distributed.REPLICAS}"
+    environment = {**os.environ, "XLA_FLAGS": flags}
     finished = subprocess.run(
         [sys.executable, "-m", "tests.distributed", str(path)],
         env=environment,
