@@ -26,31 +26,29 @@ def fixed_point_spectral_radius(
 ) -> Estimate:
     """The spectral radius of `∂_z f` at the fixed point of a `FixedPoint` layer's cell.
 
-        Below 1, plain iteration converges from nearby; in the end each step shortens the error by this factor.
+    Below 1, plain iteration converges from nearby; in the end each step shortens the error by this factor.
 
-        Args:
-            linearization: from `jvpreg.linearize`, of a model that holds the layer.
-            layer: its path, as the linearization's nodes have it; by default the only one.
-            tolerance: as in `top_eigenvalues`.
-            num_iterations: as in `top_eigenvalues`.
-            seed: as in `top_eigenvalues`.
+    Args:
+        linearization: from `jvpreg.linearize`, of a model that holds the layer.
+        layer: its path, as the linearization's nodes have it; by default the only one.
+        tolerance: as in `top_eigenvalues`.
+        num_iterations: as in `top_eigenvalues`.
+        seed: as in `top_eigenvalues`.
 
-        Returns:
-            An `Estimate`, each part `(B,)`: the magnitude of the largest eigenvalue, as `top_eigenvalues` finds it.
+    Returns:
+        An `Estimate`, each part `(B,)`: the magnitude of the largest eigenvalue, as `top_eigenvalues` finds it.
 
-        Raises:
-            ValueError: there is no such layer.
+    Raises:
+        ValueError: there is no such layer.
 
-        Example:
+    Example:
 
-        >>> from typing import Any
-
-    import keras, numpy as np, jvpreg
-        >>> x, z = keras.Input((2,)), keras.Input((2,))
-        >>> model = keras.Sequential([keras.Input((2,)), jvpreg.layers.FixedPoint(keras.Model([x, z], x - 0.5 * z))])
-        >>> estimate = jvpreg.estimators.fixed_point_spectral_radius(jvpreg.linearize(model, np.ones((1, 2))))
-        >>> keras.ops.convert_to_numpy(estimate.value).round(4).tolist()
-        [0.5]
+    >>> import keras, numpy as np, jvpreg
+    >>> x, z = keras.Input((2,)), keras.Input((2,))
+    >>> model = keras.Sequential([keras.Input((2,)), jvpreg.layers.FixedPoint(keras.Model([x, z], x - 0.5 * z))])
+    >>> estimate = jvpreg.estimators.fixed_point_spectral_radius(jvpreg.linearize(model, np.ones((1, 2))))
+    >>> keras.ops.convert_to_numpy(estimate.value).round(4).tolist()
+    [0.5]
     """
     pushforward = frozen_fixed_point(linearization, layer)
     z = pushforward.residuals[0]
