@@ -88,7 +88,7 @@ def top_singular_values(
     operator = as_operator(linearization)
     ritz, unit, converged, num_matvecs = _triplets(operator, k, tolerance, num_iterations, max_restarts, seed)
     # Not the left vectors of the SVD: for repeated values, rounding may pair them with other right vectors.
-    right, left = _completed(ritz.inputs), _completed(ritz.images)
+    right, left = _completed(ritz.inputs, ritz.images)
     if operator.upright is not operator:
         right, left = left, right
     vectors = tuple(ops.transpose(rows, (1, 0, 2)) for rows in (left, right))
@@ -321,14 +321,19 @@ def _ritz(basis: Tensor, images: Tensor, returned: Tensor, k: int) -> RitzValues
     return RitzValues(values, inputs, ops.matmul(right, images), ops.norm(off, axis=-1))
 
 
-def _completed(rows: Tensor) -> Tensor:
-    """Orthonormal rows `(B, k, n)`, from rows of which some may be zero or not complete.
+def _completed(*spaces: Tensor) -> list[Tensor]:
+    """Orthonormal rows `(B, k, n)` of each space, from rows of which some may be zero or not complete.
 
     A singular value of zero has such vectors if the space became invariant before it was complete.
     """
-    columns, triangle = ops.qr(ops.transpose(rows, (0, 2, 1)))
-    signs = ops.where(ops.diagonal(triangle, axis1=1, axis2=2) < 0, -1.0, 1.0)
-    return ops.transpose(columns, (0, 2, 1)) * ops.cast(ops.expand_dims(signs, -1), rows.dtype)
+    # All at once: on JAX on a CPU, two batches of decompositions side by side can wait for each other's threads. Zeros
+    # below the columns stay zeros, since a Householder reflection has no part there.
+    sizes = [rows.shape[-1] for rows in spaces]
+    padded = [ops.pad(rows, [(0, 0), (0, 0), (0, max(sizes) - size)]) for rows, size in zip(spaces, sizes, strict=True)]
+    columns, triangle = ops.qr(ops.transpose(ops.stack(padded), (0, 1, 3, 2)))
+    signs = ops.where(ops.diagonal(triangle, axis1=2, axis2=3) < 0, -1.0, 1.0)
+    rows = ops.transpose(columns, (0, 1, 3, 2)) * ops.cast(ops.expand_dims(signs, -1), columns.dtype)
+    return [found[..., :size] for found, size in zip(ops.unstack(rows, len(spaces)), sizes, strict=True)]
 
 
 def _check_iteration(k: int, tolerance: float, num_iterations: int, max_restarts: int, seed: Seed, size: int) -> None:
