@@ -18,12 +18,9 @@ lint: .venv-tensorflow/installed
 	.venv-tensorflow/bin/mypy
 	.venv-tensorflow/bin/lint-imports
 
-# Files in their order: those with the most tests first would put the longest, which have few, to the end. Not on JAX,
-# where a program of a test waited forever in two of three runs in this order; why is not known.
-IN_ORDER = $(if $(filter jax,$*),,--no-loadscope-reorder)
-
+# Files in their order: those with the most tests first would put the longest, which have few, to the end.
 test-tensorflow test-jax test-torch: test-%: .venv-%/installed
-	KERAS_BACKEND=$* .venv-$*/bin/python -m pytest -n 2 --dist loadfile $(IN_ORDER) tests jvpreg
+	KERAS_BACKEND=$* .venv-$*/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests jvpreg
 
 # An environment for each backend, without the others: nothing may import what its users do not have. Not compiled to
 # bytecode beforehand, which takes half a minute and is mostly of modules that nothing imports.

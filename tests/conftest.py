@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import functools
 import os
 import shutil
 import tempfile
@@ -10,16 +11,21 @@ from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("JAX_ENABLE_X64", "1")
-# Tests compile much and compute little, so XLA optimizes little; on JAX its older code for fused loops compiles in
-# little more than half the time. XLA ends a process that names a flag it does not know.
+# Tests compile much and compute little, so XLA optimizes little. On JAX its older code for fused loops compiles in
+# little more than half the time, and a program in one part in three quarters of the time of several parts.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+# XLA ends a process that names a flag it does not know.
 with contextlib.suppress(metadata.PackageNotFoundError):
     if metadata.version("jaxlib").startswith("0.10."):
-        os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"
+        flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+        os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
 with contextlib.suppress(metadata.PackageNotFoundError):
     if metadata.version("tensorflow-cpu").startswith("2.21."):
         flags = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
         os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_parallel_codegen_split_count=1 {os.environ.get('XLA_FLAGS', '')}"
+# Threads of XLA on JAX. Decompositions that wait for others in the pool, each on one of its threads, wait forever if
+# there are as many of them as threads.
+os.environ.setdefault("NPROC", "8")
 os.environ.setdefault("WANDB_MODE", "offline")
 # pytest-xdist runs one process for each core, so further threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -44,6 +50,16 @@ def seeded():
 
 
 MAPS = Path("/proc/self/maps")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_context_of_mlir():
+    """One context for all programs. JAX makes one for each, which takes as long as loading a small program does."""
+    with contextlib.suppress(ImportError):
+        from jax._src.interpreters import mlir
+
+        if hasattr(mlir, "make_ir_context"):
+            mlir.make_ir_context = functools.cache(mlir.make_ir_context)
 
 
 @pytest.fixture(autouse=True)

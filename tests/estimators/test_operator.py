@@ -58,6 +58,48 @@ def test_every_estimator_has_a_row():
     assert not missing, f"without a row in ESTIMATORS: {missing}"
 
 
+DECOMPOSITIONS = {"cholesky", "eig", "eigh", "geqp3", "geqrf", "householder_product", "lu", "qr", "schur", "svd"}
+
+
+def programs(eqn):
+    """The programs within an operation of a program of JAX: the body of a loop, a function that is jitted."""
+    found = (getattr(parameter, "jaxpr", parameter) for parameter in tree.flatten(list(eqn.params.values())))
+    return [parameter for parameter in found if hasattr(parameter, "eqns")]
+
+
+def decomposes(eqn):
+    return eqn.primitive.name in DECOMPOSITIONS or any(decomposes(e) for part in programs(eqn) for e in part.eqns)
+
+
+def side_by_side(program):
+    """How many pairs of decompositions there are of which neither waits for the result of the other."""
+    count, before, awaited = 0, set(), {}
+    for eqn in program.eqns:
+        waits_for = set().union(*(awaited.get(id(variable), ()) for variable in eqn.invars))
+        if decomposes(eqn):
+            count += len(before - waits_for) + sum(map(side_by_side, programs(eqn)))
+            before.add(id(eqn))
+            waits_for.add(id(eqn))
+        awaited.update((id(variable), waits_for) for variable in eqn.outvars)
+    return count
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="other backends decompose one batch after the other")
+@every_estimator
+def test_decompositions_wait_for_each_other(name):
+    """On a CPU, JAX' decompositions of two batches can wait for each other's threads, and then they wait forever."""
+    import jax
+
+    model, x = network(), normal(2, SIZE).astype("float32")
+
+    def estimate(x):
+        return [part for part in ESTIMATORS[name](jvpreg.linearize(model, x)) if part is not None]
+
+    assert side_by_side(jax.make_jaxpr(estimate)(x).jaxpr) == 0
+    two = jax.make_jaxpr(lambda x: (jax.numpy.linalg.qr(x), jax.numpy.linalg.qr(x + 1.0)))
+    assert side_by_side(two(np.eye(3)).jaxpr) == 1
+
+
 def network():
     """Close to the identity, so that what needs a positive spectrum has one."""
     x = keras.Input((SIZE,))
