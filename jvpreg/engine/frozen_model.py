@@ -163,7 +163,7 @@ class FrozenModel:
         tensor = checks.tensor("tensor", tensor)
         if len(tensor.shape) != rank + 1 + 2 * merged:
             raise checks.invalid("tensor", "one like what `by_example` returns, with a probe axis before it", tensor)
-        if axis == 0 and not merged:
+        if axis <= 0 and not merged:
             return tensor
         shape = self.shape_at(name, ops.shape(tensor)[1])
         return ops.reshape(ops.moveaxis(tensor, 1, axis + 1 + merged), (ops.shape(tensor)[0], *shape))

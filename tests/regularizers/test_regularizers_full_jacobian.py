@@ -42,6 +42,15 @@ def over_steps():
     return keras.Model(x, layers.Dense(2, name="last")(layers.Flatten()(ops.tanh(steps))))
 
 
+def test_what_has_no_axis_for_the_examples_is_drawn_as_it_is():
+    x = keras.Input((3,))
+    model = randomize(keras.Model(x, layers.Dense(2)(x - ops.mean(x, axis=0))))
+    lin = jvpreg.linearize(model, normal(4, 3))
+    (name,) = [name for name, y in lin.node_outputs().items() if y.shape == (3,)]
+    drawn = normal(2, 3)
+    np.testing.assert_array_equal(numpy(lin.from_examples(name, lin.by_example(name, drawn, probed=True))), drawn)
+
+
 def test_draws_go_with_the_examples_wherever_they_are():
     model, x = randomize(over_steps()), normal(2, 5, 3)
     lin = jvpreg.linearize(model, x)
