@@ -1,11 +1,12 @@
 """The cells of a study: independent trainings, shared among any number of processes that use the study's folder."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from rich.console import Console
 
 from experiments import files, locks
 from experiments.errors import ExperimentError, say
@@ -111,6 +112,24 @@ def work_off(works: Sequence[Work], tell: Callable[[int, dict[str, Any]], None])
             waiting = True
             time.sleep(PAUSE)
     return [results[place] for place in range(len(works))]
+
+
+def by_key(
+    keyed: Sequence[tuple[Hashable, Cell]], console: Console, told: Callable[[dict[str, Any]], str]
+) -> dict[Any, list[dict[str, Any]]]:
+    """The results of cells by their keys; cells of one key differ in their seeds.
+
+    Args:
+        keyed: the cells, each after its key.
+        console: on which each result is told when it is there.
+        told: what is told of it, beside the name of the cell.
+    """
+    works = [cell for _, cell in keyed]
+    results = work_off(works, lambda place, result: console.print(f"{works[place].path.stem}: {told(result)}"))
+    found: dict[Any, list[dict[str, Any]]] = {}
+    for (key, _), result in zip(keyed, results, strict=True):
+        found.setdefault(key, []).append(result)
+    return found
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:

@@ -1,7 +1,6 @@
 """How a classifier's accuracy falls under noise and under attack."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,25 +14,6 @@ from experiments.data import Split
 BATCH_SIZE = 250
 
 Disturbance = Callable[[np.ndarray, np.ndarray], np.ndarray]
-
-
-@dataclass(frozen=True)
-class RobustnessReport:
-    """Accuracies, as fractions of 1, on the same examples.
-
-    Attributes:
-        examples: how many examples.
-        clean: undisturbed.
-        noise: under Gaussian noise, by its standard deviation as text.
-        fgsm: under the fast gradient sign method, by its radius as text.
-        pgd: under projected gradient descent, by its radius as text.
-    """
-
-    examples: int
-    clean: float
-    noise: dict[str, float]
-    fgsm: dict[str, float]
-    pgd: dict[str, float]
 
 
 class LossGradient(keras.Model):
@@ -128,7 +108,7 @@ def pgd(
     return disturbed
 
 
-def accuracy(model: keras.Model, split: Split, disturb: Disturbance) -> float:
+def accuracy(model: keras.Model, split: Split, disturb: Disturbance = unchanged) -> float:
     """The part of the examples that a classifier gets right after a disturbance."""
     correct = 0
     for first in range(0, len(split), BATCH_SIZE):
@@ -138,7 +118,7 @@ def accuracy(model: keras.Model, split: Split, disturb: Disturbance) -> float:
     return correct / len(split)
 
 
-def evaluate(model: keras.Model, split: Split, config: RobustnessConfig, seed: int) -> RobustnessReport:
+def evaluate(model: keras.Model, split: Split, config: RobustnessConfig, seed: int) -> dict[str, Any]:
     """The accuracy of a classifier, clean and under every disturbance of the configuration.
 
     Args:
@@ -146,6 +126,10 @@ def evaluate(model: keras.Model, split: Split, config: RobustnessConfig, seed: i
         split: the test images, of which the first `config.examples` are used.
         config: the disturbances.
         seed: of the noise and of the starts of PGD, which are the same for every model.
+
+    Returns:
+        The number of `examples`, and accuracies as fractions of 1 on these: `clean`; under Gaussian `noise`, by its
+        standard deviation as text; under the attacks `fgsm` and `pgd`, by their radius as text.
     """
     split = split.take(slice(config.examples))
     gradient = LossGradient(model)
@@ -169,10 +153,10 @@ def evaluate(model: keras.Model, split: Split, config: RobustnessConfig, seed: i
     def accuracies(family: Callable[[float], Disturbance], sizes: list[float]) -> dict[str, float]:
         return {f"{size:.3g}": accuracy(model, split, family(size)) for size in sizes}
 
-    return RobustnessReport(
-        examples=len(split),
-        clean=accuracy(model, split, unchanged),
-        noise=accuracies(noisy, config.noise),
-        fgsm=accuracies(one_step, config.epsilons),
-        pgd=accuracies(many_steps, config.epsilons),
-    )
+    return {
+        "examples": len(split),
+        "clean": accuracy(model, split),
+        "noise": accuracies(noisy, config.noise),
+        "fgsm": accuracies(one_step, config.epsilons),
+        "pgd": accuracies(many_steps, config.epsilons),
+    }

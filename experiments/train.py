@@ -4,7 +4,6 @@ import functools
 import math
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -298,14 +297,14 @@ def report(dataset: data.Dataset, config: TrainConfig, folder: RunFolder) -> dic
     history = folder.read_history()
     plots.training_curves(history, folder.curves)
     robust = robustness.evaluate(trained_model(str(folder.path)), dataset.test, config.robustness, config.seed)
-    files.write_json(folder.robustness, asdict(robust))
+    files.write_json(folder.robustness, robust)
     return {
         "strength": config.jacobian.strength,
         "epochs": config.epochs,
         "test_accuracy": history["val_accuracy"][-1],
         "test_loss": history["val_loss"][-1],
         **{key: last_measurement(history, key) for key in history if key.startswith("jacobian/")},
-        "robustness": asdict(robust),
+        "robustness": robust,
     }
 
 

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 import jvpreg
-from experiments import data, models
+from experiments import data, models, robustness
 from experiments.distill.config import DistillConfig, WeightsConfig
 from experiments.train import optimizer
 from jvpreg.distillation import (
@@ -102,9 +102,8 @@ def trained(
     last = jvpreg.JacobianDistiller(teacher, student, measured or matching, seed)
     last.compile(**compiled)
     logs = last.evaluate(probed.images(), probed.labels, batch_size=config.batch_size, verbose=0, return_dict=True)
-    logits = student.predict(dataset.test.images(), batch_size=256, verbose=0)
     return {
-        "test_accuracy": float(np.mean(logits.argmax(axis=1) == dataset.test.labels)),
+        "test_accuracy": robustness.accuracy(student, dataset.test),
         "train_accuracy": history["accuracy"][-1],
         "angle": logs[ANGLE],
         "steps": epochs * len(batches),

@@ -1,7 +1,7 @@
 """The keys of `distill`. Nothing here imports Keras, so that a typing error is told at once."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
@@ -52,17 +52,7 @@ class DistillConfig:
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     """The same for all students."""
 
-    methods: list[Method] = field(
-        default_factory=lambda: [
-            "cross-entropy",
-            "activation",
-            "i-Jacobian",
-            "attention",
-            "i-Jacobian + attention",
-            "full-Jacobian",
-            "full-Jacobian + attention",
-        ]
-    )
+    methods: list[Method] = field(default_factory=lambda: list(get_args(Method)))
     """The rows of the table."""
 
     examples_per_class: list[PositiveInt] = field(default_factory=lambda: [50, 100, 500, 1000, 5000])

@@ -6,14 +6,15 @@ from typing import Any
 
 import keras
 import numpy as np
+from matplotlib.figure import Figure
 from rich.console import Console
+from scipy.special import log_softmax
 
 import jvpreg
-from experiments import data, devices
+from experiments import data, devices, robustness
 from experiments.config import TrainConfig
-from experiments.health import report
 from experiments.health.config import HealthConfig
-from experiments.study import Study, one_table
+from experiments.study import Study, one_table, ran_on
 from experiments.train import compiled_model, training_batches
 
 LOSS = "loss"
@@ -21,6 +22,14 @@ JACOBIAN = ("frobenius_norm", "spectral_norm", "stable_rank")
 HEALTHY = "healthy"
 # A single measurement may stray; so many in a row do not.
 IN_A_ROW = 3
+
+LABELS = {
+    "loss": "test loss",
+    "frobenius_norm": r"$\Vert J\Vert_F$",
+    "spectral_norm": r"$\sigma_1$",
+    "stable_rank": r"stable rank $\Vert J\Vert_F^2/\sigma_1^2$",
+}
+HEADINGS = {"loss": "loss", "frobenius_norm": "‖J‖_F", "spectral_norm": "σ₁", "stable_rank": "stable rank"}
 
 
 def measured(config: HealthConfig, console: Console) -> dict[str, Any]:
@@ -61,16 +70,7 @@ def measured_run(train: TrainConfig, dataset: data.Dataset, config: HealthConfig
     batches = training_batches(train, dataset)
     model = compiled_model(train, dataset, steps=train.epochs * len(batches))
     recorder = Recorder(dataset.test, config)
-    model.fit(
-        batches,
-        shuffle=False,
-        epochs=train.epochs,
-        verbose=0,
-        callbacks=[
-            batches.order_epochs(),
-            recorder,
-        ],
-    )
+    model.fit(batches, shuffle=False, epochs=train.epochs, verbose=0, callbacks=[batches.order_epochs(), recorder])
     return recorder.record
 
 
@@ -89,8 +89,7 @@ class Recorder(keras.callbacks.Callback):
         super().__init__()
         self.async_safe = False
         self.every = config.every_batches
-        chosen = test.take(slice(config.loss_examples))
-        self.images, self.labels = chosen.images(), chosen.labels
+        self.measured = test.take(slice(config.loss_examples))
         probed = test.take(slice(config.train.probe.examples))
         self.probe = jvpreg.callbacks.JacobianProbe(probed.images(), JACOBIAN)
         measures: dict[str, dict[str, list[float]]] = {name: {"mean": [], "sem": []} for name in (LOSS, *JACOBIAN)}
@@ -114,14 +113,13 @@ class Recorder(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         """Notes the accuracy that came of it."""
-        logits = self.model.predict(self.images, batch_size=256, verbose=0)
-        self.record["final_accuracy"] = float(np.mean(logits.argmax(axis=1) == self.labels))
+        self.record["final_accuracy"] = robustness.accuracy(self.model, self.measured)
 
     def measure(self) -> None:
         """Adds a measurement to the record."""
         summary = self.probe.measure()
-        logits = self.model.predict(self.images, batch_size=256, verbose=0).astype("float64")
-        losses = cross_entropies(logits, self.labels)
+        logits = self.model.predict(self.measured.images(), batch_size=256, verbose=0).astype("float64")
+        losses = cross_entropies(logits, self.measured.labels)
         self.record["steps"].append(self.step)
         parts = {LOSS: (losses.mean(), losses.std(ddof=1) / math.sqrt(len(losses)))}
         parts |= {name: (summary[f"jacobian/{name}"], summary[f"jacobian/{name}_sem"]) for name in JACOBIAN}
@@ -132,9 +130,7 @@ class Recorder(keras.callbacks.Callback):
 
 def cross_entropies(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Of each example, `(N,)`, from logits `(N, classes)`."""
-    largest = logits.max(axis=1, keepdims=True)
-    normalizer = largest[:, 0] + np.log(np.exp(logits - largest).sum(axis=1))
-    return normalizer - logits[np.arange(len(labels)), labels]
+    return -log_softmax(logits, axis=1)[np.arange(len(labels)), labels]
 
 
 def rows(runs: dict[str, list[dict[str, Any]]], measures: tuple[str, ...] = (LOSS, *JACOBIAN)) -> list[dict[str, Any]]:
@@ -176,4 +172,65 @@ def told_apart(one: dict[str, Any], healthy: list[dict[str, Any]], measure: str)
     return None
 
 
-STUDY = Study("health", measured, one_table("rows", report.columns, report.caption), {"health": report.figure})
+def columns(row: dict[str, Any]) -> dict[str, str]:
+    """One run, by the heading of its column."""
+    told = {HEADINGS[name]: "–" if step is None else str(step) for name, step in row["told_apart"].items()}
+    return {"run": f"{row['setting']} {row['run']}" if row["setting"] == "healthy" else row["setting"], **told} | {
+        "final accuracy": f"{100 * row['final_accuracy']:.1f}"
+    }
+
+
+def caption(summary: dict[str, Any]) -> str:
+    """What the figures mean and where they are from."""
+    settings = summary["settings"]
+    train = settings["train"]
+    return (
+        "The step from which on each measure tells a run from the healthy ones (a healthy run: from the other healthy "
+        "ones, so that a number there is a false alarm); – : not within the run. Told apart: three measurements in a "
+        "row lie further from the mean of the healthy runs, in the logarithm, than twice the furthest healthy run so "
+        f"far, and two standard errors more. {train['model']['name'].upper()} of width {train['model']['width']}, "
+        f"{train['data']['train_examples'] or 'all'} training images of {train['data']['name']}, {train['epochs']} "
+        f"epochs of batches of {train['batch_size']}; the loss on {settings['loss_examples']} test images, the "
+        f"Jacobian of the logits on {train['probe']['examples']}, both in inference mode; accuracy in % on the former. "
+        f"{ran_on(summary)}"
+    )
+
+
+def figure(summary: dict[str, Any]) -> Figure:
+    """Every measure of every run over the steps, with error bars."""
+    page = Figure(figsize=(9.5, 7), layout="constrained")
+    told = {row["setting"]: row["told_apart"] for row in summary["rows"] if row["setting"] != "healthy"}
+    panels = page.subplots(2, 2, sharex=True).flat
+    for axes, (measure, label) in zip(panels, LABELS.items(), strict=True):
+        for number, (setting, runs) in enumerate(summary["runs"].items()):
+            color = "0.45" if setting == "healthy" else f"C{number - 1}"
+            for i, run in enumerate(runs):
+                # The first measurement is of no step: on a logarithmic axis it stands left of the first.
+                steps = np.maximum(run["steps"], 0.7)
+                mean, sem = (np.asarray(run["measures"][measure][part]) for part in ("mean", "sem"))
+                name = setting if i == 0 else None
+                axes.plot(steps, mean, color=color, label=name, linewidth=1 if setting == "healthy" else 1.8)
+                axes.fill_between(steps, mean - sem, mean + sem, color=color, alpha=0.2, linewidth=0)
+            step = told.get(setting, {}).get(measure)
+            if step is not None:
+                at = runs[0]["steps"].index(step)
+                axes.plot(
+                    [max(step, 0.7)],
+                    [runs[0]["measures"][measure]["mean"][at]],
+                    color=color,
+                    marker="v",
+                    markersize=9,
+                    markeredgecolor="white",
+                    linestyle="none",
+                    zorder=5,
+                )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_ylabel(label)
+    for axes in page.axes[2:]:
+        axes.set_xlabel("training step (▾: told from the healthy runs, from here on)")
+    page.legend(*page.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    return page
+
+
+STUDY = Study("health", measured, one_table("rows", columns, caption), {"health": figure})

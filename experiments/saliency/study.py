@@ -7,13 +7,15 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops
+from matplotlib.figure import Figure
 from rich.console import Console
-from scipy import integrate
+from scipy.integrate import trapezoid
+from scipy.special import softmax
+from scipy.stats import rankdata
 
 import jvpreg
 from experiments import data, files
 from experiments.errors import ExperimentError
-from experiments.saliency import report
 from experiments.saliency.config import SaliencyConfig
 from experiments.study import Study, one_table
 from experiments.train import trained_dataset, trained_model
@@ -83,7 +85,7 @@ def row(
                 for fraction in config.fractions
             ]
         )
-        areas = integrate.trapezoid(probabilities, config.fractions, axis=0)
+        areas = trapezoid(probabilities, config.fractions, axis=0)
         root = np.sqrt(len(images))
         result[kind] = {
             "mean": probabilities.mean(axis=1).tolist(),
@@ -105,18 +107,50 @@ def disturbed(images: np.ndarray, maps: np.ndarray, fraction: float, kind: str, 
         color: `(C,)`.
     """
     count = round(fraction * maps[0].size)
-    order = np.argsort(-maps.reshape(len(maps), -1), axis=1, kind="stable")
-    rank = np.empty_like(order)
-    np.put_along_axis(rank, order, np.arange(order.shape[1])[None], axis=1)
-    most = (rank < count).reshape(maps.shape)
+    rank = rankdata(-maps.reshape(len(maps), -1), method="ordinal", axis=1)
+    most = (rank <= count).reshape(maps.shape)
     return np.where((most if kind == "remove" else ~most)[..., None], color, images).astype("float32")
 
 
 def label_probabilities(model: keras.Model, images: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The softmax of each image's label, `(N,)`."""
     logits = model.predict(images, batch_size=256, verbose=0).astype("float64")
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return (exponentials / exponentials.sum(axis=1, keepdims=True))[np.arange(len(images)), labels[: len(images)]]
+    return softmax(logits, axis=1)[np.arange(len(images)), labels[: len(images)]]
 
 
-STUDY = Study("saliency", measured, one_table("rows", report.columns, report.caption), {"curves": report.curves})
+def columns(row: dict[str, Any]) -> dict[str, str]:
+    """One method, by the heading of its column."""
+    areas = {kind: f"{row[kind]['area']:.3f} ± {row[kind]['area_sem']:.3f}" for kind in ("remove", "keep")}
+    return {"map": row["method"], "removed (less is better)": areas["remove"], "kept (more is better)": areas["keep"]}
+
+
+def caption(summary: dict[str, Any]) -> str:
+    """What the figures mean and where they are from."""
+    machine = summary["machine"]
+    return (
+        "The probability of the label, averaged over the parts of the pixels that are removed, the most salient "
+        "first, or kept, the most salient only; the others have the mean color of the test images. "
+        f"{summary['model'].upper()} of {summary['settings']['run']}, on the first {summary['examples']} test images "
+        "that it gets right; ± is the standard error over them. "
+        f"Keras {machine['keras']}, {machine['backend']}."
+    )
+
+
+def curves(summary: dict[str, Any]) -> Figure:
+    """The label's probability over the part of the pixels that is removed, or kept."""
+    fractions = 100 * np.asarray(summary["settings"]["fractions"])
+    page = Figure(figsize=(9, 4), layout="constrained")
+    for axes, kind in zip(page.subplots(1, 2, sharey=True), ("remove", "keep"), strict=True):
+        for number, row in enumerate(summary["rows"]):
+            mean, sem = (np.asarray(row[kind][part]) for part in ("mean", "sem"))
+            random = row["method"].startswith("random")
+            color = "0.5" if random else f"C{number}"
+            axes.plot(fractions, mean, color=color, linestyle="--" if random else "-", label=row["method"])
+            axes.fill_between(fractions, mean - sem, mean + sem, color=color, alpha=0.15, linewidth=0)
+        axes.set_xlabel(f"most salient pixels {'removed' if kind == 'remove' else 'kept'} (%)")
+    page.axes[0].set_ylabel("probability of the label")
+    page.legend(*page.axes[0].get_legend_handles_labels(), loc="outside right center")
+    return page
+
+
+STUDY = Study("saliency", measured, one_table("rows", columns, caption), {"curves": curves})

@@ -44,24 +44,20 @@ def methods(config: SparingConfig) -> list[Method]:
 def measured(config: SparingConfig, console: Console) -> dict[str, Any]:
     """A row a method, of the cells that are trained now or were before."""
     dataset = data.load(config.data)
-    rows: list[dict[str, Any]] = [{"method": method.name, "results": []} for method in methods(config)]
-    each = list(itertools.product(zip(rows, methods(config), strict=True), config.seeds))
     listed = [
         cells.Cell(
             Path(config.folder) / "cells" / f"{method.name}, seed {seed}.json",
             settings(config, method, seed),
             functools.partial(trained, config, method, dataset, seed),
         )
-        for (_, method), seed in each
+        for method, seed in itertools.product(methods(config), config.seeds)
     ]
 
-    def tell(place: int, result: dict[str, Any]) -> None:
-        name = listed[place].path.stem
-        console.print(f"{name}: {100 * result['test_accuracy']:.2f}%, ‖J‖_F {result['frobenius_norm']:.3g}")
+    def told(result: dict[str, Any]) -> str:
+        return f"{100 * result['test_accuracy']:.2f}%, ‖J‖_F {result['frobenius_norm']:.3g}"
 
-    for ((row, _), _), result in zip(each, cells.work_off(listed, tell), strict=True):
-        row["results"].append(result)
-    return {"rows": rows}
+    found = cells.by_key([(cell.settings["method"]["name"], cell) for cell in listed], console, told)
+    return {"rows": [{"method": name, "results": results} for name, results in found.items()]}
 
 
 def settings(config: SparingConfig, method: Method, seed: int) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from experiments.benchmark import (
     distill_study,
     entries,
     probe_entries,
-    probe_report,
     probe_study,
     study,
     weights_study,
@@ -150,7 +149,7 @@ def test_a_wrong_estimate_gets_no_time(probe_summary):
     assert row["status"] == "wrong"
     assert row["error"] == pytest.approx(0.01, rel=1e-2)
     assert row["seconds"] is row["ratio"] is None
-    assert probe_report.columns(row)["× forward pass"] == "wrong"
+    assert probe_study.columns(row)["× forward pass"] == "wrong"
 
 
 def test_the_cost_of_a_further_product_follows_from_two_entries(probe_summary):

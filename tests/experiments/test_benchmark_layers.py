@@ -11,7 +11,7 @@ from keras import ops
 
 import jvpreg
 from experiments.__main__ import parse
-from experiments.benchmark import calls, layers_cases, layers_report, layers_study, measure, products
+from experiments.benchmark import calls, layers_cases, layers_study, measure, products
 from experiments.benchmark.config import LayersConfig
 from experiments.errors import ExperimentError
 from experiments.studies import BENCHMARKS
@@ -82,7 +82,7 @@ def test_a_wrong_product_of_a_layer_gets_no_time(config, tmp_path, monkeypatch):
     assert part["error"] == pytest.approx(0.01, rel=1e-2)
     assert part["seconds"] is part["ratio"] is row["best_alternative"] is None
     assert row["products"]["forward_mode"]["status"] == "ok"
-    assert layers_report.columns(row)["× layer"] == "wrong (1e-02)"
+    assert layers_study.columns(row)["× layer"] == "wrong (1e-02)"
 
 
 def test_an_alternative_that_raises_is_named_and_the_others_are_timed(config, monkeypatch):
@@ -93,7 +93,7 @@ def test_an_alternative_that_raises_is_named_and_the_others_are_timed(config, mo
     monkeypatch.setattr(layers_study, "starts", lambda config: starts)
     row = layers_study.row(layers_cases.CASES[0], dataclasses.replace(config, rounds=1))
     assert row["products"]["forward_mode"]["status"] == "failed"
-    assert layers_report.failures_of(row) == ["forward mode: TypeError: no forward mode"]
+    assert layers_study.failures_of(row) == ["forward mode: TypeError: no forward mode"]
     assert row["best_alternative"]["name"] == "double_vjp"
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import jvpreg
 from experiments.__main__ import parse
-from experiments.benchmark import scale_report, scale_study
+from experiments.benchmark import scale_study
 from experiments.benchmark.config import ScaleConfig
 from experiments.errors import ExperimentError
 from experiments.studies import BENCHMARKS
@@ -101,7 +101,7 @@ def test_a_wrong_point_gets_no_time_and_no_place_in_the_fit(config, tmp_path, mo
     last = row["points"][-1]["jvpreg"]
     assert last["error"] == pytest.approx(0.01, rel=1e-2)
     assert last["seconds"] is last["ratio"] is row["fits"]["jvpreg"] is None
-    assert scale_report.columns("probes", row["points"][-1])["ms: f(x) and J u"] == "wrong"
+    assert scale_study.columns("probes", row["points"][-1])["ms: f(x) and J u"] == "wrong"
 
 
 def test_the_configuration_of_the_points_is_valid():

@@ -11,7 +11,7 @@ import yaml
 from experiments import data, models
 from experiments.__main__ import main, parse
 from experiments.config import DataConfig, ModelConfig
-from experiments.distill import cell, report
+from experiments.distill import cell, study
 from experiments.distill.config import DistillConfig, WeightsConfig
 from experiments.studies import STUDIES
 
@@ -33,9 +33,9 @@ def network(name, normalized=True):
 
 def test_the_methods_of_the_paper():
     assert list(cell.MATCHED) == DistillConfig().methods
-    for name in report.PAPER:
-        assert list(report.PAPER[name]) == DistillConfig().methods
-        assert {len(row) for row in report.PAPER[name].values()} == {len(report.PAPER_COLUMNS[name])}
+    for name in study.PAPER:
+        assert list(study.PAPER[name]) == DistillConfig().methods
+        assert {len(row) for row in study.PAPER[name].values()} == {len(study.PAPER_COLUMNS[name])}
     made = cell.losses(
         "full-Jacobian + attention", WeightsConfig(1, 2, 3, 4), network("vgg9"), network("vgg11"), [1, 3]
     )
@@ -117,16 +117,16 @@ def test_the_configurations_are_valid():
 def test_the_tables_hold_the_paper_s():
     one = {"test_accuracy": 0.5, "angle": 80.0}
     row = {"method": "attention", "columns": {"50": [one, {**one, "test_accuracy": 0.52}], "7": [one]}}
-    assert report.columns(row, "cifar10") == {
+    assert study.columns(row, "cifar10") == {
         "method": "attention",
         "50 a class": "51.00 ± 1.41",
         "paper, 50": "68.11 ± 0.8",
         "7 a class": "50.00",
         "paper, 7": "–",
     }
-    assert report.angle_columns(row) == {
+    assert study.angle_columns(row) == {
         "method": "attention",
         "angle, 50 a class": "80.0",
         "angle, 7 a class": "80.0",
     }
-    assert report.columns(row, "digits")["paper, 50"] == "–"
+    assert study.columns(row, "digits")["paper, 50"] == "–"

@@ -45,10 +45,10 @@ def test_both_attacks_reach_the_worst_case_of_a_linear_classifier(linear, split,
     margin, difference = margins(linear, split)
     # The worst disturbance takes epsilon times the 1-norm of the weights' difference off the margin.
     worst = np.mean(margin > epsilon * np.abs(difference).sum())
-    assert 0.02 < worst < report.clean  # else the test would show nothing
-    assert report.clean == pytest.approx(np.mean(margin > 0))
-    assert report.fgsm[f"{epsilon:.3g}"] == pytest.approx(worst)
-    assert report.pgd[f"{epsilon:.3g}"] == pytest.approx(worst)
+    assert 0.02 < worst < report["clean"]  # else the test would show nothing
+    assert report["clean"] == pytest.approx(np.mean(margin > 0))
+    assert report["fgsm"][f"{epsilon:.3g}"] == pytest.approx(worst)
+    assert report["pgd"][f"{epsilon:.3g}"] == pytest.approx(worst)
 
 
 def test_the_gradient_is_that_of_the_cross_entropy(linear, split):
