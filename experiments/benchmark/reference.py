@@ -43,15 +43,21 @@ class Reference:
             outputs = np.float32(ops.convert_to_numpy(self.model(self.x)))
         self.like = {"input": x, "output": outputs}
 
+    @contextlib.contextmanager
+    def moved(self, step: list[np.ndarray]) -> Iterator[None]:
+        """Keras and the backend compute in float64, and the weights are moved by `step`."""
+        with float64():
+            for variable, weight, change in zip(self.model.trainable_variables, self.weights, step, strict=True):
+                variable.assign(weight + change)
+            yield
+
     def penalties(self, side: Literal["input", "output"], num_probes: int, step: list[np.ndarray]) -> np.ndarray:
         """The penalty of each example at the weights moved by `step`, in the known directions at `step` 0: `(B,)`."""
         product = autodiff.forward if side == "input" else autodiff.backward
         # As the entry draws them: in float32, of its own inputs and outputs.
         directions = ops.convert_to_numpy(known_directions(self.like[side], num_probes))
         norms = []
-        with float64():
-            for variable, weight, moved in zip(self.model.trainable_variables, self.weights, step, strict=True):
-                variable.assign(weight + moved)
+        with self.moved(step):
             for direction in directions:
                 vector = ops.convert_to_tensor(direction, dtype="float64")
                 _, products = product(self.model, self.x, functools.partial(_given, vector))

@@ -1,17 +1,17 @@
 """The `benchmark step` study: correctness first, then memory, then times in turn."""
 
-import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from matplotlib.figure import Figure
 from rich.console import Console
 
 from experiments import processes
-from experiments.benchmark import entries, measure, memory, study
-from experiments.benchmark.check import Check, Checker
+from experiments.benchmark import checked, entries, measure, memory, study
+from experiments.benchmark.checked import EXAMPLES, Check, check_gradient
 from experiments.benchmark.config import StepConfig
 from experiments.benchmark.entries import Entry
+from experiments.benchmark.reference import Reference
 from experiments.benchmark.study import Benchmark, one_digit
 from experiments.study import one_table
 
@@ -20,22 +20,18 @@ COLORS = {"none": "0.55", "jvpreg": "C0", "autodiff": "C1"}
 
 def measured(config: StepConfig, console: Console) -> dict[str, Any]:
     """A row an entry."""
-    chosen = chosen_entries(config)
-    checker = Checker(config)
-    checks: dict[str, Check | None] = {}
-    for entry in chosen:
-        console.print(f"checking {entry.label}")
-        checks[entry.name] = checker.check(entry)
-    right = [entry for entry in chosen if is_right(checks[entry.name], config)]
-    peaks: dict[str, int | MemoryError] = {}
-    for entry in right if config.memory else []:
-        console.print(f"measuring the memory of {entry.label}")
-        peaks[entry.name] = peak_bytes(entry.name, config)
-    # What fells a process of its own would fell this one.
-    able = [entry for entry in right if not isinstance(peaks.get(entry.name), MemoryError)]
-    console.print(f"timing {config.rounds} rounds of {len(able)} entries")
-    times = timings(able, config)
-    rows = [row(entry, config, checks[entry.name], times.get(entry.name), peaks.get(entry.name)) for entry in chosen]
+    chosen = {entry.name: entry for entry in chosen_entries(config)}
+    rows = checked.measured(
+        {name: entry.label for name, entry in chosen.items()},
+        lambda name: check(chosen[name], config),
+        lambda name: training_step(chosen[name], config),
+        config,
+        console,
+        {name: entry.interval for name, entry in chosen.items()},
+        (lambda name: peak_bytes(name, config)) if config.memory else None,
+    )
+    for row, entry in zip(rows, chosen.values(), strict=True):
+        row.update(derivative=entry.derivative(config), steps_per_turn=entry.interval)
     return {"entries": rows}
 
 
@@ -46,15 +42,20 @@ def chosen_entries(config: StepConfig) -> list[Entry]:
     return [entry for entry in entries.ENTRIES if entry.name in wanted]
 
 
-def is_right(check: Check | None, config: StepConfig) -> bool:
-    """Whether an entry is to be timed; the plain step has nothing to check."""
-    return check is None or study.is_right(check.error, config)
-
-
-def timings(chosen: Sequence[Entry], config: StepConfig) -> dict[str, measure.Timing | MemoryError]:
-    """Time a training step of the entries, in units of the plain step, which is to be among them."""
-    makers = {entry.name: functools.partial(training_step, entry, config) for entry in chosen}
-    return measure.in_turn(makers, "plain", config, {entry.name: entry.interval for entry in chosen})
+def check(entry: Entry, config: StepConfig) -> Check:
+    """The errors of an entry, in known directions."""
+    side, derivative, batch = entry.side, entry.derivative(config), entries.images(config, EXAMPLES)
+    assert side is not None
+    assert derivative != "none"
+    reference = Reference(entries.base_model(config), derivative, batch.images())
+    return check_gradient(
+        entries.checked_model(entry, config),
+        batch.images(),
+        batch.labels,
+        lambda moved: reference.penalties(side, entry.num_probes, moved),
+        entry.interval,
+        entry.fraction,
+    )
 
 
 def training_step(entry: Entry, config: StepConfig) -> measure.Step:
@@ -83,36 +84,13 @@ def peak(name: str, config: StepConfig) -> Iterator[dict[str, int]]:
     yield {"peak": memory.resident_peak() - before}
 
 
-def row(
-    entry: Entry,
-    config: StepConfig,
-    check: Check | None,
-    times: measure.Timing | MemoryError | None,
-    peak: int | MemoryError | None,
-) -> dict[str, Any]:
-    """What the JSON file says of an entry; what was not measured is null."""
-    return {
-        "name": entry.name,
-        "label": entry.label,
-        "derivative": entry.derivative(config),
-        "steps_per_turn": entry.interval,
-        "penalty_error": study.finite(check.penalty_error) if check else None,
-        "gradient_error": study.finite(check.gradient_error) if check else None,
-        **measure.outcome(is_right(check, config), times, peak),
-        "peak_memory_bytes": peak if isinstance(peak, int) else None,
-    }
-
-
 def columns(row: dict[str, Any]) -> dict[str, str]:
     """One entry's figures, by the heading of their column."""
     peak = row["peak_memory_bytes"]
     return {
         "step": row["label"],
         "derivative": row["derivative"],
-        "error": one_digit(row["penalty_error"]),
-        "of gradient": one_digit(row["gradient_error"]),
-        "× plain step": study.ratio(row),
-        **study.times(row),
+        **checked.columns(row),
         "peak MB": f"{peak / 1e6:.0f}" if peak is not None and row["status"] != "wrong" else "",
     }
 

@@ -12,9 +12,7 @@ from sizes import SMALL
 import jvpreg
 from experiments.__main__ import parse
 from experiments.benchmark import (
-    biases_entries,
     biases_study,
-    distill_entries,
     distill_study,
     entries,
     probe_entries,
@@ -240,7 +238,7 @@ def biases_config(tmp_path_factory):
 def test_bias_penalties_are_checked_and_timed(biases_config):
     summary = biases_study.STUDY.run(biases_config)
     rows = {row["name"]: row for row in summary["entries"]}
-    assert list(rows) == [entry.name for entry in biases_entries.ENTRIES]
+    assert list(rows) == [entry.name for entry in biases_study.ENTRIES]
     assert rows["plain"]["penalty_error"] is None
     for name, row in rows.items():
         assert row["status"] == "ok"
@@ -254,7 +252,7 @@ def test_bias_penalties_are_checked_and_timed(biases_config):
 def test_a_wrong_bias_penalty_is_seen(biases_config, monkeypatch):
     right = jvpreg.regularizers.BiasJacobianNorm.penalty
     monkeypatch.setattr(jvpreg.regularizers.BiasJacobianNorm, "penalty", lambda self, seen: 1.01 * right(self, seen))
-    checked = biases_study.check(next(e for e in biases_entries.ENTRIES if e.name == "last"), biases_config)
+    checked = biases_study.check(next(e for e in biases_study.ENTRIES if e.name == "last"), biases_config)
     assert checked.penalty_error == pytest.approx(0.01, rel=1e-2)
     assert checked.gradient_error == pytest.approx(0.01, rel=1e-2)
 
@@ -277,7 +275,7 @@ def distill_config(tmp_path_factory):
 def test_distillation_is_checked_and_timed(distill_config):
     summary = distill_study.STUDY.run(distill_config)
     rows = {row["name"]: row for row in summary["entries"]}
-    assert list(rows) == list(distill_entries.LABELS)
+    assert list(rows) == list(distill_study.LABELS)
     for name, row in rows.items():
         assert row["status"] == "ok"
         assert row["seconds"] > 0
@@ -288,8 +286,8 @@ def test_distillation_is_checked_and_timed(distill_config):
 
 
 def test_a_wrong_distance_is_seen(distill_config, monkeypatch):
-    monkeypatch.setitem(distill_entries.WEIGHTS, "jacobian", 0.02)
-    made = distill_entries.losses(*[distill_entries.network(distill_config, role) for role in ("teacher", "student")])
+    monkeypatch.setitem(distill_study.WEIGHTS, "jacobian", 0.02)
+    made = distill_study.losses(*[distill_study.network(distill_config, role) for role in ("teacher", "student")])
     monkeypatch.undo()
-    monkeypatch.setattr(distill_entries, "losses", lambda teacher, student: made)
+    monkeypatch.setattr(distill_study, "losses", lambda teacher, student: made)
     assert distill_study.check("full", distill_config).penalty_error > 1e-3

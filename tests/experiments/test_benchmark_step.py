@@ -6,12 +6,13 @@ from pathlib import Path
 
 import keras
 import pytest
+from rich.console import Console
 from sizes import SMALL
 
 from experiments import processes
 from experiments.__main__ import main, parse
-from experiments.benchmark import autodiff, entries, measure, step_study
-from experiments.benchmark.check import Check, Checker
+from experiments.benchmark import autodiff, checked, entries, step_study
+from experiments.benchmark.checked import Check
 from experiments.benchmark.config import StepConfig
 from experiments.benchmark.entries import Entry
 from experiments.config import ModelConfig
@@ -58,14 +59,14 @@ def test_every_entry_is_checked_and_timed(summary):
 
 
 def test_convolutions_pooling_and_normalization_are_checked_too(config):
-    checker = Checker(dataclasses.replace(config, model=ModelConfig("vgg4", 2), image_size=8))
+    config = dataclasses.replace(config, model=ModelConfig("vgg4", 2), image_size=8)
     derivatives = {"norm_fraction": "frozen", "double_backpropagation": "coupled"}
     if keras.backend.backend() == "jax":  # JAX compiles a reference op by op, so one entry must do
         del derivatives["double_backpropagation"]
     for name, derivative in derivatives.items():
         entry = next(entry for entry in entries.ENTRIES if entry.name == name)
         assert entry.derivative(config) == derivative
-        assert checker.check(entry).error < config.tolerance
+        assert step_study.check(entry, config).error < config.tolerance
 
 
 def test_a_wrong_entry_gets_no_time(summary):
@@ -101,10 +102,11 @@ def test_an_entry_without_enough_memory_is_named_and_the_others_go_on(config, mo
         return Model()
 
     monkeypatch.setattr(entries, "training_model", build)
-    chosen = [entry for entry in entries.ENTRIES if entry.name in ("plain", "norm_4")]
-    times = step_study.timings(chosen, config)
-    assert isinstance(times["plain"], measure.Timing)
-    row = step_study.row(chosen[1], config, Check(0.0, 0.0), times["norm_4"], None)
+    monkeypatch.setattr(step_study, "check", lambda entry, config: checked.Check(0.0, 0.0))
+    found = step_study.measured(dataclasses.replace(config, only=["norm_4"]), Console(quiet=True))
+    plain, row = found["entries"]
+    assert plain["status"] == "ok"
+    assert plain["seconds"] > 0
     assert row["status"] == "out of memory"
     assert row["message"] == "RuntimeError: RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes"
     with pytest.raises(ValueError, match="shape"):
