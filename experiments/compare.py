@@ -1,16 +1,22 @@
 """The `compare` study: the same training at several strengths of the penalty, side by side."""
 
 import dataclasses
+import functools
+import itertools
+import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import keras
 from rich.console import Console
 
-from experiments import data, devices, files, locks, plots, tables, timing
+from experiments import data, devices, files, locks, plots, tables
+from experiments.benchmark import measure
+from experiments.benchmark.config import TimingConfig
 from experiments.cells import work_off
 from experiments.config import CompareConfig, TrainConfig
 from experiments.run_folder import RunFolder
+from experiments.study import machine
 from experiments.train import train, training_batches
 
 
@@ -34,7 +40,7 @@ def compare(config: CompareConfig) -> dict[str, Any]:
     folders = {name: run.folder for name, run in zip(configs, runs, strict=True)}
     seconds = step_seconds(config, folders)
     rows = [{"run": name, **result, "seconds_per_step": seconds[name]} for name, result in results.items()]
-    summary = {"rows": rows, "batch_size": config.train.batch_size, "machine": timing.machine()}
+    summary = {"rows": rows, "batch_size": config.train.batch_size, "machine": machine()}
     write(summary, folders, parent)
     return summary
 
@@ -83,10 +89,19 @@ def step_seconds(config: CompareConfig, folders: dict[str, RunFolder]) -> dict[s
     and on one device, even if several trained.
     """
     batches = training_batches(config.train, data.load(config.train.data))
-    models = {name: keras.models.load_model(folder.model) for name, folder in folders.items()}
-    return timing.seconds_per_step(
-        models, batches, rounds=config.timed_steps, steps_per_round=config.train.jacobian.interval
-    )
+    # The last one may be smaller, and would be compiled anew.
+    full = [batches[i] for i in range(min(config.timed_steps, max(1, len(batches) - 1)))]
+    makers = {name: functools.partial(training_step, folder, full) for name, folder in folders.items()}
+    # Steps with a penalty and steps without one differ.
+    turns = dict.fromkeys(makers, config.train.jacobian.interval)
+    taken = measure.turns(makers, TimingConfig(rounds=config.timed_steps, warmup=0), turns)
+    return {name: statistics.median(measure.timed(found).seconds) for name, found in taken.items()}
+
+
+def training_step(folder: RunFolder, batches: list) -> measure.Step:
+    """A step of a trained model, on one batch after the other."""
+    model, chosen = keras.models.load_model(folder.model), itertools.cycle(batches)
+    return lambda: model.train_on_batch(*next(chosen))
 
 
 def write(summary: dict[str, Any], folders: dict[str, RunFolder], parent: Path) -> None:

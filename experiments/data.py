@@ -3,7 +3,7 @@
 import dataclasses
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import keras
 import numpy as np
@@ -36,6 +36,11 @@ class Split:
     def images(self) -> np.ndarray:
         """All images as float32 in [0, 1], `(N, H, W, C)`."""
         return unit_range(self.pixels, self.white)
+
+    def parts(self, size: int) -> "Iterator[Split]":
+        """So many examples after the other; the last part may have fewer."""
+        for start in range(0, len(self), size):
+            yield self.take(slice(start, start + size))
 
     def take(self, chosen: slice | np.ndarray) -> "Split":
         """The examples in a slice or at indices `(n,)`."""

@@ -26,9 +26,8 @@ import yaml
 from experiments import files
 from experiments.config import HostsConfig, TrainConfig, as_plain_dict
 from experiments.errors import ExperimentError
+from experiments.processes import ROOT
 from experiments.run_folder import RunFolder, differences
-
-ROOT = Path(__file__).parents[1]
 
 CONFIG, JOINED, OUTCOME, LOG = "config.yaml", "joined", "outcome.json", "log"
 """The messages between the two processes of a host, in a temporary folder."""

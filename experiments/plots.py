@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
@@ -75,13 +76,18 @@ def comparison(
                 axes.plot(sizes, _percent(list(accuracies.values())), marker="o", markersize=4, color=color)
         norm.set_yscale("log")
         norm.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        norm.yaxis.set_major_formatter("{x:g}")
-        norm.yaxis.set_minor_formatter("")
+        plain_numbers(norm.yaxis)
         _name_axes(accuracy, "epoch", "test accuracy (%)")
         _name_axes(norm, "epoch", NORM_LABEL, legend=False)
         _name_axes(noisy, "noise, standard deviation (white = 1)", "accuracy (%)", legend=False)
         _name_axes(attacked, r"PGD, $L_\infty$ radius (white = 1)", "accuracy (%)", legend=False)
         files.save_figure(figure, path)
+
+
+def plain_numbers(axis: Axis) -> None:
+    """Write the numbers of a logarithmic axis without powers, and only those of its larger ticks."""
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
 
 
 def _panels(rows: int, columns: int) -> tuple[Figure, list[Axes]]:

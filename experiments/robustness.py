@@ -111,8 +111,7 @@ def pgd(
 def accuracy(model: keras.Model, split: Split, disturb: Disturbance = unchanged) -> float:
     """The part of the examples that a classifier gets right after a disturbance."""
     correct = 0
-    for first in range(0, len(split), BATCH_SIZE):
-        batch = split.take(slice(first, first + BATCH_SIZE))
+    for batch in split.parts(BATCH_SIZE):
         logits = model.predict_on_batch(disturb(batch.images(), batch.labels))
         correct += int(np.sum(np.argmax(logits, axis=-1) == batch.labels))
     return correct / len(split)

@@ -1,5 +1,8 @@
 """What every study does: measure, write what came out as JSON, Markdown and pictures, and print the tables."""
 
+import importlib
+import os
+import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +13,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from experiments import files, tables, timing
+from experiments import files, tables
 from experiments.config import as_plain_dict
 from experiments.plots import STYLE
 
@@ -64,7 +67,7 @@ class Study:
 
     def conditions(self, config: Any) -> Summary:
         """What the summary says beside the figures."""
-        return {"study": self.name, "settings": as_plain_dict(config), "machine": timing.machine()}
+        return {"study": self.name, "settings": as_plain_dict(config), "machine": machine()}
 
     def folder(self, config: Any) -> Path:
         """The folder that the configuration names, or one after the study and the backend."""
@@ -95,6 +98,28 @@ def one_table(
 ) -> Callable[[Summary], list[Rows | str]]:
     """A page of one table and what it means: of the rows that the summary has under `key`."""
     return lambda summary: [[columns(row) for row in summary[key]], caption(summary)]
+
+
+def machine() -> dict[str, str | int]:
+    """What a time was measured on: processor, cores that this process may use, and versions."""
+    backend = keras.backend.backend()
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "keras": keras.__version__,
+        "backend": f"{backend} {importlib.import_module(backend).__version__}",
+    }
+
+
+def _processor() -> str:
+    description = Path("/proc/cpuinfo")
+    if description.exists():
+        for line in description.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def ran_on(summary: Summary) -> str:

@@ -16,7 +16,7 @@ RUN_ID = re.compile(r"[a-z0-9]{8}")
 
 
 Mode = Literal["online", "offline", "disabled"] | None
-"""The W&B entity; if None, W&B reads it from the environment."""
+"""Of a W&B run; if None, W&B reads it from the environment."""
 
 
 def start(config: TrainConfig, folder: RunFolder, mode: Mode) -> Any:

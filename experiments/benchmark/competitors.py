@@ -357,35 +357,29 @@ _OURS = (
 )
 
 
-def _alternatives(forward: str, vectorized: str, *others: Entry) -> tuple[Entry, ...]:
+def _entries(
+    forward: str, vectorized: str, double_vjp: Start, batch_jacobian: Start, *more: Entry
+) -> tuple[Entry, ...]:
+    """Ours, and those of a backend: what it calls its forward modes, and what only it has."""
     return (
+        *_OURS,
         Entry("forward_mode", forward, forward_mode),
         Entry("vectorized", vectorized, vectorized_forward_mode, only=("several",)),
-        *others,
+        *more,
+        Entry("double_vjp", "double VJP", double_vjp),
+        Entry("batch_jacobian", "batch Jacobian", batch_jacobian, only=("few outputs",)),
     )
 
 
+_JAX_LINEARIZE = Entry("linearize", "jax.linearize", jax_linearize)
+_TORCH_LINEARIZE = Entry("linearize", "torch.func.linearize", torch_linearize)
+
 ENTRIES = {
-    "tensorflow": (
-        *_OURS,
-        *_alternatives("ForwardAccumulator", "vectorized_map of it"),
-        Entry("double_vjp", "double VJP", tensorflow_double_vjp),
-        Entry("batch_jacobian", "batch Jacobian", tensorflow_batch_jacobian, only=("few outputs",)),
+    "tensorflow": _entries(
+        "ForwardAccumulator", "vectorized_map of it", tensorflow_double_vjp, tensorflow_batch_jacobian
     ),
-    "jax": (
-        *_OURS,
-        *_alternatives("jax.jvp", "vmap of jax.jvp"),
-        Entry("linearize", "jax.linearize", jax_linearize),
-        Entry("double_vjp", "double VJP", jax_double_vjp),
-        Entry("batch_jacobian", "batch Jacobian", jax_batch_jacobian, only=("few outputs",)),
-    ),
-    "torch": (
-        *_OURS,
-        *_alternatives("torch.func.jvp", "vmap of it"),
-        Entry("linearize", "torch.func.linearize", torch_linearize),
-        Entry("double_vjp", "double VJP", torch_double_vjp),
-        Entry("batch_jacobian", "batch Jacobian", torch_batch_jacobian, only=("few outputs",)),
-    ),
+    "jax": _entries("jax.jvp", "vmap of jax.jvp", jax_double_vjp, jax_batch_jacobian, _JAX_LINEARIZE),
+    "torch": _entries("torch.func.jvp", "vmap of it", torch_double_vjp, torch_batch_jacobian, _TORCH_LINEARIZE),
 }
 
 

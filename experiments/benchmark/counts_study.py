@@ -12,7 +12,7 @@ from keras import ops
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from experiments.benchmark import jvp_report, jvp_study, products_study, study
+from experiments.benchmark import jvp_study, products_study, study
 from experiments.benchmark.competitors import FEW_OUTPUTS, Push
 from experiments.benchmark.config import IterateConfig, ProbesConfig
 from experiments.benchmark.directions import following
@@ -51,7 +51,7 @@ def measured_one_by_one(config: IterateConfig, console: Console) -> dict[str, An
 def probe_comparisons(subject: Subject, config: ProbesConfig) -> Iterator[Comparison]:
     """So many directions in one call; of the largest number, the first ones are those of the smaller numbers."""
     largest = jvp_study.along_input(subject, max(config.counts), config)
-    outputs, products = products_study.exact(subject, largest)
+    outputs, products = products_study.by_autodiff(subject.exact, subject, largest)
     for count in sorted(set(config.counts)):
         task = Task((), [largest.tangents[0][:count]], largest.use, largest.use_eagerly)
         yield products_study.comparison(subject, task, config, [outputs, products[:count]])
@@ -87,19 +87,22 @@ def python_loop(lower: int, upper: int, body: Callable, state: Any) -> Any:
 
 def further_products(rows: list[Comparison]) -> dict[str, float]:
     """Forward passes that one more product takes, by entry: the slope of the ratios over the counts."""
-    names = {entry["name"]: None for row in rows for entry in row["entries"]}
     slopes = {}
-    for name in names:
-        timed = [
-            (row["count"], entry["ratio"])
-            for row in rows
-            for entry in row["entries"]
-            if entry["name"] == name and entry["ratio"] is not None
-        ]
+    for name, timed in by_entry(rows).items():
         if len(timed) > 1:
-            slope, _ = np.polyfit([count for count, _ in timed], [ratio for _, ratio in timed], 1)
+            slope, _ = np.polyfit(list(timed), [entry["ratio"] for entry in timed.values()], 1)
             slopes[name] = float(slope)
     return slopes
+
+
+def by_entry(rows: list[Comparison]) -> dict[str, dict[int, dict[str, Any]]]:
+    """What has a time, by the name of the entry and the number of products."""
+    found: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        for entry in row["entries"]:
+            if entry["ratio"] is not None:
+                found.setdefault(entry["name"], {})[row["count"]] = entry
+    return found
 
 
 WHAT = {
@@ -118,8 +121,8 @@ WHAT = {
 
 def table(summary: dict[str, Any]) -> list[dict[str, str]]:
     """A row a count, and one of the cost of a further product."""
-    names = jvp_report.labels(summary["rows"])
-    rows = [{"products": str(row["count"]), **jvp_report.figures(row, names)} for row in summary["rows"]]
+    names = jvp_study.labels(summary["rows"])
+    rows = [{"products": str(row["count"]), **jvp_study.figures(row, names)} for row in summary["rows"]]
     slopes = summary["further_product"]
     cells = {label: f"{slopes[name]:.2f}" if name in slopes else "–" for name, label in names.items()}
     return [*rows, {"products": "one more", "forward ms": "", **cells, "speed-up": ""}]
@@ -130,41 +133,32 @@ def caption(name: str, summary: dict[str, Any]) -> str:
     settings = summary["settings"]
     shape = "x".join(map(str, summary["input_shape"]))
     return (
-        f"{settings['architecture']} on inputs of {shape}, {jvp_report.subject(settings)}: {WHAT[name][0]}. Ratios to "
+        f"{settings['architecture']} on inputs of {shape}, {jvp_study.subject(settings)}: {WHAT[name][0]}. Ratios to "
         "the model's forward pass of the same round; of jvpreg and of the best alternative that is right, median and "
         f"quartiles of {settings['rounds']} rounds. Speed-up: the best alternative's time over jvpreg's, in the same "
         "round. One more: what a further product takes in forward passes, the slope of a line through the medians by "
         f"least squares. A batch Jacobian is tried up to {FEW_OUTPUTS} outputs. "
-        f"{jvp_report.ARITHMETIC + ' ' if name == 'probes' else ''}{jvp_report.checked(settings)} "
+        f"{jvp_study.ARITHMETIC + ' ' if name == 'probes' else ''}{jvp_study.checked(settings)} "
         f"{study.ran_on(summary)}"
     )
 
 
 def notes(summary: dict[str, Any]) -> list[str]:
     """Why figures are missing, a paragraph each."""
-    return [
-        f"{row['count']}, {entry['label']}: {entry['message'].rstrip('.')}."
-        for row in summary["rows"]
-        for entry in row["entries"]
-        if entry["message"]
-    ]
+    return [text for row in summary["rows"] for text in study.messages(row["entries"], row["count"])]
 
 
 def figure(name: str, summary: dict[str, Any]) -> Figure:
     """The ratios over the counts, with their quartiles."""
     drawing = Figure(figsize=(6.5, 4.2), layout="constrained")
     axes = drawing.subplots()
-    for entry_name, label in jvp_report.labels(summary["rows"]).items():
-        timed = [
-            (row["count"], entry["ratio"], *entry["ratio_quartiles"])
-            for row in summary["rows"]
-            for entry in row["entries"]
-            if entry["name"] == entry_name and entry["ratio"] is not None
-        ]
-        if timed:
-            counts, medians, lower, upper = zip(*timed, strict=True)
-            (line,) = axes.plot(counts, medians, marker="o", markersize=4, label=label, zorder=3)
-            axes.fill_between(counts, lower, upper, color=line.get_color(), alpha=0.2, linewidth=0)
+    found = by_entry(summary["rows"])
+    for entry_name, label in jvp_study.labels(summary["rows"]).items():
+        if timed := found.get(entry_name):
+            medians = [entry["ratio"] for entry in timed.values()]
+            lower, upper = zip(*(entry["ratio_quartiles"] for entry in timed.values()), strict=True)
+            (line,) = axes.plot(list(timed), medians, marker="o", markersize=4, label=label, zorder=3)
+            axes.fill_between(list(timed), lower, upper, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter("{x:g}")

@@ -19,6 +19,7 @@ from experiments.benchmark.layers_cases import CASES, HEADS, Case
 from experiments.benchmark.reference import float64
 from experiments.benchmark.study import Benchmark
 from experiments.errors import ExperimentError
+from experiments.plots import plain_numbers
 from experiments.processes import reason
 from experiments.study import Rows
 from experiments.verify import weights
@@ -84,7 +85,7 @@ def check(case: Case, model: keras.Model, exact: keras.Model, name: str, config:
         return reason(cause)
     if case.expected is not None:
         return products.worst(received, case.expected(ops.convert_to_numpy(received[0]), xs, us))
-    return products.worst(received, products.exact(exact, xs, us))
+    return products.worst(received, products.by_autodiff(exact, xs, us))
 
 
 def call(case: Case, model: keras.Model, name: str, config: LayersConfig, batch_size: int) -> Any:
@@ -209,8 +210,7 @@ def figure(summary: dict[str, Any]) -> Figure:
             if part["ratio"] is None:
                 axes.text(1.02, place, f"{label}: {_status(part)}", va="center", color=COLORS[name], fontsize=7)
     axes.axvline(1.0, color="0.4", linewidth=1)
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("")
+    plain_numbers(axes.xaxis)
     unit = "time of f(x) and J u, times the plain layer (median and quartiles)"
     study.name_bars(axes, [row["name"] for row in rows], unit, summary)
     drawing.legend(loc="outside lower center", ncols=len(LABELS), fontsize=9)

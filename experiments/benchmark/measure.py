@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from experiments import processes
 from experiments.benchmark.config import TimingConfig
 
@@ -71,10 +73,15 @@ def in_turn(
         By name; a MemoryError for an entry that ran out of memory.
     """
     taken = turns(makers, config, steps)
-    measured = taken[unit]
-    if isinstance(measured, MemoryError):
-        raise measured
+    measured = timed(taken[unit])
     return {name: entry if isinstance(entry, MemoryError) else entry.timing(measured) for name, entry in taken.items()}
+
+
+def timed(taken: Turns | MemoryError) -> Turns:
+    """What an entry took; if it ran out of memory, this error is raised."""
+    if isinstance(taken, MemoryError):
+        raise taken
+    return taken
 
 
 def in_units(taken: Turns | MemoryError | None, unit: Turns | MemoryError | None) -> Timing | MemoryError | None:
@@ -159,7 +166,5 @@ def outcome(right: bool, times: Timing | MemoryError | None, *others: object) ->
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
     """The first quartile, the median and the third quartile of one value or more."""
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
+    lower, median, upper = np.quantile(values, (0.25, 0.5, 0.75)).tolist()
     return lower, median, upper

@@ -1,10 +1,14 @@
-"""The resident memory of this process, in bytes."""
+"""Resident memory in bytes: of this process, and what a call adds to that of a process of its own."""
 
 import ctypes
 import gc
 import resource
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+from experiments import processes
 
 KILOBYTE = 1024
 STATUS = Path("/proc/self/status")
@@ -33,6 +37,30 @@ def settle() -> None:
     """Free what nothing refers to, and give it back to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
+
+
+def added_peak(name: str, function: Callable, *arguments: Any) -> int | MemoryError:
+    """Peak memory that a call adds to what a process of its own holds after its imports, compilation included.
+
+    Args:
+        name: of what is run, for the message of an error.
+        function: of a module.
+        *arguments: that can be pickled.
+
+    Returns:
+        Bytes; a MemoryError where the process ran out of memory or was killed.
+
+    Raises:
+        RuntimeError: the process failed in another way.
+    """
+    found = processes.memory(_added, (name, function, arguments))
+    return found if isinstance(found, MemoryError) else found["peak"]
+
+
+def _added(name: str, function: Callable, arguments: tuple) -> Iterator[dict[str, int]]:
+    before = resident_peak()
+    function(*arguments)
+    yield {"peak": resident_peak() - before}
 
 
 def _status(name: str) -> int:

@@ -16,6 +16,7 @@ import jvpreg
 from experiments.benchmark import calls, entries
 from experiments.benchmark.config import MemoryConfig
 from experiments.benchmark.products import directions
+from jvpreg.engine.transpose import transpose
 
 
 @dataclass
@@ -111,24 +112,14 @@ def training(subject: Subject) -> Any:
 
 def gradient(subject: Subject) -> Any:
     """The gradient of the loss by the weights."""
-    weights, backend = subject.weights, keras.backend.backend()
-    if backend == "tensorflow":
-        import tensorflow as tf
 
-        def gradients(weights, x):
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(weights)
-                loss = subject.loss(weights, x)
-            return tape.gradient(loss, weights)
+    def function(weights, x):
+        return transpose(lambda weights: [subject.loss(weights, x)], weights, [ops.ones(())])
 
-        return subject.compiled("gradient", gradients)(weights, subject.x)
-    if backend == "jax":
-        import jax
-
-        return subject.compiled("gradient", jax.grad(subject.loss))(weights, subject.x)
-    import torch
-
-    return torch.autograd.grad(subject.loss(weights, subject.x), weights)
+    with _without_graph():
+        # On Torch as it is, like `training`.
+        run = function if keras.backend.backend() == "torch" else subject.compiled("gradient", function)
+        return run(subject.weights, subject.x)
 
 
 def linearization(subject: Subject, training: bool = False) -> Any:

@@ -50,7 +50,7 @@ def check(modes: Sequence[Mode], config: MemoryConfig) -> dict[tuple[Mode, bool]
     model = entries.plain_model(config)
     xs = [kinks.far_from_kinks(entries.images(config, CANDIDATES), [model], EXAMPLES).images()]
     us = products.directions([xs[0].shape], config.num_probes, config.seed)
-    y, expected = products.exact(Reference(model, "moving", xs[0]).model, xs, us)
+    y, expected = products.by_autodiff(Reference(model, "moving", xs[0]).model, xs, us)
     errors = {}
     for mode in modes:
         jit = jit_of(mode, config)

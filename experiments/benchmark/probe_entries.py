@@ -1,5 +1,6 @@
 """What `benchmark probe` measures: estimators and products, each with what float64 says that it should be."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -45,6 +46,9 @@ class Found(NamedTuple):
         return float(np.nan_to_num(off[worst], nan=np.inf)), float(allowed[worst])
 
 
+Compute = Callable[[Linearization], tuple[list, Any]]
+"""From a linearization to tensors, and the number of products with each example."""
+
 Check = Callable[[list[np.ndarray], np.ndarray, np.ndarray], list[Found]]
 """From the tensors of an entry, the Jacobians `(B, K, D)` in float64 and the outputs `f(x)`, what they should be."""
 
@@ -57,15 +61,14 @@ class Entry:
         name: in the files.
         label: in the table and in the figure.
         network: the model that it is called on: "classifier" or "unet".
-        compute: from a linearization to tensors, and the number of products with each example; None for the plain
-            model's forward pass.
+        compute: see `Compute`; None for the plain model's forward pass.
         check: see `Check`.
     """
 
     name: str
     label: str
     network: Literal["classifier", "unet"]
-    compute: Callable[[Linearization], tuple[list, Any]] | None
+    compute: Compute | None
     check: Check
 
 
@@ -74,61 +77,48 @@ def outputs(tensors: list[np.ndarray], jacobians: np.ndarray, exact: np.ndarray)
     return [Found(tensors[0], exact)]
 
 
-def frobenius_norm(lin: Linearization) -> tuple[list, Any]:
-    """The norm with 16 probes."""
-    estimate = estimators.frobenius_norm(lin, num_probes=NUM_PROBES)
-    return [estimate.value, estimate.sem], estimate.num_matvecs
+norm = functools.partial(estimators.frobenius_norm, num_probes=NUM_PROBES)
+sigma = functools.partial(estimators.spectral_norm, tolerance=TOL)
+stable_rank = functools.partial(estimators.stable_rank, num_probes=NUM_PROBES, tolerance=TOL)
+top_singular_values = functools.partial(estimators.top_singular_values, k=5, tolerance=TOL)
+
+
+def estimates(*computed: Callable[[Linearization], estimators.Estimate]) -> Compute:
+    """The value, the standard error and the residual of each of some estimators, of one linearization."""
+
+    def compute(lin: Linearization) -> tuple[list, Any]:
+        found = [estimator(lin) for estimator in computed]
+        tensors = [tensor for estimate in found for tensor in (estimate.value, estimate.sem, estimate.residual)]
+        return tensors, sum(estimate.num_matvecs for estimate in found)
+
+    return compute
 
 
 def check_frobenius_norm(tensors: list[np.ndarray], jacobians: np.ndarray, exact: np.ndarray) -> list[Found]:
     """Within standard errors, of which an exact norm has none."""
-    value, sem = tensors
+    value, sem, _ = tensors
     return [Found(value, np.sqrt(np.sum(jacobians**2, axis=(1, 2))), SEM_FACTOR * sem)]
-
-
-def spectral_norm(lin: Linearization) -> tuple[list, Any]:
-    """σ₁ to 1e-3."""
-    estimate = estimators.spectral_norm(lin, tolerance=TOL)
-    return [estimate.value, estimate.residual], estimate.num_matvecs
-
-
-def top_singular_values(lin: Linearization) -> tuple[list, Any]:
-    """The five largest."""
-    estimate = estimators.top_singular_values(lin, k=5, tolerance=TOL)
-    return [estimate.value, estimate.residual], estimate.num_matvecs
 
 
 def check_singular_values(tensors: list[np.ndarray], jacobians: np.ndarray, exact: np.ndarray) -> list[Found]:
     """Within the residual, which is 0 but for rounding where the Jacobian was materialized."""
-    value, residual = tensors
+    value, _, residual = tensors
     right = np.linalg.svd(jacobians, compute_uv=False)
     right = right[:, 0] if value.ndim == 1 else right[:, : value.shape[1]]
     # Of a residual above the tolerance no more is believed.
     return [Found(value, right, np.minimum(residual, TOL * np.max(right)))]
 
 
-def probe(lin: Linearization) -> tuple[list, Any]:
-    """Both, of one linearization."""
-    norm, largest = frobenius_norm(lin), spectral_norm(lin)
-    return norm[0] + largest[0], norm[1] + largest[1]
-
-
 def check_probe(tensors: list[np.ndarray], jacobians: np.ndarray, exact: np.ndarray) -> list[Found]:
     """Of both."""
-    norm = check_frobenius_norm(tensors[:2], jacobians, exact)
-    return norm + check_singular_values(tensors[2:], jacobians, exact)
+    values = check_frobenius_norm(tensors[:3], jacobians, exact)
+    return values + check_singular_values(tensors[3:], jacobians, exact)
 
 
 def check_callback(tensors: list[np.ndarray], jacobians: np.ndarray, exact: np.ndarray) -> list[Found]:
     """The same two values of each example, of materialized Jacobians."""
     zero = np.zeros(len(jacobians))
-    return check_probe([tensors[0], zero, tensors[1], zero], jacobians, exact)
-
-
-def stable_rank(lin: Linearization) -> tuple[list, Any]:
-    """With the defaults of the other entries."""
-    estimate = estimators.stable_rank(lin, NUM_PROBES, TOL)
-    return [estimate.value], estimate.num_matvecs
+    return check_probe([tensors[0], zero, zero, tensors[1], zero, zero], jacobians, exact)
 
 
 def check_stable_rank(tensors: list[np.ndarray], jacobians: np.ndarray, exact: np.ndarray) -> list[Found]:
@@ -161,7 +151,7 @@ def check_spectral_density(tensors: list[np.ndarray], jacobians: np.ndarray, exa
     return [Found(points, expected), Found(value, height, 1e-4 / WIDTH * np.max(height))]
 
 
-def products(kind: Literal["jvp", "vjp"], count: int) -> Callable[[Linearization], tuple[list, Any]]:
+def products(kind: Literal["jvp", "vjp"], count: int) -> Compute:
     """So many products one after the other, each with a vector that depends on the product before."""
 
     def compute(lin: Linearization) -> tuple[list, Any]:
@@ -203,12 +193,18 @@ def nothing(lin: Linearization) -> tuple[list, Any]:
 ENTRIES = (
     Entry("forward", "forward pass", "classifier", None, outputs),
     Entry("linearize", "linearize alone", "classifier", nothing, outputs),
-    Entry("probe", "full probe", "classifier", probe, check_probe),
-    Entry(CALLBACK, "JacobianProbe.measure()", "classifier", probe, check_callback),
-    Entry("frobenius_norm", "frobenius_norm", "classifier", frobenius_norm, check_frobenius_norm),
-    Entry("spectral_norm", "spectral_norm", "classifier", spectral_norm, check_singular_values),
-    Entry("stable_rank", "stable_rank", "classifier", stable_rank, check_stable_rank),
-    Entry("top_singular_values", "top_singular_values", "classifier", top_singular_values, check_singular_values),
+    Entry("probe", "full probe", "classifier", estimates(norm, sigma), check_probe),
+    Entry(CALLBACK, "JacobianProbe.measure()", "classifier", estimates(norm, sigma), check_callback),
+    Entry("frobenius_norm", "frobenius_norm", "classifier", estimates(norm), check_frobenius_norm),
+    Entry("spectral_norm", "spectral_norm", "classifier", estimates(sigma), check_singular_values),
+    Entry("stable_rank", "stable_rank", "classifier", estimates(stable_rank), check_stable_rank),
+    Entry(
+        "top_singular_values",
+        "top_singular_values",
+        "classifier",
+        estimates(top_singular_values),
+        check_singular_values,
+    ),
     Entry("spectral_density", "spectral_density", "classifier", spectral_density, check_spectral_density),
     *(
         Entry(f"{kind}_{count}", f"{count} × {kind}", "classifier", products(kind, count), check_products(kind, count))
@@ -217,6 +213,6 @@ ENTRIES = (
     ),
     Entry("unet_forward", "UNet: forward pass", "unet", None, outputs),
     Entry("unet_linearize", "UNet: linearize alone", "unet", nothing, outputs),
-    Entry("unet_frobenius_norm", "UNet: frobenius_norm", "unet", frobenius_norm, check_frobenius_norm),
-    Entry("unet_spectral_norm", "UNet: spectral_norm", "unet", spectral_norm, check_singular_values),
+    Entry("unet_frobenius_norm", "UNet: frobenius_norm", "unet", estimates(norm), check_frobenius_norm),
+    Entry("unet_spectral_norm", "UNet: spectral_norm", "unet", estimates(sigma), check_singular_values),
 )

@@ -15,7 +15,7 @@ import jvpreg
 from experiments.benchmark import entries, measure, study
 from experiments.benchmark.calls import compiled
 from experiments.benchmark.config import BenchmarkConfig, ProbeConfig
-from experiments.benchmark.probe_entries import CALLBACK, ENTRIES, FEW, MANY, NUM_PROBES, TOL, Entry, nothing
+from experiments.benchmark.probe_entries import CALLBACK, ENTRIES, FEW, MANY, Entry, norm, nothing, sigma
 from experiments.benchmark.reference import Reference, float64
 from experiments.benchmark.study import Benchmark
 from experiments.errors import ExperimentError
@@ -241,17 +241,16 @@ def callback(
     """The full probe as `fit` has it: compiled by `JacobianProbe`, and with the means that it logs."""
     spent = 0
 
-    def norm(lin):
+    def counted_norm(lin):
         traced()
-        return kept(jvpreg.estimators.frobenius_norm(lin, num_probes=NUM_PROBES))
+        return kept(norm(lin))
 
     def kept(estimate):
         nonlocal spent
         spent += estimate.num_matvecs
         return estimate
 
-    metrics = {"norm": norm, "sigma": lambda lin: kept(jvpreg.estimators.spectral_norm(lin, tolerance=TOL))}
-    probe = jvpreg.callbacks.JacobianProbe(x, metrics)
+    probe = jvpreg.callbacks.JacobianProbe(x, {"norm": counted_norm, "sigma": lambda lin: kept(sigma(lin))})
     made = False
 
     def measured() -> tuple[list[np.ndarray], int]:

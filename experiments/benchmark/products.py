@@ -1,5 +1,6 @@
 """`f(x)` and products as one call, and what is right, by which each call is checked before it is timed."""
 
+import contextlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -64,21 +65,12 @@ def by_autodiff(
     use: Use = once,
 ) -> list[np.ndarray]:
     """What a call should give: by forward autodiff that is not jitted, in the model's precision; as `call`."""
-    points, rows = ([ops.convert_to_tensor(part, model.variable_dtype) for part in parts] for parts in (xs, tangents))
-    push = competitors.forward_mode(Point(model, calls.values(model), tuple(points), weights))
-    return [ops.convert_to_numpy(ops.stop_gradient(tensor)) for tensor in use(push, rows)]
-
-
-def exact(
-    model: keras.Model,
-    xs: Sequence[np.ndarray],
-    tangents: Sequence[np.ndarray],
-    weights: tuple[int, ...] = (),
-    use: Use = once,
-) -> list[np.ndarray]:
-    """The same of a model that is in float64."""
-    with float64():
-        return by_autodiff(model, xs, tangents, weights, use)
+    with float64() if model.variable_dtype == "float64" else contextlib.nullcontext():
+        points, rows = (
+            [ops.convert_to_tensor(part, model.variable_dtype) for part in parts] for parts in (xs, tangents)
+        )
+        push = competitors.forward_mode(Point(model, calls.values(model), tuple(points), weights))
+        return [ops.convert_to_numpy(ops.stop_gradient(tensor)) for tensor in use(push, rows)]
 
 
 def worst(received: Sequence[Any], expected: Sequence[np.ndarray]) -> float:

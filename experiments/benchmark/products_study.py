@@ -80,9 +80,9 @@ def subject(architecture: Architecture, config: ProductsConfig) -> Subject:
     return Subject(sized.name, model, exact, weights.inputs(model, config.batch_size, random))
 
 
-def exact(subject: Subject, task: Task) -> list[np.ndarray]:
-    """What a task should give, in float64."""
-    return products.exact(subject.exact, [subject.x], task.tangents, task.weights, task.use_eagerly)
+def by_autodiff(model: keras.Model, subject: Subject, task: Task) -> list[np.ndarray]:
+    """What a task should give, in the precision of the subject's `model` or of its `exact` one."""
+    return products.by_autodiff(model, [subject.x], task.tangents, task.weights, task.use_eagerly)
 
 
 def comparison(
@@ -101,14 +101,13 @@ def comparison(
         speed-up: how many times longer than jvpreg it takes, in the same round, as the three quartiles.
     """
     if expected is None:
-        expected = exact(subject, task)
+        expected = by_autodiff(subject.exact, subject, task)
     chosen = [entry for entry in competitors.entries() if applies(entry, task, expected[0])]
     steps, firsts, errors, failures = first_calls(subject, task, chosen, expected, config)
     allowed = config.tolerance
     if not all(found <= allowed for found in errors.values()):
         # Where rounding moves a mask, no product in float32 could be better.
-        autodiff = products.by_autodiff(subject.model, [subject.x], task.tangents, task.weights, task.use_eagerly)
-        allowed = max(allowed, 2 * products.worst(autodiff, expected))
+        allowed = max(allowed, 2 * products.worst(by_autodiff(subject.model, subject, task), expected))
     right = {name: step for name, step in steps.items() if errors[name] <= allowed}
     calls_a_turn = turns(right)
     seconds, out_of_memory = measure.rounds(right, config, dict.fromkeys(right, calls_a_turn))

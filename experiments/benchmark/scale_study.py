@@ -127,7 +127,7 @@ def check(keys: Sequence[Key], config: ScaleConfig) -> dict[Key, float]:
             exact = chain(point, config)
             exact.set_weights(model.get_weights())
         received = products.call(model, STARTS[name], xs, us if point.probes else [], config.jit_compile)()
-        errors[name, point] = products.worst(received, products.exact(exact, xs, us))
+        errors[name, point] = products.worst(received, products.by_autodiff(exact, xs, us))
     return errors
 
 

@@ -1,12 +1,10 @@
 """The `benchmark step` study: correctness first, then memory, then times in turn."""
 
-from collections.abc import Iterator
 from typing import Any
 
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from experiments import processes
 from experiments.benchmark import checked, entries, measure, memory, study
 from experiments.benchmark.checked import EXAMPLES, Check, check_gradient
 from experiments.benchmark.config import StepConfig
@@ -64,24 +62,14 @@ def training_step(entry: Entry, config: StepConfig) -> measure.Step:
 
 
 def peak_bytes(name: str, config: StepConfig) -> int | MemoryError:
-    """Peak memory that an entry's first steps add to what a process holds after its imports, compilation included.
-
-    Returns:
-        Bytes; a MemoryError where the process ran out of memory or was killed.
-
-    Raises:
-        RuntimeError: the process failed in another way.
-    """
-    found = processes.memory(peak, (name, config))
-    return found if isinstance(found, MemoryError) else found["peak"]
+    """Peak memory that an entry's first steps add to that of a process of their own; see `memory.added_peak`."""
+    return memory.added_peak(name, take_steps, name, config)
 
 
-def peak(name: str, config: StepConfig) -> Iterator[dict[str, int]]:
-    """In a process of its own: what the first steps of an entry add to the peak."""
+def take_steps(name: str, config: StepConfig) -> None:
+    """In a process of its own: the first steps of an entry."""
     entry = next(entry for entry in entries.ENTRIES if entry.name == name)
-    before = memory.resident_peak()
     measure.turn(training_step(entry, config), config.memory_steps)
-    yield {"peak": memory.resident_peak() - before}
 
 
 def columns(row: dict[str, Any]) -> dict[str, str]:

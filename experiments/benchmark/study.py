@@ -135,6 +135,11 @@ def with_quartiles(median: float, quartiles: Sequence[float]) -> str:
     return f"{median:.2f} ({'-'.join(f'{quartile:.2f}' for quartile in quartiles)})"
 
 
+def messages(entries: Sequence[dict[str, Any]], of: str) -> list[str]:
+    """Why entries have no figures, a paragraph each, which begins with what they are of."""
+    return [f"{of}, {entry['label']}: {entry['message'].rstrip('.')}." for entry in entries if entry["message"]]
+
+
 def ratio(row: dict[str, Any]) -> str:
     """How many units an entry takes; or why that is not known."""
     return row["status"] if row["ratio"] is None else with_quartiles(row["ratio"], row["ratio_quartiles"])

@@ -98,7 +98,7 @@ def check(model: keras.Model, chosen: Sequence[Entry], config: WeightsConfig) ->
     errors = {}
     for entry in chosen:
         vectors = directions(model, entry, x, config)
-        expected = products.exact(exact, [x], vectors, entry.weights)
+        expected = products.by_autodiff(exact, [x], vectors, entry.weights)
         errors[entry.name] = products.worst(call(model, entry, config, x, vectors)(), expected)
     return errors
 

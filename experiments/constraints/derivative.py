@@ -6,7 +6,7 @@ import keras
 import numpy as np
 
 from experiments.constraints.config import ConstraintsConfig
-from experiments.constraints.fitting import enforcements, fit, gathered, network, repeated
+from experiments.constraints.fitting import enforcements, fit, gathered, held_out, network, repeated
 from jvpreg.constraints import KnownDerivative, verify
 
 GRID = 40
@@ -15,7 +15,7 @@ GRID = 40
 def run(config: ConstraintsConfig) -> dict[str, dict[str, Any]]:
     """The figures of each setting and number of points, by `name, n points`."""
     found: dict[str, list[dict[str, Any]]] = {}
-    grid = held_out()
+    grid = held_out(GRID)
     truth = {"slopes": gradient(grid)}
     for seed in range(config.seeds):
         for number in config.examples:
@@ -54,9 +54,3 @@ def gradient(x: np.ndarray) -> np.ndarray:
     a, b = x[:, :1], x[:, 1:]
     first, second = np.cos(3 * a + b), -0.5 * np.sin(4 * b - a)
     return np.concatenate([3 * first - second, first + 4 * second], axis=1)
-
-
-def held_out() -> np.ndarray:
-    """A grid of places, `(N, 2)`."""
-    axis = (np.arange(GRID) + 0.5) * 2 / GRID - 1
-    return np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2).astype("float32")

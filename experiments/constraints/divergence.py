@@ -6,7 +6,7 @@ import keras
 import numpy as np
 
 from experiments.constraints.config import ConstraintsConfig
-from experiments.constraints.fitting import enforcements, fit, gathered, network, repeated
+from experiments.constraints.fitting import enforcements, fit, gathered, held_out, network, repeated
 from jvpreg.constraints import Box, DivergenceFree, verify
 
 PLACES = 200
@@ -18,7 +18,7 @@ DRAWN = 1.1
 def run(config: ConstraintsConfig) -> dict[str, dict[str, Any]]:
     """The figures of each setting, by its name."""
     found: dict[str, list[dict[str, Any]]] = {}
-    grid = held_out()
+    grid = held_out(GRID)
     for seed in range(config.seeds):
         generator = np.random.default_rng(seed)
         x = generator.uniform(-1, 1, size=(PLACES, 2)).astype("float32")
@@ -46,9 +46,3 @@ def flow(x: np.ndarray) -> np.ndarray:
     """The velocity at places `(N, 2)` of the square from −1 to 1: four eddies, of speed 1 at most."""
     a, b = np.pi * x[:, 0], np.pi * x[:, 1]
     return np.stack([np.sin(a) * np.cos(b), -np.cos(a) * np.sin(b)], axis=1)
-
-
-def held_out() -> np.ndarray:
-    """A grid of places `(N, 2)`, none of which is drawn in training."""
-    axis = (np.arange(GRID) + 0.5) * 2 / GRID - 1
-    return np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2).astype("float32")

@@ -84,6 +84,12 @@ def repeated(x: np.ndarray, y: Any, generator: np.random.Generator) -> Callable[
     return draw
 
 
+def held_out(count: int) -> np.ndarray:
+    """A grid of so many places by as many in the square from −1 to 1, `(N, 2)`; none of them is drawn in training."""
+    axis = (np.arange(count) + 0.5) * 2 / count - 1
+    return np.stack(np.meshgrid(axis, axis), axis=-1).reshape(-1, 2).astype("float32")
+
+
 def mean_and_sem(values: list[float]) -> dict[str, float | None]:
     """The mean, and its standard error where there are several values."""
     array = np.asarray(values, "float64")

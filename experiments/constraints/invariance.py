@@ -1,5 +1,6 @@
 """Invariance to small rotations and shifts: a constraint on tangents against augmentation at equal compute."""
 
+import functools
 import math
 import time
 from typing import Any
@@ -10,6 +11,7 @@ from keras import ops
 
 import jvpreg
 from experiments import data, models
+from experiments.benchmark import measure
 from experiments.constraints.config import ConstraintsConfig
 from experiments.constraints.fitting import FREE, enforcements, gathered
 from jvpreg.constraints import Invariant, tangents, verify
@@ -49,11 +51,7 @@ def equal_compute(config: ConstraintsConfig, dataset: data.Dataset, settings: di
         model = compiled(config, dataset, enforcement, TIMED_STEPS, seed=0)
         batches = [Batches(dataset.train, config, False, TIMED_STEPS, seed=0)[i] for i in range(TIMED_STEPS)]
         model.train_on_batch(*batches[0])
-        taken = []
-        for batch in batches:
-            start = time.perf_counter()
-            model.train_on_batch(*batch)
-            taken.append(time.perf_counter() - start)
+        taken = [measure.turn(functools.partial(model.train_on_batch, *batch)) for batch in batches]
         costs.append(float(np.median(taken)))
     longer = round(config.steps * costs[1] / costs[0])
     return {FREE: config.steps, FREE_LONGER: longer, AUGMENTATION: longer} | dict.fromkeys(names, config.steps)

@@ -1,15 +1,15 @@
 """The largest singular values and eigenvalues, step by step: ours and the paper's iterations."""
 
 import functools
-import time
 from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
-from keras import ops, tree
+from keras import ops
 
 import jvpreg
+from experiments.benchmark import calls, measure
 from jvpreg import Linearization
 from jvpreg.estimators import top_eigenvalues, top_singular_values
 
@@ -113,25 +113,12 @@ def worst(off: np.ndarray, exact: np.ndarray) -> list[float]:
 
 
 def seconds(function: Callable, *arguments: Any) -> float:
-    """What a call takes after a first one, compiled as a graph."""
+    """What a call takes after a first one: a graph on TensorFlow, by `jax.jit` on JAX, and as it is on Torch."""
     # A partial, because TensorFlow takes functions of one code for one that is traced again, and warns.
-    jitted = graph(functools.partial(function))
-    fetch(jitted(*arguments))
-    start = time.perf_counter()
-    fetch(jitted(*arguments))
-    return time.perf_counter() - start
+    jitted = calls.compiled(functools.partial(function), jit=keras.backend.backend() == "jax")
 
+    def call() -> None:
+        calls.wait(jitted(*arguments))
 
-def graph(function: Callable) -> Callable:
-    """The function as a graph on TensorFlow, by `jax.jit` on JAX, and as it is on Torch."""
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        return tf.function(function, autograph=False)
-    return jvpreg.testing.compiled(function) if keras.backend.backend() == "jax" else function
-
-
-def fetch(tensors: Any) -> None:
-    """Wait for them."""
-    for tensor in tree.flatten(tensors):
-        ops.convert_to_numpy(tensor)
+    measure.turn(call)
+    return measure.turn(call)

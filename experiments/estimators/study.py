@@ -9,10 +9,11 @@ from rich.console import Console
 
 import jvpreg
 from experiments.errors import ExperimentError
-from experiments.estimators import convergence, networks, plots, report, traces
+from experiments.estimators import convergence, report
 from experiments.estimators.config import EstimatorsConfig
-from experiments.estimators.norm import KIND, trajectories
+from experiments.estimators.monte_carlo import KIND, trace_errors, trajectories
 from experiments.study import Study
+from experiments.verify.architectures import unet
 from jvpreg.estimators import frobenius_norm, top_eigenvalues, top_singular_values
 
 PAPER_STEPS = 10
@@ -22,8 +23,8 @@ PAPER_SAMPLES = 100
 def measured(config: EstimatorsConfig, console: Console) -> dict[str, Any]:
     """The data of both figures."""
     check(config)
-    model = networks.square_unet(config.image_size, config.seed)
-    x = networks.images(config.image_size, config.examples, config.seed)
+    model = square_unet(config.image_size, config.seed)
+    x = images(config.image_size, config.examples, config.seed)
     lin = jvpreg.linearize(model, x, fallback="error")
     n = x[0].size
     console.log(f"materializing {len(x)} Jacobians of {n}x{n}")
@@ -68,7 +69,7 @@ def timed(model: keras.Model, config: EstimatorsConfig) -> list[dict[str, Any]]:
     """Ten steps for one value and for a block of them, and the probes of the norm, at as many images as it says."""
     number = config.timed_examples
     few = max(1, number // 10)
-    x = networks.images(config.image_size, number, config.seed)
+    x = images(config.image_size, number, config.seed)
 
     def once(function):
         """Of images, linearized in the same call."""
@@ -111,12 +112,33 @@ def matrices(jacobian: np.ndarray, config: EstimatorsConfig) -> dict[str, Any]:
     n = config.trace_dimension
     numbers = np.arange(n)
     named = {
-        "eigenvalues 1/i²": networks.symmetric(1.0 / (1 + numbers) ** 2, config.seed),
+        "eigenvalues 1/i²": symmetric(1.0 / (1 + numbers) ** 2, config.seed),
         f"the UNet's Jacobian, n={len(jacobian)}": jacobian,
-        "eigenvalues from 1 to 3": networks.symmetric(np.linspace(3.0, 1.0, n), config.seed),
+        "eigenvalues from 1 to 3": symmetric(np.linspace(3.0, 1.0, n), config.seed),
     }
     matvecs = [count for count in sorted(config.trace_matvecs) if count < n]
-    return {label: traces.errors(matrix, matvecs, config.trace_seeds, config.seed) for label, matrix in named.items()}
+    return {label: trace_errors(matrix, matvecs, config.trace_seeds, config.seed) for label, matrix in named.items()}
 
 
-STUDY = Study("estimators", measured, report.page, {"figure4": plots.figure4, "trace": plots.trace}, indent=1)
+def square_unet(image_size: int, seed: int) -> keras.Model:
+    """The UNet of `verify`, never trained, with as many channels out as in."""
+    keras.utils.set_random_seed(seed)
+    network = unet((image_size, image_size, 3))
+    features = network.layers[-1].input
+    return keras.Model(network.input, keras.layers.Conv2D(3, 1, name="pixels")(features))
+
+
+def images(image_size: int, number: int, seed: int) -> np.ndarray:
+    """Random inputs `(B, H, W, 3)`, standard normal, as in the paper."""
+    shape = (number, image_size, image_size, 3)
+    return np.random.default_rng(seed).normal(size=shape).astype("float32")
+
+
+def symmetric(eigenvalues: np.ndarray, seed: int) -> np.ndarray:
+    """A symmetric matrix with those eigenvalues, in a random basis."""
+    n = len(eigenvalues)
+    basis = np.linalg.qr(np.random.default_rng(seed).normal(size=(n, n)))[0]
+    return basis * eigenvalues @ basis.T
+
+
+STUDY = Study("estimators", measured, report.page, {"figure4": report.figure4, "trace": report.trace}, indent=1)

@@ -1,11 +1,8 @@
 """The peak memory of training steps, each kind in a process of its own."""
 
-from collections.abc import Iterator
-
 import numpy as np
 
-from experiments import processes
-from experiments.benchmark.memory import resident_peak
+from experiments.benchmark.memory import added_peak
 from experiments.fixed_point import network
 
 STEPS = 2
@@ -27,14 +24,14 @@ def peak_bytes(kind: str, depth: int, width: int, batch_size: int) -> int:
         MemoryError: the process ran out of memory.
         RuntimeError: the process failed in another way.
     """
-    found = processes.memory(peak, (kind, depth, width, batch_size))
+    found = added_peak(kind, take_steps, kind, depth, width, batch_size)
     if isinstance(found, MemoryError):
         raise found
-    return found["peak"]
+    return found
 
 
-def peak(kind: str, depth: int, width: int, batch_size: int) -> Iterator[dict[str, int]]:
-    """In a process of its own: what the steps add to the peak."""
+def take_steps(kind: str, depth: int, width: int, batch_size: int) -> None:
+    """In a process of its own: the steps."""
     if kind == "unrolled":
         arguments: dict = {"unrolled": depth}
     else:
@@ -44,9 +41,7 @@ def peak(kind: str, depth: int, width: int, batch_size: int) -> Iterator[dict[st
     random = np.random.default_rng(0)
     images = random.random((batch_size, 32, 32, 3), dtype="float32")
     labels = random.integers(10, size=batch_size)
-    before = resident_peak()
     model = network.build((32, 32, 3), 10, width, **arguments)
     model.compile("sgd", "sparse_categorical_crossentropy")
     for _ in range(STEPS):
         model.train_on_batch(images, labels)
-    yield {"peak": resident_peak() - before}

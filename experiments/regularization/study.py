@@ -125,8 +125,7 @@ def last_biased_layer(model: keras.Model) -> keras.Layer:
 def bias_jacobian_norm_squared(model: keras.Model, layer: str, split: data.Split, batch_size: int = 128) -> float:
     """The mean of `‖f^b‖²` of a layer, for the labels' logits, in inference mode."""
     total = 0.0
-    for start in range(0, len(split), batch_size):
-        part = split.take(slice(start, start + batch_size))
+    for part in split.parts(batch_size):
         lin = jvpreg.linearize(model, part.images())
         # Of one layer: the whole full-Jacobian would go back to the input.
         _, found = lin.bias_jacobians(as_cotangent(lin.outputs, part.labels), [layer], with_inputs=False)

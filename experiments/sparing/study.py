@@ -88,9 +88,8 @@ def trained(config: SparingConfig, method: Method, dataset: data.Dataset, seed: 
     )
     model.fit(batches, shuffle=False, epochs=config.epochs, callbacks=[batches.order_epochs()], verbose=0)
     tested = model.evaluate(dataset.test.images(), dataset.test.labels, batch_size=250, verbose=0, return_dict=True)
-    images = dataset.test.take(slice(config.probed)).images()
-    parts = (images[i : i + PROBED_AT_ONCE] for i in range(0, len(images), PROBED_AT_ONCE))
-    norms = np.concatenate([frobenius_norm(model, part, dataset.num_classes) for part in parts])
+    parts = dataset.test.take(slice(config.probed)).parts(PROBED_AT_ONCE)
+    norms = np.concatenate([frobenius_norm(model, part.images(), dataset.num_classes) for part in parts])
     return {"test_accuracy": tested["accuracy"], "frobenius_norm": float(np.mean(norms))}
 
 

@@ -14,7 +14,6 @@ from experiments.__main__ import parse
 from experiments.benchmark import (
     competitors,
     counts_study,
-    jvp_report,
     jvp_study,
     literal,
     products,
@@ -116,8 +115,8 @@ def test_a_wrong_product_gets_no_time_and_is_no_alternative(monkeypatch):
     assert rows["wrong"]["seconds"] is rows["wrong"]["ratio"] is rows["raises"]["ratio"] is None
     assert rows["jvpreg"]["seconds"] > 0
     assert found["best_alternative"] is found["speed_up"] is None
-    assert jvp_report.cell(rows["wrong"]) == "wrong: 1e-02"
-    assert jvp_report.speed_up(found) == "no other is right"
+    assert jvp_study.cell(rows["wrong"]) == "wrong: 1e-02"
+    assert jvp_study.speed_up(found) == "no other is right"
 
 
 def test_no_more_is_asked_than_float32_can_have():
@@ -211,7 +210,7 @@ def test_a_study_writes_each_architecture_and_goes_on(registered, measured, tmp_
     assert (tmp_path / "jvp.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "jvp.md").read_text()
     assert "smooth: stopped after 1 s." in text
-    rows = jvp_report.table(summary)
+    rows = jvp_study.table(summary)
     assert [row["model"] for row in rows] == ["small", "small", "geometric mean", "geometric mean", "smooth"]
     assert len({tuple(row) for row in rows}) == 1  # the same columns in each
 
@@ -223,7 +222,7 @@ def test_a_study_writes_each_architecture_and_goes_on(registered, measured, tmp_
 
 def test_the_geometric_mean_is_that_of_the_medians():
     rows = [{"name": str(place), "input": {"speed_up": [0.0, median, 9.0]}} for place, median in enumerate((2.0, 8.0))]
-    means = jvp_report.means([*rows, {"name": "stopped"}], ["input", "weight"])
+    means = jvp_study.means([*rows, {"name": "stopped"}], ["input", "weight"])
     assert means == {"input": pytest.approx(4.0)}
 
 

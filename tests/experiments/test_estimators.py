@@ -10,9 +10,9 @@ import pytest
 import jvpreg
 from experiments.__main__ import main, parse
 from experiments.errors import ExperimentError
-from experiments.estimators import convergence, networks, report, study, traces
+from experiments.estimators import convergence, report, study
 from experiments.estimators.config import EstimatorsConfig
-from experiments.estimators.norm import trajectories
+from experiments.estimators.monte_carlo import trace_errors, trajectories
 from experiments.studies import STUDIES
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -76,7 +76,7 @@ def test_the_iterations_converge_and_materialized_steps_are_left_out(summary):
 
 def test_the_paper_s_iterations_find_the_values_of_a_symmetric_matrix():
     model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8, use_bias=False)])
-    model.set_weights([networks.symmetric(2.0 ** -np.arange(8), seed=0).astype("float32")])
+    model.set_weights([study.symmetric(2.0 ** -np.arange(8), seed=0).astype("float32")])
     lin = jvpreg.linearize(model, np.zeros((1, 8), "float32"))
     for iterations in (convergence.paper_singular_values, convergence.paper_eigenvalues):
         found = keras.ops.convert_to_numpy(iterations(lin, 3, 20, 0)[-1])
@@ -99,9 +99,9 @@ def test_trajectories_end_where_theory_says(summary):
 
 
 def test_a_spectrum_that_decays_is_for_hutch_plus_plus_and_xtrace_and_a_flat_one_is_not():
-    decaying = networks.symmetric(1.0 / np.arange(1, 81) ** 2, seed=0)
-    flat = networks.symmetric(np.linspace(3.0, 1.0, 80), seed=0)
-    found = traces.errors(decaying, [24], num_seeds=200, seed=0)
+    decaying = study.symmetric(1.0 / np.arange(1, 81) ** 2, seed=0)
+    flat = study.symmetric(np.linspace(3.0, 1.0, 80), seed=0)
+    found = trace_errors(decaying, [24], num_seeds=200, seed=0)
     assert found["trace"] == pytest.approx(np.sum(1.0 / np.arange(1, 81) ** 2))
     assert list(found["methods"]) == METHODS
     hutchinson, hutch_plus_plus, xtrace = (found["methods"][method][0] for method in METHODS)
@@ -112,7 +112,7 @@ def test_a_spectrum_that_decays_is_for_hutch_plus_plus_and_xtrace_and_a_flat_one
         assert abs(row["bias"]) < 4 * row["bias_sem"]
         assert row["relative_error"] == pytest.approx(row["error"] / found["trace"])
         assert row["matvecs"] == 24
-    found = traces.errors(flat, [24], num_seeds=200, seed=0)
+    found = trace_errors(flat, [24], num_seeds=200, seed=0)
     hutchinson, hutch_plus_plus, _ = (found["methods"][method][0] for method in METHODS)
     assert hutchinson["error"] < hutch_plus_plus["error"]
 
