@@ -109,6 +109,55 @@ def lanczos(product: Callable, start: Tensor, num_iterations: int) -> tuple:
     return tuple(ops.fori_loop(0, num_iterations, step, state)[3:])
 
 
+def bidiagonal(forward: Callable, backward: Callable, start: Tensor, num_iterations: int, size: int) -> tuple:
+    """The bidiagonal matrices of an operator `A`, from each of many starting vectors, by Golub and Kahan.
+
+    With a basis V of `n` and one U of `m` dimensions, `A V = U B`. So the singular values of B are those of `A` within
+    the space, and the small ones keep the digits that a matrix of `AᵀA` would lose.
+
+    Args:
+        forward: `A v`, `(P, B, n)` to `(P, B, m)`.
+        backward: `Aᵀ u`, `(P, B, m)` to `(P, B, n)`.
+        start: unit vectors `(P, B, n)`.
+        num_iterations: of products with both.
+        size: m.
+
+    Returns:
+        The diagonals of B and the entries above them, each `(num_iterations, P, B)`; the last entry above is not part
+        of the matrix. If the space has become invariant, the first entry stands for those that it does not have.
+    """
+    dtype = start.dtype
+    probes, batch, columns = ops.shape(start)
+    rights = ops.zeros((num_iterations, probes, batch, columns), dtype)
+    lefts = ops.zeros((num_iterations, probes, batch, size), dtype)
+    alphas = betas = ops.zeros((num_iterations, probes, batch), dtype)
+
+    def unit(image: Tensor, basis: Tensor, largest: Tensor) -> tuple:
+        for _ in range(2):
+            image = image - ops.einsum("jpb,jpbn->pbn", ops.einsum("jpbn,pbn->jpb", basis, image), basis)
+        length = ops.norm(image, axis=-1)
+        alive = length > precision(dtype) * largest
+        length = ops.where(alive, length, 0.0)
+        divisor = ops.expand_dims(ops.where(alive, length, 1.0), -1)
+        return length, ops.where(ops.expand_dims(alive, -1), image / divisor, 0.0)
+
+    def step(j: Tensor, state: tuple) -> tuple:
+        right, largest, rights, lefts, alphas, betas = state
+        rights = ops.slice_update(rights, (j, 0, 0, 0), ops.expand_dims(right, 0))
+        image = forward(right)
+        largest = ops.maximum(largest, ops.norm(image, axis=-1))
+        alpha, left = unit(image, lefts, largest)
+        lefts = ops.slice_update(lefts, (j, 0, 0, 0), ops.expand_dims(left, 0))
+        beta, following = unit(backward(left), rights, largest)
+        missing = ops.sum(ops.square(right), axis=-1) < 0.5
+        alphas = ops.slice_update(alphas, (j, 0, 0), ops.expand_dims(ops.where(missing, alphas[0], alpha), 0))
+        betas = ops.slice_update(betas, (j, 0, 0), ops.expand_dims(beta, 0))
+        return following, largest, rights, lefts, alphas, betas
+
+    state = (start, ops.zeros((probes, batch), dtype), rights, lefts, alphas, betas)
+    return tuple(ops.fori_loop(0, num_iterations, step, state)[4:])
+
+
 def precision(dtype: DType) -> float:
     """The relative length below which a remainder of a vector is only rounding."""
     return 10 * float(np.finfo(keras.backend.standardize_dtype(dtype)).eps)

@@ -8,7 +8,7 @@ from keras import ops
 
 from jvpreg.common import checks
 from jvpreg.common.typing import Seed, Tensor
-from jvpreg.estimators.krylov import lanczos
+from jvpreg.estimators.krylov import bidiagonal, lanczos
 from jvpreg.estimators.materialized import singular_values
 from jvpreg.estimators.norms import mean_and_sem
 from jvpreg.estimators.operator import Operator, as_operator, by_example, check_square
@@ -20,7 +20,8 @@ class Quadrature(NamedTuple):
     """Spectral measures, as nodes with weights that sum to 1.
 
     Attributes:
-        nodes: `(P, B, m)`, one measure for each of P random vectors: eigenvalues of the operator divided by its unit.
+        nodes: `(P, B, m)`, one measure for each of P random vectors: eigenvalues of a symmetric operator, or singular
+            values of another, divided by its unit.
         weights: like `nodes`.
         size: how many eigenvalues each measure stands for.
         num_matvecs: products that were computed for each example.
@@ -38,7 +39,7 @@ class Quadrature(NamedTuple):
     def sums(self, function: Callable) -> Tensor:
         """`Σ_i f(λ_i)` over the spectrum, by each of the P measures: `(P, B)`.
 
-        `function` gets the nodes, which are over the unit: of `JᵀJ` they are `(σ / unit)²`. The caller scales back.
+        `function` gets the nodes, which are over the unit. The caller scales back.
         """
         # A node without weight does not count, even if f is infinite there.
         counts = self.weights > 0
@@ -64,60 +65,70 @@ class Quadrature(NamedTuple):
         return Estimate(value, self.sem(samples), residual, residual <= tolerance * ops.abs(value), self.num_matvecs)
 
 
-def gram_quadrature(
+def singular_quadrature(
     linearization: Linearization | Operator, num_probes: int, num_iterations: int, seed: Seed
 ) -> Quadrature:
-    """The spectral measure of `JᵀJ` or `J Jᵀ`, the smaller one: the squares of the singular values.
+    """The measure of the singular values over the smaller side: of the roots of the eigenvalues of `JᵀJ` or `J Jᵀ`.
 
-    If it has no more than `num_probes·num_iterations` dimensions, the Jacobian is materialized, which is exact.
+    If that side has no more than `num_probes·num_iterations` dimensions, the Jacobian is materialized, which is exact.
     """
     checks.count("num_probes", num_probes, least=2)
     checks.count("num_iterations", num_iterations, least=2)
     checks.seed("seed", seed, generator=True)
     operator = as_operator(linearization).upright
-    size = operator.shape[1]
+    outputs, size = operator.shape
     if size <= num_probes * num_iterations:
         values = singular_values(operator).value
         unit = ops.where(values[:, :1] > 0, values[:, :1], 1.0)
-        nodes = ops.expand_dims(ops.square(values / unit), 0)
+        nodes = ops.expand_dims(values / unit, 0)
         return Quadrature(nodes, ops.full_like(nodes, 1 / size), size, size, unit)
     unit = operator.magnitude(seed)
     over = operator.over(unit)
-    found = _quadrature(lambda v: over.rmatvec(over.matvec(v)), operator, unit, num_probes, num_iterations, seed)
-    # Rounding may make a zero negative.
-    coarser = found.coarser._replace(nodes=ops.maximum(found.coarser.nodes, 0.0))
-    return found._replace(
-        nodes=ops.maximum(found.nodes, 0.0), num_matvecs=2 * num_probes * num_iterations + 1, coarser=coarser
-    )
-
-
-def _quadrature(
-    product: Callable, operator: Operator, unit: Tensor, num_probes: int, num_iterations: int, seed: Seed
-) -> Quadrature:
-    size = operator.shape[1]
     start = operator.draw("sphere", num_probes, seed) / math.sqrt(size)
-    alphas, betas = lanczos(product, start, num_iterations)
+    entries = bidiagonal(over.matvec, over.rmatvec, start, num_iterations, outputs)
+    return _measures(_singular, entries, size, 2, ops.expand_dims(unit, -1))
+
+
+def _symmetric_quadrature(operator: Operator, num_probes: int, num_iterations: int, seed: Seed) -> Quadrature:
+    """The measure of the eigenvalues of a symmetric operator."""
+    size = operator.shape[1]
+    unit = operator.magnitude(seed)
+    start = operator.draw("sphere", num_probes, seed) / math.sqrt(size)
+    entries = lanczos(operator.over(unit).matvec, start, num_iterations)
+    return _measures(_symmetric, entries, size, 1, ops.expand_dims(unit, -1))
+
+
+def _measures(solve: Callable, entries: tuple, size: int, products: int, unit: Tensor) -> Quadrature:
+    """The measures of matrices with these entries on the diagonal and beside it, each `(m, P, B)`; one in a step.
+
+    `solve` gets the entries, and returns nodes and weights `(P, B, m)`; a step takes so many `products`.
+    """
+    num_iterations, count = entries[0].shape[0], entries[0].shape[1]
     half = num_iterations // 2
-    unit = ops.expand_dims(unit, -1)
     # Both at once: on JAX on a CPU, two batches of decompositions side by side can wait for each other's threads. The
     # coarser matrix is padded with nodes that are not connected to it, have no weight, and lie within the spectrum.
-    count = start.shape[0]
     first = ops.reshape(ops.arange(num_iterations), (-1, 1, 1)) < half
     joined = ops.reshape(ops.arange(num_iterations), (-1, 1, 1)) < half - 1
+    alphas, betas = entries
     alphas = ops.concatenate([alphas, ops.where(first, alphas, alphas[:1])], axis=1)
     betas = ops.concatenate([betas, ops.where(joined, betas, 0.0)], axis=1)
-    nodes, weights = _gauss(alphas, betas)
-    coarser = Quadrature(nodes[count:], weights[count:], size, num_probes * half + 1, unit)
-    return Quadrature(nodes[:count], weights[:count], size, num_probes * num_iterations + 1, unit, coarser)
-
-
-def _gauss(alphas: Tensor, betas: Tensor) -> tuple:
-    """Nodes and weights `(P, B, m)` of tridiagonal matrices `(m, P, B)`, by Golub and Welsch."""
-    size = alphas.shape[0]
     diagonal, beside = (ops.expand_dims(ops.transpose(part, (1, 2, 0)), -1) for part in (alphas, betas))
-    above = beside * ops.eye(size, k=1, dtype=alphas.dtype)
-    nodes, vectors = ops.eigh(diagonal * ops.eye(size, dtype=alphas.dtype) + above + ops.swapaxes(above, -1, -2))
+    matrix = diagonal * ops.eye(num_iterations, dtype=alphas.dtype)
+    nodes, weights = solve(matrix, beside * ops.eye(num_iterations, k=1, dtype=alphas.dtype))
+    coarser = Quadrature(nodes[count:], weights[count:], size, products * count * half + 1, unit)
+    return Quadrature(nodes[:count], weights[:count], size, products * count * num_iterations + 1, unit, coarser)
+
+
+def _symmetric(diagonal: Tensor, above: Tensor) -> tuple:
+    """Nodes and weights of tridiagonal matrices, by Golub and Welsch."""
+    nodes, vectors = ops.eigh(diagonal + above + ops.swapaxes(above, -1, -2))
     return nodes, ops.square(vectors[..., 0, :])
+
+
+def _singular(diagonal: Tensor, above: Tensor) -> tuple:
+    """Nodes and weights of `BᵀB` from bidiagonal matrices B; the nodes are the roots of its eigenvalues."""
+    _, nodes, right = ops.svd(diagonal + above)
+    return nodes, ops.square(right[..., :, 0])
 
 
 @by_example
@@ -138,7 +149,8 @@ def log_determinant(
         linearization: from `jvpreg.linearize`, or an `Operator`.
         of: `"JJT"`, or `"J"`: a square Jacobian, which must be symmetric unless it is small enough to be materialized.
         num_probes: random vectors.
-        num_iterations: Lanczos iterations from each; the memory is that of `num_probes·num_iterations` vectors.
+        num_iterations: Lanczos iterations from each; the memory is that of `num_probes·num_iterations` vectors, for
+            `"JJT"` of both sides.
         tolerance: relative to the value, which has converged if the residual is at most `tolerance` times the value.
         seed: an integer or a `keras.random.SeedGenerator`.
 
@@ -164,8 +176,8 @@ def log_determinant(
     checks.choice("of", of, ("JJT", "J"))
     checks.number("tolerance", tolerance, above=0)
     if of == "JJT":
-        squared = gram_quadrature(linearization, num_probes, num_iterations, seed)
-        return squared.estimate(lambda nodes: ops.log1p(ops.square(squared.unit * ops.sqrt(nodes))), tolerance)
+        measure = singular_quadrature(linearization, num_probes, num_iterations, seed)
+        return measure.estimate(lambda sigma: ops.log1p(ops.square(measure.unit * sigma)), tolerance)
     checks.count("num_probes", num_probes, least=2)
     checks.count("num_iterations", num_iterations, least=2)
     checks.seed("seed", seed, generator=True)
@@ -174,11 +186,9 @@ def log_determinant(
     size = operator.shape[0]
     if size <= num_probes * num_iterations:
         return _exact_log_determinant(operator)
-    unit = operator.magnitude(seed)
-    over = operator.over(unit)
-    measure = _quadrature(over.matvec, operator, unit, num_probes, num_iterations, seed)
+    measure = _symmetric_quadrature(operator, num_probes, num_iterations, seed)
     found = measure.estimate(lambda values: ops.log(ops.abs(1 + measure.unit * values)), tolerance)
-    residual = found.residual + _asymmetry(over, operator.draw("sphere", 1, seed)) * ops.abs(found.value)
+    residual = found.residual + _asymmetry(operator, operator.draw("sphere", 1, seed)) * ops.abs(found.value)
     converged = residual <= tolerance * ops.abs(found.value)
     return found._replace(residual=residual, converged=converged, num_matvecs=found.num_matvecs + 2)
 
@@ -211,8 +221,9 @@ def inverse_frobenius_norm(
 ) -> Estimate:
     """`‖J⁻¹‖_F` of each example, for a square Jacobian: the root of `Σ 1/σ_i²`.
 
-    By stochastic Lanczos quadrature of `JᵀJ`, without solving; exact if it has no more than `num_probes·num_iterations`
-    dimensions. The smallest singular values count most and are found last: look at `converged`.
+    By stochastic Lanczos quadrature from the bidiagonalization of `J`, without solving; exact if `J` has no more than
+    `num_probes·num_iterations` dimensions. The smallest singular values count most and are found last: look at
+    `converged`.
 
     Args:
         linearization: from `jvpreg.linearize`, or an `Operator`.
@@ -241,8 +252,8 @@ def inverse_frobenius_norm(
     checks.number("tolerance", tolerance, above=0)
     operator = as_operator(linearization)
     check_square(operator, "inverse_frobenius_norm")
-    measure = gram_quadrature(operator, num_probes, num_iterations, seed)
-    unit, found = measure.unit[:, 0], measure.estimate(lambda squares: 1 / squares, tolerance)
+    measure = singular_quadrature(operator, num_probes, num_iterations, seed)
+    unit, found = measure.unit[:, 0], measure.estimate(lambda sigma: ops.square(1 / sigma), tolerance)
     value = ops.sqrt(found.value)
     # The errors are multiplied by the slope of the root.
     sem, residual = (part / (2 * value) for part in (found.sem, found.residual))
@@ -306,8 +317,8 @@ def spectral_density(
     """
     checks.count("num_points", num_points, least=2)
     checks.number("width", width, above=0)
-    found = gram_quadrature(linearization, num_probes, num_iterations, seed)
-    sigma = ops.sqrt(found.nodes)
+    found = singular_quadrature(linearization, num_probes, num_iterations, seed)
+    sigma = found.nodes
     largest = ops.max(sigma, axis=(0, 2))
     unit = ops.expand_dims(ops.where(largest > 0, largest, 1.0), -1)
     relative = unit * ops.linspace(0.0, 1.1, num_points, dtype=sigma.dtype)

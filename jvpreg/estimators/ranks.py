@@ -7,7 +7,7 @@ from jvpreg.common.typing import Seed, Tensor
 from jvpreg.estimators.materialized import singular_values
 from jvpreg.estimators.norms import frobenius_norm
 from jvpreg.estimators.operator import Operator, as_operator, by_example
-from jvpreg.estimators.quadrature import gram_quadrature
+from jvpreg.estimators.quadrature import singular_quadrature
 from jvpreg.estimators.result import Estimate
 from jvpreg.estimators.spectrum import spectral_norm
 from jvpreg.linearization import Linearization
@@ -109,8 +109,8 @@ def effective_rank(
     3.0
     """
     checks.number("tolerance", tolerance, above=0)
-    found = gram_quadrature(linearization, num_probes, num_iterations, seed)
-    sums, weighted = found.sums(ops.sqrt), found.sums(_sigma_log_sigma)
+    found = singular_quadrature(linearization, num_probes, num_iterations, seed)
+    sums, weighted = found.sums(_sigma), found.sums(_sigma_log_sigma)
     total, mean = ops.mean(sums, axis=0), ops.mean(weighted, axis=0)
     positive = total > 0
     divisor = ops.where(positive, total, 1.0)
@@ -118,9 +118,13 @@ def effective_rank(
     value = ops.where(positive, ops.exp(ops.log(divisor) - mean / divisor), 0.0)
     slopes = value * (1 / divisor + mean / divisor**2), -value / divisor
     sem = found.sem(slopes[0] * sums + slopes[1] * weighted)
-    residual = ops.abs(slopes[0]) * found.residual(ops.sqrt) + ops.abs(slopes[1]) * found.residual(_sigma_log_sigma)
+    residual = ops.abs(slopes[0]) * found.residual(_sigma) + ops.abs(slopes[1]) * found.residual(_sigma_log_sigma)
     return Estimate(value, sem, residual, residual <= tolerance * value, found.num_matvecs)
 
 
-def _sigma_log_sigma(squares: Tensor) -> Tensor:
-    return 0.5 * ops.sqrt(squares) * ops.log(ops.where(squares > 0, squares, 1.0))
+def _sigma(sigma: Tensor) -> Tensor:
+    return sigma
+
+
+def _sigma_log_sigma(sigma: Tensor) -> Tensor:
+    return sigma * ops.log(ops.where(sigma > 0, sigma, 1.0))

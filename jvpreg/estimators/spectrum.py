@@ -9,7 +9,7 @@ from keras import ops
 from jvpreg import probes
 from jvpreg.common import checks
 from jvpreg.common.typing import Seed, Tensor
-from jvpreg.estimators.krylov import block_krylov, probed
+from jvpreg.estimators.krylov import block_krylov, orthonormal, precision, probed
 from jvpreg.estimators.operator import Operator, as_operator, by_example, magnitude, spaces
 from jvpreg.estimators.result import Estimate
 from jvpreg.linearization import Linearization
@@ -52,8 +52,9 @@ def top_singular_values(
 
     A block of k random vectors spans a Krylov space of `JᵀJ` (of `J Jᵀ`, if there are fewer outputs than inputs). It
     takes the products `J v` and `Jᵀ u` of Balestriero & Baraniuk's algorithm 4, and keeps all of them. Rayleigh-Ritz
-    gives the best approximations within that space. If they are not good enough, the k best vectors start it again. A
-    block of k finds a value that is repeated up to k times. All examples run at once, until all of them have converged.
+    gives the best approximations within that space, after each step. If the memory is full, the best half of the space
+    is kept, and it grows on from there. A block of k finds a value that is repeated up to k times. All examples run at
+    once, until all of them have converged.
     If the smaller side has no more than `2·k·num_iterations` dimensions, the Jacobian is materialized instead, which
     costs no more and is exact.
 
@@ -61,8 +62,9 @@ def top_singular_values(
         linearization: from `jvpreg.linearize`, or an `Operator`.
         k: how many singular values.
         tolerance: relative to σ₁: a value has converged if its residual is at most `tolerance·σ₁`.
-        num_iterations: steps between restarts; the memory is that of `k·num_iterations` vectors of both sides.
-        max_restarts: the largest number of restarts.
+        num_iterations: steps until the memory is full: it holds `k·num_iterations` vectors of both sides. A step is
+            `2·k` products.
+        max_restarts: it gives up after `num_iterations·(max_restarts + 1)` steps.
         seed: of the starting vectors: an integer or a `keras.random.SeedGenerator`.
 
     Returns:
@@ -74,8 +76,8 @@ def top_singular_values(
     Raises:
         ValueError: an argument is out of its range.
 
-    Reference: Golub & Kahan (1965); Musco & Musco (2015), "Randomized block Krylov methods"; Balestriero & Baraniuk
-    (2021), algorithm 4.
+    Reference: Golub & Kahan (1965); Wu & Simon (2000), "Thick-restart Lanczos method for large symmetric eigenvalue
+    problems"; Musco & Musco (2015), "Randomized block Krylov methods"; Balestriero & Baraniuk (2021), algorithm 4.
 
     Example:
 
@@ -266,34 +268,60 @@ def _triplets(
     """The k largest triplets of the upright operator divided by its unit; the unit; `converged`; the products."""
     _check_iteration(k, tolerance, num_iterations, max_restarts, seed, min(operator.shape))
     operator = operator.upright
-    outputs, size = operator.shape
+    size = operator.shape[1]
     if size <= 2 * k * num_iterations:
         (ritz, unit), num_matvecs = materialized_triplets(operator, k), size
     else:
         unit = operator.magnitude(seed)
         operator, unit = operator.over(unit), ops.expand_dims(unit, -1)
-        forward, backward = probed(operator.matvec), probed(operator.rmatvec)
-
-        def apply(rows: Tensor) -> tuple:
-            images = forward(rows)
-            return images, backward(images)
-
-        def cycle(i: Tensor, _values: Tensor, start: Tensor, _images: Tensor, _residual: Tensor) -> tuple:
-            basis, images, returned = block_krylov(apply, start, num_iterations, (outputs, size))
-            return i + 1, *_ritz(basis, images, returned, k)
-
-        def unfinished(i: Tensor, *parts: Tensor) -> Tensor:
-            ritz = RitzValues(*parts)
-            done = ops.all(ritz.residual <= tolerance * ritz.values[:, :1])
-            return ops.logical_and(i <= max_restarts, ops.logical_not(done))
-
         start = ops.transpose(operator.draw("gaussian", k, seed), (1, 0, 2))
-        nothing = ops.zeros((operator.batch_size, k), operator.dtype)
-        images = ops.zeros((operator.batch_size, k, outputs), operator.dtype)
-        state = (ops.convert_to_tensor(0), nothing, start, images, nothing + np.inf)
-        cycles, *parts = ops.while_loop(unfinished, cycle, state)
-        ritz, num_matvecs = RitzValues(*parts), cycles * (2 * k * num_iterations) + 1
+        steps, ritz = _lanczos_triplets(operator, start, tolerance, num_iterations, max_restarts)
+        num_matvecs = steps * (2 * k) + 1
     return ritz, unit, ritz.residual <= tolerance * ritz.values[:, :1], num_matvecs
+
+
+def _lanczos_triplets(
+    operator: Operator, start: Tensor, tolerance: float, num_iterations: int, max_restarts: int
+) -> tuple:
+    """The steps that it took, and the k largest triplets, from k rows `start` (B, k, n) to begin with.
+
+    Block Lanczos for `AᵀA` with thick restarts: if the memory is full, the best half of the Ritz vectors is kept. Their
+    images are known, and what these have outside of the space is all in the next block: so it grows on from there.
+    """
+    forward, backward = probed(operator.matvec), probed(operator.rmatvec)
+    batch, k, _ = ops.shape(start)
+    capacity, dtype = max(num_iterations, 2), start.dtype
+    kept = capacity // 2
+
+    def restarted(*spaces: Tensor) -> list:
+        right = _right_vectors(spaces[1])[1][:, : kept * k]
+        return [ops.concatenate([ops.matmul(right, rows), ops.zeros_like(rows[:, kept * k :])], 1) for rows in spaces]
+
+    def step(i: Tensor, filled: Tensor, block: Tensor, largest: Tensor, *state: Tensor) -> tuple:
+        spaces = list(state[:3])
+        spaces = ops.cond(filled < capacity, lambda: spaces, lambda: restarted(*spaces))
+        filled = ops.where(filled < capacity, filled, kept)
+        image = forward(block)
+        returned = backward(image)
+        at = (0, filled * k, 0)
+        spaces = [ops.slice_update(rows, at, new) for rows, new in zip(spaces, (block, image, returned), strict=True)]
+        largest = ops.maximum(largest, ops.max(ops.norm(returned, axis=-1), axis=-1, keepdims=True))
+        block = orthonormal(returned, floor=precision(dtype) * largest, basis=spaces[0])
+        return i + 1, filled + 1, block, largest, *spaces, *_ritz(*spaces, k)
+
+    def unfinished(i: Tensor, filled: Tensor, block: Tensor, largest: Tensor, *state: Tensor) -> Tensor:
+        ritz = RitzValues(*state[3:])
+        done = ops.all(ritz.residual <= tolerance * ritz.values[:, :1])
+        return ops.logical_and(i < num_iterations * (max_restarts + 1), ops.logical_not(done))
+
+    outputs, size = operator.shape
+    spaces = [ops.zeros((batch, capacity * k, length), dtype) for length in (size, outputs, size)]
+    nothing, zero = ops.zeros((batch, k), dtype), ops.convert_to_tensor(0, "int32")
+    block = orthonormal(start, floor=nothing[:, :1])
+    images = ops.zeros((batch, k, outputs), dtype)
+    state = (zero, zero, block, nothing[:, :1], *spaces, nothing, start, images, nothing + np.inf)
+    steps, *state = ops.while_loop(unfinished, step, state)
+    return steps, RitzValues(*state[6:])
 
 
 def _matrix(operator: Operator) -> tuple:
@@ -312,13 +340,18 @@ def materialized_triplets(operator: Operator, k: int) -> tuple:
 
 def _ritz(basis: Tensor, images: Tensor, returned: Tensor, k: int) -> RitzValues:
     """Rayleigh-Ritz: `A` within the rows of `basis`, where `images` are their `A v` and `returned` their `AᵀA v`."""
-    # The SVD of the triangle R is that of all images; their Gram matrix would lose half of the digits.
-    _, triangle = ops.qr(ops.transpose(images, (0, 2, 1)))
-    _, values, right = ops.svd(triangle)
-    values, right = values[:, :k], right[:, :k]
+    values, right = (part[:, :k] for part in _right_vectors(images))
     inputs = ops.matmul(right, basis)
     off = ops.matmul(right, returned) - ops.expand_dims(values**2, -1) * inputs
     return RitzValues(values, inputs, ops.matmul(right, images), ops.norm(off, axis=-1))
+
+
+def _right_vectors(images: Tensor) -> tuple:
+    """The singular values of `A` within a space `(B, s)`, and the coefficients `(B, s, s)` of its right vectors."""
+    # The SVD of the triangle R is that of all images; their Gram matrix would lose half of the digits.
+    _, triangle = ops.qr(ops.transpose(images, (0, 2, 1)))
+    _, values, right = ops.svd(triangle)
+    return values, right
 
 
 def _completed(*spaces: Tensor) -> list[Tensor]:

@@ -80,6 +80,13 @@ def test_the_inverse_over_seeds():
     assert found.converged.mean() > 0.9
 
 
+def test_small_singular_values_keep_their_digits():
+    """A matrix of `JᵀJ` in float32 would have 1e-8 where rounding leaves 1e-7."""
+    matrix = with_singular_values([*np.linspace(1, 2, SIZE - 5), *[1e-4] * 5], SIZE, SIZE)
+    found = estimated(inverse_frobenius_norm, matrix.astype("float32"), num_probes=2, num_iterations=12, batch_size=500)
+    assert_mean(found.value.astype("float64") ** 2, np.linalg.norm(np.linalg.inv(matrix)) ** 2)
+
+
 def test_the_effective_rank_over_seeds():
     matrix = MATRICES["well conditioned"]
     values = np.linspace(1, 3, SIZE)
