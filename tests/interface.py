@@ -199,7 +199,8 @@ def rows() -> dict[str, Row]:
             {"linearization": jvpreg.linearize(equilibrium(), X), "layer": "equilibrium", "tolerance": 0.1, "seed": 0},
         ),
         "estimators.frobenius_norm": Row(
-            estimators.frobenius_norm, {**of_lin, "num_probes": 2, "side": "input", "probes": "sphere", "seed": 0}
+            estimators.frobenius_norm,
+            {**of_lin, "num_probes": 2, "side": "input", "probes": "sphere", "method": "hutchinson", "seed": 0},
         ),
         "estimators.inverse_frobenius_norm": Row(
             estimators.inverse_frobenius_norm, {"linearization": square(), **quadrature, "tolerance": 0.1}

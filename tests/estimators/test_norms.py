@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from compare import normal
 from keras import ops
-from matrices import assert_mean, estimated, operator
+from matrices import assert_mean, estimated, operator, with_singular_values
 
 from jvpreg.estimators import Operator, frobenius_norm
 
@@ -111,3 +111,22 @@ def test_one_seed_draws_one_number():
 def test_bad_arguments(argument, value, message):
     with pytest.raises(ValueError, match=message):
         frobenius_norm(operator(np.eye(3)), **{argument: value})
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e18])
+def test_by_nystroem_where_singular_values_decay(scale):
+    matrix = scale * with_singular_values(0.7 ** np.arange(40), 50, 40)
+    error = {}
+    for method in ("hutchinson", "xnystrace"):
+        found = estimated(frobenius_norm, matrix.astype("float32"), 24, method=method, batch_size=300)
+        assert found.num_matvecs == 24
+        error[method] = np.sqrt(np.mean((found.value / np.linalg.norm(matrix) - 1) ** 2))
+    assert error["xnystrace"] < error["hutchinson"] / 10
+    assert_mean((found.value / scale).astype("float64") ** 2, np.linalg.norm(matrix / scale) ** 2)
+
+
+def test_the_method_is_one_of_two():
+    with pytest.raises(ValueError, match=r"`method`. Expected .hutchinson. or .xnystrace."):
+        frobenius_norm(operator(MATRIX), method="xtrace")
+    with pytest.raises(ValueError, match=r"`num_probes`. Expected an integer, 4 or more"):
+        frobenius_norm(operator(MATRIX), 3, method="xnystrace")

@@ -49,6 +49,19 @@ def test_over_all_signs_hutchinson_is_the_trace(monkeypatch):
     np.testing.assert_allclose(found.sem, samples.std(ddof=1) / 8, rtol=1e-12)
 
 
+@pytest.mark.parametrize("values", [0.6 ** np.arange(60), np.linspace(1, 2, 60), [2.0, 1.0]], ids=str)
+def test_of_a_positive_matrix(values):
+    matrix = with_eigenvalues(values, 60)
+    found = estimated(trace, matrix.astype("float32"), 24, "xnystrace", batch_size=500)
+    assert found.num_matvecs == 24
+    if len(values) == 2:  # The rank is used up: the trace is exact.
+        np.testing.assert_allclose(found.value, 3, rtol=1e-5)
+        return
+    assert_mean(found.value.astype("float64"), np.trace(matrix), found.sem, (0.25, 1.1))
+    other = estimated(trace, matrix.astype("float32"), 24, "xtrace", batch_size=500)
+    assert found.value.std() < 0.8 * other.value.std()
+
+
 def test_on_a_spectrum_that_decays_the_better_methods_are_better():
     """All methods have the same number of products. The root mean square of 200 errors varies by 5%."""
     matrix = with_eigenvalues(0.6 ** np.arange(60), 60).astype("float32")
@@ -98,7 +111,10 @@ def test_of_any_size_in_float32(scale, method):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"method": "hutch"}, r"`method`. Expected .hutchinson., .hutch\+\+. or .xtrace.. Received: method='hutch'"),
+        (
+            {"method": "hutch"},
+            r"`method`. Expected .hutchinson., .hutch\+\+., .xtrace. or .xnystrace.. Received: method='hutch'",
+        ),
         ({"num_matvecs": 0}, r"`num_matvecs`. Expected an integer, 1 or more. Received: num_matvecs=0"),
         ({"num_matvecs": 3}, r"`num_matvecs`. Expected an integer, 4 or more. Received: num_matvecs=3"),
         ({"num_matvecs": 5, "method": "hutch++"}, r"`num_matvecs`. Expected an integer, 6 or more. Received: .*=5"),
