@@ -193,6 +193,7 @@ def rows() -> dict[str, Row]:
             },
         ),
         "estimators.condition_number": Row(estimators.condition_number, {**of_lin, "max_matvecs": 16}),
+        "estimators.diagonal": Row(estimators.diagonal, {"linearization": square(), "num_matvecs": 2, "seed": 0}),
         "estimators.effective_rank": Row(estimators.effective_rank, {**of_lin, **quadrature, "tolerance": 0.1}),
         "estimators.fixed_point_spectral_radius": Row(
             estimators.fixed_point_spectral_radius,
@@ -205,7 +206,13 @@ def rows() -> dict[str, Row]:
         "estimators.inverse_frobenius_norm": Row(
             estimators.inverse_frobenius_norm, {"linearization": square(), **quadrature, "tolerance": 0.1}
         ),
-        "estimators.log_determinant": Row(estimators.log_determinant, {**of_lin, "of": "JJT", **quadrature}),
+        "estimators.log_determinant": Row(
+            estimators.log_determinant, {**of_lin, "of": "JJT", "shift": 1.0, **quadrature}
+        ),
+        "estimators.row_norms": Row(estimators.row_norms, {**of_lin, "num_probes": 2, "probes": "gaussian", "seed": 0}),
+        "estimators.schatten_norm": Row(
+            estimators.schatten_norm, {**of_lin, "order": 1.0, **quadrature, "tolerance": 0.1}
+        ),
         "estimators.singular_values": Row(estimators.singular_values, of_lin),
         "estimators.spectral_density": Row(
             estimators.spectral_density, {**of_lin, "num_points": 4, "width": 0.1, **quadrature}

@@ -16,6 +16,9 @@ ESTIMATORS = {name: getattr(estimators, name) for name in estimators.__all__ if 
 # Options with which no Jacobian is materialized, for estimators that have such options.
 ITERATED = {
     "frobenius_norm": {"num_probes": 4},
+    "diagonal": {"num_matvecs": 6},
+    "row_norms": {"num_probes": 4},
+    "schatten_norm": {"num_probes": 2, "num_iterations": 4},
     "top_singular_values": {"num_iterations": 2},
     "spectral_norm": {"num_iterations": 2},
     "top_eigenvalues": {"num_iterations": 2},

@@ -138,26 +138,33 @@ def log_determinant(
     num_probes: int = 8,
     num_iterations: int = 20,
     tolerance: float = 1e-2,
+    shift: float = 1.0,
     seed: Seed = 0,
 ) -> Estimate:
-    """`log |det(I + A)|` of each example, where A is `J Jᵀ` (which gives the same as `JᵀJ`) or a square `J` itself.
+    """`log |det(s I + A)|` of each example, where A is `J Jᵀ` (or `JᵀJ`, if that is smaller) or a square `J` itself.
+
+    With a shift s of 1 it is always defined for `J Jᵀ`. With 0 it is the logarithm of the change of volume: `log |det
+    J|`, as normalizing flows have it, and for `J Jᵀ` twice that.
 
     By stochastic Lanczos quadrature. If A has no more than `num_probes·num_iterations` dimensions, it is materialized,
     and the result is exact.
 
     Args:
         linearization: from `jvpreg.linearize`, or an `Operator`.
-        of: `"JJT"`, or `"J"`: a square Jacobian, which must be symmetric unless it is small enough to be materialized.
+        of: `"JJT"`, or `"J"`: a square Jacobian, which must be symmetric unless it is small enough to be materialized
+            or the shift is 0.
         num_probes: random vectors.
         num_iterations: Lanczos iterations from each; the memory is that of `num_probes·num_iterations` vectors, for
             `"JJT"` of both sides.
         tolerance: relative to the value, which has converged if the residual is at most `tolerance` times the value.
+        shift: s, a number of 0 or more.
         seed: an integer or a `keras.random.SeedGenerator`.
 
     Returns:
-        An `Estimate`, each part `(B,)`. `residual` is how much the value changed in the second half of the iterations.
-        For `of="J"` the relative asymmetry `‖J v − Jᵀ v‖ / ‖J v‖` of a random vector, times the value, is added: for a
-        Jacobian that is not symmetric this is no estimate, and it does not converge.
+        An `Estimate`, each part `(B,)`; −∞ if the matrix is singular and was materialized. `residual` is how much the
+        value changed in the second half of the iterations. For `of="J"` with a shift the relative asymmetry `‖J v − Jᵀ
+        v‖ / ‖J v‖` of a random vector, times the value, is added: for a Jacobian that is not symmetric this is no
+        estimate, and it does not converge.
 
     Raises:
         ValueError: an argument is out of its range, or `J` is not square.
@@ -175,19 +182,26 @@ def log_determinant(
     """
     checks.choice("of", of, ("JJT", "J"))
     checks.number("tolerance", tolerance, above=0)
-    if of == "JJT":
-        measure = singular_quadrature(linearization, num_probes, num_iterations, seed)
-        return measure.estimate(lambda sigma: ops.log1p(ops.square(measure.unit * sigma)), tolerance)
+    shift = checks.number("shift", shift, least=0)
+    operator = as_operator(linearization)
+    if of == "J":
+        check_square(operator, 'log_determinant(of="J")')
+    if of == "JJT" or not shift:
+        measure = singular_quadrature(operator, num_probes, num_iterations, seed)
+        times = 2 if of == "JJT" else 1
+        if not shift:
+            return measure.estimate(lambda sigma: times * (ops.log(measure.unit) + ops.log(sigma)), tolerance)
+        root = math.sqrt(shift)
+        return measure.estimate(
+            lambda sigma: math.log(shift) + ops.log1p(ops.square(measure.unit / root * sigma)), tolerance
+        )
     checks.count("num_probes", num_probes, least=2)
     checks.count("num_iterations", num_iterations, least=2)
     checks.seed("seed", seed, generator=True)
-    operator = as_operator(linearization)
-    check_square(operator, 'log_determinant(of="J")')
-    size = operator.shape[0]
-    if size <= num_probes * num_iterations:
-        return _exact_log_determinant(operator)
+    if operator.shape[0] <= num_probes * num_iterations:
+        return _exact_log_determinant(operator, shift)
     measure = _symmetric_quadrature(operator, num_probes, num_iterations, seed)
-    found = measure.estimate(lambda values: ops.log(ops.abs(1 + measure.unit * values)), tolerance)
+    found = measure.estimate(lambda values: ops.log(ops.abs(shift + measure.unit * values)), tolerance)
     residual = found.residual + _asymmetry(operator, operator.draw("sphere", 1, seed)) * ops.abs(found.value)
     converged = residual <= tolerance * ops.abs(found.value)
     return found._replace(residual=residual, converged=converged, num_matvecs=found.num_matvecs + 2)
@@ -200,12 +214,12 @@ def _asymmetry(operator: Operator, vector: Tensor) -> Tensor:
     return ops.norm((image - operator.rmatvec(vector))[0], axis=-1) / ops.where(length > 0, length, 1.0)
 
 
-def _exact_log_determinant(operator: Operator) -> Estimate:
+def _exact_log_determinant(operator: Operator, shift: float) -> Estimate:
     """The exact value for a square Jacobian that is small enough to be materialized."""
     size = operator.shape[0]
     matrix = ops.transpose(operator.matvec(operator.basis()), (1, 2, 0))
     # Not `ops.slogdet`, which TensorFlow does not have under XLA.
-    triangle = ops.qr(ops.eye(size, dtype=operator.dtype) + matrix)[1]
+    triangle = ops.qr(shift * ops.eye(size, dtype=operator.dtype) + matrix)[1]
     value = ops.sum(ops.log(ops.abs(ops.diagonal(triangle, axis1=1, axis2=2))), axis=-1)
     zero = ops.zeros_like(value)
     return Estimate(value, zero, zero, ops.isfinite(value), size)

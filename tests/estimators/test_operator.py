@@ -21,6 +21,10 @@ SIZE = 20
 ESTIMATORS = {
     "frobenius_norm": partial(estimators.frobenius_norm, num_probes=4),
     "exact frobenius_norm": partial(estimators.frobenius_norm, num_probes=SIZE),
+    "frobenius_norm by Nyström": partial(estimators.frobenius_norm, num_probes=8, method="xnystrace"),
+    "diagonal": partial(estimators.diagonal, num_matvecs=6),
+    "row_norms": partial(estimators.row_norms, num_probes=4),
+    "exact row_norms": partial(estimators.row_norms, num_probes=SIZE),
     "top_singular_values": partial(estimators.top_singular_values, k=2, num_iterations=3, tolerance=1e-4),
     "singular_values": estimators.singular_values,
     "spectral_norm": partial(estimators.spectral_norm, num_iterations=5),
@@ -33,9 +37,11 @@ ESTIMATORS = {
     "log_determinant": partial(estimators.log_determinant, num_probes=2, num_iterations=4),
     "log_determinant of J": partial(estimators.log_determinant, of="J", num_probes=2, num_iterations=4),
     "exact log_determinant of J": partial(estimators.log_determinant, of="J"),
+    "log_determinant without a shift": partial(estimators.log_determinant, shift=0, num_probes=2, num_iterations=4),
     "inverse_frobenius_norm": partial(estimators.inverse_frobenius_norm, num_probes=2, num_iterations=4),
     "stable_rank": partial(estimators.stable_rank, num_probes=4, num_iterations=5),
     "effective_rank": partial(estimators.effective_rank, num_probes=2, num_iterations=4),
+    "schatten_norm": partial(estimators.schatten_norm, num_probes=2, num_iterations=4),
     "spectral_density": partial(estimators.spectral_density, num_points=8, num_probes=2, num_iterations=4),
 }
 every_estimator = pytest.mark.parametrize("name", ESTIMATORS)

@@ -12,6 +12,7 @@ from jvpreg.estimators import (
     effective_rank,
     inverse_frobenius_norm,
     log_determinant,
+    schatten_norm,
     spectral_density,
 )
 
@@ -51,6 +52,16 @@ def test_small_ones_are_exact(shape):
     assert not found.sem.any()
     assert not found.residual.any()
     assert found.converged.all()
+    found = estimated(schatten_norm, matrices, order=3)
+    values = np.linalg.svd(matrices, compute_uv=False)
+    np.testing.assert_allclose(found.value, np.sum(values**3, axis=1) ** (1 / 3), rtol=1e-10)
+    for shift, of in [(0, "JJT"), (3, "JJT"), *([(0, "J"), (3, "J")] if shape[0] == shape[1] else [])]:
+        found = estimated(log_determinant, matrices[[0, 2]], of, shift=shift)
+        if of == "J":
+            expected = np.linalg.slogdet(matrices[[0, 2]] + shift * np.eye(shape[0]))[1]
+        else:
+            expected = np.sum(np.log(shift + values[[0, 2]] ** 2), axis=1)
+        np.testing.assert_allclose(found.value, expected, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", MATRICES)
@@ -85,6 +96,18 @@ def test_small_singular_values_keep_their_digits():
     matrix = with_singular_values([*np.linspace(1, 2, SIZE - 5), *[1e-4] * 5], SIZE, SIZE)
     found = estimated(inverse_frobenius_norm, matrix.astype("float32"), num_probes=2, num_iterations=12, batch_size=500)
     assert_mean(found.value.astype("float64") ** 2, np.linalg.norm(np.linalg.inv(matrix)) ** 2)
+
+
+@pytest.mark.parametrize(("order", "of"), [(1, None), (3, None), (0, "JJT"), (0, "J")])
+def test_other_sums_over_seeds(order, of):
+    matrix, values = MATRICES["well conditioned"].astype("float32"), np.linspace(1, 3, SIZE)
+    if of is None:
+        found = estimated(schatten_norm, matrix, order, **SMALL, batch_size=1000)
+        powers, expected = found.value.astype("float64") ** order, np.sum(values**order)
+        assert_mean(powers, expected, order * powers / found.value * found.sem)
+    else:
+        found = estimated(log_determinant, matrix, of, **SMALL, shift=0, batch_size=1000)
+        assert_mean(found.value, (2 if of == "JJT" else 1) * np.sum(np.log(values)), found.sem)
 
 
 def test_the_effective_rank_over_seeds():
