@@ -165,7 +165,7 @@ def test_another_model_is_measured_anew():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"metrics": ["norm"]}, "`metrics`. Expected a list of names among ['condition_number', 'effective_rank', "),
+        ({"metrics": ["norm"]}, "`metrics`. Expected a list of names among ['condition_number', 'diagonal', "),
         ({"metrics": "frobenius_norm"}, "`metrics`"),
         ({"metrics": []}, "`metrics`"),
         ({"metrics": {"sigma": "norm"}}, "`metrics`"),
