@@ -303,7 +303,7 @@ def _lanczos_triplets(
         filled = ops.where(filled < capacity, filled, kept)
         image = forward(block)
         returned = backward(image)
-        at = (0, filled * k, 0)
+        at = (zero, filled * k, zero)  # JAX wants one type
         spaces = [ops.slice_update(rows, at, new) for rows, new in zip(spaces, (block, image, returned), strict=True)]
         largest = ops.maximum(largest, ops.max(ops.norm(returned, axis=-1), axis=-1, keepdims=True))
         block = orthonormal(returned, floor=precision(dtype) * largest, basis=spaces[0])
