@@ -58,9 +58,7 @@ def orthonormal(rows: Tensor, floor: Tensor, basis: Tensor | None = None) -> Ten
     """
     for shortest in (floor, 0.5):  # Twice is enough (Kahan, Parlett).
         if basis is not None:
-            # What is left may be small: a second time removes what cancellation has left in it.
-            for _ in range(2):
-                rows = rows - ops.matmul(ops.matmul(rows, ops.transpose(basis, (0, 2, 1))), basis)
+            rows = without(rows, basis)
         # The second time a row has length 1, unless only rounding was left of it.
         alive = ops.norm(rows, axis=-1) > shortest
         # Zeros go last. Before other rows, QR makes a zero an arbitrary direction, perhaps one of the basis.
@@ -69,6 +67,14 @@ def orthonormal(rows: Tensor, floor: Tensor, basis: Tensor | None = None) -> Ten
         rows = ops.where(alive, ops.take_along_axis(rows, order, axis=1), 0.0)
         columns, _ = ops.qr(ops.transpose(rows, (0, 2, 1)))
         rows = ops.where(alive, ops.transpose(columns, (0, 2, 1)), 0.0)
+    return rows
+
+
+def without(rows: Tensor, basis: Tensor) -> Tensor:
+    """Rows `(B, k, n)` without their part in the space of an orthonormal basis."""
+    # What is left may be small: a second time removes what cancellation has left in it.
+    for _ in range(2):
+        rows = rows - ops.matmul(ops.matmul(rows, ops.transpose(basis, (0, 2, 1))), basis)
     return rows
 
 

@@ -9,7 +9,7 @@ from keras import ops
 from jvpreg import probes
 from jvpreg.common import checks
 from jvpreg.common.typing import Seed, Tensor
-from jvpreg.estimators.krylov import block_krylov, orthonormal, precision, probed
+from jvpreg.estimators.krylov import block_krylov, orthonormal, precision, probed, without
 from jvpreg.estimators.operator import Operator, as_operator, by_example, magnitude, spaces
 from jvpreg.estimators.result import Estimate
 from jvpreg.linearization import Linearization
@@ -293,23 +293,32 @@ def _lanczos_triplets(
     capacity, dtype = max(num_iterations, 2), start.dtype
     kept = capacity // 2
 
-    def restarted(*spaces: Tensor) -> list:
-        right = _right_vectors(spaces[1])[1][:, : kept * k]
-        return [ops.concatenate([ops.matmul(right, rows), ops.zeros_like(rows[:, kept * k :])], 1) for rows in spaces]
-
-    def step(i: Tensor, filled: Tensor, block: Tensor, largest: Tensor, *state: Tensor) -> tuple:
-        spaces = list(state[:3])
-        spaces = ops.cond(filled < capacity, lambda: spaces, lambda: restarted(*spaces))
-        filled = ops.where(filled < capacity, filled, kept)
+    def step(i: Tensor, filled: Tensor, following: Tensor, largest: Tensor, *state: Tensor) -> tuple:
+        spaces = state[:3]
+        block = orthonormal(following, floor=precision(dtype) * largest, basis=spaces[0])
         image = forward(block)
         returned = backward(image)
         at = (zero, filled * k, zero)  # JAX wants one type
-        spaces = [ops.slice_update(rows, at, new) for rows, new in zip(spaces, (block, image, returned), strict=True)]
+        new = block, image, returned
+        spaces = [ops.slice_update(rows, at, part) for rows, part in zip(spaces, new, strict=True)]
         largest = ops.maximum(largest, ops.max(ops.norm(returned, axis=-1), axis=-1, keepdims=True))
-        block = orthonormal(returned, floor=precision(dtype) * largest, basis=spaces[0])
-        return i + 1, filled + 1, block, largest, *spaces, *_ritz(*spaces, k)
+        # From the whole space: the part of it that a restart drops must not come back.
+        following = without(returned, spaces[0])
+        values, right = _right_vectors(spaces[1])
+        ritz = _ritz(values[:, :k], right[:, :k], *spaces)
 
-    def unfinished(i: Tensor, filled: Tensor, block: Tensor, largest: Tensor, *state: Tensor) -> Tensor:
+        def restarted() -> list:
+            best = right[:, : kept * k]
+            return [
+                ops.concatenate([ops.matmul(best, rows), ops.zeros_like(rows[:, kept * k :])], 1) for rows in spaces
+            ]
+
+        filled = filled + 1
+        spaces = ops.cond(filled < capacity, lambda: spaces, restarted)
+        filled = ops.where(filled < capacity, filled, kept)
+        return i + 1, filled, following, largest, *spaces, *ritz
+
+    def unfinished(i: Tensor, filled: Tensor, following: Tensor, largest: Tensor, *state: Tensor) -> Tensor:
         ritz = RitzValues(*state[3:])
         done = ops.all(ritz.residual <= tolerance * ritz.values[:, :1])
         return ops.logical_and(i < num_iterations * (max_restarts + 1), ops.logical_not(done))
@@ -317,9 +326,8 @@ def _lanczos_triplets(
     outputs, size = operator.shape
     spaces = [ops.zeros((batch, capacity * k, length), dtype) for length in (size, outputs, size)]
     nothing, zero = ops.zeros((batch, k), dtype), ops.convert_to_tensor(0, "int32")
-    block = orthonormal(start, floor=nothing[:, :1])
     images = ops.zeros((batch, k, outputs), dtype)
-    state = (zero, zero, block, nothing[:, :1], *spaces, nothing, start, images, nothing + np.inf)
+    state = (zero, zero, start, nothing[:, :1], *spaces, nothing, start, images, nothing + np.inf)
     steps, *state = ops.while_loop(unfinished, step, state)
     return steps, RitzValues(*state[6:])
 
@@ -335,12 +343,13 @@ def _matrix(operator: Operator) -> tuple:
 def materialized_triplets(operator: Operator, k: int) -> tuple:
     """The k largest triplets of an upright operator divided by its unit, from its whole matrix; the unit, `(B, 1)`."""
     basis, images, unit = _matrix(operator)
-    return _ritz(basis, images, ops.matmul(images, ops.transpose(images, (0, 2, 1))), k), unit
+    values, right = _right_vectors(images)
+    returned = ops.matmul(images, ops.transpose(images, (0, 2, 1)))
+    return _ritz(values[:, :k], right[:, :k], basis, images, returned), unit
 
 
-def _ritz(basis: Tensor, images: Tensor, returned: Tensor, k: int) -> RitzValues:
+def _ritz(values: Tensor, right: Tensor, basis: Tensor, images: Tensor, returned: Tensor) -> RitzValues:
     """Rayleigh-Ritz: `A` within the rows of `basis`, where `images` are their `A v` and `returned` their `AᵀA v`."""
-    values, right = (part[:, :k] for part in _right_vectors(images))
     inputs = ops.matmul(right, basis)
     off = ops.matmul(right, returned) - ops.expand_dims(values**2, -1) * inputs
     return RitzValues(values, inputs, ops.matmul(right, images), ops.norm(off, axis=-1))
