@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import keras
+import operation_rows
 import pytest
 from keras import activations, layers, ops
 
@@ -277,6 +278,9 @@ def _operations():
         "take-along-axis": (lambda x, y: ops.take_along_axis(x, ops.argsort(y, axis=1), axis=1), (4, 3), (4, 3)),
     }
     rows = [(name, function, [(4, 3)]) for name, function in unary.items()]
+    rows += [(name, function, [(4, 3)]) for name, function in operation_rows.UNARY.items()]
+    rows += [(name, function, [(4, 6, 3)]) for name, function in operation_rows.IMAGES.items()]
+    binary |= operation_rows.BINARY
     rows += [(name, function, [left, right]) for name, (function, left, right) in binary.items()]
     # In a graph, Keras' own `exp2` does not take float64 on TensorFlow, and its `norm` does not take axes on JAX.
     norm = _made_by(lambda x: ops.norm(x, axis=1), keras.KerasTensor((3, 4)))
@@ -323,7 +327,8 @@ def _own_convolution(name):
 def _operation(name, function, shapes):
     symbols = [keras.KerasTensor((3, *shape), dtype="float64") for shape in shapes]
     operation = _made_by(function, *symbols)
-    return _call(operation, function, shapes, f"ops-{name}")
+    known = operation_rows.REFERENCES.get(name)
+    return _call(operation, function, shapes, f"ops-{name}", **({"reference": known} if known else {}))
 
 
 MORE_RECURRENT = [

@@ -195,9 +195,13 @@ def float_dtype(name: str, value) -> str:
 
 
 def tensor(name: str, value, dtype=None):
-    """A dense tensor of real numbers: from an array, a tensor, a variable, a number, or lists of numbers."""
+    """A dense tensor of real numbers: from an array, a tensor, a variable, a number, or lists of numbers.
+
+    If it is to have a complex dtype, its numbers may be complex.
+    """
     given = value if hasattr(value, "dtype") else _as_array(value)
-    if given is None or not _holds_numbers(given.dtype) or _is_ragged_or_sparse(given):
+    of_complex = dtype is not None and "complex" in keras.backend.standardize_dtype(dtype)
+    if given is None or not _holds_numbers(given.dtype, of_complex) or _is_ragged_or_sparse(given):
         raise invalid(name, NUMBERS, value)
     try:
         return ops.convert_to_tensor(value, dtype=dtype)
@@ -240,12 +244,12 @@ def _as_array(value) -> np.ndarray | None:
         return leaves[0] if leaves and all(hasattr(leaf, "dtype") for leaf in leaves) else None
 
 
-def _holds_numbers(dtype) -> bool:
+def _holds_numbers(dtype, of_complex: bool = False) -> bool:
     try:
         name = keras.backend.standardize_dtype(dtype)
     except (ValueError, TypeError):
         return False
-    return name not in ("string", "object") and "complex" not in name
+    return name not in ("string", "object") and (of_complex or "complex" not in name)
 
 
 def _is_ragged_or_sparse(value) -> bool:

@@ -84,7 +84,7 @@ _LEADING = {
         *_classes(nn, "AdaptiveAveragePool AdaptiveMaxPool AveragePool Fold MaxPool"),
         *_classes(linalg, "Cholesky CholeskyInverse Det Eig Eigh Inv LuFactor Pinv Qr SVD"),
         *_classes(numpy_ops, "Slogdet"),
-        *_classes(math_ops, "FFT2 IFFT2 Logdet"),
+        *_classes(math_ops, "FFT2 IFFT2 ISTFT Logdet"),
     ),
     4: (
         *_classes(nn, "DepthToSpace SpaceToDepth Unfold"),
@@ -118,7 +118,7 @@ def _first_or_mixed(*places: Place) -> Place:
 
 
 _MOVES = (numpy_ops.Transpose, numpy_ops.Swapaxes, numpy_ops.Moveaxis)
-_REMOVES = (core.Unstack, numpy_ops.Squeeze, numpy_ops.Diagonal)
+_REMOVES = (core.Unstack, numpy_ops.Squeeze, numpy_ops.Diagonal, numpy_ops.Trace, numpy_ops.Trapezoid)
 _REDUCES = (
     linalg.Norm,
     math_ops.Logsumexp,
@@ -223,15 +223,22 @@ def _axes(operation, rank: int) -> list[int]:
         return [rank - 2, rank - 1]
     named = ("axis", "axes", "axis1", "axis2")
     given = [getattr(operation, name) for name in named if hasattr(operation, name)]
-    if isinstance(operation, numpy_ops.Copy):
+    if isinstance(operation, (numpy_ops.Array, numpy_ops.Copy)):
         return []
+    if isinstance(operation, (numpy_ops.Fliplr, numpy_ops.Flipud)):
+        return [int(isinstance(operation, numpy_ops.Fliplr))]
     if not given:
         # All but the first axis of a batch; all axes if it is not known that there is a batch.
-        batch = any(isinstance(operation, classes) and rank >= least for least, classes in _LEADING.items())
-        return list(range(int(batch), rank))
+        return list(range(int(has_batch(operation, rank)), rank))
     if any(axes is None for axes in given):
         return list(range(rank))
     return [axis % rank for axes in given for axis in tree.flatten(axes)]
+
+
+def has_batch(operation, rank: int) -> bool:
+    """Whether an operation takes the first axis of a tensor of this rank for that of a batch."""
+    rank -= bool(getattr(operation, "is_3d", False))  # patches of volumes
+    return any(isinstance(operation, classes) and rank >= least for least, classes in _LEADING.items())
 
 
 def reshaped(before, after) -> Callable:
@@ -304,7 +311,9 @@ def indexed(key, rank: int) -> Callable:
 
 
 def multiplied(operation, ranks: list[int]) -> Callable:
-    """Where the examples are in a product of tensors of these ranks: `matmul`, `einsum`, `tensordot` or `dot`."""
+    """Where the examples are in a product of tensors of these ranks, which has axes of both: `matmul`, `einsum` etc."""
+    if isinstance(operation, (numpy_ops.Correlate, numpy_ops.Kron, numpy_ops.Outer, numpy_ops.Vdot)):
+        return lambda *places: MIXED  # Their operands are flat, or every axis is.
 
     def after(*places):
         letters, result = _letters(operation, ranks)
@@ -315,6 +324,12 @@ def multiplied(operation, ranks: list[int]) -> Callable:
         return Place(result.index(letter), *merged) if letter in result else GONE
 
     return after
+
+
+def crossed(operation, ranks: list[int]) -> Callable:
+    """Where the examples are in a cross product: where they were, if the vectors lie along one axis of both factors."""
+    axes = {axis % max(ranks) for axis in (operation.axisa, operation.axisb, operation.axisc)}
+    return besides(axes, max(ranks)) if len(axes) == len(set(ranks)) == 1 else lambda *places: MIXED
 
 
 def _letters(operation, ranks: list[int]) -> tuple[list[str], str]:
@@ -337,7 +352,8 @@ def _letters(operation, ranks: list[int]) -> tuple[list[str], str]:
         )
         contracted = [(left[i], right[j]) for i, j in pairs]
     else:
-        contracted = [(left[-1], right[-2] if ranks[1] > 1 else right[-1])] if min(ranks) else []
+        behind = ranks[1] == 1 or isinstance(operation, numpy_ops.Inner)
+        contracted = [(left[-1], right[-1 if behind else -2])] if min(ranks) else []
         if isinstance(operation, numpy_ops.Matmul):  # whose axes before the matrices are broadcast
             shared = zip(left[-3::-1], right[-3::-1], strict=False) if min(ranks) > 2 else ()
             for i, j in shared:

@@ -4,6 +4,28 @@ Here the first axis of a value need not be the batch, and some inputs are weight
 is `(P, *primal.shape)`, and operations of several inputs sum one linear map for each input that has a tangent.
 """
 
-from jvpreg.rules.ops import elementwise, moving, operands, reducing, without_tangent
+from jvpreg.rules.ops import (
+    elementwise,
+    fourier,
+    imaging,
+    moving,
+    operands,
+    placing,
+    products,
+    reducing,
+    without_tangent,
+    written_out,
+)
 
-__all__ = ["elementwise", "moving", "operands", "reducing", "without_tangent"]
+__all__ = [
+    "elementwise",
+    "fourier",
+    "imaging",
+    "moving",
+    "operands",
+    "placing",
+    "products",
+    "reducing",
+    "without_tangent",
+    "written_out",
+]

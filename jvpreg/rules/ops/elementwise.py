@@ -7,13 +7,16 @@ import keras
 from keras import activations, ops
 
 from jvpreg.common.dtypes import is_complex
-from jvpreg.common.keras_private import activation_ops, math_ops, nn, numpy_ops
-from jvpreg.rules.contract import Declined, Pushforward
-from jvpreg.rules.families import gate, scale
+from jvpreg.common.keras_private import activation_ops, core, math_ops, nn, numpy_ops
+from jvpreg.rules.contract import Declined, Gate, Pushforward
+from jvpreg.rules.examples import kept
+from jvpreg.rules.families import gate, identity, scale
 from jvpreg.rules.registry import find_rule, register_rule
 
 SLOPES: dict[type, Callable] = {
+    numpy_ops.Abs: lambda x, y: ops.sign(x),
     numpy_ops.Absolute: lambda x, y: ops.sign(x),
+    numpy_ops.Fabs: lambda x, y: ops.sign(x),
     numpy_ops.Negative: lambda x, y: -ops.ones_like(x),
     numpy_ops.Square: lambda x, y: 2 * x,
     numpy_ops.Exp: lambda x, y: without_infinity(y),
@@ -27,11 +30,38 @@ SLOPES: dict[type, Callable] = {
     numpy_ops.Cosh: lambda x, y: without_infinity(ops.sinh(x)),
     numpy_ops.Tanh: lambda x, y: (1 - y) * (1 + y),
     numpy_ops.Arcsinh: lambda x, y: ops.rsqrt(1 + x * x),
+    numpy_ops.Sinc: lambda x, y: _slope_of_sinc(x, y),
+    numpy_ops.I0: lambda x, y: _bessel_i1(x),
     math_ops.Erf: lambda x, y: (2 / math.sqrt(math.pi)) * ops.exp(-x * x),
+    math_ops.Erfc: lambda x, y: -(2 / math.sqrt(math.pi)) * ops.exp(-x * x),
 }
 
 
-OVERFLOWING = (numpy_ops.Exp, numpy_ops.Exp2, numpy_ops.Expm1, numpy_ops.Sinh, numpy_ops.Cosh)
+def _slope_of_sinc(x, y):
+    """`(cos z − sin z / z) / x` for z = πx; around 0, where the two cancel, its power series."""
+    z = math.pi * x
+    small = ops.abs(z) < 0.3
+    square = ops.where(small, z * z, 0.0)
+    series = -1 / 3 + square * (1 / 30 + square * (-1 / 840 + square * (1 / 45360 - square / 3991680)))
+    return ops.where(small, math.pi * z * series, (ops.cos(z) - y) / ops.where(small, 1.0, x))
+
+
+def _bessel_i1(x):
+    """The derivative of `i0`, which `keras.ops` lacks: the modified Bessel function of the first kind, of order 1."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.math.special.bessel_i1(x)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.scipy.special.i1(x)
+    import torch
+
+    return torch.special.i1(x)
+
+
+OVERFLOWING = (numpy_ops.Exp, numpy_ops.Exp2, numpy_ops.Expm1, numpy_ops.Sinh, numpy_ops.Cosh, numpy_ops.I0)
 
 
 @register_rule(*SLOPES)
@@ -46,6 +76,7 @@ ENDS: dict[type, tuple[Callable, Callable, float]] = {
     numpy_ops.Reciprocal: (lambda x: -ops.square(ops.reciprocal(x)), lambda x: x != 0, 1.0),
     numpy_ops.Sqrt: (lambda x: 0.5 / ops.sqrt(x), lambda x: x > 0, 1.0),
     math_ops.Rsqrt: (lambda x: -0.5 * ops.rsqrt(x) / x, lambda x: x > 0, 1.0),
+    numpy_ops.Cbrt: (lambda x: 1 / (3 * ops.square(ops.cbrt(x))), lambda x: x != 0, 1.0),
     numpy_ops.Log: (lambda x: 1 / x, lambda x: x != 0, 1.0),
     numpy_ops.Log2: (lambda x: 1 / (math.log(2) * x), lambda x: x != 0, 1.0),
     numpy_ops.Log10: (lambda x: 1 / (math.log(10) * x), lambda x: x != 0, 1.0),
@@ -54,6 +85,11 @@ ENDS: dict[type, tuple[Callable, Callable, float]] = {
     numpy_ops.Arccos: (lambda x: -ops.rsqrt((1 - x) * (1 + x)), lambda x: ops.abs(x) < 1, 0.0),
     numpy_ops.Arccosh: (lambda x: ops.rsqrt((x - 1) * (x + 1)), lambda x: x > 1, 2.0),
     numpy_ops.Arctanh: (lambda x: 1 / ((1 - x) * (1 + x)), lambda x: ops.abs(x) != 1, 0.0),
+    math_ops.Erfinv: (
+        lambda x: 0.5 * math.sqrt(math.pi) * ops.exp(ops.square(ops.erfinv(x))),
+        lambda x: ops.abs(x) < 1,
+        0.0,
+    ),
 }
 
 
@@ -107,6 +143,11 @@ ACTIVATIONS: dict[type, tuple] = {
     nn.TanhShrink: (activations.tanh_shrink,),
     nn.HardTanh: (activations.hard_tanh,),
     nn.Glu: (activations.glu, "axis"),
+    nn.HardShrink: (activations.hard_shrink, "threshold"),
+    nn.SoftShrink: (activations.soft_shrink, "threshold"),
+    nn.SparsePlus: (activations.sparse_plus,),
+    nn.SparseSigmoid: (activations.sparse_sigmoid,),
+    nn.Threshold: (activations.threshold, "threshold", "default_value"),
 }
 
 
@@ -130,3 +171,35 @@ def relu(operation, x, context):
 @register_rule(numpy_ops.Clip)
 def clip(operation, x, context):
     return operation.call(x), gate(ops.logical_and(x > operation.x_min, x < operation.x_max))
+
+
+@register_rule(numpy_ops.NanToNum)
+def nan_to_num(operation, x, context):
+    return operation.call(x), gate(ops.isfinite(x))
+
+
+@register_rule(core.SaturateCast)
+def saturate_cast(operation, x, context):
+    """A cast with a slope of 0 beyond the largest number of the dtype."""
+    largest = ops.cast(operation.call(ops.convert_to_tensor(float("inf"), x.dtype)), x.dtype)
+
+    def push(tangent, inside):
+        return ops.cast(ops.where(inside, tangent, 0.0), operation.dtype)
+
+    return operation.call(x), Gate(push, ops.abs(x) <= largest, examples=kept)
+
+
+@register_rule(numpy_ops.Angle)
+def angle(operation, x, context):
+    """Of `x = r e^{iφ}`, φ: its tangent is the part of `t / x` along the circle. That of a real number is constant."""
+    if not is_complex(x):
+        return operation.call(x), None
+    inverse = 1 / ops.where(x == 0, ops.ones_like(x), x)
+    return operation.call(x), Pushforward(lambda t, inverse: ops.imag(t * inverse), inverse, examples=kept)
+
+
+@register_rule(numpy_ops.View)
+def view(operation, x, context):
+    """The same bits, read as another dtype: a function of them that has no derivative."""
+    y = operation.call(x)
+    return y, identity() if y.dtype == x.dtype else None

@@ -8,9 +8,9 @@ from keras import ops, tree
 from jvpreg.common.eager import cast as convert
 from jvpreg.common.keras_private import core, image, nn, numpy_ops
 from jvpreg.rules.contract import Declined, Pushforward
-from jvpreg.rules.examples import along, broadcast, indexed, joined, kept, looked_up, reshaped
+from jvpreg.rules.examples import along, broadcast, has_batch, indexed, joined, kept, looked_up, reshaped
 from jvpreg.rules.families import each_input
-from jvpreg.rules.folding import align, each_probe
+from jvpreg.rules.folding import align, each_probe, folded
 from jvpreg.rules.registry import register_rule
 
 
@@ -23,32 +23,57 @@ def is_finite_number(operand) -> bool:
 
 
 @register_rule(
+    numpy_ops.Array,
     numpy_ops.Cumsum,
+    numpy_ops.Diag,
+    numpy_ops.Diagflat,
     numpy_ops.Diagonal,
     numpy_ops.Diff,
     numpy_ops.ExpandDims,
     numpy_ops.Flip,
+    numpy_ops.Fliplr,
+    numpy_ops.Flipud,
     numpy_ops.Mean,
     numpy_ops.Moveaxis,
     numpy_ops.Ravel,
-    numpy_ops.Repeat,
     numpy_ops.Roll,
     numpy_ops.Rot90,
     numpy_ops.Squeeze,
     numpy_ops.Sum,
     numpy_ops.Swapaxes,
     numpy_ops.Tile,
+    numpy_ops.Trace,
     numpy_ops.Transpose,
+    numpy_ops.Trapezoid,
     numpy_ops.Tril,
     numpy_ops.Triu,
     numpy_ops.Copy,
     nn.AveragePool,
     nn.AdaptiveAveragePool,
+    nn.DepthToSpace,
+    nn.Fold,
+    nn.SpaceToDepth,
+    nn.Unfold,
+    image.CropImages,
+    image.ExtractPatches,
+    image.GaussianBlur,
+    image.PadImages,
+    image.RGBToGrayscale,
     image.Resize,
+    image.SobelEdges,
 )
 def linear(operation, x, context):
-    push = each_probe(operation.call)
+    # The probes of a batch of images are more images.
+    push = (folded if has_batch(operation, len(x.shape)) else each_probe)(operation.call)
     return operation.call(x), Pushforward(push, examples=along(operation, x.shape))
+
+
+@register_rule(numpy_ops.Repeat)
+def repeat(operation, x, context):
+    # If a call reads a batch size that is not known, the operation holds None for it.
+    repeats = context.batch if operation.repeats is None else operation.repeats
+    push = each_probe(lambda row: ops.repeat(row, repeats, operation.axis))
+    return ops.repeat(x, repeats, operation.axis), Pushforward(push, examples=along(operation, x.shape))
 
 
 @register_rule(numpy_ops.Reshape)

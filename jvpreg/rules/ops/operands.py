@@ -1,6 +1,7 @@
 """Operations of several inputs: the sum of one linear map for each input that has a tangent."""
 
 import functools
+import math
 import string
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ from jvpreg.common.dtypes import is_complex
 from jvpreg.common.eager import cast as convert
 from jvpreg.common.keras_private import nn, numpy_ops
 from jvpreg.rules.contract import Declined, Gate, Pushforward
-from jvpreg.rules.examples import broadcast, kept, multiplied
+from jvpreg.rules.examples import broadcast, crossed, kept, multiplied
 from jvpreg.rules.families import each_input, identity, scale
 from jvpreg.rules.folding import align, each_probe, fold, folded, unfold
 from jvpreg.rules.ops.elementwise import large, scale_to_the_end, without_infinity
@@ -126,20 +127,69 @@ def _power_of_a_number(operation, base, exponent) -> Pushforward:
     return scale(ops.where(inside, slope, 0.0))
 
 
-@register_rule(numpy_ops.Maximum, numpy_ops.Minimum)
+@register_rule(numpy_ops.DivideNoNan)
+def divide_no_nan(operation, a, b, context):
+    """`a / b`, and 0 with a slope of 0 where b is 0."""
+    y = operation.call(a, b)
+    divisor = ops.broadcast_to(ops.cast(b, y.dtype), ops.shape(y))
+    inverse = ops.where(divisor == 0, 0.0, 1 / ops.where(divisor == 0, 1.0, divisor))
+    parts = [lambda t, inverse, y: t * inverse, lambda t, inverse, y: -t * y * inverse]
+    return y, _partials((a, b), parts, y, inverse, y)
+
+
+@register_rule(numpy_ops.Mod, numpy_ops.Fmod)
+def remainder(operation, a, b, context):
+    """`a − n b`, where n is a whole number."""
+    y = operation.call(a, b)
+    divisor = ops.cast(b, y.dtype)
+    n = ops.round((ops.cast(a, y.dtype) - y) / ops.where(divisor == 0, 1.0, divisor))
+    return y, _partials((a, b), [lambda t, n: t, lambda t, n: -n * t], y, n)
+
+
+@register_rule(numpy_ops.Ldexp, numpy_ops.Nextafter)
+def of_first(operation, a, b, context):
+    """`a · 2^b` for a whole number b, and the number next to a in the direction of b: b has no tangent."""
+    y = operation.call(a, b)
+    slope = operation.call(ops.ones_like(y), b) if isinstance(operation, numpy_ops.Ldexp) else ops.ones_like(y)
+    return y, _partials((a, b), [lambda t, slope: slope * t, lambda t, slope: ops.zeros_like(t)], y, slope)
+
+
+@register_rule(numpy_ops.Hypot)
+def hypot(operation, a, b, context):
+    """The length of (a, b). At the origin its slope is 0."""
+    y = operation.call(a, b)
+    length = ops.where(y > 0, y, 1.0)
+    parts = [lambda t, by_a, by_b: t * by_a, lambda t, by_a, by_b: t * by_b]
+    return y, _partials((a, b), parts, y, a / length, b / length)
+
+
+@register_rule(nn.Polar)
+def polar(operation, radius, angle, context):
+    """`r e^{iφ}`: complex, from two real numbers."""
+    y = operation.call(radius, angle)
+    unit = operation.call(ops.ones_like(radius), angle)
+    turned = operation.call(radius, angle + math.pi / 2)
+    return y, _partials((radius, angle), [lambda t, a, b: t * a, lambda t, a, b: t * b], y, unit, turned)
+
+
+@register_rule(numpy_ops.Maximum, numpy_ops.Minimum, numpy_ops.Fmax, numpy_ops.Fmin)
 def select(operation, a, b, context):
     y = operation.call(a, b)
     # A tie goes to the first operand. In the dtype of the output, to which a number is rounded.
-    better = ops.greater_equal if isinstance(operation, numpy_ops.Maximum) else ops.less_equal
-    first = ops.broadcast_to(better(ops.cast(a, y.dtype), ops.cast(b, y.dtype)), ops.shape(y))
+    better = ops.greater_equal if isinstance(operation, (numpy_ops.Maximum, numpy_ops.Fmax)) else ops.less_equal
+    first = better(ops.cast(a, y.dtype), ops.cast(b, y.dtype))
+    if isinstance(operation, (numpy_ops.Fmax, numpy_ops.Fmin)):  # What is no number loses, on either side.
+        first = ops.logical_or(first, ops.isnan(ops.cast(b, y.dtype)))
+    first = ops.broadcast_to(first, ops.shape(y))
     parts = [lambda t, first: ops.where(first, t, 0.0), lambda t, first: ops.where(first, 0.0, t)]
     return y, _partials((a, b), parts, y, first, gates=True)
 
 
-@register_rule(numpy_ops.Logaddexp)
+@register_rule(numpy_ops.Logaddexp, numpy_ops.Logaddexp2)
 def logaddexp(operation, a, b, context):
     y = operation.call(a, b)
-    share = ops.sigmoid(ops.where(ops.equal(a, b), ops.zeros_like(y), a - b))  # equal ones may be infinite
+    unit = 1.0 if isinstance(operation, numpy_ops.Logaddexp) else math.log(2)
+    share = ops.sigmoid(unit * ops.where(ops.equal(a, b), ops.zeros_like(y), a - b))  # equal ones may be infinite
     return y, _partials((a, b), [lambda t, share: t * share, lambda t, share: t * (1 - share)], y, share)
 
 
@@ -173,7 +223,18 @@ def where(operation, condition, a, b, context):
     return y, _partials((condition, a, b), parts, y, chosen, gates=True)
 
 
-@register_rule(numpy_ops.Matmul, numpy_ops.Einsum, numpy_ops.Tensordot, numpy_ops.Dot)
+@register_rule(
+    numpy_ops.Matmul,
+    numpy_ops.Einsum,
+    numpy_ops.Tensordot,
+    numpy_ops.Dot,
+    numpy_ops.Inner,
+    numpy_ops.Cross,
+    numpy_ops.Correlate,
+    numpy_ops.Kron,
+    numpy_ops.Outer,
+    numpy_ops.Vdot,
+)
 def contract(operation, *operands, context):
     """A product of tensors, linear in each of them while the others are frozen."""
     ranks = [len(operand.shape) for operand in operands]
@@ -197,7 +258,7 @@ def contract(operation, *operands, context):
         return each_probe(product)(tangent)
 
     push = each_input(*(functools.partial(part, i) for i in range(len(operands))))
-    after = multiplied(operation, ranks)
+    after = crossed(operation, ranks) if isinstance(operation, numpy_ops.Cross) else multiplied(operation, ranks)
     return operation.call(*operands), Pushforward(push, *operands, takes_none=True, examples=after)
 
 

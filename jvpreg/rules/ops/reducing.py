@@ -10,7 +10,7 @@ from jvpreg.rules.examples import along
 from jvpreg.rules.registry import register_rule
 
 
-def _reduced_axes(operation, x) -> list[int]:
+def reduced_axes(operation, x) -> list[int]:
     """The axes that are reduced, counted from the end, so that a probe axis does not shift them."""
     axis = operation.axis
     axes = range(len(x.shape)) if axis is None else [axis] if isinstance(axis, int) else axis
@@ -19,7 +19,7 @@ def _reduced_axes(operation, x) -> list[int]:
 
 @register_rule(numpy_ops.Max, numpy_ops.Amax, numpy_ops.Min, numpy_ops.Amin)
 def extremum(operation, x, context):
-    axes = _reduced_axes(operation, x)
+    axes = reduced_axes(operation, x)
     y = operation.call(x)
     wide = y if operation.keepdims else ops.expand_dims(y, sorted(axes))
     winners = ops.cast(ops.equal(x, wide), x.dtype)
@@ -37,7 +37,7 @@ def extremum(operation, x, context):
 def variance(operation, x, context):
     if is_complex(x):
         raise Declined("a variance of complex numbers")
-    axes = _reduced_axes(operation, x)
+    axes = reduced_axes(operation, x)
     y = operation.call(x)
     centered = x - ops.mean(x, axis=axes, keepdims=True)
     factor = 2.0
@@ -71,7 +71,7 @@ def norm(operation, x, context):
     of_vector = operation.axis is not None and len(operation.axis) == 1
     if not (operation.ord in (None, "fro") or (operation.ord == 2 and of_vector)):
         raise Declined("a norm that is not the root of the sum of squares")
-    axes = _reduced_axes(operation, x)
+    axes = reduced_axes(operation, x)
     unit = _unit(x, axes, ops.sum)
 
     def push(tangent, unit):
@@ -84,7 +84,7 @@ def norm(operation, x, context):
 
 @register_rule(math_ops.Logsumexp)
 def logsumexp(operation, x, context):
-    axes = _reduced_axes(operation, x)
+    axes = reduced_axes(operation, x)
     y = operation.call(x)
     wide = y if operation.keepdims else ops.expand_dims(y, sorted(axes))
 
@@ -101,7 +101,7 @@ def normalize(operation, x, context):
     """`x / max(‖x‖₂, ε)`."""
     if operation.order != 2:
         raise Declined("a norm of another order than 2")
-    axes = _reduced_axes(operation, x)
+    axes = reduced_axes(operation, x)
     floor = keras.config.epsilon() if operation.epsilon is None else operation.epsilon
     squares = ops.sum(ops.square(x), axis=axes, keepdims=True)
     inverse = ops.rsqrt(ops.maximum(squares, floor**2))
