@@ -12,6 +12,7 @@ import keras
 import operation_rows
 import pytest
 from keras import activations, layers, ops
+from selections_and_matrices import COMPILED, MATRICES, NORMS, SELECTIONS
 
 import jvpreg
 from jvpreg.rules.registry import _RULES
@@ -150,6 +151,9 @@ def _bounded(x):
     return 0.9 * ops.tanh(x)
 
 
+ROWS_OF_THEIR_OWN = SELECTIONS | MATRICES
+
+
 def _operations():
     """A row for every operation of `keras.ops` with a rule; the last operation of each function is the tested one."""
     unary = {
@@ -281,18 +285,21 @@ def _operations():
     rows += [(name, function, [(4, 3)]) for name, function in operation_rows.UNARY.items()]
     rows += [(name, function, [(4, 6, 3)]) for name, function in operation_rows.IMAGES.items()]
     binary |= operation_rows.BINARY
+    rows += [(name, function, [(4, 3)]) for name, function in ROWS_OF_THEIR_OWN.items()]
     rows += [(name, function, [left, right]) for name, (function, left, right) in binary.items()]
     # In a graph, Keras' own `exp2` does not take float64 on TensorFlow, and its `norm` does not take axes on JAX.
     norm = _made_by(lambda x: ops.norm(x, axis=1), keras.KerasTensor((3, 4)))
-    norms = [{"axis": 1}, {"axis": (1, 2), "keepdims": True}]
-    return [replace(_operation(*row), compiled=row[0] != "exp2") for row in rows] + [
+    norms = {"1": {"axis": 1}, "2": {"axis": (1, 2), "keepdims": True}}
+    norms |= {name: {"ord": order, "axis": axis} for name, (order, axis) in NORMS.items()}
+    alone = {"exp2", *ROWS_OF_THEIR_OWN} - COMPILED
+    return [replace(_operation(*row), compiled=row[0] not in alone) for row in rows] + [
         _call(
             norm,
             lambda x, given=given: layers.Lambda(functools.partial(ops.norm, **given))(x),
             [(4, 3)],
-            f"ops-norm-{len(given)}",
+            f"ops-norm-{name}",
         )
-        for given in norms
+        for name, given in norms.items()
     ]
 
 

@@ -9,7 +9,7 @@ from jvpreg.common import keras_private
 from jvpreg.common.eager import cast, shape_of
 from jvpreg.common.keras_private import nn
 from jvpreg.rules.contract import ChannelScale, Declined, Pushforward
-from jvpreg.rules.examples import along, besides
+from jvpreg.rules.examples import along, besides, kept
 from jvpreg.rules.families import each_input
 from jvpreg.rules.folding import fold, sum_of_products, unfold
 from jvpreg.rules.registry import register_rule
@@ -126,6 +126,41 @@ def rescaling(layer, x, context):
 def normalization(layer, x, context):
     deviation = ops.maximum(ops.sqrt(ops.cast(layer.variance, x.dtype)), keras.config.epsilon())
     return layer.call(x), Pushforward(lambda t: t * deviation if layer.invert else t / deviation)
+
+
+@register_rule(nn.BatchNorm)
+def batch_normalization_by(operation, x, mean, variance, offset=None, scale=None, context=None):
+    """`(x − mean) / deviation · scale + offset`, with vectors (C,) that are inputs like x."""
+    y = operation.call(x, mean, variance, offset, scale)
+    dtype = keras.backend.result_type(x.dtype, "float32")
+    wide, mean = cast(x, dtype), cast(mean, dtype)
+    inverse = ops.rsqrt(cast(variance, dtype) + operation.epsilon)
+    slope = inverse if scale is None else inverse * cast(scale, dtype)
+
+    def along(vector):
+        return _along(operation.axis, vector, x)
+
+    def standardized(x, mean, inverse):
+        return (x - along(mean)) * along(inverse)
+
+    def by_variance(t, x, mean, inverse, slope):
+        return -0.5 * along(t * slope * inverse) * standardized(x, mean, inverse)
+
+    parts = [
+        lambda t, x, mean, inverse, slope: t * along(slope),
+        lambda t, x, mean, inverse, slope: -along(t * slope) * ops.ones_like(x),
+        by_variance,
+    ]
+    if offset is not None:
+        parts.append(lambda t, x, *others: along(t) * ops.ones_like(x))
+    if scale is not None:
+        parts.append(lambda t, x, mean, inverse, slope: along(t) * standardized(x, mean, inverse))
+
+    def in_dtype(part):
+        return lambda tangent, *residuals: part(cast(tangent, dtype), *residuals)
+
+    push = each_input(*map(in_dtype, parts))
+    return y, Pushforward(push, wide, mean, inverse, slope, takes_none=True, examples=kept)
 
 
 # ---------------------------------------------------------------- within an example

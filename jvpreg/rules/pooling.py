@@ -3,9 +3,12 @@
 import functools
 import itertools
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from keras import layers, ops
 
+from jvpreg.common.keras_private import nn
 from jvpreg.rules.contract import Gate, Pushforward
 from jvpreg.rules.families import linear
 from jvpreg.rules.folding import as_batch, fold, unfold
@@ -36,6 +39,36 @@ def average_of_steps(layer, x, context, mask=None):
         return ops.sum(ops.where(kept, tangent, 0.0), axis=steps + 1, keepdims=layer.keepdims) / count
 
     return layer.call(x, mask=mask), Pushforward(push, kept, count)
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """What the rule reads off a layer, for an operation, which has a number for equal sides and None for usual strides.
+
+    Attributes:
+        pool_size: the sides of a window.
+        strides: from one window to the next.
+        padding: `"valid"` or `"same"`.
+        data_format: where the channels are.
+        call: the operation.
+    """
+
+    pool_size: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: str
+    data_format: str
+    call: Callable
+
+
+@register_rule(nn.MaxPool)
+def max_pool(operation, x, context):
+    def sides(given):
+        return (given,) * (len(x.shape) - 2) if isinstance(given, int) else tuple(given)
+
+    size = sides(operation.pool_size)
+    strides = size if operation.strides is None else sides(operation.strides)
+    windows = _Windows(size, strides, operation.padding, operation.data_format, operation.call)
+    return max_pooling(windows, x, context)
 
 
 @register_rule(layers.MaxPooling1D, layers.MaxPooling2D, layers.MaxPooling3D)
@@ -225,7 +258,9 @@ def global_max_pooling(layer, x, context):
     return layer.call(x), Pushforward(push, winner)
 
 
-@register_rule(layers.AdaptiveMaxPooling1D, layers.AdaptiveMaxPooling2D, layers.AdaptiveMaxPooling3D)
+@register_rule(
+    layers.AdaptiveMaxPooling1D, layers.AdaptiveMaxPooling2D, layers.AdaptiveMaxPooling3D, nn.AdaptiveMaxPool
+)
 def adaptive_max_pooling(layer, x, context):
     """One axis after the other, since the windows are boxes: along each, the winners of its windows are frozen."""
     sizes = [layer.output_size] if isinstance(layer.output_size, int) else list(layer.output_size)

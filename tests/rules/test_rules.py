@@ -24,7 +24,16 @@ TESTED_APART = {
     layers.ReversibleEmbedding,
     layers.Resizing,
 }
-OPERATIONS_TESTED_APART = {"Gelu", "HardSigmoid", "Heaviside", "DotProductAttention", "Resize"}
+OPERATIONS_TESTED_APART = {
+    "Gelu",
+    "HardSigmoid",
+    "Heaviside",
+    "DotProductAttention",
+    "Resize",
+    "Eig",
+    "SegmentMax",
+    "SegmentMin",
+}
 
 
 def test_every_rule_has_a_row():

@@ -86,7 +86,7 @@ ENDS: dict[type, tuple[Callable, Callable, float]] = {
     numpy_ops.Arccosh: (lambda x: ops.rsqrt((x - 1) * (x + 1)), lambda x: x > 1, 2.0),
     numpy_ops.Arctanh: (lambda x: 1 / ((1 - x) * (1 + x)), lambda x: ops.abs(x) != 1, 0.0),
     math_ops.Erfinv: (
-        lambda x: 0.5 * math.sqrt(math.pi) * ops.exp(ops.square(ops.erfinv(x))),
+        lambda x: without_infinity(0.5 * math.sqrt(math.pi) * ops.exp(ops.square(ops.erfinv(x)))),
         lambda x: ops.abs(x) < 1,
         0.0,
     ),
@@ -145,6 +145,7 @@ ACTIVATIONS: dict[type, tuple] = {
     nn.Glu: (activations.glu, "axis"),
     nn.HardShrink: (activations.hard_shrink, "threshold"),
     nn.SoftShrink: (activations.soft_shrink, "threshold"),
+    nn.Sparsemax: (activations.sparsemax, "axis"),
     nn.SparsePlus: (activations.sparse_plus,),
     nn.SparseSigmoid: (activations.sparse_sigmoid,),
     nn.Threshold: (activations.threshold, "threshold", "default_value"),

@@ -1,11 +1,13 @@
 """The operations of `keras.ops` that reduce axes to a number, or divide by one: extrema, deviations and norms."""
 
+import math
+
 import keras
 from keras import ops
 
 from jvpreg.common.dtypes import is_complex
 from jvpreg.common.keras_private import linalg, math_ops, nn, numpy_ops
-from jvpreg.rules.contract import Declined, Pushforward
+from jvpreg.rules.contract import Declined, Gate, Pushforward
 from jvpreg.rules.examples import along
 from jvpreg.rules.registry import register_rule
 
@@ -30,7 +32,7 @@ def extremum(operation, x, context):
     def push(tangent, shares):
         return ops.sum(shares * tangent, axis=axes, keepdims=operation.keepdims)
 
-    return y, Pushforward(push, shares, examples=along(operation, x.shape))
+    return y, Gate(push, shares, masks=[lambda shares: shares > 0], examples=along(operation, x.shape))
 
 
 @register_rule(numpy_ops.Var, numpy_ops.Std)
@@ -65,21 +67,54 @@ def _unit(x, axes, reduce):
 
 @register_rule(linalg.Norm)
 def norm(operation, x, context):
-    """The root of the sum of squares, with a slope of 0 at 0."""
+    """A norm of vectors or of matrices: its slope is frozen, which is 0 where it has no direction."""
     if is_complex(x):
         raise Declined("a norm of complex numbers")
-    of_vector = operation.axis is not None and len(operation.axis) == 1
-    if not (operation.ord in (None, "fro") or (operation.ord == 2 and of_vector)):
-        raise Declined("a norm that is not the root of the sum of squares")
     axes = reduced_axes(operation, x)
-    unit = _unit(x, axes, ops.sum)
-
-    def push(tangent, unit):
-        return ops.sum(unit * tangent, axis=axes, keepdims=operation.keepdims)
-
     # Not by the operation itself: on JAX it takes no list of axes.
     y = ops.norm(x, operation.ord, operation.axis and tuple(operation.axis), operation.keepdims)
-    return y, Pushforward(push, unit, examples=along(operation, x.shape))
+    if operation.ord == 0:
+        return y, None  # a count
+
+    def push(tangent, slope):
+        return ops.sum(slope * tangent, axis=axes, keepdims=operation.keepdims)
+
+    slope = _slope_of_norm(operation.ord, x, axes)
+    return y, Pushforward(push, slope, examples=along(operation, x.shape))
+
+
+def _slope_of_norm(order, x, axes: list[int]):
+    """The slope of a norm along axes, of the shape of x."""
+    if order in (None, "fro") or (order == 2 and len(axes) == 1):
+        return _unit(x, axes, ops.sum)
+    size, best = ops.abs(x), ops.max if order in (2, 1, math.inf) else ops.min
+    if len(axes) == 1:
+        if order == 1:
+            return ops.sign(x)
+        return ops.sign(x) * (shares(size, axes, best) if math.isinf(order) else _power_mean(size, axes, order))
+    if order in (1, -1, math.inf, -math.inf):  # the largest or the smallest sum, of columns or of rows
+        summed, across = axes if abs(order) == 1 else axes[::-1]
+        return ops.sign(x) * shares(ops.sum(size, axis=summed, keepdims=True), [across], best)
+    # Of the singular values, whose slopes are the products u vᵀ: their sum, the largest or the smallest.
+    u, s, vh = ops.svd(ops.moveaxis(x, axes, (-2, -1)), full_matrices=False)
+    share = ops.ones_like(s) if order == "nuc" else shares(s, [-1], best)
+    return ops.moveaxis(ops.matmul(u * ops.expand_dims(share, -2), vh), (-2, -1), axes)
+
+
+def shares(x, axes: list[int], best):
+    """1 at the largest or the smallest entry, and 0 elsewhere; several that are equal share it, as in autodiff."""
+    winners = ops.cast(ops.equal(x, best(x, axis=axes, keepdims=True)), x.dtype)
+    return winners / ops.sum(winners, axis=axes, keepdims=True)
+
+
+def _power_mean(size, axes: list[int], order):
+    """`(|x| / ‖x‖)^(p − 1)`, the slope of `(Σ |x|^p)^(1/p)` by |x|; 0 where x is 0."""
+    largest = ops.stop_gradient(ops.max(size, axis=axes, keepdims=True))
+    above = size > 0
+    scaled = ops.where(above, size, 1.0) / ops.where(largest > 0, largest, 1.0)
+    total = ops.sum(ops.where(above, ops.power(scaled, order), 0.0), axis=axes, keepdims=True)
+    total = ops.where(total > 0, total, 1.0)
+    return ops.where(above, ops.power(scaled, order - 1) * ops.power(total, 1 / order - 1), 0.0)
 
 
 @register_rule(math_ops.Logsumexp)
