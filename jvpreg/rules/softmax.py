@@ -55,11 +55,12 @@ def sparsemax(function, x, context, axis=-1):
     size = ops.sum(ops.cast(supporting, x.dtype), axis=axis, keepdims=True)
     weights = ops.relu(size - ops.cast(ranks, x.dtype)) / size
 
-    def push(tangent, kept, weights):
+    def push(tangent, kept, weights, _):
         return ops.where(kept, tangent - ops.sum(weights * tangent, axis=axis, keepdims=True), 0.0)
 
-    masks = [lambda kept: kept, None]
-    return y, Gate(push, y > 0, weights, masks=masks, examples=besides([axis], len(x.shape)))
+    # The ranks are frozen beside the mask: the weights follow from them.
+    masks = [lambda kept: kept, None, None]
+    return y, Gate(push, y > 0, weights, ranks, masks=masks, examples=besides([axis], len(x.shape)))
 
 
 @register_rule(layers.Softmax)

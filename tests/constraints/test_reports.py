@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from keras import layers
+from keras import layers, ops
 
 import jvpreg
 from jvpreg.constraints import (
@@ -162,6 +162,68 @@ def test_a_rectangle_in_more_dimensions_holds_the_other_inputs():
 def test_what_is_not_affine_in_between_is_an_error(model, domain):
     with pytest.raises(ValueError, match="which is not affine between"):
         verify(model(), Monotone([0]), domain)
+
+
+def _by_argsort(pair):
+    return ops.take_along_axis(pair, ops.argsort(pair, axis=-1)[:, 1:], axis=-1)
+
+
+def _by_comparison(pair):
+    first, second = pair[:, :1], pair[:, 1:]
+    return first + (second - first) * ops.cast(second > first, "float64")
+
+
+# The larger of two columns, by operations that freeze indices, shares or comparisons in place of masks.
+SELECTIONS = {
+    "top_k": lambda pair: ops.top_k(pair, 1)[0],
+    "sort": lambda pair: ops.sort(pair, axis=-1)[:, 1:],
+    "argsort": _by_argsort,
+    "max": lambda pair: ops.max(pair, axis=-1, keepdims=True),
+    "quantile": lambda pair: ops.quantile(pair, 1.0, axis=-1, keepdims=True),
+    "comparison": lambda pair: (
+        pair[:, :1] + (pair[:, 1:] - pair[:, :1]) * ops.cast(pair[:, 1:] > pair[:, :1], "float64")
+    ),
+    "absolute": lambda pair: 0.5 * (pair[:, :1] + pair[:, 1:] + ops.abs(pair[:, :1] - pair[:, 1:])),
+    "norm": lambda pair: 1 - ops.norm(1 - pair, float("-inf"), axis=-1, keepdims=True),
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("select", SELECTIONS.values(), ids=SELECTIONS)
+def test_regions_of_a_hat_whose_ends_are_on_one_line(select):
+    """From 0 up to 1/8, down to 0 again, and on at 0: the ends and the middle of the segment alone tell nothing."""
+    x = keras.Input((2,))
+    t = x[:, :1]
+    hat = select(ops.concatenate([0 * t, ops.minimum(t, 0.25 - t)], axis=-1))
+    model = keras.Model(x, hat + 0 * x[:, 1:])
+    found = regions(model, Segment([0.0, 1.0], [1.0, 1.0]))
+    ends = np.array([region.corners[1, 0] for region in found if region.size > 1e-9])
+    np.testing.assert_allclose(ends, [0.125, 0.25, 1.0], atol=1e-9)
+    if select is not SELECTIONS["absolute"]:  # whose kink is at zero
+        with pytest.raises(ValueError, match="which is not affine between"):
+            regions(model, Rectangle([0.0, 0.0], [1.0, 0.0], [0.0, 1.0]))
+
+
+@pytest.mark.usefixtures("float64")
+def test_regions_of_what_stays_between_two_bounds():
+    """Below and above the bounds the mask of a clip is the same."""
+    x = keras.Input((1,))
+    model = keras.Model(x, ops.maximum(ops.abs(ops.clip(x, -1, 1)), 0.5))
+    found = regions(model, Segment([-2.0], [5.0]))
+    kinks = np.array([7 * region.corners[1, 0] - 2 for region in found])
+    np.testing.assert_allclose(kinks[(np.abs(kinks) > 1e-6)], [-1, -0.5, 0.5, 1, 5], atol=1e-9)
+
+
+def test_what_is_left_to_autodiff_is_an_error():
+    class Unknown(layers.Layer):
+        def call(self, x):
+            if not ops.is_tensor(x):
+                raise TypeError("no symbols")
+            return ops.abs(x)
+
+    model = keras.Sequential([keras.Input((2,)), Unknown()])
+    with pytest.raises(ValueError, match="Expected one whose operations all have a rule"):
+        regions(model, Segment([-1.0, 0.0], [1.0, 0.0]))
 
 
 @pytest.mark.parametrize(

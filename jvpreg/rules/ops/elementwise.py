@@ -7,6 +7,7 @@ import keras
 from keras import activations, ops
 
 from jvpreg.common.dtypes import is_complex
+from jvpreg.common.eager import cast
 from jvpreg.common.keras_private import activation_ops, core, math_ops, nn, numpy_ops
 from jvpreg.rules.contract import Declined, Gate, Pushforward
 from jvpreg.rules.examples import kept
@@ -14,9 +15,6 @@ from jvpreg.rules.families import gate, identity, scale
 from jvpreg.rules.registry import find_rule, register_rule
 
 SLOPES: dict[type, Callable] = {
-    numpy_ops.Abs: lambda x, y: ops.sign(x),
-    numpy_ops.Absolute: lambda x, y: ops.sign(x),
-    numpy_ops.Fabs: lambda x, y: ops.sign(x),
     numpy_ops.Negative: lambda x, y: -ops.ones_like(x),
     numpy_ops.Square: lambda x, y: 2 * x,
     numpy_ops.Exp: lambda x, y: without_infinity(y),
@@ -69,6 +67,18 @@ def elementwise(operation, x, context):
     _decline_complex(operation, x)
     y = operation.call(x)
     return y, scale(SLOPES[type(operation)](x, y), finite=not isinstance(operation, OVERFLOWING))
+
+
+@register_rule(numpy_ops.Absolute, numpy_ops.Abs, numpy_ops.Fabs)
+def absolute(operation, x, context):
+    """The sign is frozen, 0 at 0."""
+    _decline_complex(operation, x)
+    sign = ops.sign(x)
+
+    def push(tangent, sign):
+        return tangent * cast(sign, tangent.dtype)
+
+    return operation.call(x), Gate(push, sign, masks=[lambda sign: sign > 0], examples=kept)
 
 
 # Operations whose slope is infinite at an end of their domain: the slope, where it is finite, and a point inside.

@@ -80,7 +80,9 @@ def norm(operation, x, context):
         return ops.sum(slope * tangent, axis=axes, keepdims=operation.keepdims)
 
     slope = _slope_of_norm(operation.ord, x, axes)
-    return y, Pushforward(push, slope, examples=along(operation, x.shape))
+    affine = operation.ord in (1, -1, math.inf, -math.inf) and (len(axes) == 2 or operation.ord != -1)
+    masks = [(lambda slope: ops.stack([slope > 0, slope < 0], axis=-1)) if affine else None]
+    return y, Gate(push, slope, masks=masks, examples=along(operation, x.shape))
 
 
 def _slope_of_norm(order, x, axes: list[int]):
