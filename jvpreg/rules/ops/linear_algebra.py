@@ -4,8 +4,8 @@ Each pushforward is the textbook one: M. Giles (2008), "Collected matrix derivat
 algorithmic differentiation", section 2 and 3, unless a rule names another source. In the comments, `A` is the operand,
 and `dA` its tangent.
 
-Where a formula divides by a difference of eigenvalues or singular values that are equal, the quotient is 0: the
-eigenvectors there have no derivative, and what does not depend on their choice is right.
+Eigenvectors and singular vectors have no derivative where their values are equal. There they count as fixed among
+themselves, as on TensorFlow (autodiff on JAX and Torch has NaN): the slopes of sums of the values are right.
 """
 
 import keras

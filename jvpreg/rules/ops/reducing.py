@@ -113,6 +113,8 @@ def _power_mean(size, axes: list[int], order):
     """`(|x| / ‖x‖)^(p − 1)`, the slope of `(Σ |x|^p)^(1/p)` by |x|; 0 where x is 0."""
     largest = ops.stop_gradient(ops.max(size, axis=axes, keepdims=True))
     above = size > 0
+    if order < 0:  # where one entry is 0, the norm is, and stays so
+        above = ops.logical_and(above, ops.all(above, axis=axes, keepdims=True))
     scaled = ops.where(above, size, 1.0) / ops.where(largest > 0, largest, 1.0)
     total = ops.sum(ops.where(above, ops.power(scaled, order), 0.0), axis=axes, keepdims=True)
     total = ops.where(total > 0, total, 1.0)
