@@ -43,7 +43,9 @@ ROWS = {
         regularizers.BiasJacobianNorm(0.1, target=target, name=f"{name}_{target}") for target in ("label", "all")
     ],
     "FullJacobianNorm": lambda name: [regularizers.FullJacobianNorm(0.1, target="predicted", name=name)],
-    "FixedPointJacobianNorm": lambda name: [],  # It has a case of its own.
+    # These have cases of their own.
+    "FixedPointJacobianNorm": lambda name: [],
+    "GradientPenalty": lambda name: [],
     "Monotone": lambda name: twice(constraints.Monotone, name, [0]),
     "Bounded": lambda name: twice(constraints.Bounded, name, -0.2, 0.2, DIRECTIONS),
     "Invariant": lambda name: twice(constraints.Invariant, name, DIRECTIONS[:1]),
@@ -177,6 +179,16 @@ def a_fixed_point():
     return trained(model, X, ONE_HOT, compiled={"jacobian_regularizers": rules})
 
 
+def a_critic():
+    """A replica may have real examples only, and one whose batch ends the data has fewer."""
+    base = keras.Sequential([keras.Input((3,)), layers.Dense(5, "tanh"), layers.Dense(1)])
+    rules = [regularizers.GradientPenalty(0.2), regularizers.GradientPenalty(0.2, at="data", name="on_data")]
+    real = np.arange(len(X))[:, None] % BATCH < BATCH // 2
+    count = len(X) - (BATCH // 2 - 1 if keras.backend.backend() == "tensorflow" else 0)
+    compiled = {"jacobian_regularizers": rules}
+    return trained(jvpreg.JacobianModel(base, seed=1), X[:count], real[:count] - 0.5, loss=None, compiled=compiled)
+
+
 def linear_solves_that_fail():
     """Each failed solve is counted, whichever replica it is on."""
     x, z = keras.Input((3,)), keras.Input((3,))
@@ -259,6 +271,7 @@ CASES = {
     "a_fraction_with_weights": a_fraction_with_weights,
     "labels_of_a_constraint": labels_of_a_constraint,
     "a_layer": a_layer,
+    "a_critic": a_critic,
     "a_fixed_point": a_fixed_point,
     "linear_solves_that_fail": linear_solves_that_fail,
     "a_distiller": a_distiller,

@@ -241,6 +241,9 @@ def rows() -> dict[str, Row]:
         "regularizers.FixedPointJacobianNorm": Row(
             regularizers.FixedPointJacobianNorm, {"strength": 0.1, "layer": "equilibrium", "num_probes": 1}
         ),
+        "regularizers.GradientPenalty": Row(
+            regularizers.GradientPenalty, {"strength": 0.1, "target": 1.0, "at": "data", "one_sided": True}
+        ),
         "regularizers.JacobianRegularizer": Row(regularizers.JacobianRegularizer, {"strength": 0.1, "name": "own"}),
         "constraints.Constraint": Row(constraints.Constraint, enforced),
         "constraints.AugmentedLagrangian": Row(constraints.AugmentedLagrangian, {"rho": 1.0, "update_every": 2}),

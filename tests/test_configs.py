@@ -7,7 +7,7 @@ from keras import layers
 
 import jvpreg
 from jvpreg import constraints, distillation, regularizers
-from jvpreg.constraints import AugmentedLagrangian, Box, Penalty, tangents
+from jvpreg.constraints import AugmentedLagrangian, Box, Penalty, between, tangents
 
 DECAY = keras.optimizers.schedules.ExponentialDecay(1.0, 10, 0.5)
 
@@ -36,6 +36,8 @@ MADE = [
     regularizers.BiasJacobianNorm(0.1, ["a"], "all", 2),
     regularizers.FullJacobianNorm(0.1, 2.0, 3.0, ["a"], "predicted"),
     regularizers.FixedPointJacobianNorm(0.1, "a", 2),
+    regularizers.GradientPenalty(0.1, 2.0, one_sided=True, name="mine"),
+    regularizers.GradientPenalty(0.1, at=between),
     distillation.ActivationMatching(0.1, temperature=2.0),
     distillation.AttentionMatching(0.1, [("a", "b")], normalized=True),
     distillation.JacobianMatching(0.1, num_probes=2),

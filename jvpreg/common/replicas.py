@@ -69,9 +69,24 @@ def chosen_here(chosen: Tensor, size: int | Tensor, start: int | Tensor) -> Tens
     return ops.take(chosen, ops.nonzero(here)[0]) - start
 
 
+def whole_batch(tensor: Tensor) -> Tensor:
+    """The whole batch, `(B, …)`, of which `tensor` is this replica's part. That of other replicas has no gradient."""
+    if number() == 1:
+        return tensor
+    size = ops.shape(tensor)[0]
+    batch, start = part_of_batch(size)
+
+    def zeros(count: Tensor) -> Tensor:
+        return ops.zeros((count, *ops.shape(tensor)[1:]), "float64")
+
+    # As floats, which devices sum: those of 64 bits hold every number of 32.
+    placed = ops.concatenate([zeros(start), ops.cast(tensor, "float64"), zeros(batch - start - size)])
+    return ops.cast(total([placed])[0], tensor.dtype)
+
+
 def own_points(points: Tensor) -> Tensor:
     """This replica's share of the points `(N, …)`, all of which every replica has drawn."""
-    count, replicas, place = points.shape[0], number(), _place()
+    count, replicas, place = ops.shape(points)[0], number(), _place()
     return points if replicas == 1 else points[count * place // replicas : count * (place + 1) // replicas]
 
 

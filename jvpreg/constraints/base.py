@@ -7,8 +7,8 @@ import keras
 from keras import ops
 
 from jvpreg.common import checks
+from jvpreg.common.configs import revive
 from jvpreg.common.typing import Config, Structure, Tensor
-from jvpreg.constraints.configs import revive
 from jvpreg.constraints.enforcement import AugmentedLagrangian, Penalty, as_enforcement
 from jvpreg.constraints.points import Box, as_points, between
 from jvpreg.engine.finite import nan_unless

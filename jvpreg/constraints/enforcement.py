@@ -8,8 +8,8 @@ import keras
 from keras import ops
 
 from jvpreg.common import checks
+from jvpreg.common.configs import revive
 from jvpreg.common.typing import Config, Tensor
-from jvpreg.constraints.configs import revive
 
 
 @keras.saving.register_keras_serializable(package="jvpreg")

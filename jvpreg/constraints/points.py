@@ -11,6 +11,7 @@ from jvpreg.common import checks, replicas
 from jvpreg.common.dtypes import has_tangents
 from jvpreg.common.seeds import independent
 from jvpreg.common.typing import ArrayLike, Config, Seed, Structure
+from jvpreg.regularizers.points import towards
 
 
 @keras.saving.register_keras_serializable(package="jvpreg", name="between")
@@ -51,8 +52,7 @@ def between(inputs: Structure, seed: Seed) -> Structure:
         x = ops.convert_to_tensor(x)
         if not has_tangents(x):
             return x
-        t = ops.cast(ops.reshape(part, (-1, *[1] * (len(x.shape) - 1))), x.dtype)
-        return x + t * (replicas.rolled(x) - x)
+        return towards(x, replicas.rolled(x), part)
 
     return tree.map_structure(moved, inputs)
 

@@ -12,6 +12,7 @@ from jvpreg.common import checks
 from jvpreg.common.typing import Config, DirectionsLike, Seed, Structure, Tensor
 from jvpreg.constraints.base import Constraint, by_example
 from jvpreg.constraints.directions import Directions
+from jvpreg.estimators.norms import root
 from jvpreg.estimators.operator import flatten
 from jvpreg.regularizers.base import Seen
 
@@ -330,6 +331,4 @@ def _largest_singular_value(matrix: Tensor) -> Tensor:
     """That of each of `(B, n, m)`, n the smaller: `(B,)`. Its gradient is `u vᵀ`, as if u and v were constant."""
     gram = ops.matmul(matrix, ops.transpose(matrix, (0, 2, 1)))
     vector = ops.stop_gradient(ops.linalg.eigh(ops.stop_gradient(gram))[1][:, :, -1:])
-    square = ops.sum(ops.square(ops.matmul(ops.transpose(vector, (0, 2, 1)), matrix)), axis=(1, 2))
-    positive = square > 0
-    return ops.where(positive, ops.sqrt(ops.where(positive, square, 1.0)), 0.0)
+    return root(ops.sum(ops.square(ops.matmul(ops.transpose(vector, (0, 2, 1)), matrix)), axis=(1, 2)))

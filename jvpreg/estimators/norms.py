@@ -19,6 +19,12 @@ def squared_norm(products: Structure) -> Tensor:
     return sum(ops.sum(ops.square(ops.reshape(t, (*ops.shape(t)[:2], -1))), axis=-1) for t in tree.flatten(products))
 
 
+def root(square: Tensor) -> Tensor:
+    """The square root of numbers that are not negative, with slope 0 at 0, where it is infinite."""
+    zero = square == 0
+    return ops.where(zero, 0.0, ops.sqrt(ops.where(zero, 1.0, square)))
+
+
 @by_example
 def frobenius_norm(
     linearization: Linearization | Operator,

@@ -4,6 +4,7 @@ from jvpreg.regularizers.base import JacobianRegularizer, Seen
 from jvpreg.regularizers.capabilities import Carries, Constrains, Looks, Scheduled, Searches
 from jvpreg.regularizers.fixed_point import FixedPointJacobianNorm
 from jvpreg.regularizers.full_jacobian import BiasJacobianNorm, FullJacobianNorm
+from jvpreg.regularizers.gradient_penalty import GradientPenalty
 from jvpreg.regularizers.jacobian import JacobianNorm
 from jvpreg.regularizers.spectral import SpectralNorm
 
@@ -13,6 +14,7 @@ __all__ = [
     "Constrains",
     "FixedPointJacobianNorm",
     "FullJacobianNorm",
+    "GradientPenalty",
     "JacobianNorm",
     "JacobianRegularizer",
     "Looks",

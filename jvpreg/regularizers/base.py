@@ -61,7 +61,8 @@ class JacobianRegularizer:
     Attributes:
         at: where it looks: `"data"`, or a function `(inputs, seed) -> points (N, …)`. Regularizers with equal
             functions share the points and the one run of the model at them. The function gets the inputs as layers take
-            them: integers (codes of categories) as integers, bytes as floats.
+            them: integers (codes of categories) as integers, bytes as floats. If it has an attribute `by_labels` that
+            is true, it gets the labels too: `(inputs, seed, labels)`.
         default_name: the name of its metric, which is the mean of its penalty over the examples, without its strength;
             if it is empty, the class's name in snake case.
         label_keys: keys of a dict of labels that are its own: neither the loss nor a metric gets these labels.

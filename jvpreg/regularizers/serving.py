@@ -66,7 +66,7 @@ def serve(
     for at, members in places:
         on_data = at == "data"
         # Away from the data, the model runs as in inference: it updates no statistics, and drops nothing out.
-        seen = linearization if on_data else linearize(model, draw_points(at, given, seed))
+        seen = linearization if on_data else linearize(model, draw_points(at, given, seed, labels[members[0]]))
         x, y = (inputs, outputs) if on_data else (packed(seen.inputs), seen.outputs)
         requests = []
         for i in members:
@@ -198,13 +198,13 @@ def packed(inputs: list) -> Structure:
     return inputs[0] if len(inputs) == 1 else inputs
 
 
-def draw_points(at: Callable, inputs: Structure, seed: Seed) -> Structure:
-    """Points `(N, …)` like `inputs`.
+def draw_points(at: Callable, inputs: Structure, seed: Seed, labels: Structure | None = None) -> Structure:
+    """Points `(N, …)` like `inputs`, from a function that is marked by `points.by_labels` or does not take the labels.
 
     Raises:
         ValueError: they are not like the inputs, or would be rounded to integers.
     """
-    points = at(inputs, seed)
+    points = at(inputs, seed, labels) if getattr(at, "by_labels", False) else at(inputs, seed)
     received, expected = ([tuple(t.shape) for t in tree.flatten(structure)] for structure in (points, inputs))
     if [shape[1:] for shape in received] != [shape[1:] for shape in expected]:
         raise ValueError(
