@@ -9,6 +9,7 @@ from experiments.constraints.config import ConstraintsConfig
 from experiments.distill.config import DistillConfig
 from experiments.estimators.config import EstimatorsConfig
 from experiments.fixed_point.config import FixedPointConfig
+from experiments.gan.config import GanConfig
 from experiments.health.config import HealthConfig
 from experiments.regularization.config import RegularizationConfig
 from experiments.saliency.config import SaliencyConfig
@@ -48,6 +49,7 @@ STUDIES = {
     "regularization": Command(RegularizationConfig, "experiments.regularization.study:STUDY.run", ""),
     "distill": Command(DistillConfig, "experiments.distill.study:STUDY.run", ""),
     "saliency": Command(SaliencyConfig, "experiments.saliency.study:STUDY.run"),
+    "gan": Command(GanConfig, "experiments.gan.study:STUDY.run", ""),
     "sparing": Command(SparingConfig, "experiments.sparing.study:STUDY.run", ""),
 }
 

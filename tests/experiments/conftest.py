@@ -11,6 +11,7 @@ ON_TORCH = {
     "test_constraints_study.py",
     "test_distill_study.py",
     "test_fixed_point_study.py",
+    "test_gan_study.py",
     "test_health.py",
     "test_regularization_study.py",
     "test_saliency_study.py",
