@@ -75,6 +75,11 @@ def test_no_weight_becomes_nan_where_the_gradient_is_zero(one_sided):
         np.testing.assert_array_equal(before, after)
 
 
+def test_a_gradient_that_is_not_a_number_is_not_taken_for_zero():
+    found = ops.convert_to_numpy(GradientPenalty(1.0).price(np.array([[np.nan, 0.0], [0.0, 0.0], [3.0, 4.0]])))
+    np.testing.assert_allclose(found, [np.nan, 1.0, 16.0], rtol=1e-6)
+
+
 def pairs_of(points, x, larger):
     """For each point its part of the way, and the two examples `(i, j)` of different kinds between which it lies."""
     found = []
