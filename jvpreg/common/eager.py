@@ -5,6 +5,7 @@ In eager mode, above all on Torch, they take more time than many operations.
 
 from collections.abc import Callable
 
+import keras
 from keras import ops, tree
 
 from jvpreg.common.typing import DType, Structure, Tensor
@@ -30,3 +31,16 @@ def shape_of(tensor: Tensor) -> tuple:
 def cast(tensor: Tensor, dtype: DType) -> Tensor:
     """`ops.cast`, only where there is something to cast."""
     return tensor if tensor.dtype == dtype else ops.cast(tensor, dtype)
+
+
+def runs_eagerly(tensor: Tensor) -> bool:
+    """Whether operations on a tensor run as they are called, so that Python holds what they return."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.executing_eagerly()
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return not isinstance(tensor, jax.core.Tracer)
+    return True

@@ -27,7 +27,7 @@ def fall_back(operation, args, kwargs, primals: Sequence):
         kwargs: its keyword arguments.
         primals: the tensors among the arguments, in their order.
     """
-    variables = list(operation.variables) if isinstance(operation, keras.Layer) else []
+    variables = list(getattr(operation, "variables", []))  # of a layer, or of the bodies of a loop
     trainable = [variable for variable in variables if variable.trainable]
     # The primal pass is about to change seeds and statistics, which every repetition must find as they are now. Weights
     # too: on JAX, a scope within that of a step does not see the step's values.

@@ -5,10 +5,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import keras
 from keras import ops
 
-from jvpreg.common.eager import cast
+from jvpreg.common.eager import cast, runs_eagerly
 from jvpreg.engine.frozen_graph import FrozenGraph
 from jvpreg.engine.node import Node, Value, push_node
 from jvpreg.engine.tangents import zeros
@@ -111,16 +110,3 @@ def run_at_once(affine: Affine, x, tangent) -> tuple:
         return affine.linear_part(x), None
     y, image = ops.split(affine.linear_part(ops.concatenate([x, fold(tangent)])), [batch])
     return y, unfold(image, num_probes)
-
-
-def runs_eagerly(tensor) -> bool:
-    """Whether operations on a tensor run as they are called, so that Python holds what they return."""
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        return tf.executing_eagerly()
-    if keras.backend.backend() == "jax":
-        import jax
-
-        return not isinstance(tensor, jax.core.Tracer)
-    return True

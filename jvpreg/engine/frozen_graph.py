@@ -39,7 +39,8 @@ class FrozenGraph:
     @functools.cached_property
     def places(self) -> dict[int, Place]:
         """Where the examples are in each value that a tangent of an input can reach, by its slot."""
-        places = {value.slot: FIRST for value in self.inputs if value.batched}
+        # A number, as a loop counts its steps by, has no axis for the examples.
+        places = {value.slot: FIRST for value in self.inputs if value.batched and len(value.primal.shape)}
         for node in self.nodes:
             given = [places.get(value.slot) for value in node.inputs]
             if node.pushforward is not None and any(place is not None for place in given):
@@ -250,8 +251,13 @@ class FrozenGraph:
                 finite |= {value.slot for value in node.outputs}
         return finite
 
-    def as_pushforward(self) -> Gate:
-        """The whole graph as the pushforward of one operation, with the residuals and masks of all its nodes."""
+    def as_pushforward(self, whole: bool = False) -> Gate:
+        """The whole graph as the pushforward of one operation, with the residuals and masks of all its nodes.
+
+        Args:
+            whole: whether it is always that of the whole batch, whose shapes are known: its inputs may be numbers, or
+                have another first axis than the examples.
+        """
         found = [
             (residual, axis, mask)
             for node in self.nodes
@@ -261,6 +267,7 @@ class FrozenGraph:
         ]
         residuals, axes = [residual for residual, *_ in found], [axis for _, axis, _ in found]
         count = len(self.inputs)
+        whole = whole or self.couples_examples
 
         def push_all(tangents, leading, residuals, weights=None):
             images = self.push(tangents, leading[1], residuals=iter(residuals), weights=weights)
@@ -270,11 +277,11 @@ class FrozenGraph:
 
         def push(*arguments):
             tangents = arguments[:count]
-            probes, batch, *_ = next(ops.shape(tangent) for tangent in tangents if tangent is not None)
-            return push_all(tangents, (probes, None if self.couples_examples else batch, None), arguments[count:])
+            probes, *shape = next(ops.shape(tangent) for tangent in tangents if tangent is not None)
+            return push_all(tangents, (probes, None if whole else shape[0], None), arguments[count:])
 
         def part(tangent, *residuals, key):
-            batch = None if self.couples_examples or not residuals else ops.shape(residuals[0])[1 + axes[0]]
+            batch = None if whole or not residuals else ops.shape(residuals[0])[1 + axes[0]]
             return push_all([None] * count, (ops.shape(tangent)[0], batch, None), residuals, {key: tangent})
 
         parts = [(variable, functools.partial(part, key=id(variable))) for variable in self.weights]
@@ -284,7 +291,7 @@ class FrozenGraph:
             masks=[mask for *_, mask in found],
             weights=parts,
             batch_axes=axes,
-            examples="coupled" if self.couples_examples else "moved" if self.moving else "apart",
+            examples="coupled" if self.couples_examples else "moved" if whole or self.moving else "apart",
             takes_none=True,
             finite=all(value.slot in self._finite_slots for value in self.outputs),
         )

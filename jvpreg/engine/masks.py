@@ -84,14 +84,14 @@ def symbols(args: tuple, kwargs: dict, make: Callable) -> tuple[Any, list]:
     return map_leaves(lambda leaf: next(places) if isinstance(leaf, Value) else leaf, (args, kwargs)), made
 
 
-def left_on(outputs) -> list:
-    """The symbols that a call returned, and the masks that it left on them; a symbol itself stands for no mask."""
+def left_on(symbols: list) -> list:
+    """The masks that a call left on the symbols that it returned; a symbol itself stands for no mask."""
 
     def mask_of(symbol):
         mask = get_mask(symbol)
         return mask if isinstance(mask, keras.KerasTensor) else symbol
 
-    return [outputs, tree.map_structure(mask_of, outputs)]
+    return [mask_of(symbol) for symbol in symbols]
 
 
 def first_argument(layer: keras.Layer, args: tuple, kwargs: dict):

@@ -4,33 +4,47 @@ import contextlib
 import re
 import traceback
 import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 from keras import ops, tree
 
 from jvpreg.common import keras_private
-from jvpreg.common.keras_private import core, numpy_ops
+from jvpreg.common.keras_private import numpy_ops
 from jvpreg.engine import masks
 from jvpreg.engine.arguments import autocast, input_dtype, kind_of, symbol_of
+from jvpreg.engine.control_flow import CONTROL_FLOW, Recorder
 from jvpreg.engine.inputs import call_signature
 from jvpreg.rules.contract import Declined
 from jvpreg.rules.registry import find_rule
 
-CONTROL_FLOW = (
-    core.AssociativeScan,
-    core.Cond,
-    core.ForiLoop,
-    core.Map,
-    core.Scan,
-    core.Switch,
-    core.VectorizedMap,
-    core.WhileLoop,
-)
+
+class Opened(NamedTuple):
+    """A `call` as a graph.
+
+    Attributes:
+        graph: from tensors, and then the layer's own weights, to the tensors that the call returns, the masks that it
+            left on them, and the losses that it added.
+        weights: the weights that are its last inputs.
+        outputs: what the call returned: a structure of symbols, and of whatever else it returned.
+    """
+
+    graph: keras.Function
+    weights: list
+    outputs: Any
+
+    def filled(self, values: Sequence, fill: Callable) -> Any:
+        """What the call returns, with values in place of its symbols, and `fill(leaf)` of other leaves."""
+        rest = iter(values)
+        leaves = [
+            next(rest) if isinstance(leaf, keras.KerasTensor) else fill(leaf) for leaf in tree.flatten(self.outputs)
+        ]
+        return tree.pack_sequence_as(self.outputs, leaves)
 
 
-def open_up(layer, args: tuple, kwargs: dict, training: bool) -> tuple[keras.Function, list]:
+def open_up(layer, args: tuple, kwargs: dict, training: bool) -> Opened:
     """A layer's `call`, or a function, as a graph of smaller operations: by a call with symbols for its tensors.
 
     Args:
@@ -39,13 +53,10 @@ def open_up(layer, args: tuple, kwargs: dict, training: bool) -> tuple[keras.Fun
         kwargs: its keyword arguments.
         training: the mode in which the layers in it run.
 
-    Returns:
-        The graph, and the layer's own variables that are its last inputs.
-
     Raises:
         Exception: whatever a call raises when it is given symbols for tensors.
     """
-    if is_bare(layer):
+    if is_bare(layer) and not isinstance(layer, CONTROL_FLOW):
         raise NotImplementedError("the operation has no rule")
     dtype = input_dtype(layer)
 
@@ -58,40 +69,55 @@ def open_up(layer, args: tuple, kwargs: dict, training: bool) -> tuple[keras.Fun
         try:
             with _symbols_for_weights(layer, owned, dtype) as weights:
                 symbols, inputs = masks.symbols(args, kwargs, symbol)
-                graph = keras_private.function([*inputs, *weights], _call(layer, symbols, dtype, training))
+                graph, outputs = _traced(layer, symbols, [*inputs, *weights], dtype, training)
         except Exception:
             # The call reads `weight.value`, or assigns to it: the weights stay constants.
             put_back()
             owned = {}
             symbols, inputs = masks.symbols(args, kwargs, symbol)
-            graph = keras_private.function(inputs, _call(layer, symbols, dtype, training))
+            graph, outputs = _traced(layer, symbols, inputs, dtype, training)
         check_operations(graph)
-    return graph, list(owned.values())
+    return Opened(graph, list(owned.values()), outputs)
+
+
+def _traced(layer, symbols, inputs: list, dtype, training: bool) -> tuple:
+    """The graph of a call with symbols, as `Opened` has it, and what the call returned."""
+    losses: list = []
+    with Recorder(check_operations).recording(), _losses_in(layer, losses):
+        outputs = _call(layer, symbols, dtype, training)
+    leaves = [leaf for leaf in tree.flatten(outputs) if isinstance(leaf, keras.KerasTensor)]
+    if not leaves or any(ops.is_tensor(leaf) for leaf in tree.flatten(outputs)):
+        raise NotImplementedError("its `call` returns a tensor that does not follow from its arguments")
+    return keras_private.function(inputs, [leaves, masks.left_on(leaves), losses]), outputs
+
+
+@contextlib.contextmanager
+def _losses_in(layer, losses: list):
+    """A context in which the losses that a layer adds in its own call go to a list, as symbols."""
+    own = _attributes(layer)
+    if own:
+        own["add_loss"] = lambda loss: losses.extend(tree.flatten(loss))
+    try:
+        yield
+    finally:
+        own.pop("add_loss", None)
 
 
 def _call(layer, symbols, dtype, training: bool):
-    """The symbolic outputs of a layer's own `call`, and the masks that it left on them: see `masks.left_on`."""
+    """What a layer's own `call` returns of symbols."""
     args, kwargs = symbols
     if not isinstance(layer, keras.Layer):
-        return masks.left_on(layer(*args, **kwargs))
+        return layer(*args, **kwargs)
     # Keras passes these itself, whether a call takes them or not.
     takes = call_signature(layer).parameters
     kwargs = {key: value for key, value in kwargs.items() if key not in ("training", "mask") or key in takes}
     if "training" in takes:
         kwargs["training"] = training
     with keras_private.within_call(layer, training):
-        losses = len(layer.losses)
         with keras_private.weights_cast_to(dtype), warnings.catch_warnings():
             # Keras warns of it when the model itself runs.
             warnings.filterwarnings("ignore", ".*does not support masking")
-            outputs = layer.call(*args, **kwargs)
-    leaves = tree.flatten(outputs)
-    if not leaves or not all(isinstance(leaf, keras.KerasTensor) for leaf in leaves):
-        raise NotImplementedError("its `call` returns something else than tensors")
-    if len(layer.losses) != losses:
-        keras_private.clear_losses(layer)
-        raise NotImplementedError("its `call` adds a loss")
-    return masks.left_on(outputs)
+            return layer.call(*args, **kwargs)
 
 
 def check_operations(graph: keras.Function) -> None:
@@ -101,7 +127,7 @@ def check_operations(graph: keras.Function) -> None:
     """
     for operation in graph.operations:
         if isinstance(operation, CONTROL_FLOW):
-            # Its functions close over values, symbols of the trace among them, that are in no argument.
+            # Made outside of the trace. Its functions may close over symbols that are in no argument.
             raise NotImplementedError(f"its `call` has control flow (`keras.ops.{kind_of(operation)}`)")
         args, kwargs = keras_private.last_call(operation)
         if isinstance(operation, numpy_ops.GetItem) and any(map(_has_symbol, tree.flatten((args, kwargs)))):

@@ -28,9 +28,10 @@ from jvpreg.engine.frozen_graph import FrozenGraph
 from jvpreg.engine.inputs import call_signature, flatten_inputs, graph_of
 from jvpreg.engine.naming import OUTSIDE, Names, Scope
 from jvpreg.engine.node import Node, Value
-from jvpreg.engine.opening import calls_forgotten, is_bare, layers_in, open_up, reason_of
+from jvpreg.engine.opening import Opened, calls_forgotten, is_bare, layers_in, open_up, reason_of
 from jvpreg.engine.paths import is_graph, join, stable_name
 from jvpreg.rules.contract import Affine, Context, Declined, Pushed, checked_pair
+from jvpreg.rules.control_flow import Body
 from jvpreg.rules.families import identity
 from jvpreg.rules.registry import find_rule, missing_rule_error, unwrap
 
@@ -107,12 +108,12 @@ class Tracer:
                     return self._run_by_autodiff(operation, args, kwargs, name, declined)
         with calls_forgotten(operation):
             try:
-                graph, weights = open_up(operation, args, kwargs, self.context.training)
+                opened = open_up(operation, args, kwargs, self.context.training)
             except keras_private.MissingKerasNameError:
                 raise
             except Exception as error:  # A user's call may raise anything when it is given symbols for tensors.
                 return self._run_by_autodiff(operation, args, kwargs, name, error)
-            return self._run_opened(graph, weights, operation, args, kwargs, name)
+            return self._run_opened(opened, operation, args, kwargs, name)
 
     def _run_model(self, model, inputs, scope: Scope, mask=None):
         if mask is not None:
@@ -170,7 +171,10 @@ class Tracer:
         values, args, kwargs = self._primals(operation, args, kwargs)
         kwargs |= {key: map_leaves(masks.primal_of, mask) for key, mask in given.items()}
         kwargs = {key: value for key, value in kwargs.items() if key != "training" and value is not None}
-        context = replace(self.context, linearize=functools.partial(self._run_inner, values))
+        inner, step = (
+            functools.partial(self._run_inner, values, repeated) for repeated in (self.context.repeated, True)
+        )
+        context = replace(self.context, linearize=inner, linearize_step=step)
         if self.companions is not None:
             context = self.companions.context(context, values)
         returned = rule.function(operation, *args, context=context, **kwargs)
@@ -198,12 +202,14 @@ class Tracer:
             y, image = self.companions.run(returned, values)
         return returned.with_bias(y, name), returned, image
 
-    def _run_inner(self, known: Sequence[Value], operation, *inputs, **kwargs):
-        """Another operation as one pushforward: what `context.linearize` is in a rule.
+    def _run_inner(self, known: Sequence[Value], repeated: bool, operation, *inputs, **kwargs):
+        """Another operation as one pushforward: what `context.linearize` is in a rule, and `context.linearize_step`.
 
         Tangents are those of the `inputs`, which keep the masks that they have among the `known` values.
         """
-        inner = Tracer(self.context, fallback=self.fallback, fallbacks=self.fallbacks)
+        inner = Tracer(replace(self.context, repeated=repeated), fallback=self.fallback, fallbacks=self.fallbacks)
+        if isinstance(operation, Body):
+            return self._run_body(inner, known, operation, inputs)
         carried = {id(value.primal): value.mask.primal for value in known if value.mask is not None}
         values = tree.map_structure(lambda tensor: inner.masked(tensor, carried.get(id(tensor))), inputs)
         kwargs = tree.map_structure(lambda x: inner.value(x) if ops.is_tensor(x) and len(x.shape) else x, kwargs)
@@ -211,22 +217,36 @@ class Tracer:
         graph = inner.frozen(tree.flatten(values), tree.flatten(outputs))
         return tree.map_structure(lambda value: value.primal, outputs), graph.as_pushforward()
 
+    def _run_body(self, inner: "Tracer", known: Sequence[Value], body: Body, inputs) -> tuple:
+        """The body of a loop or branch as one pushforward. What it closes over may follow from weights alone."""
+        inner._weight_dtype, inner._opened = self._weight_dtype, self._opened
+        constant = {id(value.primal) for value in known if not value.batched}
+        values = [
+            inner.value(ops.convert_to_tensor(tensor), i < body.num_arguments or id(tensor) not in constant)
+            for i, tensor in enumerate(inputs)
+        ]
+        outputs = inner._walk(body.graph, values, OUTSIDE, opened=True)
+        return [value.primal for value in outputs], inner.frozen(values, outputs).as_pushforward(whole=True)
+
     def frozen(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> FrozenGraph:
         """What was recorded, from `inputs` to `outputs`."""
         return FrozenGraph(self.nodes, inputs, outputs, self.variables)
 
-    def _run_opened(self, graph, weights, layer, args, kwargs, name: str):
+    def _run_opened(self, opened: Opened, layer, args, kwargs, name: str):
         dtype = input_dtype(layer)
         values = masks.values_among(args, kwargs)
         outer = self._weight_dtype, self._opened
         self._weight_dtype, self._opened = dtype, layer
         try:
             scope = self._names.within(layer, name)
-            inputs = [*(self._cast(value, dtype, scope) for value in values), *map(self._weight, weights)]
-            outputs, left = self._walk(graph, inputs, scope, opened=True)
+            inputs = [*(self._cast(value, dtype, scope) for value in values), *map(self._weight, opened.weights)]
+            tensors, left, losses = self._walk(opened.graph, inputs, scope, opened=True)
         finally:
             self._weight_dtype, self._opened = outer
-        outputs = tree.map_structure(lambda y, mask: y.with_mask(y.mask if mask is y else mask), outputs, left)
+        values = [y.with_mask(y.mask if mask is y else mask) for y, mask in zip(tensors, left, strict=True)]
+        for loss in losses:
+            layer.add_loss(loss.primal)
+        outputs = opened.filled(values, lambda leaf: leaf)
         _record_activity_loss(layer, outputs)
         return outputs
 
@@ -344,7 +364,7 @@ class Tracer:
 
 def freeze(operation, *inputs, context: Context) -> tuple:
     """An operation's outputs, and the operation frozen at `inputs` as one pushforward."""
-    return Tracer(context)._run_inner((), operation, *inputs)
+    return Tracer(context)._run_inner((), False, operation, *inputs)
 
 
 def trace(

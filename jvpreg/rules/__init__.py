@@ -8,6 +8,7 @@ activations, one file for each family: importing this package registers them.
 from jvpreg.rules import (
     activations,
     attention,
+    control_flow,
     convolution,
     core,
     merging,
@@ -35,6 +36,7 @@ __all__ = [
     "activations",
     "align",
     "attention",
+    "control_flow",
     "convolution",
     "core",
     "each_input",

@@ -85,7 +85,7 @@ def cell_of(layer, context: Context, dtype) -> WholeCell | SplitCell:
     smooth = all(_derivative(function) is not None for function in functions)
     mixed = cell.compute_dtype != layer.compute_dtype
     if context.under_xla or mixed or type(cell) not in _STEPS or dropped or resets_before or not smooth:
-        return WholeCell(cell, context.linearize)
+        return WholeCell(cell, context.linearize_step)
     return SplitCell(cell, dtype)
 
 

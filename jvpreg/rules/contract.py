@@ -35,7 +35,9 @@ class Context:
         xla: whether XLA compiles the run; None if that is not known.
         batch: B: a number, or a tensor in a TensorFlow graph in which it is not known.
         linearize: `linearize(operation, *inputs, **kwargs) -> (outputs, pushforward)` of another operation, which a
-            wrapper holds or a recurrent layer repeats.
+            wrapper holds.
+        linearize_step: the same of an operation that a loop repeats: what it freezes is of one kind in all steps.
+        repeated: whether a loop repeats the operation.
         along: `along(*inputs)` returns the tangents `(P, B, …)` that travel with these inputs (None for zero) if the
             caller wants a single product; None otherwise. A rule that gets some may return a `Pushed`.
         weights: the tangents `(P, …)` of variables, by their `id`, that belong to this product.
@@ -46,6 +48,8 @@ class Context:
     xla: bool | None = None
     batch: Any = None
     linearize: Callable | None = None
+    linearize_step: Callable | None = None
+    repeated: bool = False
     along: Callable = lambda *inputs: None
     weights: Mapping[int, Any] = field(default_factory=dict)
 

@@ -15,8 +15,8 @@ from keras import layers, ops, tree
 from jvpreg.common import keras_private
 from jvpreg.rules.cells import SplitCell, WholeCell, cell_of
 from jvpreg.rules.contract import Declined, Gate, Pushed, Pushforward
-from jvpreg.rules.folding import align
 from jvpreg.rules.registry import register_rule
+from jvpreg.rules.scanning import plus_parts, scan_steps
 
 
 @register_rule(
@@ -134,13 +134,13 @@ def _push_steps(
         now = [ops.expand_dims(residual, 0) for residual in now]
         frozen_now, kept = now[: len(frozen.residuals)], now[len(frozen.residuals) :]
         images = frozen.function(x, *carried[: loop.num_states], *frozen_now)
-        image, *following = _plus_parts(images, weights, frozen_now)
+        image, *following = plus_parts(images, weights, frozen_now)
         image, following = loop.hold(image, following, carried, kept)
         return following, [image]
 
     inputs = residuals if x_tangents is None else (x_tangents, residuals)
     like = ops.zeros((*ops.shape(state_tangents[0])[:2], *y.shape[1:]), y.dtype)
-    last, (outputs,) = _scan(push, loop.start(state_tangents, like), inputs, [like])
+    last, (outputs,) = scan_steps(push, loop.start(state_tangents, like), inputs, [like])
     return last, outputs
 
 
@@ -238,7 +238,7 @@ class _Loop:
             y, following = self.hold(y, tree.flatten(following), carried, kept)
             return following, [y, *pushforward.residuals]
 
-        return frozen, y, *_scan(step, self._start_at(y), self.inputs, [y, *frozen.residuals])
+        return frozen, y, *scan_steps(step, self._start_at(y), self.inputs, [y, *frozen.residuals])
 
     def push_along(self, tangents: Sequence, context) -> tuple[list, tuple | None]:
         """Tangents that go along with the cell in one scan, so that nothing of a step has to be kept.
@@ -269,13 +269,13 @@ class _Loop:
             (y, following), pushforward = self.cell.step(x, self._as_states(before))
             images = pushforward(now[0] if entering else None, *moving[: self.num_states])
             moved = [(p, context.weights[id(v)]) for v, p in pushforward.weights if id(v) in context.weights]
-            image, *arriving = _plus_parts(images, moved, pushforward.broadcast_residuals())
+            image, *arriving = plus_parts(images, moved, pushforward.broadcast_residuals())
             y, following = self.hold(y, tree.flatten(following), before, kept)
             image, arriving = self.hold(image, arriving, moving, [ops.expand_dims(k, 0) for k in kept])
             return [*following, *arriving], [y, image]
 
         inputs = (functools.reduce(ops.add, entering), self.inputs) if entering else self.inputs
-        last, (outputs, images) = _scan(step, [*carried, *self.start(state_tangents, image)], inputs, [y, image])
+        last, (outputs, images) = scan_steps(step, [*carried, *self.start(state_tangents, image)], inputs, [y, image])
         return variables, ((last[: len(carried)], outputs), (last[len(carried) :], images))
 
     def _as_states(self, carried: Sequence):
@@ -283,13 +283,6 @@ class _Loop:
 
     def _start_at(self, y) -> list:
         return self.start(self.flat_states, ops.zeros_like(y))
-
-
-def _plus_parts(images: Sequence, weights: Sequence[tuple], residuals: Sequence) -> list:
-    """The tangents that a cell returns, plus those of its weights, which are pairs of a `part` and a tangent."""
-    for part, u in weights:
-        images = [a + align(b, len(a.shape)) for a, b in zip(images, part(u, *residuals), strict=True)]
-    return list(images)
 
 
 @register_rule(layers.Bidirectional)
@@ -308,21 +301,3 @@ def bidirectional(layer, sequences, context, mask=None):
         return merge[layer.merge_mode](forward, backward)
 
     return context.linearize(call, sequences, mask=mask)
-
-
-def _scan(step, carried, inputs, like: list):
-    """`step(carried, x) -> (carried, outputs)` over the first axis of `inputs`; `like`: outputs of one step."""
-    if keras.backend.backend() != "tensorflow":
-        return ops.scan(step, carried, inputs)
-
-    import tensorflow as tf
-
-    # On TensorFlow, Keras' scan takes only outputs with the shapes of the carry, and has no gradient under XLA.
-    first = tuple(tree.flatten(carried)), tuple(ops.zeros_like(y) for y in like)
-
-    def both(pair, x):
-        following, outputs = step(tree.pack_sequence_as(carried, pair[0]), x)
-        return tuple(tree.flatten(following)), tuple(outputs)
-
-    states, outputs = tf.scan(both, inputs, first)
-    return tree.pack_sequence_as(carried, [state[-1] for state in states]), outputs

@@ -1,8 +1,9 @@
-"""Layers whose `call` has keyword tensors, control flow, whole or complex numbers, or operations on weights alone."""
+"""Layers whose `call` has keyword tensors, whole or complex numbers, or operations on weights alone."""
 
 import keras
 import numpy as np
 import pytest
+from calls import Call, check_call
 from compare import assert_close, normal, numpy
 from keras import layers, ops
 
@@ -11,112 +12,6 @@ from jvpreg.common.keras_private import recorded_calls
 from jvpreg.engine.transpose import transpose
 
 pytestmark = pytest.mark.filterwarnings("ignore:Some nodes of")
-
-
-class Call(layers.Layer):
-    """A layer of one function of its input and its weight (3, 3)."""
-
-    def __init__(self, function, **kwargs):
-        super().__init__(**kwargs)
-        self.function = function
-
-    def build(self, shape):
-        self.w = self.add_weight(shape=(3, 3), initializer="glorot_uniform")
-
-    def call(self, x):
-        return self.function(x, self.w)
-
-    def compute_output_shape(self, shape):
-        return keras.KerasTensor(shape).shape
-
-
-def check_call(function, x, weight=True, dtype="float64"):
-    """Check outputs and both products against the layer itself and its finite differences."""
-    exact, near, step = {"float64": (1e-12, 1e-7, 1e-5), "float32": (1e-6, 2e-3, 1e-2)}[dtype]
-    layer = Call(function, dtype=dtype)
-    x, u = x.astype(dtype), normal(*x.shape, seed=1).astype(dtype)
-    call = layer(ops.convert_to_tensor(x))
-    lin = jvpreg.linearize(layer, x)
-    assert_close(lin.outputs, call, exact)
-    slope = (numpy(layer(x + step * u)) - numpy(layer(x - step * u))) / (2 * step)
-    assert_close(lin.jvp(u), slope, near)
-    y, ju = jvpreg.jvp(layer, x, u)
-    assert_close(y, call, exact)
-    assert_close(ju, slope, near)
-    v = normal(*slope.shape, seed=2).astype(dtype)
-    np.testing.assert_allclose(np.sum(numpy(lin.vjp(v)) * u), np.sum(slope * v), rtol=100 * near, atol=near)
-    if weight:
-        before, moved = numpy(layer.w), normal(3, 3, seed=3)
-        values = []
-        for sign in (1, -1):
-            layer.w.assign(before + sign * step * moved)
-            values.append(numpy(layer(x)))
-        layer.w.assign(before)
-        slope = (values[0] - values[1]) / (2 * step)
-        assert np.abs(slope).max() > 1e-3
-        assert_close(lin.jvp(weights=[(layer.w, moved)]), slope, 1e-7)
-    return lin
-
-
-def scanned(x, w):
-    return ops.scan(lambda z, row: (ops.tanh(ops.matmul(z, w) + row + x[:, 0]), row), x[:, 0], ops.moveaxis(x, 1, 0))[0]
-
-
-# Each closes over the input, the weight, or both; `map` and `scan` go along the first axis.
-CONTROL_FLOW = {
-    "fori_loop": lambda x, w: ops.fori_loop(0, 3, lambda i, z: ops.tanh(ops.matmul(z, w) + x), ops.zeros_like(x)),
-    "while_loop": lambda x, w: ops.while_loop(
-        lambda i, z: i < 3,
-        lambda i, z: (i + 1, ops.tanh(ops.matmul(z, w) + x)),
-        (0, ops.zeros_like(x)),
-        maximum_iterations=5,
-    )[1],
-    "cond": lambda x, w: ops.cond(ops.sum(x * x) > 0, lambda: ops.sin(ops.matmul(x, w)), lambda: 2.0 * x),
-    "switch": lambda x, w: ops.switch(1, [lambda z: 2.0 * z, lambda z: ops.matmul(z * x, w)], x),
-    "map": lambda x, w: ops.map(lambda row: ops.matmul(row, w) * ops.sum(x[0]), x),
-    "vectorized_map": lambda x, w: ops.vectorized_map(lambda row: ops.tanh(ops.matmul(row, w)) * x[0, 0], x),
-    "associative_scan": lambda x, w: ops.associative_scan(lambda a, b: a * b * w[0, 0], x, axis=1),
-    "a loop from constants": lambda x, w: ops.fori_loop(
-        0, 2, lambda i, z: ops.tanh(ops.matmul(z, w) + x), ops.zeros((2, 3), dtype="float64")
-    ),
-}
-
-
-@pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("kind", CONTROL_FLOW)
-def test_control_flow(kind):
-    if kind == "while_loop" and keras.backend.backend() == "jax":
-        pytest.skip("JAX has no reverse mode through a while loop")
-    if kind == "associative_scan" and keras.backend.backend() == "torch":
-        pytest.skip("Keras computes it in 32 bits there, too few for finite differences")
-    lin = check_call(CONTROL_FLOW[kind], normal(2, 3))
-    # On Torch a loop that starts from numbers, and not from tensors, runs while it is traced.
-    assert all(reason.startswith("Call: its `call` ") for reason in lin.fallbacks.values())
-    assert lin.fallbacks or (kind == "a loop from constants" and keras.backend.backend() == "torch")
-
-
-@pytest.mark.usefixtures("float64")
-def test_control_flow_in_training():
-    """The penalty's step in the compiled function, against the same layer written out."""
-
-    def loop(x, w):
-        return ops.fori_loop(0, 3, lambda i, z: ops.tanh(ops.matmul(z, w) + x), ops.zeros_like(x))
-
-    def written_out(x, w):
-        z = ops.zeros_like(x)
-        for _ in range(3):
-            z = ops.tanh(ops.matmul(z, w) + x)
-        return z
-
-    x, found = normal(4, 3), []
-    for function in (loop, written_out):
-        keras.utils.set_random_seed(0)
-        model = jvpreg.JacobianModel(keras.Sequential([keras.Input((3,)), Call(function)]), seed=0)
-        model.compile(keras.optimizers.SGD(0.1), "mse", jacobian_regularizers=[jvpreg.regularizers.JacobianNorm(0.1)])
-        history = model.fit(x, x, batch_size=4, epochs=2, verbose=0).history
-        found.append((history["frobenius_norm_squared"], model.base.get_weights()))
-    np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-8)
-    assert_close(found[0][1], found[1][1], 1e-8)
 
 
 def complex_product(x, w):
@@ -149,6 +44,7 @@ def test_pairs_as_complex_numbers():
 
 # Operations with a result that has no tangent: predicates, indices, counts.
 WITHOUT_TANGENT = {
+    "equality": lambda x, w: ops.where(ops.floor(x) == 0, x, x * x) * ops.cast(ops.floor(x) == ops.floor(x), x.dtype),
     "isnan": lambda x, w: ops.where(ops.isnan(x), 0.0, x * x),
     "isinf": lambda x, w: ops.where(ops.isinf(x), x, x * x),
     "logical_xor": lambda x, w: ops.where(ops.logical_xor(x > 0.5, x < -0.5), x, x * x),
