@@ -13,6 +13,7 @@ from jvpreg.engine.frozen_graph import FrozenGraph
 from jvpreg.engine.frozen_model import FrozenModel
 from jvpreg.engine.inputs import check_moving
 from jvpreg.engine.node import Node
+from jvpreg.engine.starts import possible_starts
 from jvpreg.engine.tangents import (
     at_least_float32,
     check_count,
@@ -157,7 +158,7 @@ class Linearization(FrozenModel):
         return standardize_tangents(flat, outputs, each_name("v", "the outputs", len(outputs)))
 
     def _check_moving(self, tangents: list, argument: str) -> None:
-        check_moving(tangents, [value.primal for value in self._graph.inputs], argument)
+        check_moving(tangents, [value.primal for value in self._graph.inputs], argument, lambda: possible_starts(self))
 
     def gradients(
         self, v: Structure, nodes: Sequence[str] | None = None, with_inputs: bool = True

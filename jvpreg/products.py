@@ -18,6 +18,7 @@ from jvpreg.engine.companions import Companions
 from jvpreg.engine.frozen_graph import FrozenGraph
 from jvpreg.engine.inputs import check_moving, standardize_inputs
 from jvpreg.engine.node import Node
+from jvpreg.engine.starts import check_path, possible_starts, started_at
 from jvpreg.engine.tangents import (
     check_count,
     each_name,
@@ -56,6 +57,7 @@ def linearize(
     batch_statistics: BatchStatistics | None = None,
     fallback: Fallback = "warn",
     xla: bool | None = None,
+    at: str | None = None,
 ) -> "Linearization":
     """Runs a model once at `x` and freezes it there: masks, argmaxes, slopes and statistics.
 
@@ -74,13 +76,15 @@ def linearize(
             the backend's autodiff, and say so once; `"ignore"`: say nothing; `"error"`: raise.
         xla: whether XLA compiles the function in which this runs, if you know. If it is False, rules use TensorFlow's
             own kernels in a graph, which are the fastest there. No result changes.
+        at: the path of a layer that runs once, such as the embedding of token ids: derivatives are by the one tensor
+            that it returned, `(B, …)`, and tangents are like it. What bypasses the layer is held constant, masks too.
 
     Returns:
         A `Linearization`: `.outputs`, `.jvp(u)`, `.vjp(v)`, `.intercepts`, `.fallbacks`.
 
     Raises:
         NotImplementedError: an operation has no rule and `fallback` is `"error"`; or no rule is possible.
-        ValueError: an argument does not fit.
+        ValueError: an argument does not fit, or the outputs do not depend on the layer `at`.
 
     Derivatives are those of the output as it is; a model that ends in softmax or sigmoid gets one warning, since
     the Jacobian of the logits is what is usually meant. `ReLU'(0) = 0`; a max-pool tie goes to the first entry.
@@ -98,14 +102,19 @@ def linearize(
     (5, 3)
     """
     model = _checked_model(model)
+    if at is not None:
+        check_path(model, at)
     inputs = standardize_inputs(model, x)
     options = _linearize_options(training, batch_statistics, fallback, xla)
     graph, outputs, fallbacks = _freeze(model, x, inputs, options)
     flatten = functools.partial(flatten_tangents, model, tree.map_structure(lambda leaf: None, x))
-    return Linearization(graph, as_floats(inputs), outputs, flatten=flatten, fallbacks=fallbacks)
+    linearization = Linearization(graph, as_floats(inputs), outputs, flatten=flatten, fallbacks=fallbacks)
+    return linearization if at is None else started_at(linearization, at)
 
 
-def jvp(model: keras.Layer, x: Structure, u: Structure, **kwargs: Unpack[Options]) -> tuple[Structure, Structure]:
+def jvp(
+    model: keras.Layer, x: Structure, u: Structure, at: str | None = None, **kwargs: Unpack[Options]
+) -> tuple[Structure, Structure]:
     """`f(x)` and `J u`. Shapes and keyword arguments as in `linearize` and `Linearization.jvp`.
 
     The tangents go through the model along with `x`: in one scan with a recurrent cell, and in the same call of a
@@ -117,18 +126,23 @@ def jvp(model: keras.Layer, x: Structure, u: Structure, **kwargs: Unpack[Options
     >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     >>> y, ju = jvpreg.jvp(model, np.zeros((1, 3)), np.ones((1, 3)))
     """
+    if at is not None:
+        linearization = linearize(model, x, at=at, **kwargs)
+        return linearization.outputs, linearization.jvp(u)
     model = _checked_model(model)
     inputs = standardize_inputs(model, x)
     flat = flatten_tangents(model, x, u)
     check_count(flat, inputs, "u", "x")
-    check_moving(flat, inputs, "u")
+    check_moving(flat, inputs, "u", lambda: possible_starts(linearize(model, x, fallback="ignore")))
     tangents, probed = standardize_tangents(flat, as_floats(inputs), each_name("u", "x", len(inputs)))
     companions = Companions(tangents)
     graph, outputs, _ = _freeze(model, x, inputs, _linearize_options(**kwargs), companions)
     return outputs, pack_products(companions.products(graph), outputs, probed)
 
 
-def vjp(model: keras.Layer, x: Structure, v: Structure, **kwargs: Unpack[Options]) -> tuple[Structure, Structure]:
+def vjp(
+    model: keras.Layer, x: Structure, v: Structure, at: str | None = None, **kwargs: Unpack[Options]
+) -> tuple[Structure, Structure]:
     """`f(x)` and `Jᵀ v`. Shapes and keyword arguments as in `linearize` and `Linearization.vjp`.
 
     Example:
@@ -136,8 +150,15 @@ def vjp(model: keras.Layer, x: Structure, v: Structure, **kwargs: Unpack[Options
     >>> import keras, numpy as np, jvpreg
     >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
     >>> y, jtv = jvpreg.vjp(model, np.zeros((1, 3)), np.ones((1, 2)))
+
+    By what an embedding returned:
+
+    >>> model = keras.Sequential([keras.Input((6,), dtype="int32"), keras.layers.Embedding(50, 4, name="embedding"),
+    ...     keras.layers.Flatten(), keras.layers.Dense(2)])
+    >>> tuple(jvpreg.vjp(model, np.ones((5, 6), "int32"), np.ones((5, 2)), at="embedding")[1].shape)
+    (5, 6, 4)
     """
-    linearization = linearize(model, x, **kwargs)
+    linearization = linearize(model, x, at=at, **kwargs)
     return linearization.outputs, linearization.vjp(v)
 
 
@@ -177,7 +198,9 @@ def weight_jvp(
     return outputs, pack_products(companions.products(graph), outputs, probed)
 
 
-def jacobian(model: keras.Layer, x: Structure, chunk_size: int = 64, **kwargs: Unpack[Options]) -> Structure:
+def jacobian(
+    model: keras.Layer, x: Structure, chunk_size: int = 64, at: str | None = None, **kwargs: Unpack[Options]
+) -> Structure:
     """The whole Jacobian `(B, *output, *input)`. As `Linearization.jacobian`, keyword arguments as in `linearize`.
 
     Example:
@@ -187,7 +210,7 @@ def jacobian(model: keras.Layer, x: Structure, chunk_size: int = 64, **kwargs: U
     >>> tuple(jvpreg.jacobian(model, np.zeros((5, 3))).shape)
     (5, 2, 3)
     """
-    return linearize(model, x, **kwargs).jacobian(chunk_size)
+    return linearize(model, x, at=at, **kwargs).jacobian(chunk_size)
 
 
 def _linearize_options(

@@ -135,11 +135,11 @@ def rows() -> dict[str, Row]:
     stacked = np.concatenate([IMAGES, IMAGES, 0 * IMAGES])
     found = {
         "layer_paths": Row(jvpreg.layer_paths, {"model": model}),
-        "linearize": Row(jvpreg.linearize, {"model": model, "x": X, **options}),
-        "jvp": Row(jvpreg.jvp, {"model": model, "x": X, "u": U, **options}),
-        "vjp": Row(jvpreg.vjp, {"model": model, "x": X, "v": V, **options}),
+        "linearize": Row(jvpreg.linearize, {"model": model, "x": X, **options, "at": "hidden"}),
+        "jvp": Row(jvpreg.jvp, {"model": model, "x": X, "u": U, **options, "at": "hidden"}),
+        "vjp": Row(jvpreg.vjp, {"model": model, "x": X, "v": V, **options, "at": "hidden"}),
         "weight_jvp": Row(jvpreg.weight_jvp, {"model": model, "x": X, "weights": weight_tangents()}),
-        "jacobian": Row(jvpreg.jacobian, {"model": model, "x": X, "chunk_size": 2}),
+        "jacobian": Row(jvpreg.jacobian, {"model": model, "x": X, "chunk_size": 2, "at": "hidden"}),
         "full_jacobian": Row(jvpreg.full_jacobian, {"model": model, "x": X, "target": LABELS, **options}),
         "TangentModel": Row(jvpreg.TangentModel, {"base": model, "name": "tangent"}, ("name",)),
         "JacobianModel": Row(jvpreg.JacobianModel, {"base": model, "seed": 0, "name": "own"}, ("name",)),

@@ -3,7 +3,7 @@
 import functools
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from keras import ops
 
@@ -14,6 +14,23 @@ from jvpreg.rules.contract import Affine, ChannelScale, Gate
 from jvpreg.rules.examples import FIRST, GONE, MIXED, Place, makes_rows
 
 
+class Returned(NamedTuple):
+    """What the layers of a model returned.
+
+    Attributes:
+        runs: by the path of each layer, as `layer_paths` has it, what it returned in each of its runs: a structure of
+            values.
+        by_attributes: a function from such a path to the one by attributes alone.
+    """
+
+    runs: Mapping[str, Sequence]
+    by_attributes: Callable
+
+    def runs_of(self, path: str) -> Sequence:
+        """What the layer of a path returned in each of its runs; empty if there is no such layer."""
+        return next((runs for known, runs in self.runs.items() if path in (known, self.by_attributes(known))), ())
+
+
 class FrozenGraph:
     """Nodes, and where tangents enter and leave them.
 
@@ -22,6 +39,7 @@ class FrozenGraph:
         inputs: values of the graph's inputs.
         outputs: values of its outputs.
         variables: variables that operations take as an input, each with the value that stands for it.
+        returned: what layers returned, if it is the graph of a whole model.
     """
 
     def __init__(
@@ -30,11 +48,13 @@ class FrozenGraph:
         inputs: Sequence[Value],
         outputs: Sequence[Value],
         variables: Sequence[tuple[Any, Value]],
+        returned: Returned | None = None,
     ):
         self.nodes = list(nodes)
         self.inputs = list(inputs)
         self.outputs = list(outputs)
         self.variables = list(variables)
+        self.returned = returned or Returned({}, str)
 
     @functools.cached_property
     def places(self) -> dict[int, Place]:

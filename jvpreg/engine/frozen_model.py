@@ -10,6 +10,7 @@ from keras import ops, tree
 
 from jvpreg.common import checks
 from jvpreg.common.dtypes import as_floats
+from jvpreg.common.eager import leaves_of
 from jvpreg.common.typing import ArrayLike, Structure, Tensor
 from jvpreg.engine.frozen_graph import FrozenGraph
 from jvpreg.engine.node import Node, Value, tangent_shape
@@ -253,10 +254,12 @@ class FrozenModel:
         >>> tuple(lin.after("first").jvp(np.ones((5, 4))).shape), tuple(lin.block("first").jvp(np.ones((5, 3))).shape)
         ((5, 2), (5, 4))
         """
-        last = self.nodes_of(layer)[-1]
-        value = _single_output(layer, last)
-        after = next(i for i, node in enumerate(self.nodes) if node is last) + 1
-        return self._part(self.nodes[after:], value, self._graph.outputs, self.outputs)
+        return self._after(self._output_of(layer, self.nodes_of(layer)))
+
+    def _after(self, value: Value) -> Self:
+        """As `after`, with respect to a value among the outputs of the nodes."""
+        makers = [i for i, node in enumerate(self.nodes) if any(made.slot == value.slot for made in node.outputs)]
+        return self._part(self.nodes[max(makers, default=-1) + 1 :], value, self._graph.outputs, self.outputs)
 
     def block(self, layer: str) -> Self:
         """The Jacobian of a layer's output, or of a block's, with respect to its own input, at the same `x`.
@@ -271,7 +274,7 @@ class FrozenModel:
             ValueError: there is no such layer, or it has several inputs or outputs.
         """
         nodes = self.nodes_of(layer)
-        output = _single_output(layer, nodes[-1])
+        output = self._output_of(layer, nodes)
         made = {value.slot for node in nodes for value in node.outputs}
         entering = {v.slot: v for node in nodes for v in node.inputs if v.batched and v.slot not in made}
         if len(entering) != 1:
@@ -306,6 +309,18 @@ class FrozenModel:
             raise unknown(argument, layer, [node.name for node in self.nodes], expected, owner)
         return found
 
+    def _output_of(self, layer: str, nodes: Sequence[Node]) -> Value:
+        """What a layer returned if it ran once; otherwise what the last of its nodes did."""
+        runs = self._graph.returned.runs_of(layer)
+        returned = leaves_of(runs[0]) if len(runs) == 1 else nodes[-1].outputs
+        found = [leaf for leaf in returned if isinstance(leaf, Value)]
+        if len(found) != 1:
+            raise ValueError(
+                f"Invalid value for argument `layer`. Expected a layer with one output. Received: {layer!r}, which has "
+                f"{len(found)}."
+            )
+        return found[0]
+
     def _part(self, nodes: list[Node], start: Value, ends: list[Value], outputs: Structure) -> Self:
         if self._whole is not None:
             raise ValueError("Expected the linearization of a whole batch: call `after` or `block` first, then `take`.")
@@ -333,15 +348,6 @@ class FrozenModel:
         count = next(ops.shape(t)[0] for t in given if t is not None)
         pairs = zip(products, tree.flatten(self.outputs), strict=True)
         return [zeros(count, y) if product is None else product for product, y in pairs]
-
-
-def _single_output(layer: str, node: Node) -> Value:
-    if len(node.outputs) != 1:
-        raise ValueError(
-            f"Invalid value for argument `layer`. Expected a layer with one output. Received: {layer!r}, which has "
-            f"{len(node.outputs)}."
-        )
-    return node.outputs[0]
 
 
 def _named_outputs(node: Node) -> Iterable[tuple[str, Value]]:

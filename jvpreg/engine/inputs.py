@@ -91,13 +91,14 @@ def standardize_inputs(model, x) -> list:
     return inputs
 
 
-def check_moving(tangents: list, inputs: list, argument: str) -> None:
+def check_moving(tangents: list, inputs: list, argument: str, starts: Callable[[], list[str]]) -> None:
     """Raises if every tangent belongs to an input of integers; None is a zero tangent.
 
     Args:
         tangents: one for each input.
         inputs: as the model takes them.
         argument: what the caller calls the tangents.
+        starts: returns the paths of layers by whose output there is a derivative.
 
     Raises:
         ValueError: there is no derivative.
@@ -107,9 +108,17 @@ def check_moving(tangents: list, inputs: list, argument: str) -> None:
         dtypes = ", ".join(sorted({keras.backend.standardize_dtype(x.dtype) for x in given}))
         raise ValueError(
             f"Invalid value for argument `{argument}`. Expected real numbers: integers have no derivative. "
-            f"Received: an input of integers ({dtypes}). If they stand for real numbers, give the model floats; if "
-            'they are token ids, start after the embedding, as by `linearize(model, x).after("embedding")`.'
+            f"Received: an input of integers ({dtypes}). {instead_of_integers(starts())}"
         )
+
+
+def instead_of_integers(starts: list[str]) -> str:
+    """What to do where a model takes integers alone, in words. `starts`: paths of its first layers of real numbers."""
+    written = " or ".join(f'`at="{path}"`' for path in starts) or '`at="PATH OF THE EMBEDDING"`'
+    return (
+        "If they stand for real numbers, give the model floats; if they are token ids, look at what the embedding "
+        f"returned: {written}."
+    )
 
 
 def graph_of(model: keras.Layer) -> keras.Model | None:

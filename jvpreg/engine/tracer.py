@@ -24,7 +24,7 @@ from jvpreg.engine.arguments import (
 )
 from jvpreg.engine.autodiff import LeftToAutodiff, fall_back
 from jvpreg.engine.companions import Companions
-from jvpreg.engine.frozen_graph import FrozenGraph
+from jvpreg.engine.frozen_graph import FrozenGraph, Returned
 from jvpreg.engine.inputs import call_signature, flatten_inputs, graph_of
 from jvpreg.engine.naming import OUTSIDE, Names, Scope
 from jvpreg.engine.node import Node, Value
@@ -44,6 +44,7 @@ class Tracer:
         context: what rules are told.
         nodes: what was recorded.
         variables: variables that operations took as an input, each with its value.
+        returned: by the path of each layer, what it returned in each of its runs.
         fallbacks: the nodes that were left to autodiff, by name.
         companions: tangents that go through the model while it runs, if there are any.
         root: the model that runs, whose name is part of no path.
@@ -57,6 +58,7 @@ class Tracer:
     fallback: str = "ignore"
     nodes: list[Node] = field(default_factory=list)
     variables: list[tuple[Any, Value]] = field(default_factory=list)
+    returned: dict[str, list] = field(default_factory=dict)
     fallbacks: dict[str, LeftToAutodiff] = field(default_factory=dict)
     num_slots: int = 0
     _names: Names = field(init=False)
@@ -81,12 +83,15 @@ class Tracer:
     def run(self, operation, *args, scope: Scope = OUTSIDE, kind: str | None = None, **kwargs):
         """Runs one operation on `Value`s: by its rule, otherwise opened up into smaller ones, otherwise by autodiff."""
         operation = unwrap(operation)
-        if is_graph(operation):
-            inner = scope if operation is self.root else self._names.scope(operation, scope, kind)
-            return self._run_model(operation, args[0] if args else kwargs["inputs"], inner, kwargs.get("mask"))
-        return self._run_named(
-            operation, args, kwargs, self._names.unique(self._names.scope(operation, scope, kind).name)
-        )
+        graph = is_graph(operation)
+        inner = scope if graph and operation is self.root else self._names.scope(operation, scope, kind)
+        if graph:
+            outputs = self._run_model(operation, args[0] if args else kwargs["inputs"], inner, kwargs.get("mask"))
+        else:
+            outputs = self._run_named(operation, args, kwargs, self._names.unique(inner.name))
+        if isinstance(operation, keras.Layer) and operation is not self.root:
+            self.returned.setdefault(inner.path, []).append(outputs)
+        return outputs
 
     def _run_named(self, operation, args, kwargs, name: str):
         if getattr(operation, "quantization_mode", None) is not None:
@@ -230,7 +235,8 @@ class Tracer:
 
     def frozen(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> FrozenGraph:
         """What was recorded, from `inputs` to `outputs`."""
-        return FrozenGraph(self.nodes, inputs, outputs, self.variables)
+        returned = Returned(self.returned, self._names.by_attributes)
+        return FrozenGraph(self.nodes, inputs, outputs, self.variables, returned)
 
     def _run_opened(self, opened: Opened, layer, args, kwargs, name: str):
         dtype = input_dtype(layer)
