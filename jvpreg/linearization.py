@@ -15,6 +15,7 @@ from jvpreg.engine.inputs import check_moving
 from jvpreg.engine.node import Node
 from jvpreg.engine.starts import possible_starts
 from jvpreg.engine.tangents import (
+    as_given,
     at_least_float32,
     check_count,
     each_name,
@@ -109,8 +110,7 @@ class Linearization(FrozenModel):
                 several outputs, where None stands for zero.
 
         Returns:
-            `Jᵀ v`, like `x` (a list for several inputs), with a leading probe axis if `v` has one. In float32 at
-            least.
+            `Jᵀ v`, in the structure of `x`, with a leading probe axis if `v` has one. In float32 at least.
 
         Raises:
             ValueError: a shape does not fit.
@@ -148,7 +148,7 @@ class Linearization(FrozenModel):
         pulled = self._graph.pull(cotangents, change, self._part_size)
         count = next(ops.shape(c)[0] for c in cotangents if c is not None)
         filled = [zeros(count, x) if t is None else t for t, x in zip(pulled, self.inputs, strict=True)]
-        return pack_products(filled, self.inputs[0] if len(self.inputs) == 1 else self.inputs, probed)
+        return self.pack_inputs(as_given(filled, probed))
 
     def _cotangents(self, v: Structure) -> tuple[list, bool]:
         """A flat list `(P, B, …)` like the outputs, None for zero, and whether the probe axis was there."""
@@ -215,8 +215,7 @@ class Linearization(FrozenModel):
         pairs = zip(cotangents, as_floats(tree.flatten(self.outputs)), strict=True)
         filled = [zeros(count, y) if c is None else c for c, y in pairs]
         pulled = transpose(push, [*inputs, *taps], filled)
-        structure = self.inputs[0] if len(self.inputs) == 1 else self.inputs
-        at_inputs = pack_products(pulled[: len(inputs)], structure, probed) if with_inputs else None
+        at_inputs = self.pack_inputs(as_given(pulled[: len(inputs)], probed)) if with_inputs else None
         at_nodes = [at_least_float32(gradient if probed else gradient[0]) for gradient in pulled[len(inputs) :]]
         return at_inputs, dict(zip(names, at_nodes, strict=True))
 
@@ -320,7 +319,8 @@ class Linearization(FrozenModel):
             chunk_size: how many products are computed at once; a smaller number takes less memory.
 
         Returns:
-            `(B, *output, *input)`; for several outputs or inputs, a list over outputs of lists over inputs.
+            `(B, *output, *input)`. For several inputs, a structure like `x` of them; for several outputs, a structure
+            like the outputs of these.
 
         Raises:
             ValueError: the chunk size is not a positive integer, or the examples of the batch are coupled.
@@ -335,7 +335,9 @@ class Linearization(FrozenModel):
                 "`block`, name a layer that has the examples on its first axis."
             )
         self._check_moving(self.inputs, "x")
-        return matrices.materialize(self.inputs, tree.flatten(self.outputs), self._push, self._pull, chunk_size)
+        outputs = tree.flatten(self.outputs)
+        rows = matrices.materialize(self.inputs, outputs, self._push, self._pull, chunk_size)
+        return tree.pack_sequence_as(self.outputs, list(map(self.pack_inputs, rows)))
 
     def affine_map(self, chunk_size: int = 64) -> tuple[Structure, Structure]:
         """The slope `A = J` and the intercept `b = f(x) − J x` of each example.

@@ -1,6 +1,5 @@
 """`linearize`: runs a model once at `x` and freezes it there; and single products in one call."""
 
-import functools
 import inspect
 import warnings
 import weakref
@@ -20,6 +19,7 @@ from jvpreg.engine.inputs import check_moving, standardize_inputs
 from jvpreg.engine.node import Node
 from jvpreg.engine.starts import check_path, possible_starts, started_at
 from jvpreg.engine.tangents import (
+    InputStructure,
     check_count,
     each_name,
     flatten_tangents,
@@ -107,8 +107,8 @@ def linearize(
     inputs = standardize_inputs(model, x)
     options = _linearize_options(training, batch_statistics, fallback, xla)
     graph, outputs, fallbacks = _freeze(model, x, inputs, options)
-    flatten = functools.partial(flatten_tangents, model, tree.map_structure(lambda leaf: None, x))
-    linearization = Linearization(graph, as_floats(inputs), outputs, flatten=flatten, fallbacks=fallbacks)
+    structure = InputStructure(model, x)
+    linearization = Linearization(graph, as_floats(inputs), outputs, structure.flatten, fallbacks, structure.pack)
     return linearization if at is None else started_at(linearization, at)
 
 

@@ -164,6 +164,8 @@ def rows() -> dict[str, Row]:
         ),
         "Linearization.jvp": Row(lin().jvp, {"u": U, "weights": weight_tangents(), "taps": {"hidden": U}}),
         "Linearization.vjp": Row(lin().vjp, {"v": V}),
+        "Linearization.pack_inputs": Row(lin().pack_inputs, {"leaves": [X]}),
+        "Linearization.flatten_inputs": Row(lin().flatten_inputs, {"structure": X}),
         "Linearization.intercepts_of": Row(lin().intercepts_of, {"nodes": ["hidden"]}),
         "Linearization.node_outputs": Row(lin().node_outputs, {"layers": ["hidden"]}),
         "Linearization.gradients": Row(lin().gradients, {"v": V, "nodes": ["hidden"], "with_inputs": True}),

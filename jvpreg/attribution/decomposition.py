@@ -35,7 +35,7 @@ class FullJacobian:
     """`vᵀ f(x) = ⟨x, Jᵀ v⟩ + Σ_l Σ bias_jacobians[l]`, exactly, for each example.
 
     Attributes:
-        inputs: x, `(B, …)`; a list for several.
+        inputs: x, `(B, …)`, in the structure in which it was given.
         outputs: `f(x)`.
         input_jacobian: `Jᵀ v`, like `inputs`.
         bias_jacobians: a dict from node name to its contributions `∂(vᵀ f)/∂y_l ⊙ c_l`, `(B, …)` like the node's
@@ -111,12 +111,11 @@ def full_jacobian(
     cotangent = as_cotangent(linearization.outputs, target)
     at_input, biases = linearization.bias_jacobians(cotangent)
     nodes = {name: node for node in linearization.nodes for name in node.output_names}
-    inputs = linearization.inputs
     pairs = zip(tree.flatten(cotangent), tree.flatten(linearization.outputs), strict=True)
     dtype = tree.flatten(at_input)[0].dtype
     known = functools.partial(nan_unless, finite_examples(linearization))
     return FullJacobian(
-        inputs=inputs[0] if len(inputs) == 1 else inputs,
+        inputs=linearization.pack_inputs(linearization.inputs),
         outputs=linearization.outputs,
         input_jacobian=tree.map_structure(known, at_input),
         bias_jacobians={name: known(contribution) for name, contribution in biases.items()},

@@ -242,7 +242,7 @@ class _Layers:
         nodes = [node for node in linearization.nodes if any(value.batched for value in node.outputs)]
         self.names = [node.name for node in nodes]
         u = probes.draw("gaussian", linearization.inputs, NUM_PROBES, seed=0)
-        gains = linearization.gains(u[0] if len(u) == 1 else u)
+        gains = linearization.gains(linearization.pack_inputs(u))
         zero = ops.zeros((NUM_PROBES,))
         found = {
             "weights": [_all_finite(_weights(node)) for node in nodes],

@@ -51,7 +51,8 @@ class View:
 
     def input_jacobian(self, target: str) -> list:
         """`Jᵀ v` for a target's cotangent v: a flat list like the inputs, `(B, …)`."""
-        return [gradient[self._places[target]] for gradient in tree.flatten(self._at_inputs)]
+        pulled = self.linearization.flatten_inputs(self._at_inputs)
+        return [gradient[self._places[target]] for gradient in pulled]
 
     def bias_jacobian(self, target: str, node: str) -> Tensor:
         """`∂(vᵀ f)/∂y ⊙ c` at a node with output y and intercept c: `(B, …)`, shaped like y, the examples first."""

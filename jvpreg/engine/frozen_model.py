@@ -1,6 +1,7 @@
 """A model frozen at `x`: its nodes, what it adds, its parts, and the two passes over it."""
 
 import functools
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
@@ -31,6 +32,7 @@ class FrozenModel:
         outputs: `f(x)`, in the model's own structure.
         flatten: `flatten(structure, argument)` returns the leaves of a structure like `x`; errors name the argument.
         fallbacks: by name, why nodes were left to autodiff.
+        pack: `pack(leaves)` returns a structure like `x` of a flat list like `inputs`; by default there is one input.
     """
 
     def __init__(
@@ -40,12 +42,14 @@ class FrozenModel:
         outputs: Structure,
         flatten: Callable,
         fallbacks: Mapping[str, str] | None = None,
+        pack: Callable | None = None,
     ):
         self.inputs = inputs
         self.outputs = outputs
         self.fallbacks = dict(fallbacks or {})
         self._graph = graph
         self._flatten_inputs = flatten
+        self._pack_inputs = pack or operator.itemgetter(0)
         # A part of a batch cuts its intercepts out of those of the whole.
         self._whole: Callable[[Sequence[str] | None], dict[str, Tensor]] | None = None
 
@@ -53,6 +57,24 @@ class FrozenModel:
     def given_inputs(self) -> list:
         """The inputs of the whole batch as layers take them, a flat list: as `inputs`, but integers stay integers."""
         return [value.primal for value in self._graph.inputs]
+
+    def pack_inputs(self, leaves: Sequence) -> Structure:
+        """A structure like `x` of a flat list like `inputs`, for example of directions.
+
+        Raises:
+            ValueError: the list is longer or shorter.
+        """
+        if not isinstance(leaves, (list, tuple)) or len(leaves) != len(self.inputs):
+            raise checks.invalid("leaves", f"a list of {len(self.inputs)}, one for each of the model's inputs", leaves)
+        return self._pack_inputs(leaves)
+
+    def flatten_inputs(self, structure: Structure) -> list:
+        """The leaves of a structure like `x`, for example of a product, as a flat list like `inputs`.
+
+        Raises:
+            ValueError: it has other names, or another number of leaves.
+        """
+        return self._flatten_inputs(structure, "structure")
 
     @property
     def nodes(self) -> list[Node]:
@@ -225,6 +247,7 @@ class FrozenModel:
             tree.map_structure(cut, self.outputs),
             self._flatten_inputs,
             self.fallbacks,
+            self._pack_inputs,
         )
 
         def whole(names: Sequence[str] | None) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ def materialize(inputs: list, outputs: list, push: Callable, pull: Callable, chu
         chunk_size: how many products are computed at once.
 
     Returns:
-        `(B, *output, *input)`; for several outputs or inputs, a list over outputs of lists over inputs.
+        A list over outputs of lists over inputs, of `(B, *output, *input)`.
     """
     sizes = [probes.dimension(inputs), probes.dimension(outputs)]
     by_rows = sizes[1] <= sizes[0]
@@ -45,7 +45,7 @@ def materialize(inputs: list, outputs: list, push: Callable, pull: Callable, chu
             blocks[-1].append(ops.reshape(block, (*ops.shape(y), *x.shape[1:])))
             column += width
         row += height
-    return blocks[0][0] if len(outputs) == len(inputs) == 1 else blocks
+    return blocks
 
 
 def linear_operator(inputs: list, outputs: list, push: Callable, pull: Callable):

@@ -1,5 +1,6 @@
 """Tangents as users give them, and products as they get them."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,6 +64,33 @@ def flatten_tangents(model, x, u, name: str = "u") -> list:
         ValueError: their number or a name does not fit.
     """
     return flatten_like(u, x, name, "x") if graph_of(model) is None else flatten_inputs(model, u, name)
+
+
+class InputStructure:
+    """The structure of `x` as the user gave it, and how its leaves lie in the flat list of a model's inputs.
+
+    Args:
+        model: a model or layer.
+        x: its input, already checked. Entries of a dict that the model does not take are left out.
+    """
+
+    def __init__(self, model: Any, x: Structure):
+        counter = itertools.count()
+        numbered = tree.map_structure(lambda leaf: next(counter), x)
+        order = flatten_inputs(model, numbered, "x")
+        self._model = model
+        self._places = {number: place for place, number in enumerate(order)}
+        if isinstance(numbered, dict):
+            numbered = {name: part for name, part in numbered.items() if set(tree.flatten(part)) <= set(order)}
+        self._numbered = numbered
+
+    def flatten(self, structure, argument: str) -> list:
+        """The leaves of a structure like `x`, in the order of the model's inputs."""
+        return flatten_tangents(self._model, self._numbered, structure, argument)
+
+    def pack(self, leaves: list) -> Structure:
+        """A structure like `x` of leaves in the order of the model's inputs."""
+        return tree.map_structure(lambda number: leaves[self._places[number]], self._numbered)
 
 
 def flatten_like(given, like, name: str, like_name: str = "the outputs") -> list:
@@ -146,7 +174,12 @@ def zeros(num_probes: int | Tensor, like: Tensor) -> Tensor:
 
 def pack_products(products: list, structure: Structure, probed: bool) -> Structure:
     """Flat products `(P, B, …)` as users get them: in a structure, in float32 at least, without P if none was given."""
-    return tree.pack_sequence_as(structure, [at_least_float32(p if probed else p[0]) for p in products])
+    return tree.pack_sequence_as(structure, as_given(products, probed))
+
+
+def as_given(products: list, probed: bool) -> list:
+    """Flat products `(P, B, …)` in float32 at least, without P if none was given."""
+    return [at_least_float32(p if probed else p[0]) for p in products]
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

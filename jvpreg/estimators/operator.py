@@ -177,10 +177,12 @@ def as_operator(source: Linearization | Operator) -> Operator:
     finite = ops.reshape(finite_examples(source), (1, -1, 1))
 
     def forward(vectors: Tensor) -> Tensor:
-        return ops.where(finite, flatten(source.jvp(probes.split(vectors, inputs))), 0.0)
+        directions = source.pack_inputs(tree.flatten(probes.split(vectors, inputs)))
+        return ops.where(finite, flatten(source.jvp(directions)), 0.0)
 
     def backward(vectors: Tensor) -> Tensor:
-        return ops.where(finite, flatten(source.vjp(probes.split(vectors, outputs))), 0.0)
+        pulled = source.vjp(probes.split(vectors, outputs))
+        return ops.where(finite, flatten(source.flatten_inputs(pulled)), 0.0)
 
     dtype = widest_dtype([*source.inputs, *tree.flatten(outputs)])
     shape = (probes.dimension(outputs), probes.dimension(inputs))
@@ -188,7 +190,7 @@ def as_operator(source: Linearization | Operator) -> Operator:
 
 
 def spaces(linearization: Linearization) -> tuple:
-    """The inputs and the outputs, as structures."""
+    """The inputs, one tensor or a flat list of several, and the outputs in the model's own structure."""
     inputs = linearization.inputs
     return inputs[0] if len(inputs) == 1 else inputs, linearization.outputs
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import keras
 import numpy as np
-from keras import ops
+from keras import ops, tree
 
 from jvpreg import probes
 from jvpreg.common import checks
@@ -96,7 +96,8 @@ def top_singular_values(
     vectors = tuple(ops.transpose(rows, (1, 0, 2)) for rows in (left, right))
     if isinstance(linearization, Linearization):
         inputs, outputs = spaces(linearization)
-        vectors = probes.split(vectors[0], outputs), probes.split(vectors[1], inputs)
+        right_vectors = linearization.pack_inputs(tree.flatten(probes.split(vectors[1], inputs)))
+        vectors = probes.split(vectors[0], outputs), right_vectors
     value, residual = unit * ritz.values, unit * ritz.residual
     return Estimate(value, ops.zeros_like(value), residual, converged, num_matvecs, vectors)
 

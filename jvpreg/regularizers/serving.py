@@ -66,7 +66,8 @@ def serve(
     for at, members in places:
         on_data = at == "data"
         # Away from the data, the model runs as in inference: it updates no statistics, and drops nothing out.
-        seen = linearization if on_data else linearize(model, draw_points(at, given, seed, labels[members[0]]))
+        points = None if on_data else draw_points(at, given, seed, labels[members[0]])
+        seen = linearization if on_data else _elsewhere(model, linearization, points)
         x, y = (inputs, outputs) if on_data else (packed(seen.inputs), seen.outputs)
         requests = []
         for i in members:
@@ -198,6 +199,11 @@ def packed(inputs: list) -> Structure:
     return inputs[0] if len(inputs) == 1 else inputs
 
 
+def _elsewhere(model: keras.Layer, linearization: Linearization, points: Structure) -> Linearization:
+    """The model frozen at points, which are given as regularizers are shown the inputs."""
+    return linearize(model, linearization.pack_inputs(tree.flatten(points)))
+
+
 def draw_points(at: Callable, inputs: Structure, seed: Seed, labels: Structure | None = None) -> Structure:
     """Points `(N, …)` like `inputs`, from a function that is marked by `points.by_labels` or does not take the labels.
 
@@ -261,8 +267,10 @@ class _Place:
             if isinstance(request.regularizer, Searches):
                 wanted[i] = request.regularizer.search(linearization, request.carried)
                 check_probes(request.regularizer, "search", wanted[i], inputs)
-        pushed = _share(linearization.jvp, wanted)
-        pulled = _share(linearization.vjp, [request.cotangents for request in self.requests])
+        # Regularizers are shown several inputs as a list, in whatever structure the model takes them.
+        pushed = _share(lambda u: linearization.jvp(linearization.pack_inputs(tree.flatten(u))), wanted)
+        cotangents = [request.cotangents for request in self.requests]
+        pulled = _share(lambda v: packed(linearization.flatten_inputs(linearization.vjp(v))), cotangents)
         # The Jacobian may be finite where the input is not: the slope of ReLU at NaN is 0.
         finite = finite_examples(linearization)
         for request, directions, jvp, vjp in zip(self.requests, wanted, pushed, pulled, strict=True):

@@ -63,11 +63,13 @@ class SpectralNorm(Searches, JacobianRegularizer):
         inputs, outputs = spaces(linearization)
 
         def pulled(cotangent: Tensor) -> Tensor:
-            return _normalized(flatten(linearization.vjp(probes.split(cotangent, outputs))))
+            product = linearization.vjp(probes.split(cotangent, outputs))
+            return _normalized(flatten(linearization.flatten_inputs(product)))
 
         tangent = pulled(_started(outputs, carried))
         for _ in range(1, self.num_iterations):
-            tangent = pulled(_normalized(flatten(linearization.jvp(probes.split(tangent, inputs)))))
+            directions = linearization.pack_inputs(tree.flatten(probes.split(tangent, inputs)))
+            tangent = pulled(_normalized(flatten(linearization.jvp(directions))))
         # The gradient is that of ‖J u‖² at this u.
         return probes.split(ops.stop_gradient(tangent), inputs)
 

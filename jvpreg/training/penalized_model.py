@@ -82,7 +82,7 @@ class PenalizedModel(SteppedModel):
             return packed(list(self.base.inputs))
         shapes = (self.base.get_build_config() or {}).get("input_shape") if self.base.built else None
         # A subclassed model knows only their shapes.
-        return tree.map_shape_structure(lambda shape: keras.KerasTensor((None, *shape[1:])), shapes) if shapes else None
+        return _symbols(shapes) if shapes else None
 
     def call(self, inputs: Structure, training: bool | None = None) -> Structure:
         """The outputs of the base model; in a step with penalties, those of its linearization."""
@@ -246,3 +246,12 @@ class PenalizedModel(SteppedModel):
 def _differentiable_zero(outputs: Structure) -> Tensor:
     """A zero with a gradient, as Torch needs for a step: the sum over no examples, which reads no number."""
     return sum(ops.sum(ops.cast(y[:0], keras.config.floatx())) for y in tree.flatten(outputs))
+
+
+def _symbols(shapes: Shapes) -> Structure:
+    """Symbols of these shapes, for batches of any size, in plain lists and dicts: JAX knows none of Keras' own."""
+    if isinstance(shapes, dict):
+        return {name: _symbols(part) for name, part in shapes.items()}
+    if any(isinstance(part, (list, tuple, dict)) for part in shapes):
+        return (tuple if isinstance(shapes, tuple) else list)(map(_symbols, shapes))
+    return keras.KerasTensor((None, *shapes[1:]))

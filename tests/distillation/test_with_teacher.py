@@ -69,7 +69,7 @@ def test_several_inputs():
     distiller = compiled(jvpreg.JacobianDistiller(network(1), network(2), losses))
     logs = evaluated(distiller, x, y)
     full = [jvpreg.full_jacobian(model, x, target=y).input_jacobian for model in (distiller.teacher, distiller.student)]
-    value = sum(np.sum((numpy(g) - numpy(f)) ** 2) for g, f in zip(*full, strict=True)) / 4
+    value = sum(np.sum((numpy(g) - numpy(f)) ** 2) for g, f in ((full[0][k], full[1][k]) for k in x)) / 4
     np.testing.assert_allclose(logs["jacobian_matching"], value, rtol=1e-5)
     cached = distiller.evaluate(distiller.with_teacher(x, y), y, verbose=0, return_dict=True)
     np.testing.assert_allclose(cached["jacobian_matching"], value, rtol=1e-5)
