@@ -1,7 +1,7 @@
 """Fixed points `z = f(z)` of a batch of maps, for each example by itself. Nothing here is differentiated.
 
 A solver proposes the next iterate from `z`, from the gap `f(z) − z`, both `(B, n)`, and from what it remembers. An
-example that has converged is kept as it is; so is one whose image is not finite, so that it cannot harm the others.
+example that has converged stays where it is; so does one whose image is not finite, so that it cannot harm the others.
 """
 
 from collections.abc import Callable
@@ -27,12 +27,14 @@ class Solution(NamedTuple):
             was finite.
         iterations: evaluations of f until the example was done, `(B,)`.
         converged: whether the residual is within the tolerance, `(B,)`.
+        proposal: the iterate that the solver made of its last evaluation, `(B, n)`, at which f was not evaluated.
     """
 
     value: Tensor
     residual: Tensor
     iterations: Tensor
     converged: Tensor
+    proposal: Tensor
 
 
 def find_fixed_point(
@@ -49,7 +51,6 @@ def find_fixed_point(
         scale: the lengths `(B,)` by which residuals are divided; by default `‖f(z)‖`.
     """
     memory, propose = SOLVERS[solver](start)
-    tiny = float(np.finfo(keras.backend.standardize_dtype(start.dtype)).tiny)
 
     def unfinished(i, z, best, least, iterations, active, *memory):
         return ops.logical_and(i < max_iterations, ops.any(active))
@@ -57,14 +58,16 @@ def find_fixed_point(
     def advance(i, z, best, least, iterations, active, *memory):
         image = function(z)
         gap = image - z
-        residual = _norm(gap) / ((_norm(image) if scale is None else scale) + tiny)
+        residual = relative_residual(z, image, scale)
         finite = ops.isfinite(residual)
         better = _all(active, finite, residual < least)
         best, least = ops.where(_column(better), z, best), ops.where(better, residual, least)
         iterations = iterations + ops.cast(active, "int32")
+        # An example that converges here still moves to the iterate that follows from this evaluation.
+        moves = _column(_all(active, finite))
         active = _all(active, finite, residual > tolerance)
-        proposal, memory = propose(i, z, ops.where(_column(active), gap, 0.0), *memory)
-        return i + 1, ops.where(_column(active), proposal, z), best, least, iterations, active, *memory
+        proposal, memory = propose(i, z, ops.where(moves, gap, 0.0), *memory)
+        return i + 1, ops.where(moves, proposal, z), best, least, iterations, active, *memory
 
     rows = start[:, 0]
     state = (
@@ -76,8 +79,14 @@ def find_fixed_point(
         ops.ones_like(rows, dtype="bool"),
         *memory,
     )
-    _, _, value, residual, iterations, *_ = ops.while_loop(unfinished, advance, state)
-    return Solution(value, residual, iterations, residual <= tolerance)
+    _, proposal, value, residual, iterations, *_ = ops.while_loop(unfinished, advance, state)
+    return Solution(value, residual, iterations, residual <= tolerance, proposal)
+
+
+def relative_residual(z, image, scale=None):
+    """`‖f(z) − z‖ / ‖f(z)‖` of each row of `(B, n)`, or divided by `scale`, `(B,)`."""
+    tiny = float(np.finfo(keras.backend.standardize_dtype(z.dtype)).tiny)
+    return _norm(image - z) / ((_norm(image) if scale is None else scale) + tiny)
 
 
 def picard(start):

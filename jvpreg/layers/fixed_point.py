@@ -16,7 +16,7 @@ from jvpreg.engine.paths import is_graph
 from jvpreg.engine.tracer import freeze
 from jvpreg.fixed_points import derivatives
 from jvpreg.fixed_points.derivatives import ImplicitPushforward
-from jvpreg.fixed_points.solvers import NONLINEAR, SOLVERS, Solution, find_fixed_point
+from jvpreg.fixed_points.solvers import NONLINEAR, SOLVERS, Solution, find_fixed_point, relative_residual
 from jvpreg.rules.contract import Context, Pushforward
 from jvpreg.rules.registry import register_rule
 
@@ -131,7 +131,10 @@ class FixedPoint(keras.layers.Layer):
         """The fixed point, differentiable in `x` and the weights. Updates the state of the cell, once."""
         values = self._values()
         solution = self._solve(x, values, training)
-        value = ops.reshape(ops.cast(solution.value, self.compute_dtype), (-1, *self._state(x.shape)))
+        # What follows from the last evaluation is more exact than the iterate at which it was made.
+        finite = ops.all(ops.isfinite(solution.proposal), axis=-1, keepdims=True)
+        rows = ops.where(finite, solution.proposal, solution.value)
+        value = ops.reshape(ops.cast(rows, self.compute_dtype), (-1, *self._state(x.shape)))
         moving = [i for i, (variable, _) in enumerate(values) if variable.trainable]
 
         def function(points: list, z: Tensor) -> Tensor:
@@ -155,12 +158,13 @@ class FixedPoint(keras.layers.Layer):
         coupled = keras.backend.backend() == "jax" and frozen(value).examples == "coupled"
         points = [x, *(values[i][1] for i in moving)]
         z = derivatives.at_fixed_point(value, points, function, pull, self._loop(value, coupled))
-        # Once for its effects: statistics, seeds, activity losses.
-        self._evaluate(x, z, training)
-        z = self._poisoned(z, ops.reshape(solution.converged, (-1, *[1] * (len(z.shape) - 1))))
-        counts = [ops.sum(ops.cast(part, "float32")) for part in solution[1:]]
-        examples = ops.sum(ops.ones_like(solution.residual, dtype="float32"))
-        self._tell([examples, counts[1], counts[0], examples - counts[2], 0.0])
+        # Once for its effects (statistics, seeds, activity losses) and for the residual.
+        image = ops.stop_gradient(self._evaluate(x, z, training))
+        residual = relative_residual(rows, ops.cast(ops.reshape(image, ops.shape(rows)), rows.dtype))
+        converged = ops.logical_or(solution.converged, residual <= self.tolerance)
+        z = self._poisoned(z, ops.reshape(converged, (-1, *[1] * (len(z.shape) - 1))))
+        parts = [ops.ones_like(residual), solution.iterations, residual, ops.logical_not(converged)]
+        self._tell([*(ops.sum(ops.cast(part, "float32")) for part in parts), 0.0])
         return z
 
     def solution(self, inputs: Structure, training: bool = False) -> Solution:
