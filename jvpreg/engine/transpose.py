@@ -1,5 +1,6 @@
 """The transpose of a linear map, by the backend's reverse mode: the one place that touches it."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import keras
@@ -40,28 +41,53 @@ def _jax(function, inputs, cotangents):
 
 
 def _torch(function, inputs, cotangents):
+    return _recorded_by_torch(function, inputs)(cotangents)
+
+
+_TRANSPOSES = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}
+
+
+def transposed(function: Callable, inputs: Sequence) -> Callable[[Sequence], list]:
+    """The transpose of a linear map, as a function of cotangents that is called many times.
+
+    On Torch the map runs once, at the first call, and is recorded. Other backends run it again at each call: a compiler
+    then leaves out what the transpose does not need.
+
+    Args:
+        function: as in `transpose`.
+        inputs: as in `transpose`.
+    """
+    if keras.backend.backend() != "torch":
+        return lambda cotangents: transpose(function, inputs, cotangents)
+    recorded = functools.cache(lambda: _recorded_by_torch(function, list(inputs)))
+    return lambda cotangents: recorded()(list(cotangents))
+
+
+def _recorded_by_torch(function, inputs):
     import torch
 
-    # A penalty in training differentiates the result once more; probes and evaluation run under `no_grad`.
-    differentiated = torch.is_grad_enabled()
     with torch.enable_grad():
         # Inputs that follow from weights stay connected to them: the result is differentiated by the weights too.
         inputs = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in inputs]
         outputs = function(inputs)
+
+    def pull(cotangents):
         # An output that no input reaches has no graph, and a zero transpose.
         reached = [(y, v) for y, v in zip(outputs, cotangents, strict=True) if y.requires_grad]
         if not reached:
             return [torch.zeros_like(tensor) for tensor in inputs]
-        outputs, cotangents = zip(*reached, strict=True)
-        gradients = torch.autograd.grad(
-            outputs,
-            inputs,
-            cotangents,
-            create_graph=differentiated,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-    return list(gradients)
+        # A penalty in training differentiates the result once more; probes and evaluation run under `no_grad`.
+        differentiated = torch.is_grad_enabled()
+        with torch.enable_grad():
+            gradients = torch.autograd.grad(
+                [y for y, _ in reached],
+                inputs,
+                [v for _, v in reached],
+                retain_graph=True,
+                create_graph=differentiated,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        return list(gradients)
 
-
-_TRANSPOSES = {"tensorflow": _tensorflow, "jax": _jax, "torch": _torch}
+    return pull

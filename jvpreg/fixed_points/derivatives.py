@@ -9,7 +9,7 @@ from keras import ops
 
 from jvpreg.common import replicas
 from jvpreg.common.typing import Tensor
-from jvpreg.engine.transpose import transpose
+from jvpreg.engine.transpose import transposed
 from jvpreg.rules.contract import Gate, Pushforward
 
 
@@ -202,13 +202,15 @@ class ImplicitPushforward(Gate):
         return close(self.cell, rhs, residuals, self.loop)
 
 
-def close(cell: Pushforward, rhs, residuals, loop: Callable, transposed: bool = False):
+def close(cell: Pushforward, rhs, residuals, loop: Callable, adjoint: bool = False):
     """Solves `w = rhs + ∂_z f w`, or `w = rhs + ∂_z fᵀ w`, for a frozen cell with its residuals `(1, B, …)`."""
 
     def matvec(w):
         return cell.function(None, w, *residuals)
 
-    def rmatvec(v):
-        return transpose(lambda inputs: [matvec(*inputs)], [ops.zeros_like(v)], [v])[0]
+    pull = transposed(lambda inputs: [matvec(*inputs)], [ops.zeros_like(rhs)])
 
-    return solve(rmatvec, rhs, matvec, loop) if transposed else solve(matvec, rhs, rmatvec, loop)
+    def rmatvec(v):
+        return pull([v])[0]
+
+    return solve(rmatvec, rhs, matvec, loop) if adjoint else solve(matvec, rhs, rmatvec, loop)

@@ -153,7 +153,7 @@ class FixedPoint(keras.layers.Layer):
             cell = frozen(z)
             residuals = [ops.expand_dims(residual, 0) for residual in cell.residuals]
             loop = self._loop(z, cell.examples == "coupled")
-            return derivatives.close(cell, ops.expand_dims(v, 0), residuals, loop, transposed=True)[0]
+            return derivatives.close(cell, ops.expand_dims(v, 0), residuals, loop, adjoint=True)[0]
 
         coupled = keras.backend.backend() == "jax" and frozen(value).examples == "coupled"
         points = [x, *(values[i][1] for i in moving)]
