@@ -25,12 +25,8 @@ SELECTIONS = {
     "sort-flat": lambda x: ops.sort(x, axis=None),
     "gather-by-top-k": lambda x: ops.take_along_axis(x, ops.top_k(x, 2)[1], axis=-1),
     "gather-by-argsort": lambda x: ops.take_along_axis(x, ops.argsort(x, axis=1), axis=1),
-    "median": lambda x: ops.median(x, axis=(1, 2)),
     "median-flat": ops.median,
-    "quantile": lambda x: ops.quantile(x, 0.3, axis=1, keepdims=True),
-    "quantiles": lambda x: ops.quantile(x, [0.1, 0.5, 0.75], axis=2),
-    "percentile": lambda x: ops.percentile(x, 40, axis=1, method="midpoint"),
-    "max-pool": lambda x: ops.max_pool(x, 2, data_format="channels_last"),
+    "max-pool": lambda x: ops.max_pool(x, (2,), 2, data_format="channels_last"),
     "max-pool-overlapping": lambda x: ops.max_pool(x, (3,), 1, "same", data_format="channels_last"),
     "adaptive-max-pool": lambda x: ops.adaptive_max_pool(x, (2,), data_format="channels_last"),
     "sparsemax": ops.sparsemax,
@@ -40,7 +36,7 @@ SELECTIONS = {
     "sparse-plus": ops.sparse_plus,
     "sparse-sigmoid": ops.sparse_sigmoid,
 }
-MATRICES = {
+MATRICES_AND_LOSSES = {
     "inv": lambda x: ops.inv(regular(x)),
     "det": lambda x: ops.det(x[:, :3]),
     "slogdet": lambda x: ops.slogdet(regular(x))[1],
@@ -60,22 +56,37 @@ MATRICES = {
     "qr-wide": lambda x: ops.qr(x[:, :2]),
     "erfinv": lambda x: ops.erfinv(0.9 * ops.tanh(x)),
     "batch-normalization": normalized,
+    "binary-crossentropy": lambda x: ops.binary_crossentropy(ops.sigmoid(x), ops.sigmoid(2 * x - 0.5)),
+    "binary-crossentropy-of-logits": lambda x: ops.binary_crossentropy(ops.sigmoid(x), 2 * x, from_logits=True),
+    "categorical-crossentropy": lambda x: ops.categorical_crossentropy(ops.sigmoid(x), ops.exp(x)),
+    "categorical-crossentropy-of-logits": lambda x: ops.categorical_crossentropy(
+        ops.softmax(x, axis=1), 2 * x, True, 1
+    ),
+    "sparse-categorical-crossentropy": lambda x: ops.sparse_categorical_crossentropy(
+        ops.argmax(x, axis=-1), ops.softmax(x)
+    ),
 }
-# The orders of norms that no other row has, with the axes.
-NORMS = {
-    "1": (1, 1),
-    "3": (3, 1),
-    "half": (0.5, 1),
-    "below-zero": (-1.5, 1),
-    "largest": (float("inf"), 2),
-    "smallest": (float("-inf"), 2),
-    "columns": (1, (1, 2)),
-    "least-column": (-1, (1, 2)),
-    "rows": (float("inf"), (1, 2)),
-    "least-row": (float("-inf"), (2, 1)),
-    "spectral": (2, (1, 2)),
-    "least-singular": (-2, (1, 2)),
-    "nuclear": ("nuc", (1, 2)),
+INF = float("inf")
+
+
+def norms(*orders, axis):
+    """Norms of several orders, as (B, n)."""
+    return lambda x: ops.concatenate([ops.norm(x, order, axis, keepdims=True) for order in orders], axis=1)
+
+
+# Operations that a functional model of Keras does not run with an axis on JAX: within a layer's call. With the one to
+# whose row this adds, and the function.
+WITHIN_A_CALL = {
+    "norm-root": (ops.norm, lambda x: ops.norm(x, axis=1)),
+    "norm-frobenius": (ops.norm, lambda x: ops.norm(x, axis=(1, 2), keepdims=True)),
+    "norms-of-vectors": (ops.norm, norms(1, 3, 0.5, -1.5, INF, -INF, axis=1)),
+    "norms-of-matrices": (ops.norm, norms(1, -1, INF, -INF, axis=(2, 1))),
+    "norms-of-spectra": (ops.norm, norms(2, -2, "nuc", axis=(1, 2))),
+    "median": (ops.median, lambda x: ops.median(x, axis=(1, 2))),
+    "quantile": (ops.quantile, lambda x: ops.quantile(x, [0.1, 0.5, 0.75], axis=2, keepdims=True)),
+    "percentile": (ops.percentile, lambda x: ops.percentile(x, 40, axis=1, method="midpoint")),
 }
-# The rows that are checked compiled too: one of each family.
-COMPILED = {"top-k", "quantile", "max-pool", "inv", "solve", "svd", "batch-normalization"}
+# What the operation of a function above needs besides a tensor.
+NEEDED = {ops.quantile: (0.5,), ops.percentile: (50,)}
+# The rows that are checked compiled too, and on JAX: one of each family.
+COMPILED = {"top-k", "norm-root", "norm-frobenius", "quantile", "inv", "svd", "batch-normalization"}

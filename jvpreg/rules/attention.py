@@ -28,11 +28,15 @@ def _mask(operation, mask, shape: tuple, heads: int, groups: int):
     if mask is None:
         return None
     mask = ops.cast(mask, "bool")
-    if len(mask.shape) != 4:
-        return mask
-    if mask.shape[1] == 1:
-        return ops.expand_dims(mask, 2)
-    return ops.reshape(mask, (-1, heads, groups, *shape_of(mask)[2:]))
+    return mask if len(mask.shape) != 4 else _by_heads(mask, heads, groups)
+
+
+def _by_heads(of_logits, heads: int, groups: int):
+    """`(…, N, T, S)` or `(…, 1, T, S)` with the heads N as the logits have them, on the axes (M, G)."""
+    if of_logits.shape[-3] == 1:
+        return ops.expand_dims(of_logits, -3)
+    shape = shape_of(of_logits)
+    return ops.reshape(of_logits, (*shape[:-3], heads, groups, *shape[-2:]))
 
 
 @register_rule(nn.DotProductAttention)
@@ -40,8 +44,8 @@ def dot_product_attention(operation, query, key, value, context, bias=None, mask
     """`softmax(scale · q kᵀ) v`, with frozen probabilities: queries (B, T, N, H), keys and values (B, S, M, H)."""
     if operation.attn_logits_soft_cap is not None:
         raise Declined("a soft cap of the logits")
-    if bias is not None:
-        raise Declined("a bias")
+    if bias is not None and len(bias.shape) != 4:
+        raise Declined("a bias without axes for examples and heads")
     scale = _usual_scale(query.shape[-1]) if scale is None else scale
     groups = query.shape[2] // key.shape[2]
 
@@ -52,6 +56,8 @@ def dot_product_attention(operation, query, key, value, context, bias=None, mask
         return ops.reshape(heads, (*shape[:-2], key.shape[2], groups, shape[-1]))
 
     logits = scale * ops.einsum("btmgh,bsmh->bmgts", grouped(query), key)
+    if bias is not None:
+        logits = logits + _by_heads(bias, key.shape[2], groups)
     given = mask is not None
     mask = _mask(operation, mask, shape_of(logits), key.shape[2], groups)
     if mask is not None:
@@ -69,7 +75,8 @@ def dot_product_attention(operation, query, key, value, context, bias=None, mask
         residuals.append(ops.where(mask, probabilities, 0))
 
     def push(query_tangent, key_tangent, value_tangent, *others):
-        # A mask is an input too: its tangent, which is None, comes before the residuals.
+        # A bias or a mask is an input too: its tangent comes before the residuals, and is None if it is a mask's.
+        bias_tangent = others[0] if bias is not None else None
         query, key, value, probabilities, y, *_ = others[-len(residuals) :]
         moving = others[-1] if given else probabilities
         images = []
@@ -78,8 +85,11 @@ def dot_product_attention(operation, query, key, value, context, bias=None, mask
             moved.append(ops.einsum("pbtmgh,bsmh->pbmgts", grouped(query_tangent), key[0]))
         if key_tangent is not None:
             moved.append(ops.einsum("btmgh,pbsmh->pbmgts", grouped(query[0]), key_tangent))
+        moved = [scale * sum(moved[1:], moved[0])] if moved else []
+        if bias_tangent is not None:
+            moved.append(_by_heads(bias_tangent, key.shape[-2], groups))
         if moved:
-            weighted = moving * (scale * sum(moved[1:], moved[0]))
+            weighted = moving * sum(moved[1:], moved[0])
             # A column of ones beside the values: the same product then gives the sums of the weights too.
             ones = ops.ones_like(value[0, ..., :1])
             summed = ops.einsum("pbmgts,bsmh->pbtmgh", weighted, ops.concatenate([value[0], ones], axis=-1))

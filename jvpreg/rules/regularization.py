@@ -5,7 +5,6 @@ import math
 import keras
 from keras import layers, ops
 
-from jvpreg.rules.contract import Declined
 from jvpreg.rules.families import gate, identity, linear, scale
 from jvpreg.rules.registry import register_rule
 
@@ -71,35 +70,3 @@ def alpha_dropout(layer, x, context):
 def activity_regularization(layer, x, context):
     # The engine records activity losses for every layer.
     return layer.call(x), linear(layer.call)
-
-
-@register_rule(
-    layers.AugMix,
-    layers.CutMix,
-    layers.MixUp,
-    layers.RandAugment,
-    layers.RandomBrightness,
-    layers.RandomColorDegeneration,
-    layers.RandomColorJitter,
-    layers.RandomContrast,
-    layers.RandomElasticTransform,
-    layers.RandomErasing,
-    layers.RandomFlip,
-    layers.RandomGaussianBlur,
-    layers.RandomGrayscale,
-    layers.RandomHue,
-    layers.RandomInvert,
-    layers.RandomPerspective,
-    layers.RandomPosterization,
-    layers.RandomRotation,
-    layers.RandomSaturation,
-    layers.RandomSharpness,
-    layers.RandomShear,
-    layers.RandomTranslation,
-    layers.RandomZoom,
-)
-def augmentation(layer, x, context):
-    if context.training:
-        # Nearly all are piecewise linear in the images, and some draw again when they run again: left to autodiff.
-        raise Declined("it transforms its images at random", to_autodiff=True)
-    return x, identity()

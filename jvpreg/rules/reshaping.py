@@ -2,7 +2,6 @@
 
 from keras import layers
 
-from jvpreg.rules.contract import Declined
 from jvpreg.rules.families import linear
 from jvpreg.rules.registry import register_rule
 
@@ -26,10 +25,3 @@ from jvpreg.rules.registry import register_rule
 )
 def rearrange(layer, x, context):
     return layer.call(x), linear(layer.call)
-
-
-@register_rule(layers.RandomCrop)
-def random_crop(layer, x, context):
-    if context.training:
-        raise Declined("it crops at random", to_autodiff=True)
-    return layer.call(x, training=False), linear(lambda tangent: layer.call(tangent, training=False))

@@ -18,6 +18,7 @@ TESTED_APART = {
     activations.threshold,
     activations.gelu,
     activations.hard_sigmoid,
+    layers.ContrastLimitedAdaptiveHistogramEqualization,
     layers.Embedding,
     layers.GroupQueryAttention,
     layers.MultiHeadAttention,
@@ -33,6 +34,7 @@ OPERATIONS_TESTED_APART = {
     "Eig",
     "SegmentMax",
     "SegmentMin",
+    "SeparableConv",
 }
 CONTROL_FLOW = {"Scan", "Map", "WhileLoop", "Switch"}  # see engine/test_control_flow.py
 

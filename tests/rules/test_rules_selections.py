@@ -10,6 +10,9 @@ import jvpreg
 
 pytestmark = pytest.mark.usefixtures("float64")
 
+# JAX compiles every operation by itself if it is not told to compile all of them together.
+JIT = keras.backend.backend() == "jax"
+
 
 def linearized(function, *points):
     symbols = [keras.Input(batch_shape=point.shape, dtype=point.dtype) for point in points]
@@ -97,3 +100,45 @@ def test_vectors_beside_the_singular_ones():
     wide = linearized(lambda x: ops.svd(ops.transpose(x, (0, 2, 1)))[2][:, 2:], x)
     turned = linearized(lambda x: ops.transpose(ops.svd(x)[0], (0, 2, 1))[:, 2:], x)
     np.testing.assert_allclose(numpy(wide.jvp(u)) ** 2, numpy(turned.jvp(u)) ** 2, rtol=1e-8, atol=1e-10)
+
+
+def test_attention_with_a_bias():
+    """The bias has a tangent too. Against the softmax written out, since some backends round a constant to float32."""
+
+    def attend(query, bias, operation):
+        return operation(query, query[:, :, :2], ops.tanh(query[:, :, :2]), ops.tanh(bias))
+
+    def written_out(query, key, value, bias):
+        key, value = (ops.repeat(heads, 2, axis=2) for heads in (key, value))
+        logits = ops.einsum("btnh,bsnh->bnts", query, key) / np.sqrt(2) + bias
+        return ops.einsum("bnts,bsnh->btnh", ops.softmax(logits), value)
+
+    query, bias = keras.Input((3, 4, 2)), keras.Input((4, 3, 3))
+    model = keras.Model([query, bias], attend(query, bias, ops.dot_product_attention))
+    shapes = [(3, 4, 2), (4, 3, 3)]
+    jvpreg.testing.check_rule(model, shapes, reference=lambda *x: attend(*x, written_out), tolerance=1e-7, jit=JIT)
+
+
+def test_a_separable_convolution_within_a_call():
+    class Separable(layers.Layer):
+        def build(self, shape):
+            self.depthwise, self.pointwise = self.add_weight(shape=(2, 3, 2)), self.add_weight(shape=(1, 6, 2))
+
+        def call(self, x):
+            return ops.separable_conv(x, self.depthwise, self.pointwise, 1, data_format="channels_last")
+
+    layer = Separable()
+    layer(np.zeros((1, 4, 3)))
+    assert not jvpreg.linearize(layer, normal(2, 4, 3), fallback="error").fallbacks
+    jvpreg.testing.check_rule(layer, (4, 3), jit=JIT)
+
+
+def test_histogram_equalization_has_no_slope():
+    x = np.random.default_rng(0).uniform(0, 255, size=(1, 8, 8, 1)).astype("float32")
+    layer = layers.ContrastLimitedAdaptiveHistogramEqualization(tile_grid_size=(2, 2), dtype="float32")
+    lin = jvpreg.linearize(
+        keras.Sequential([keras.Input((8, 8, 1)), layer, layers.Rescaling(2.0)]), x, fallback="error"
+    )
+    np.testing.assert_allclose(numpy(lin.outputs), 2 * numpy(layer(x)), rtol=1e-6)
+    with pytest.raises(ValueError, match="no derivative"):
+        lin.jvp(np.ones_like(x))

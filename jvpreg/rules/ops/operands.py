@@ -273,6 +273,17 @@ def _probed(subscripts: str, i: int) -> str | None:
     return f"{','.join(given)}->{probes}{result}"
 
 
+@register_rule(nn.SeparableConv)
+def separable_convolution(operation, x, depthwise_kernel, pointwise_kernel, context):
+    push = each_input(
+        lambda t, x, depthwise, pointwise: folded(lambda t: operation.call(t, depthwise[0], pointwise[0]))(t),
+        lambda t, x, depthwise, pointwise: each_probe(lambda u: operation.call(x[0], u, pointwise[0]))(t),
+        lambda t, x, depthwise, pointwise: each_probe(lambda u: operation.call(x[0], depthwise[0], u))(t),
+    )
+    operands = x, depthwise_kernel, pointwise_kernel
+    return operation.call(*operands), Pushforward(push, *operands, takes_none=True)
+
+
 @register_rule(nn.Conv, nn.DepthwiseConv, nn.ConvTranspose)
 def convolution(operation, x, kernel, context):
     call = operation.call

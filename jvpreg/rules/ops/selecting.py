@@ -55,6 +55,8 @@ def quantile(operation, x, *q, context):
 
     # Of the numbers 0, 1, …, a quantile is its own place: so the same operation tells places, by any of its methods.
     arguments = {"method": operation.method} if q else {}
+    # Not by the operation itself: on JAX it takes no list of axes.
+    call = type(operation)(axis=tuple(axes), keepdims=operation.keepdims, **arguments).call
     size = math.prod(shape_of(x)[axis] for axis in axes)
     numbers = ops.cast(ops.arange(size), keras.backend.result_type(x.dtype, "float32"))
     places = ops.cast(type(operation)(axis=None, **arguments).call(numbers, *q), numbers.dtype)
@@ -80,7 +82,7 @@ def quantile(operation, x, *q, context):
         return place._replace(axis=place.axis + 1) if several and place.axis >= 0 else place
 
     pushforward = Pushforward(push, at(ops.floor(places)), at(ops.floor(places) + 1), examples=after)
-    return operation.call(x, *q), pushforward
+    return call(x, *q), pushforward
 
 
 @register_rule(math_ops.SegmentMax, math_ops.SegmentMin)
