@@ -34,11 +34,16 @@ def slopes_beyond(inputs, outputs, products):
 
 # All rows are trained together, in one model. Each has its own metric and its own carried state.
 ROWS = {
-    "JacobianNorm": lambda name: [
-        regularizers.JacobianNorm(0.1, num_probes=2, probes=kind, side=side, name=f"{name}_{kind}_{side}")
-        for kind, side in zip(jvpreg.probes.KINDS, ("input", "output", "input", "output"), strict=True)
+    "JacobianNorm": lambda name: (
+        [
+            regularizers.JacobianNorm(0.1, num_probes=2, probes=kind, side=side, name=f"{name}_{kind}_{side}")
+            for kind, side in zip(jvpreg.probes.KINDS, ("input", "output", "input", "output"), strict=True)
+        ]
+        + [regularizers.JacobianNorm(0.1, num_probes=2, name=f"{name}_at_hidden", at="hidden")]
+    ),
+    "SpectralNorm": lambda name: [
+        regularizers.SpectralNorm(0.1, num_iterations=2, name=f"{name}_{at}", at=at) for at in ("data", "hidden")
     ],
-    "SpectralNorm": lambda name: [regularizers.SpectralNorm(0.1, num_iterations=2, name=name)],
     "BiasJacobianNorm": lambda name: [
         regularizers.BiasJacobianNorm(0.1, target=target, name=f"{name}_{target}") for target in ("label", "all")
     ],
@@ -83,7 +88,7 @@ def rows():
 
 
 def base_model():
-    return keras.Sequential([keras.Input((3,)), layers.Dense(5, "tanh"), layers.Dense(3)])
+    return keras.Sequential([keras.Input((3,)), layers.Dense(5, "tanh", name="hidden"), layers.Dense(3)])
 
 
 def trained(model, x, y=None, loss="mse", callbacks=(), compiled=None, **arguments):

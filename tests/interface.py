@@ -228,17 +228,25 @@ def rows() -> dict[str, Row]:
         ),
         "regularizers.JacobianNorm": Row(
             regularizers.JacobianNorm,
-            {"strength": 0.1, "num_probes": 2, "probes": "sphere", "side": "input", "name": "own"},
+            {"strength": 0.1, "num_probes": 2, "probes": "sphere", "side": "input", "name": "own", "at": "hidden"},
         ),
         "regularizers.SpectralNorm": Row(
-            regularizers.SpectralNorm, {"strength": 0.1, "num_iterations": 1, "name": "own"}
+            regularizers.SpectralNorm, {"strength": 0.1, "num_iterations": 1, "name": "own", "at": "hidden"}
         ),
         "regularizers.BiasJacobianNorm": Row(
-            regularizers.BiasJacobianNorm, {"strength": 0.1, "layers": ["last"], "target": "label", "num_probes": 1}
+            regularizers.BiasJacobianNorm,
+            {"strength": 0.1, "layers": ["last"], "target": "label", "num_probes": 1, "at": "hidden"},
         ),
         "regularizers.FullJacobianNorm": Row(
             regularizers.FullJacobianNorm,
-            {"strength": 0.1, "input_weight": 1.0, "bias_weight": 1.0, "layers": ["last"], "target": "label"},
+            {
+                "strength": 0.1,
+                "input_weight": 1.0,
+                "bias_weight": 1.0,
+                "layers": ["last"],
+                "target": "label",
+                "at": "hidden",
+            },
         ),
         "regularizers.FixedPointJacobianNorm": Row(
             regularizers.FixedPointJacobianNorm, {"strength": 0.1, "layer": "equilibrium", "num_probes": 1}
@@ -246,7 +254,9 @@ def rows() -> dict[str, Row]:
         "regularizers.GradientPenalty": Row(
             regularizers.GradientPenalty, {"strength": 0.1, "target": 1.0, "at": "data", "one_sided": True}
         ),
-        "regularizers.JacobianRegularizer": Row(regularizers.JacobianRegularizer, {"strength": 0.1, "name": "own"}),
+        "regularizers.JacobianRegularizer": Row(
+            regularizers.JacobianRegularizer, {"strength": 0.1, "name": "own", "at": "hidden"}
+        ),
         "constraints.Constraint": Row(constraints.Constraint, enforced),
         "constraints.AugmentedLagrangian": Row(constraints.AugmentedLagrangian, {"rho": 1.0, "update_every": 2}),
         "constraints.Penalty": Row(constraints.Penalty, {"strength": 1.0, "schedule": None}),

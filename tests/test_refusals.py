@@ -67,7 +67,7 @@ def of_tokens():
 
 def test_integers_alone_have_no_jacobian():
     model = jvpreg.JacobianModel(of_tokens())
-    with pytest.raises(ValueError, match=r"takes integers alone.*JacobianPenalty"):
+    with pytest.raises(ValueError, match=r"takes integers alone.*`at=\"embedding\"`"):
         model.compile("sgd", "mse", jacobian_regularizers=[JacobianNorm(0.1)])
     model.compile("sgd", "mse")
 
@@ -83,7 +83,7 @@ def test_what_the_inputs_do_not_say_is_seen_in_the_first_step():
     model = jvpreg.JacobianModel(base)
     model.compile("sgd", "mse", jacobian_regularizers=[JacobianNorm(0.1)])
     with pytest.raises(
-        ValueError, match=r"do not depend on an input of real numbers.*`frobenius_norm_squared` would be 0"
+        ValueError, match=r"do not depend on an input of real numbers.*`frobenius_norm_squared` .* would be 0"
     ):
         model.fit(np.ones((8, 6), "int32"), Y, verbose=0)
 

@@ -33,7 +33,9 @@ class Constraint(Constrains, Carries, Scheduled, JacobianRegularizer):
         at: where it must hold: `"data"`, `"between"` (points between examples of the batch, each with the integers of
             one of them), or a sampler `(inputs, seed) -> points (N, …)` such as `Box`. Away from the data the model is
             run once more, in inference mode, for all constraints with the same `at`; points have no labels and no
-            sample weights.
+            sample weights. Or the path of a layer: it must hold at the data, of the Jacobian by what this layer
+            returned, which takes the place of the inputs everywhere: features, directions and functions are of that.
+            Points are points of the inputs only.
         tolerance: the violation above which a point counts as violated.
         name: of its metrics.
 

@@ -136,13 +136,14 @@ def _fit(low: np.ndarray, high: np.ndarray) -> bool:
 
 
 def as_points(given: Any) -> str | Callable:
-    """The meaning of `at`: `"data"`, or a function.
+    """The meaning of `at`: `"data"`, a function, or the path of a layer.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is none of these.
     """
     if isinstance(given, str) and given == "between":
         return between
-    if (isinstance(given, str) and given == "data") or (callable(given) and not isinstance(given, str)):
+    if (isinstance(given, str) and given) or callable(given):
         return given
-    raise checks.invalid("at", '"data", "between", or a function `(inputs, seed) -> points`', given)
+    expected = '"data", "between", a function `(inputs, seed) -> points`, or the path of a layer'
+    raise checks.invalid("at", expected, given)

@@ -213,7 +213,7 @@ class KnownDerivative(_Directed):
         super().__init__(directions, "directions", arguments)
         if not isinstance(targets, str) and not callable(targets):
             raise checks.invalid("targets", "a key of the labels, or a function of the inputs", targets)
-        if isinstance(targets, str) and self.at != "data":
+        if isinstance(targets, str) and callable(self.at):
             at = super().get_config()["at"]  # as the user wrote it
             raise ValueError(
                 "Invalid value for argument `targets`. Expected a function of the inputs, since points other than the "

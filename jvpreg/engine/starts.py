@@ -45,12 +45,12 @@ def started_at(model: Frozen, at: str, owner: str = "") -> Frozen:
     return part
 
 
-def check_path(model: keras.Layer, at: str, owner: str = "") -> None:
-    """Raises a ValueError, before the model runs, unless it has a layer `at`. Arguments as in `started_at`."""
+def check_path(model: keras.Layer, at: str, owner: str = "", others: str = "") -> None:
+    """Raises a ValueError, before the model runs, unless it has a layer `at`. `others`: what else `at` could be."""
     checks.text("at", at, owner=owner)
     paths = [(name, path) for name, path, _ in walk(unwrap(model))]
     if not any(at in known for known in paths):
-        raise unknown("at", at, [name for name, _ in paths], LAYER, owner)
+        raise unknown("at", at, [name for name, _ in paths], others + LAYER, owner)
 
 
 def possible_starts(model: FrozenModel) -> list[str]:
@@ -111,7 +111,8 @@ def _check_examples(graph: FrozenGraph, value: Value, at: str, owner: str) -> No
     moved = place is not None and (place == GONE or place.axis > 0 or place.before * place.after != 1)
     sizes = (shape[:1], tuple(graph.inputs[0].primal.shape[:1]))
     if moved or not shape or (None not in (sizes[0][0], *sizes[1]) and sizes[0] != sizes[1]):
-        raise _refused(at, owner, "whose output has the examples on its first axis", f"which returns {shape}")
+        received = "whose output has them on another axis, merged with others, or not at all"
+        raise _refused(at, owner, "whose output has the examples on its first axis", received)
 
 
 def _refused(at: str, owner: str, expected: str, received: str) -> ValueError:

@@ -60,7 +60,7 @@ class JacobianPenalty(keras.layers.Layer):
         self.regularizers = check_regularizers(regularizers, "regularizers")
         for regularizer in self.regularizers:
             scheduled = is_scheduled(regularizer)
-            if regularizer.at != "data" or scheduled or regularizer.label_keys:
+            if callable(regularizer.at) or scheduled or regularizer.label_keys:
                 at = regularizer.get_config().get("at", regularizer.at)  # as its user wrote it
                 labels = f" and the labels {list(regularizer.label_keys)}" if regularizer.label_keys else ""
                 raise ValueError(
@@ -80,7 +80,7 @@ class JacobianPenalty(keras.layers.Layer):
         inputs = tree.map_shape_structure(lambda shape: keras.KerasTensor(shape), input_shape)
         check_inputs(self.regularizers, self.block)
         outputs = _call(self.block, inputs, None)
-        check_fit(self.regularizers, inputs, outputs)
+        check_fit(self.regularizers, inputs, outputs, self.block)
         for i, regularizer in enumerate(self.regularizers):
             variable = carried_variable(regularizer, outputs, seeds.derived(self.seed or 0, 1 + i))
             self._carried.append(variable and self.add_weight(**variable))

@@ -57,19 +57,23 @@ class JacobianRegularizer:
         strength: the penalty's weight in the loss, not negative: the loss gains `strength × mean(penalty)`. If it is 0,
             the penalty is reported but not trained on, unless it is `Scheduled`.
         name: of its metric; by default the class's name in snake case.
+        at: `"data"`, or the path of a layer, as `jvpreg.layer_paths` has it; None: what the class says.
 
     Attributes:
-        at: where it looks: `"data"`, or a function `(inputs, seed) -> points (N, …)`. Regularizers with equal
-            functions share the points and the one run of the model at them. The function gets the inputs as layers take
-            them: integers (codes of categories) as integers, bytes as floats. If it has an attribute `by_labels` that
-            is true, it gets the labels too: `(inputs, seed, labels)`.
+        at: where it looks. `"data"`: at the Jacobian by the inputs. The path of a layer, as `jvpreg.linearize` takes
+            it: at the Jacobian by what this layer returned, which then is the `inputs` of its methods, at the data too.
+            A function `(inputs, seed) -> points (N, …)`: at the Jacobian by the inputs, at points. Regularizers with
+            equal functions share the points and the one run of the model at them. The function gets the inputs as
+            layers take them: integers (codes of categories) as integers, bytes as floats. If it has an attribute
+            `by_labels` that is true, it gets the labels too: `(inputs, seed, labels)`.
         default_name: the name of its metric, which is the mean of its penalty over the examples, without its strength;
             if it is empty, the class's name in snake case.
         label_keys: keys of a dict of labels that are its own: neither the loss nor a metric gets these labels.
         measures: what it reports beside its penalty: see `Constrains`.
 
     Raises:
-        ValueError: `strength` is negative or not finite.
+        ValueError: `strength` is negative or not finite; in `compile`, there is no layer `at`, or its output is none
+            by which there is one Jacobian of each example.
 
     Example:
 
@@ -89,10 +93,12 @@ class JacobianRegularizer:
     label_keys: tuple[str, ...] = ()
     measures: Mapping[str, str] = {}
 
-    def __init__(self, strength: float, name: str | None = None):
+    def __init__(self, strength: float, name: str | None = None, at: str | None = None):
         self.strength = checks.number("strength", strength, least=0, owner=type(self).__name__)
         snake_case = re.sub(r"(?<!^)(?=[A-Z])", "_", type(self).__name__).lower()
         self.name = checks.text("name", name, optional=True) or self.default_name or snake_case
+        if at is not None:
+            self.at = checks.text("at", at, owner=type(self).__name__)
 
     def check(self, inputs: Structure, outputs: Structure) -> None:
         """Raises a ValueError, at `compile`, if it does not fit a model with such inputs and outputs, `(B, …)`."""
@@ -116,7 +122,9 @@ class JacobianRegularizer:
 
     def get_config(self) -> Config:
         """The arguments of `__init__`, as Keras serializes them."""
-        return {"strength": self.strength, "name": self.name}
+        # A class whose `__init__` takes no `at` has none of its own.
+        moved = isinstance(self.at, str) and self.at != type(self).at
+        return {"strength": self.strength, "name": self.name, **({"at": self.at} if moved else {})}
 
     @classmethod
     def from_config(cls, config: Config) -> "JacobianRegularizer":

@@ -1,7 +1,8 @@
 """Whether one can train with a list of regularizers, by itself and with a model."""
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -9,10 +10,12 @@ from keras import tree
 
 from jvpreg.common import checks
 from jvpreg.common.typing import Shape, Structure, Tensor
-from jvpreg.engine.inputs import graph_of
+from jvpreg.engine.inputs import graph_of, instead_of_integers
+from jvpreg.engine.starts import possible_starts
 from jvpreg.linearization import Linearization
 from jvpreg.regularizers.base import JacobianRegularizer
 from jvpreg.regularizers.capabilities import Carries, Constrains, Looks, Scheduled, Searches
+from jvpreg.regularizers.places import check_layers, is_path, owner_of, symbolically
 
 # Methods that only a regularizer with this base class is asked for.
 HOOKS: dict[str, type] = {
@@ -68,10 +71,14 @@ def _lacks_base(argument: str, regularizer: JacobianRegularizer, kind: type, wha
     )
 
 
-def check_fit(regularizers: Sequence[JacobianRegularizer], inputs: Structure, outputs: Structure) -> None:
-    """Raises a ValueError if one does not fit a model with such inputs and outputs, `(B, …)`."""
+def check_fit(
+    regularizers: Sequence[JacobianRegularizer], inputs: Structure, outputs: Structure, model: keras.Layer
+) -> None:
+    """Raises a ValueError if one does not fit a model, with such inputs and outputs, symbols `(B, …)`."""
     for regularizer in regularizers:
-        regularizer.check(inputs, outputs)
+        if not is_path(regularizer.at):
+            regularizer.check(inputs, outputs)
+    check_layers(regularizers, inputs, model)
 
 
 def check_inputs(regularizers: Sequence[JacobianRegularizer], model: keras.Layer) -> None:
@@ -79,8 +86,10 @@ def check_inputs(regularizers: Sequence[JacobianRegularizer], model: keras.Layer
     graph = graph_of(model)
     dtypes = [] if graph is None else [keras.backend.standardize_dtype(tensor.dtype) for tensor in graph.inputs]
     # Bytes stand for the real numbers of an image.
-    if dtypes and not any(keras.backend.is_float_dtype(dtype) or dtype == "uint8" for dtype in dtypes):
-        _refuse_constant(regularizers, f"`{model.name}` takes integers alone, {dtypes}")
+    if graph is not None and not any(keras.backend.is_float_dtype(dtype) or dtype == "uint8" for dtype in dtypes):
+        inputs = graph.inputs[0] if len(dtypes) == 1 else list(graph.inputs)
+        starts = functools.partial(symbolically, model, inputs, possible_starts)
+        _refuse_constant(regularizers, f"`{model.name}` takes integers alone, {dtypes}", starts)
 
 
 def check_dependence(
@@ -88,7 +97,8 @@ def check_dependence(
 ) -> None:
     """Raises a ValueError if the Jacobian is zero whatever the weights are, and a regularizer looks at it."""
     if linearization.is_constant:
-        _refuse_constant(regularizers, f"The outputs of `{model.name}` do not depend on an input of real numbers")
+        reason = f"The outputs of `{model.name}` do not depend on an input of real numbers"
+        _refuse_constant(regularizers, reason, lambda: possible_starts(linearization))
 
 
 def check_carried(regularizer: JacobianRegularizer, carried: Tensor | None, outputs: Structure) -> None:
@@ -121,12 +131,11 @@ def readable(shape: Shape) -> str:
     return "(" + ", ".join(["B", *map(str, shape[1:])]) + ")"
 
 
-def _refuse_constant(regularizers: Sequence[JacobianRegularizer], reason: str) -> None:
+def _refuse_constant(regularizers: Sequence[JacobianRegularizer], reason: str, starts: Callable) -> None:
     for regularizer in regularizers:
         # A regularizer that `Looks` may look at nodes inside, where there is a Jacobian.
-        if not isinstance(regularizer, Looks):
+        if not isinstance(regularizer, Looks) and not is_path(regularizer.at):
             raise ValueError(
-                f"{reason}: integers have no Jacobian, and `{regularizer.name}` would be 0. Put the layers "
-                "after the embedding into a `jvpreg.layers.JacobianPenalty`, or let the model take floats if the "
-                "integers are measured numbers."
+                f"{reason}: integers have no Jacobian, and {owner_of(regularizer)} would be 0. "
+                f"{instead_of_integers(starts() or [])}"
             )

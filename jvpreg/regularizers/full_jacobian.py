@@ -32,6 +32,7 @@ class BiasJacobianNorm(Looks, JacobianRegularizer):
             estimated without bias by pushing directions `c ⊙ ξ`, ξ standard normal, through the layers above.
         num_probes: for `"all"`: the number of random directions for each example.
         name: of its metric; it logs `bias_jacobian_norm_squared`, the mean over the examples of `‖f^b‖²`.
+        at: the path of a layer, such as an embedding: the Jacobian is then by what this layer returned, at the data.
 
     Raises:
         ValueError: an argument is out of its range; in `fit`, a layer is not found or there are no labels.
@@ -54,8 +55,9 @@ class BiasJacobianNorm(Looks, JacobianRegularizer):
         target: Literal["label", "predicted", "all"] = "label",
         num_probes: int = 1,
         name: str | None = None,
+        at: str | None = None,
     ):
-        super().__init__(strength, name)
+        super().__init__(strength, name, at)
         self.layers = _paths(layers)
         self.target = checks.choice("target", target, ("label", "predicted", "all"))
         self.num_probes = checks.count("num_probes", num_probes)
@@ -107,6 +109,7 @@ class FullJacobianNorm(Looks, JacobianRegularizer):
         layers: the layers whose bias-Jacobians count: see `BiasJacobianNorm`.
         target: `"label"` or `"predicted"`: see `BiasJacobianNorm`.
         name: of its metric; it logs `full_jacobian_norm_squared`, the mean over the examples of the weighted sum.
+        at: the path of a layer, such as an embedding: the Jacobian is then by what this layer returned, at the data.
 
     Raises:
         ValueError: an argument is out of its range; in `fit`, a layer is not found or there are no labels.
@@ -130,8 +133,9 @@ class FullJacobianNorm(Looks, JacobianRegularizer):
         layers: Sequence[str] | None = None,
         target: Literal["label", "predicted"] = "label",
         name: str | None = None,
+        at: str | None = None,
     ):
-        super().__init__(strength, name)
+        super().__init__(strength, name, at)
         self.input_weight = checks.number("input_weight", input_weight, least=0)
         self.bias_weight = checks.number("bias_weight", bias_weight, least=0)
         self.layers = _paths(layers)

@@ -22,6 +22,7 @@ class JacobianNorm(JacobianRegularizer):
         probes: `"gaussian"`, `"rademacher"`, `"sphere"` or `"orthogonal"`: see `jvpreg.probes.draw`.
         side: `"input"` pushes directions of the input forward; `"output"` pulls cotangents of the output back.
         name: of its metric; it logs `frobenius_norm_squared`, the mean over the examples of `‖J‖_F²`.
+        at: the path of a layer, such as an embedding: the Jacobian is then by what this layer returned, at the data.
 
     The variance of one gaussian probe is `2‖JᵀJ‖_F²`, on the sphere of radius √D it is
     `2D/(D+2)·(‖JᵀJ‖_F² − ‖J‖_F⁴/D)`; on the output side the same with K for D, so for few outputs
@@ -51,8 +52,9 @@ class JacobianNorm(JacobianRegularizer):
         probes: str = "gaussian",
         side: Literal["input", "output"] = "input",
         name: str | None = None,
+        at: str | None = None,
     ):
-        super().__init__(strength, name)
+        super().__init__(strength, name, at)
         self.num_probes = checks.count("num_probes", num_probes)
         self.probes = checks.choice("probes", probes, probes_module.KINDS)
         self.side = checks.choice("side", side, ("input", "output"))

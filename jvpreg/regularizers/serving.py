@@ -15,6 +15,7 @@ from jvpreg.products import linearize
 from jvpreg.regularizers.base import JacobianRegularizer, Seen
 from jvpreg.regularizers.capabilities import Looks, Scheduled, Searches, is_scheduled
 from jvpreg.regularizers.checks import check_carried, check_probes, readable
+from jvpreg.regularizers.places import by_place, is_path, part_at
 
 
 def serve(
@@ -39,7 +40,7 @@ def serve(
         carried: for each regularizer the variable that it carries, or None. By default there is none: the caller then
             must not ask for a penalty of a regularizer that carries one.
         examples: indices `(N,)` of the examples whose penalties are computed; by default all.
-        model: the model, to be run for a regularizer that looks elsewhere than at the data. By default none does.
+        model: the model, to be run for a regularizer that looks at points. By default these too look at the data.
 
     Returns:
         A `Serving`. It draws nothing more, so that it can run in a branch, where no seed may advance.
@@ -49,14 +50,11 @@ def serve(
     """
     nothing = [None] * len(regularizers)
     state = [None if variable is None else ops.convert_to_tensor(variable) for variable in carried or nothing]
-    everywhere: list[tuple[Any, list[int]]] = [("data", list(range(len(regularizers))))]
-    places = everywhere if model is None else _by_place(regularizers)
-    elsewhere = any(at != "data" for at, _ in places)
+    places = by_place(regularizers, with_points=model is not None)
     take = _taker(examples)
-    inputs, given, outputs, labels, weights = take(
+    given, outputs, labels, weights = take(
         (
-            packed(linearization.inputs),
-            packed(linearization.given_inputs) if elsewhere else None,
+            packed(linearization.given_inputs) if any(callable(at) for at, _ in places) else None,
             linearization.outputs,
             list(labels or nothing),
             list(weights or nothing),
@@ -64,18 +62,16 @@ def serve(
     )
     served = []
     for at, members in places:
-        on_data = at == "data"
-        # Away from the data, the model runs as in inference: it updates no statistics, and drops nothing out.
-        points = None if on_data else draw_points(at, given, seed, labels[members[0]])
-        seen = linearization if on_data else _elsewhere(model, linearization, points)
-        x, y = (inputs, outputs) if on_data else (packed(seen.inputs), seen.outputs)
+        members_at = [regularizers[i] for i in members]
+        seen = _seen_at(at, linearization, members_at, model, given, seed, labels[members[0]])
+        x, y = (packed(seen.inputs), seen.outputs) if callable(at) else (take(packed(seen.inputs)), outputs)
         requests = []
         for i in members:
             if carried is not None:
                 check_carried(regularizers[i], state[i], y)
-            shown = {"labels": labels[i], "weights": weights[i]} if on_data else {}
+            shown = {} if callable(at) else {"labels": labels[i], "weights": weights[i]}
             requests.append(_request(i, regularizers[i], seen, x, y, seed, carried=state[i], **shown))
-        served.append(_Place(seen, examples if on_data else None, requests))
+        served.append(_Place(seen, None if callable(at) else examples, requests))
     dtype = keras.backend.result_type(tree.flatten(outputs)[0].dtype, "float32")
     return Serving(regularizers, served, carried or nothing, state, dtype)
 
@@ -199,11 +195,6 @@ def packed(inputs: list) -> Structure:
     return inputs[0] if len(inputs) == 1 else inputs
 
 
-def _elsewhere(model: keras.Layer, linearization: Linearization, points: Structure) -> Linearization:
-    """The model frozen at points, which are given as regularizers are shown the inputs."""
-    return linearize(model, linearization.pack_inputs(tree.flatten(points)))
-
-
 def draw_points(at: Callable, inputs: Structure, seed: Seed, labels: Structure | None = None) -> Structure:
     """Points `(N, …)` like `inputs`, from a function that is marked by `points.by_labels` or does not take the labels.
 
@@ -290,16 +281,21 @@ def _in_order(pairs: Iterable) -> list:
     return [found for _, found in sorted(pairs, key=lambda pair: pair[0].index)]
 
 
-def _by_place(regularizers: Sequence[JacobianRegularizer]) -> list[tuple[Any, list[int]]]:
-    """The places where they look, each once, with the indices of the regularizers that look there."""
-    places: list[tuple[Any, list[int]]] = []
-    for i, regularizer in enumerate(regularizers):
-        members = next((members for at, members in places if at == regularizer.at), None)
-        if members is None:
-            places.append((regularizer.at, [i]))
-        else:
-            members.append(i)
-    return places
+def _seen_at(
+    at: str | Callable,
+    linearization: Linearization,
+    regularizers: list,
+    model: Any,
+    inputs: Structure,
+    seed: Seed,
+    labels: Structure | None,
+) -> Linearization:
+    """What regularizers see that all look at one place; `inputs` as layers take them."""
+    if callable(at):
+        # Away from the data, the model runs as in inference: it updates no statistics, and drops nothing out.
+        points = draw_points(at, inputs, seed, labels)
+        return linearize(model, linearization.pack_inputs(tree.flatten(points)))
+    return part_at(linearization, regularizers) if is_path(at) else linearization
 
 
 def _taker(examples: Tensor) -> Callable:

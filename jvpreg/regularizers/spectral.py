@@ -30,6 +30,7 @@ class SpectralNorm(Searches, JacobianRegularizer):
         strength: the loss gains `strength × mean σ₁²`.
         num_iterations: in each step; one is enough if the singular vectors change slowly.
         name: of its metric; it logs `spectral_norm_squared`, the mean over the examples of the estimate of `σ₁²`.
+        at: the path of a layer, such as an embedding: the Jacobian is then by what this layer returned, at the data.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -49,8 +50,8 @@ class SpectralNorm(Searches, JacobianRegularizer):
 
     default_name = "spectral_norm_squared"
 
-    def __init__(self, strength: float, num_iterations: int = 1, name: str | None = None):
-        super().__init__(strength, name)
+    def __init__(self, strength: float, num_iterations: int = 1, name: str | None = None, at: str | None = None):
+        super().__init__(strength, name, at)
         self.num_iterations = checks.count("num_iterations", num_iterations)
 
     def carried_shape(self, outputs: Structure) -> tuple[int, ...] | None:

@@ -25,7 +25,7 @@ def check_names(names: Sequence[str], output_names: Iterable[str], *args: Any, *
     if len(set(names)) < len(names):
         raise ValueError(
             "Invalid value for argument `jacobian_regularizers`. Expected names that differ, since each names a metric "
-            f"(pass `name=`). Received: {names}"
+            f"(pass `name=`, also to two of one kind that differ by `at`). Received: {names}"
         )
     order = ("optimizer", "loss", "loss_weights", "metrics", "weighted_metrics")
     compiled = {**dict(zip(order, args, strict=False)), **compiled}

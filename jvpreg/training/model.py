@@ -72,7 +72,7 @@ class JacobianModel(PenalizedModel):
         check_inputs(regularizers, self.base)
         known = getattr(self.base, "outputs", None)
         outputs = packed(list(known)) if known else self.base.compute_output_spec(inputs)
-        check_fit(regularizers, inputs, outputs)
+        check_fit(regularizers, inputs, outputs, self.base)
         for i, (regularizer, tracker) in enumerate(zip(regularizers, trackers, strict=True)):
             variable = carried_variable(regularizer, outputs, seeds.derived(self.seed or 0, 2 + i))
             if variable is not None and tracker.carried is None:

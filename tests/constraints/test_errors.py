@@ -104,7 +104,10 @@ def test_what_does_not_fit_the_model(constraint, sizes, message, shape_known):
         (lambda: Monotone(range(-1, 1)), "`features`. Expected a list of indices of features, from 0 on. Received"),
         (lambda: Monotone(np.array([], int)), "`features`"),
         (lambda: Bounded(0.0, 1.0, 0), "features, from 0 on, an array of finite floats (P, …), or functions"),
-        (lambda: Monotone([0], at="here"), '`at`. Expected "data", "between", or a function'),
+        (
+            lambda: Monotone([0], at=3),
+            '`at`. Expected "data", "between", a function `(inputs, seed) -> points`, or the',
+        ),
         (lambda: Monotone([0], enforcement="strong"), "`enforcement`. Expected a `Penalty`"),
         (lambda: Monotone([0], enforcement=-1.0), "strength of a penalty, a finite number, 0 or more"),
         (lambda: Monotone([0], tolerance=-1.0), "`tolerance`"),

@@ -160,9 +160,9 @@ REFUSED = {
     "another axis": (
         on_another_axis,
         "turned",
-        r"has the examples on its first axis. Received: at='turned'.*\(4, 4, 2\)",
+        r"has the examples on its first axis. Received: at='turned'",
     ),
-    "merged": (merged, "merged", r"has the examples on its first axis. Received: at='merged'.*\(16, 2\)"),
+    "merged": (merged, "merged", r"has the examples on its first axis. Received: at='merged'"),
     "unused": (unused, "unused", r"the model's outputs depend. Received: at='unused'"),
     "integers": (codes, "codes", r"that returns real numbers. Received: at='codes', which returns"),
 }
