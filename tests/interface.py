@@ -287,6 +287,7 @@ def rows() -> dict[str, Row]:
             {
                 "x": X,
                 "metrics": ["frobenius_norm"],
+                "at": "hidden",
                 "labels": LABELS,
                 "layers": ["hidden"],
                 "blocks": ["hidden"],

@@ -21,10 +21,13 @@ from jvpreg.callbacks.summary import summary
 from jvpreg.common import checks
 from jvpreg.common.typing import ArrayLike, Logs, Seed, Structure
 from jvpreg.engine.finite import finite_examples
+from jvpreg.engine.starts import check_path, started_at
 from jvpreg.linearization import Linearization
 from jvpreg.rules.registry import unwrap
 
 ESTIMATORS: dict[str, Callable] = {name: getattr(estimators, name) for name in estimators.__all__ if name.islower()}
+
+OWNER = "`JacobianProbe`"
 
 # By name, so that wandb need not be imported.
 READERS = {
@@ -71,6 +74,8 @@ class JacobianProbe(keras.callbacks.Callback):
         metrics: names of functions in `jvpreg.estimators`; or a dict from a name in `logs` to such a name, or to a
             function of a `Linearization` that returns an `Estimate`, a `SpectralDensity`, or a tensor `(B,)` or
             `(B, k)`.
+        at: the path of a layer, as `jvpreg.linearize` takes it: the metrics are of the outputs with respect to what it
+            returned. For token ids it is the embedding.
         labels: integers `(B,)`, to measure each class too.
         layers: paths of layers, as `Linearization.after` takes them.
         blocks: paths of layers or of blocks of them, as `Linearization.block` takes them.
@@ -114,6 +119,7 @@ class JacobianProbe(keras.callbacks.Callback):
         x: Structure,
         metrics: Sequence[str] | Mapping[str, str | Callable] = ("frobenius_norm", "spectral_norm"),
         *,
+        at: str | None = None,
         labels: ArrayLike | None = None,
         layers: Sequence[str] = (),
         blocks: Sequence[str] = (),
@@ -128,6 +134,7 @@ class JacobianProbe(keras.callbacks.Callback):
         self.size = _batch_size(self.x)
         self.seed = checks.seed("seed", seed)
         self.metrics = _functions(metrics, self.seed)
+        self.at = checks.text("at", at, optional=True)
         self.layers = checks.paths("layers", layers)
         self.blocks = checks.paths("blocks", blocks)
         self.every_epochs = checks.count("every_epochs", every_epochs)
@@ -179,6 +186,8 @@ class JacobianProbe(keras.callbacks.Callback):
         if self._measurement is None or self._measurement.base is not base:
             self._kept.clear()
             measurement = Measurement(base, self._measure)
+            if self.at is not None and base.built:
+                check_path(base, self.at, OWNER)
             # Errors show here, on one example, and not only at the end of the first epoch. On TensorFlow, a model
             # without an input shape is built only in its first step.
             if base.built:
@@ -267,7 +276,7 @@ class JacobianProbe(keras.callbacks.Callback):
 
     def _parts(self, linearization: Linearization) -> dict[str, Linearization]:
         """The models and parts to measure, by the prefix of their names."""
-        parts = {"": linearization}
+        parts = {"": linearization if self.at is None else started_at(linearization, self.at, OWNER)}
         try:
             parts |= {f"after/{layer}/": linearization.after(layer) for layer in self.layers}
             parts |= {f"block/{layer}/": linearization.block(layer) for layer in self.blocks}

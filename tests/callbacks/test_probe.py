@@ -206,6 +206,7 @@ def no_axis(linearization):
         ({"layers": ["second"]}, "its `layers` and `blocks`. .* \\['first', 'first/activation'"),
         ({"layers": ["first"], "metrics": ["trace"], "blocks": []}, "cannot measure `trace`"),
         ({"metrics": {"sum": no_axis}}, "cannot measure `sum`. Expected a number, or several, for each of 1 "),
+        ({"at": "second"}, "argument `at` of `JacobianProbe`. Expected the path of a layer.*'first'.* 'second'"),
     ],
 )
 def test_what_does_not_fit_the_model_is_told_before_training_begins(arguments, message):
@@ -259,6 +260,25 @@ def test_any_estimator_any_function_any_part_any_class():
         assert probe.values[f"{place}spectral_density"].points.shape == (10, 8)
         assert probe.values[f"{place}sigma"].value.shape == (10, 2)
     assert set(logs) == {"loss", *probe.keys}
+
+
+def test_of_token_ids_it_measures_by_what_the_embedding_returned():
+    keras.utils.set_random_seed(0)
+    behind = [layers.Flatten(), layers.Dense(3, activation="tanh", name="first"), layers.Dense(2)]
+    model = keras.Sequential([keras.Input((4,), dtype="int32"), layers.Embedding(9, 2, name="words"), *behind])
+    model.compile("sgd", "mse")
+    x = np.random.default_rng(0).integers(0, 9, size=(6, 4))
+    probe = JacobianProbe(x, ["spectral_norm"], at="words", labels=np.arange(6) % 2, layers=["first"])
+    logs = {k: v[0] for k, v in model.fit(x, np.ones((6, 2)), verbose=0, callbacks=[probe]).history.items()}
+    embedded = keras.Sequential([keras.Input((4, 2)), *behind])
+    by_words = jvpreg.jacobian(embedded, model.layers[0](x))
+    sigma = np.linalg.svd(ops.convert_to_numpy(by_words).reshape(6, 2, 8), compute_uv=False)[:, 0]
+    assert logs["jacobian/spectral_norm"] == pytest.approx(sigma.mean(), rel=1e-3)
+    assert logs["jacobian/class_1/spectral_norm"] == pytest.approx(sigma[1::2].mean(), rel=1e-3)
+    last = np.linalg.svd(behind[-1].get_weights()[0], compute_uv=False)[0]
+    assert logs["jacobian/after/first/spectral_norm"] == pytest.approx(last, rel=1e-3)
+    with pytest.raises(ValueError, match=r"cannot measure `spectral_norm`.*integers.*`at=\"words\"`"):
+        model.fit(x, np.ones((6, 2)), verbose=0, callbacks=[JacobianProbe(x, ["spectral_norm"])])
 
 
 def test_of_a_square_jacobian_the_log_says_so():
