@@ -47,8 +47,7 @@ def frobenius_norm(
             dimension, if both are possible.
         probes: the kind of random directions: see `jvpreg.probes.draw`, and `jvpreg.regularizers.JacobianNorm` for
             their variances.
-        method: `"hutchinson"` or `"xnystrace"`, which needs products with `J` and `Jᵀ` in equal numbers, and draws its
-            vectors on the sphere.
+        method: `"hutchinson"` or `"xnystrace"`: by as many products with `Jᵀ` as with `J`, of vectors on the sphere.
         seed: an integer or a `keras.random.SeedGenerator`.
 
     Returns:
@@ -76,30 +75,33 @@ def frobenius_norm(
     checks.choice("method", method, ("hutchinson", "xnystrace"))
     checks.seed("seed", seed, generator=True)
     checks.count("num_probes", num_probes)
-    operator = as_operator(linearization)
-    if side is None:
-        outputs_are_fewer = operator.shape[0] <= operator.shape[1] and operator.has_transpose
-        side = "output" if outputs_are_fewer else "input"
-    if side == "output":
-        operator = operator.transpose
-    size = operator.shape[1]
-    if num_probes >= size:
+    operator = _from_side(as_operator(linearization), side)
+    if num_probes >= operator.shape[1]:
         return _exact_norm(operator)
     if num_probes < 2:
         raise checks.invalid("num_probes", "at least 2: one probe has no standard error", num_probes)
     if method == "xnystrace":
         checks.count("num_probes", num_probes, least=4)
-        samples, unit, num_probes = _xnystrace(operator, num_probes // 2, seed)
-    else:
-        products = operator.matvec(operator.draw(probes, num_probes, seed))
-        unit = magnitude(products)
-        samples = squared_norm(products / ops.expand_dims(unit, -1))
+        return _root_of_mean(*_xnystrace(operator, num_probes // 2, seed))
+    products = operator.matvec(operator.draw(probes, num_probes, seed))
+    unit = magnitude(products)
+    return _root_of_mean(squared_norm(products / ops.expand_dims(unit, -1)), unit, num_probes)
+
+
+def _from_side(operator: Operator, side: str | None) -> Operator:
+    """The operator whose inputs are those of a side; by default of the one with fewer."""
+    outputs_are_fewer = operator.shape[0] <= operator.shape[1] and operator.has_transpose
+    return operator.transpose if side == "output" or (side is None and outputs_are_fewer) else operator
+
+
+def _root_of_mean(samples: Tensor, unit: Tensor, num_matvecs: int) -> Estimate:
+    """The root of the mean of estimates `(P, B)` of a square, which are over the square of a unit `(B,)`."""
     mean, sem = mean_and_sem(samples)
     value = ops.sqrt(mean)
     # The error is multiplied by the square root's slope, 1 / (2 value); a zero norm has no slope.
     sem = unit * sem / ops.where(value > 0, 2 * value, 1.0)
     value = unit * value
-    return Estimate(value, sem, ops.zeros_like(value), None, num_probes)
+    return Estimate(value, sem, ops.zeros_like(value), None, num_matvecs)
 
 
 def _xnystrace(operator: Operator, count: int, seed: Seed) -> tuple:

@@ -186,15 +186,23 @@ def log_determinant(
     operator = as_operator(linearization)
     if of == "J":
         check_square(operator, 'log_determinant(of="J")')
-    if of == "JJT" or not shift:
-        measure = singular_quadrature(operator, num_probes, num_iterations, seed)
-        times = 2 if of == "JJT" else 1
-        if not shift:
-            return measure.estimate(lambda sigma: times * (ops.log(measure.unit) + ops.log(sigma)), tolerance)
-        root = math.sqrt(shift)
-        return measure.estimate(
-            lambda sigma: math.log(shift) + ops.log1p(ops.square(measure.unit / root * sigma)), tolerance
-        )
+    if of == "J" and shift:
+        return _of_symmetric(operator, num_probes, num_iterations, tolerance, shift, seed)
+    measure = singular_quadrature(operator, num_probes, num_iterations, seed)
+    return measure.estimate(_logarithm(measure.unit, shift, 2 if of == "JJT" else 1), tolerance)
+
+
+def _logarithm(unit: Tensor, shift: float, power: int) -> Callable:
+    """`log(s + (unit·σ)²)` as a function of σ; without a shift `power · log(unit·σ)`."""
+    if not shift:
+        return lambda sigma: power * (ops.log(unit) + ops.log(sigma))
+    return lambda sigma: math.log(shift) + ops.log1p(ops.square(unit / math.sqrt(shift) * sigma))
+
+
+def _of_symmetric(
+    operator: Operator, num_probes: int, num_iterations: int, tolerance: float, shift: float, seed: Seed
+) -> Estimate:
+    """`log |det(s I + J)|` of a square Jacobian, which is symmetric or small enough to be materialized."""
     checks.count("num_probes", num_probes, least=2)
     checks.count("num_iterations", num_iterations, least=2)
     checks.seed("seed", seed, generator=True)
