@@ -10,6 +10,7 @@ from rich.console import Console
 
 from experiments import files, locks
 from experiments.errors import ExperimentError, say
+from experiments.run_folder import differences
 
 PAUSE = 1.0
 """Seconds after which this process looks again at the cells that others hold."""
@@ -66,13 +67,10 @@ class Cell(NamedTuple):
         cell = files.read_object(self.path)
         if cell is None or not cell.keys() >= {"settings", "result"}:
             return None
-        stored = cell["settings"]
-        differing = [key for key in {**stored, **self.settings} if stored.get(key) != self.settings.get(key)]
-        if differing:
-            found = "; ".join(
-                f"{key} was {stored.get(key)!r} and is now {self.settings.get(key)!r}" for key in differing
+        if differing := differences(cell["settings"], self.settings):
+            raise ExperimentError(
+                f"{self.path} holds a result of other settings: {'; '.join(differing)}. Choose another --folder."
             )
-            raise ExperimentError(f"{self.path} holds a result of other settings: {found}. Choose another --folder.")
         return cell["result"]
 
 

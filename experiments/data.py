@@ -130,14 +130,7 @@ class Batches(keras.utils.PyDataset):
         part: the numbers of the examples of each batch that belong here: each of several hosts has its own.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        batch_size: int,
-        seed: int,
-        augment: bool,
-        part: Callable[[int], slice] = slice,
-    ):
+    def __init__(self, split: Split, batch_size: int, seed: int, augment: bool, part: Callable[[int], slice] = slice):
         super().__init__()
         self.split, self.batch_size, self.seed, self.augment = split, batch_size, seed, augment
         self.part = part

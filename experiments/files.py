@@ -95,9 +95,8 @@ def remove(path: Path) -> None:
     if path.is_dir():
         removed = unfinished_name(path)
         os.replace(path, removed)
-        shutil.rmtree(removed)
-    else:
-        path.unlink(missing_ok=True)
+        path = removed
+    discard(path)
 
 
 def discard(path: Path) -> None:

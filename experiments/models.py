@@ -108,13 +108,7 @@ def _convolution(
 ) -> keras.KerasTensor:
     """A 3x3 convolution and its batch normalization, if any, whose offset makes a bias superfluous."""
     convolution = layers.Conv2D(
-        width,
-        3,
-        strides,
-        padding="same",
-        use_bias=not normalized,
-        kernel_initializer="he_normal",
-        name=f"conv{number}",
+        width, 3, strides, padding="same", use_bias=not normalized, kernel_initializer="he_normal", name=f"conv{number}"
     )
     if not normalized:
         return convolution(features)

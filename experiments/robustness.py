@@ -133,12 +133,6 @@ def evaluate(model: keras.Model, split: Split, config: RobustnessConfig, seed: i
     split = split.take(slice(config.examples))
     gradient = LossGradient(model)
 
-    def noisy(deviation: float) -> Disturbance:
-        return partial(add_noise, deviation=deviation, generator=np.random.default_rng(seed))
-
-    def one_step(epsilon: float) -> Disturbance:
-        return partial(fgsm, gradient=gradient, epsilon=epsilon)
-
     def many_steps(epsilon: float) -> Disturbance:
         return partial(
             pgd,
@@ -155,7 +149,10 @@ def evaluate(model: keras.Model, split: Split, config: RobustnessConfig, seed: i
     return {
         "examples": len(split),
         "clean": accuracy(model, split),
-        "noise": accuracies(noisy, config.noise),
-        "fgsm": accuracies(one_step, config.epsilons),
+        "noise": accuracies(
+            lambda deviation: partial(add_noise, deviation=deviation, generator=np.random.default_rng(seed)),
+            config.noise,
+        ),
+        "fgsm": accuracies(lambda epsilon: partial(fgsm, gradient=gradient, epsilon=epsilon), config.epsilons),
         "pgd": accuracies(many_steps, config.epsilons),
     }

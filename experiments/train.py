@@ -230,21 +230,15 @@ def fit(
 
 
 def callbacks(
-    batches: data.Batches,
-    dataset: data.Dataset,
-    config: TrainConfig,
-    folder: RunFolder,
-    progress: Progress,
+    batches: data.Batches, dataset: data.Dataset, config: TrainConfig, folder: RunFolder, progress: Progress
 ) -> list[keras.callbacks.Callback]:
     """The callbacks, in an order that matters: a logger sees what those before it put into the logs."""
     probe, *readers = jacobian_callbacks(dataset, config, folder)
+    shared = [batches.order_epochs(), seed_epochs(config.seed), probe, *readers]
     if config.hosts.index > 0:
-        return [batches.order_epochs(), seed_epochs(config.seed), probe, *readers]
+        return shared
     return [
-        batches.order_epochs(),
-        seed_epochs(config.seed),
-        probe,
-        *readers,
+        *shared,
         # Last: an epoch counts as finished once everything else about it is on disk.
         EpochEnd(folder.backups, progress, folder.history, folder.best_model, MONITOR),
         jvpreg.callbacks.JacobianProgbarLogger(probe),
@@ -274,19 +268,17 @@ def jacobian_callbacks(dataset: data.Dataset, config: TrainConfig, folder: RunFo
         every_epochs=config.probe.every_epochs,
         folder=folder.jacobian,
     )
-    guard = config.guard
-    guards = []
+    watching, guard = [probe], config.guard
     if guard.action != "off":
-        guards = [
+        watching.append(
             jvpreg.callbacks.JacobianGuard(
                 probe, explosion=guard.explosion, collapse=guard.collapse, action=guard.action
             )
-        ]
+        )
     if config.hosts.index > 0:
-        return [probe, *guards]
+        return watching
     return [
-        probe,
-        *guards,
+        *watching,
         jvpreg.callbacks.JacobianPictures(probe, folder.jacobian, every_epochs=config.probe.pictures_every),
         jvpreg.callbacks.JacobianWandbLogger(probe, every_epochs=config.probe.pictures_every, history=folder.history),
     ]

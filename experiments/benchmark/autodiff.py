@@ -113,21 +113,7 @@ def twice_differentiable(model: keras.Model) -> keras.Model:
 
 def forward(model: keras.Model, x: Any, draw: Draw) -> tuple[Any, Any]:
     """`J u` by the backend's forward mode, which gives the primal with it."""
-    if keras.backend.backend() == "tensorflow":
-        import tensorflow as tf
-
-        with tf.autodiff.ForwardAccumulator(x, draw(x)) as accumulator:
-            y = model(x, training=True)
-        return y, accumulator.jvp(y)
-    if keras.backend.backend() == "torch":
-        from torch.autograd import forward_ad
-
-        with forward_ad.dual_level():
-            outputs = forward_ad.unpack_dual(model(forward_ad.make_dual(x, draw(x)), training=True))
-        return outputs.primal, outputs.tangent
-    import jax
-
-    y, product, state = jax.jvp(_pure(model), (x,), (draw(x),), has_aux=True)
+    y, product, state = ops.jvp(_pure(model), (x,), (draw(x),), has_aux=True)
     _assign(model, state)
     return y, product
 
@@ -156,7 +142,7 @@ def backward(model: keras.Model, x: Any, draw: Draw) -> tuple[Any, Any]:
 
 
 def _pure(model: keras.Model) -> Callable[[Any], tuple[Any, Any]]:
-    """The model as JAX wants a function: from `x` to the outputs and the new moving statistics."""
+    """The model as a function without a state: from `x` to the outputs and the new moving statistics."""
     weights = [variable.value for variable in model.trainable_variables]
     state = [variable.value for variable in model.non_trainable_variables]
     return lambda x: model.stateless_call(weights, state, x, training=True)

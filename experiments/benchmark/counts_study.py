@@ -133,12 +133,12 @@ def caption(name: str, summary: dict[str, Any]) -> str:
     settings = summary["settings"]
     shape = "x".join(map(str, summary["input_shape"]))
     return (
-        f"{settings['architecture']} on inputs of {shape}, {jvp_study.subject(settings)}: {WHAT[name][0]}. Ratios to "
+        f"{settings['architecture']} on inputs of {shape}, {jvp_study.in_common(settings)}: {WHAT[name][0]}. Ratios to "
         "the model's forward pass of the same round; of jvpreg and of the best alternative that is right, median and "
         f"quartiles of {settings['rounds']} rounds. Speed-up: the best alternative's time over jvpreg's, in the same "
         "round. One more: what a further product takes in forward passes, the slope of a line through the medians by "
         f"least squares. A batch Jacobian is tried up to {FEW_OUTPUTS} outputs. "
-        f"{jvp_study.ARITHMETIC + ' ' if name == 'probes' else ''}{jvp_study.checked(settings)} "
+        f"{jvp_study.ARITHMETIC + ' ' if name == 'probes' else ''}{jvp_study.how_checked(settings)} "
         f"{study.ran_on(summary)}"
     )
 

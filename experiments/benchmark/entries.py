@@ -98,17 +98,12 @@ def batch_step(model: keras.Model, config: BenchmarkConfig) -> Callable[[], obje
     return lambda: model.train_on_batch(*batch)
 
 
-def training_model(entry: Entry, config: StepConfig) -> keras.Model:
-    """The model of an entry as it is timed: cross-entropy, Adam, random directions."""
-    return _compiled(entry, config, STRENGTH)
-
-
 def checked_model(entry: Entry, config: StepConfig) -> keras.Model:
-    """The same with known directions; its first step moves the weights by the penalty's gradient, and nothing else.
+    """The model of an entry with known directions; its first step moves the weights by the penalty's gradient alone.
 
     It moves them by `interval` times the gradient, which is what makes up for the steps without a penalty.
     """
-    return _compiled(entry, config, 1.0, known=True, **penalty_alone())
+    return training_model(entry, config, 1.0, known=True, **penalty_alone())
 
 
 def penalty_alone() -> dict[str, Any]:
@@ -126,7 +121,10 @@ def timed_training(config: BenchmarkConfig) -> dict[str, Any]:
     return {"loss": loss, "optimizer": keras.optimizers.Adam(), "jit_compile": config.jit_compile}
 
 
-def _compiled(entry: Entry, config: StepConfig, strength: float, known: bool = False, **arguments: Any) -> keras.Model:
+def training_model(
+    entry: Entry, config: StepConfig, strength: float = STRENGTH, known: bool = False, **arguments: Any
+) -> keras.Model:
+    """The model of an entry as it is timed: cross-entropy and Adam, where `arguments` of `compile` say nothing else."""
     base = base_model(config)
     arguments = {**timed_training(config), **arguments}
     if entry.side is None:

@@ -160,21 +160,21 @@ def caption(summary: dict[str, Any]) -> str:
     sizes = f"images of {size}x{size}" if size else "the smallest images that each takes"
     return (
         f"{settings['num_probes']} product(s) with the Jacobian along the input, or along the kernel in the middle of "
-        f"the model, and `f(x)`, in one call; {subject(settings)}, {sizes}. Ratios to the model's forward pass of the "
-        "same round; of jvpreg and of the best alternative that is right, median and quartiles of "
+        f"the model, and `f(x)`, in one call; {in_common(settings)}, {sizes}. Ratios to the model's forward pass of "
+        "the same round; of jvpreg and of the best alternative that is right, median and quartiles of "
         f"{settings['rounds']} rounds. Speed-up: the best alternative's time over jvpreg's, in the same round; "
         "jvpreg.clone, the literal form of the paper, is no alternative, and is there where all of a model is affine, "
         f"ReLU or max pooling, along the input. A batch Jacobian is tried up to {FEW_OUTPUTS} outputs. "
-        f"{ARITHMETIC} {checked(settings)} {study.ran_on(summary)}"
+        f"{ARITHMETIC} {how_checked(settings)} {study.ran_on(summary)}"
     )
 
 
-def subject(settings: dict[str, Any]) -> str:
+def in_common(settings: dict[str, Any]) -> str:
     """What the models have in common."""
     return f"batches of {settings['batch_size']}, 10 classes, inference mode, logits, the random weights of `verify`"
 
 
-def checked(settings: dict[str, Any]) -> str:
+def how_checked(settings: dict[str, Any]) -> str:
     """How entries are checked."""
     return (
         "The errors of `f(x)` and of the products, as they are timed in float32, are relative and against forward "

@@ -143,7 +143,7 @@ def columns(row: dict[str, Any]) -> dict[str, str]:
     """One layer's figures, by the heading of their column."""
     plain, own, best = row["products"]["plain"], row["products"]["jvpreg"], row["best_alternative"]
     cells = {"layer": row["name"], "error": study.one_digit(own["error"])}
-    cells["× layer"] = _ratio(own)
+    cells["× layer"] = _status(own) if own["ratio"] is None else study.ratio(own)
     for name in ("forward_mode", "double_vjp"):
         part = row["products"][name]
         cells[LABELS[name]] = _status(part) if part["ratio"] is None else f"{part['ratio']:.2f}"
@@ -215,10 +215,6 @@ def figure(summary: dict[str, Any]) -> Figure:
     study.name_bars(axes, [row["name"] for row in rows], unit, summary)
     drawing.legend(loc="outside lower center", ncols=len(LABELS), fontsize=9)
     return drawing
-
-
-def _ratio(part: dict[str, Any]) -> str:
-    return _status(part) if part["ratio"] is None else study.ratio(part)
 
 
 def _status(part: dict[str, Any]) -> str:

@@ -56,10 +56,7 @@ class Turns:
 
 
 def in_turn(
-    makers: Mapping[str, Callable[[], Step]],
-    unit: str,
-    config: TimingConfig,
-    steps: Mapping[str, int] | None = None,
+    makers: Mapping[str, Callable[[], Step]], unit: str, config: TimingConfig, steps: Mapping[str, int] | None = None
 ) -> dict[str, Timing | MemoryError]:
     """Time entries in turn, in units of one of them.
 

@@ -4,6 +4,7 @@ Each entry is a function `subject -> held`.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -136,11 +137,6 @@ def linearization(subject: Subject, training: bool = False) -> Any:
         return subject.compiled("linearization", function)(subject.x)
 
 
-def linearization_in_training(subject: Subject) -> Any:
-    """The same in training mode, as a `JacobianModel` runs it."""
-    return linearization(subject, training=True)
-
-
 def product(subject: Subject) -> Any:
     """`f(x)` and `J u` of all directions at once; eagerly with the linearization kept alive."""
 
@@ -188,7 +184,12 @@ ENTRIES = (
     Entry("training", "what training keeps", training),
     Entry("gradient", "gradient by the weights", gradient),
     Entry("linearization", "linearization, kept alive", linearization, frozen=True),
-    Entry("linearization_training", "the same, training=True", linearization_in_training, frozen=True),
+    Entry(
+        "linearization_training",
+        "the same, training=True",
+        functools.partial(linearization, training=True),
+        frozen=True,
+    ),
     Entry("product", "one product", product, frozen=True),
     Entry("products", "several products at once", product, frozen=True, several=True),
 )

@@ -193,9 +193,5 @@ def _times(ratio: float | None) -> str:
 STUDY = Benchmark(
     "memory",
     measured,
-    lambda summary: [
-        [columns(row) for row in summary["entries"]],
-        headline(summary["aims"]),
-        caption(summary),
-    ],
+    lambda summary: [[columns(row) for row in summary["entries"]], headline(summary["aims"]), caption(summary)],
 )

@@ -15,7 +15,7 @@ import jvpreg
 from experiments.benchmark import entries, measure, study
 from experiments.benchmark.calls import compiled
 from experiments.benchmark.config import BenchmarkConfig, ProbeConfig
-from experiments.benchmark.probe_entries import CALLBACK, ENTRIES, FEW, MANY, Entry, norm, nothing, sigma
+from experiments.benchmark.probe_entries import CALLBACK, ENTRIES, FEW, MANY, Compute, Entry, norm, nothing, sigma
 from experiments.benchmark.reference import Reference, float64
 from experiments.benchmark.study import Benchmark
 from experiments.errors import ExperimentError
@@ -29,8 +29,8 @@ UNET_CHECKED_SIZE = 8  # of the images at which the UNet is: its whole Jacobian 
 AIMS = {"probe": 60.0, "further_jvp": 1.15, "further_vjp": 1.15}
 """Forward passes that a full probe, and a further product, should take at most."""
 
-SHORT = {None: 8, nothing: 8}
-"""Calls in a turn, by what is computed: nothing but a forward pass."""
+SHORT: dict[Compute | None, int] = {None: 8, nothing: 8}
+"""Calls in a turn, by what is computed: several of nothing but a forward pass, to measure it as well as a long one."""
 
 UNITS = {"classifier": "forward", "unet": "unet_forward"}
 
@@ -55,14 +55,6 @@ class Subject:
     checked_x: np.ndarray
 
 
-@dataclass
-class Traces:
-    """How often a function was traced: by its first call, and by all later ones."""
-
-    first: int = 0
-    later: int = 0
-
-
 def measured(config: ProbeConfig, console: Console) -> dict[str, Any]:
     """A row an entry, the cost of a further product, and what was aimed at."""
     if config.unet_image_size % 4:
@@ -72,9 +64,8 @@ def measured(config: ProbeConfig, console: Console) -> dict[str, Any]:
         chosen = [entry for entry in ENTRIES if entry.network == name]
         console.print(f"checking {len(chosen)} entries of the {name}")
         errors = check(subject, chosen, config)
-        right = [entry for entry in chosen if is_right(errors[entry.name])]
-        console.print(f"timing {config.rounds} rounds of {len(right)} entries")
-        rows += timed_rows(subject, chosen, right, errors, config)
+        console.print(f"timing {config.rounds} rounds of the entries that are right")
+        rows += timed_rows(subject, chosen, errors, config)
     further = {kind: further_product(rows, kind) for kind in ("jvp", "vjp")}
     return {"entries": rows, "further_product": further, "aims": aims(rows, further)}
 
@@ -93,10 +84,7 @@ def pixelwise(config: ProbeConfig) -> Subject:
     checked = unet((UNET_CHECKED_SIZE, UNET_CHECKED_SIZE, 3))
     checked.set_weights(model.get_weights())
     return Subject(
-        model,
-        images(config, config.unet_batch_size, size),
-        checked,
-        images(config, EXAMPLES, UNET_CHECKED_SIZE),
+        model, images(config, config.unet_batch_size, size), checked, images(config, EXAMPLES, UNET_CHECKED_SIZE)
     )
 
 
@@ -135,44 +123,40 @@ def is_right(error: tuple[float, float]) -> bool:
 
 
 def timed_rows(
-    subject: Subject,
-    chosen: list[Entry],
-    right: list[Entry],
-    errors: dict[str, tuple[float, float]],
-    config: ProbeConfig,
+    subject: Subject, chosen: list[Entry], errors: dict[str, tuple[float, float]], config: ProbeConfig
 ) -> list[dict[str, Any]]:
     """What the JSON file says of the entries of a network. One that was traced again gets no time."""
-    traces = {entry.name: Traces() for entry in right}
-    spent: dict[str, int] = {}
-    makers = {entry.name: functools.partial(step, subject, entry, config, traces[entry.name], spent) for entry in right}
-    unit = UNITS[chosen[0].network]
+    counted: dict[str, Counted] = {}
+
+    def make(entry: Entry) -> Counted:
+        counted[entry.name] = Counted(subject, entry, config)
+        return counted[entry.name]
+
+    right = [entry for entry in chosen if is_right(errors[entry.name])]
+    makers = {entry.name: functools.partial(make, entry) for entry in right}
+    unit, turns = UNITS[chosen[0].network], {entry.name: SHORT.get(entry.compute, 1) for entry in right}
     # Without its unit nothing can be timed.
-    times = measure.in_turn(makers, unit, config, turns(right)) if unit in makers else {}
+    times = measure.in_turn(makers, unit, config, turns) if unit in makers else {}
     rows = []
     for entry in chosen:
-        counted = traces.get(entry.name)
-        again = counted is not None and counted.later > 0 and not is_eager(config)
-        outcome = measure.outcome(is_right(errors[entry.name]), None if again else times.get(entry.name))
+        call, (error, allowed) = counted.get(entry.name), errors[entry.name]
+        traced = None if is_eager(config) else call
+        again = traced is not None and traced.later > 0
         rows.append(
             {
                 "name": entry.name,
                 "label": entry.label,
                 "network": entry.network,
-                "num_products": spent.get(entry.name),
-                "error": study.finite(errors[entry.name][0]),
-                "allowed_error": errors[entry.name][1],
-                "traces": counted.first if counted and not is_eager(config) else None,
-                "traces_again": counted.later if counted and not is_eager(config) else None,
-                **outcome,
+                "num_products": call.num_products if call else None,
+                "error": study.finite(error),
+                "allowed_error": allowed,
+                "traces": traced.first if traced else None,
+                "traces_again": traced.later if traced else None,
+                **measure.outcome(entry in right, None if again else times.get(entry.name)),
                 **({"status": "traced again"} if again else {}),
             }
         )
     return rows
-
-
-def turns(chosen: list[Entry]) -> dict[str, int]:
-    """How many calls of an entry are one turn: several of a short one, so that it is measured as well as a long one."""
-    return {entry.name: SHORT[entry.compute] for entry in chosen if entry.compute in SHORT}
 
 
 def is_eager(config: ProbeConfig) -> bool:
@@ -180,25 +164,37 @@ def is_eager(config: ProbeConfig) -> bool:
     return study.mode(config) == "eager"
 
 
-def step(subject: Subject, entry: Entry, config: ProbeConfig, traces: Traces, spent: dict[str, int]) -> measure.Step:
-    """The call that is timed; it counts how often it is traced, and keeps the number of products."""
-    traced = 0
+class Counted:
+    """The call of an entry, as it is timed; it counts how often it is traced.
 
-    def count() -> None:
-        nonlocal traced
-        traced += 1
+    Args:
+        subject: the network and its images.
+        entry: what is computed.
+        config: how it is compiled.
 
-    computed = call(subject.model, entry, config, subject.x, count)
+    Attributes:
+        num_products: with each example; known from the first call on.
+        first: how often the first call traced it.
+        later: how often all later calls did.
+    """
 
-    def take() -> None:
-        before = traced
-        _, products = computed()
-        if entry.name in spent:
-            traces.later += traced - before
+    def __init__(self, subject: Subject, entry: Entry, config: ProbeConfig):
+        self.num_products: int | None = None
+        self.traced = self.first = self.later = 0
+        self.computed = call(subject.model, entry, config, subject.x, self.count)
+
+    def count(self) -> None:
+        """What is traced calls it."""
+        self.traced += 1
+
+    def __call__(self) -> None:
+        """The call."""
+        before = self.traced
+        _, products = self.computed()
+        if self.num_products is None:
+            self.first, self.num_products = self.traced - before, int(products)
         else:
-            traces.first, spent[entry.name] = traced - before, int(products)
-
-    return take
+            self.later += self.traced - before
 
 
 def call(
@@ -359,9 +355,5 @@ def figure(summary: dict[str, Any]) -> Figure:
 
 
 STUDY = Benchmark(
-    "probe",
-    measured,
-    one_table("entries", columns, caption),
-    {"probe": figure},
-    backends=study.TWO_BACKENDS,
+    "probe", measured, one_table("entries", columns, caption), {"probe": figure}, backends=study.TWO_BACKENDS
 )

@@ -34,9 +34,7 @@ class Reference:
         with float64():
             self.x = ops.convert_to_tensor(x, dtype="float64")
             self.model = keras.models.clone_model(
-                model,
-                input_tensors=keras.Input(x.shape[1:], dtype="float64"),
-                clone_function=layer_in_float64,
+                model, input_tensors=keras.Input(x.shape[1:], dtype="float64"), clone_function=layer_in_float64
             )
             self.model.set_weights(model.get_weights())
             self.weights = [ops.convert_to_numpy(variable) for variable in self.model.trainable_variables]
@@ -58,8 +56,7 @@ class Reference:
         directions = ops.convert_to_numpy(known_directions(self.like[side], num_probes))
         norms = []
         with self.moved(step):
-            for direction in directions:
-                vector = ops.convert_to_tensor(direction, dtype="float64")
+            for vector in ops.convert_to_tensor(directions, dtype="float64"):
                 _, products = product(self.model, self.x, functools.partial(_given, vector))
                 products = ops.convert_to_numpy(products)
                 norms.append(np.sum(products**2, axis=tuple(range(1, products.ndim))))

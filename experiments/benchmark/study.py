@@ -36,11 +36,12 @@ class Benchmark(Study):
     def conditions(self, config: Any) -> Summary:
         """What the summary says beside the figures: also how calls were compiled, and the memory."""
         found = super().conditions(config)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return {
             "study": f"benchmark {self.name}",
             "mode": mode(config),
             "settings": found["settings"],
-            "machine": {**found["machine"], "memory_gigabytes": round(physical_memory() / 1e9, 1)},
+            "machine": {**found["machine"], "memory_gigabytes": round(memory / 1e9, 1)},
         }
 
     def folder(self, config: Any) -> Path:
@@ -59,11 +60,6 @@ def mode(config: TimingConfig) -> str:
         keras.backend.backend()
     ]
     return compiled if config.jit_compile else other
-
-
-def physical_memory() -> int:
-    """Bytes of memory that the machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def chosen_names(only: Sequence[str] | None, names: Sequence[str]) -> list[str]:

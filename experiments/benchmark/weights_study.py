@@ -183,9 +183,5 @@ def figure(summary: dict[str, Any]) -> Figure:
 
 
 STUDY = Benchmark(
-    "weights",
-    measured,
-    one_table("entries", columns, caption),
-    {"weights": figure},
-    backends=study.TWO_BACKENDS,
+    "weights", measured, one_table("entries", columns, caption), {"weights": figure}, backends=study.TWO_BACKENDS
 )

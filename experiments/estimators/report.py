@@ -162,13 +162,7 @@ def _trajectories(axes: Axes, norm: dict[str, Any]) -> None:
     for number, values in enumerate(norm["trajectories"]):
         axes.plot(counts, values, color="C0", linewidth=0.9, alpha=0.8, label=None if number else "one trajectory each")
     axes.fill_between(
-        counts,
-        exact - sem,
-        exact + sem,
-        color="C1",
-        alpha=0.3,
-        linewidth=0,
-        label="exact ± 1 standard error (theory)",
+        counts, exact - sem, exact + sem, color="C1", alpha=0.3, linewidth=0, label="exact ± 1 standard error (theory)"
     )
     axes.axhline(exact, color="black", linewidth=1.4, label=r"exact $\Vert J\Vert_F$, of the whole Jacobian")
     axes.set_xlim(1, counts[-1])

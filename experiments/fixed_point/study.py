@@ -80,11 +80,7 @@ def train(
         validation_data=(test.images(), test.labels),
         validation_batch_size=config.batch_size,
         verbose=0,
-        callbacks=[
-            batches.order_epochs(),
-            jvpreg.callbacks.FixedPointMonitor(),
-            probe,
-        ],
+        callbacks=[batches.order_epochs(), jvpreg.callbacks.FixedPointMonitor(), probe],
     ).history
     return base, {key: [float(value) for value in values] for key, values in history.items()}
 

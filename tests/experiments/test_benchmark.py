@@ -172,9 +172,8 @@ def test_an_entry_that_is_traced_again_gets_no_time(probe_config, monkeypatch):
     monkeypatch.setattr(probe_study, "compiled", lambda function, jit: function)
     chosen = [entry for entry in probe_entries.ENTRIES if entry.name in ("forward", "linearize")]
     subject = probe_study.classifier(probe_config)
-    rows = probe_study.timed_rows(
-        subject, chosen, chosen, dict.fromkeys(("forward", "linearize"), (0.0, 1.0)), probe_config
-    )
+    errors = dict.fromkeys(("forward", "linearize"), (0.0, 1.0))
+    rows = probe_study.timed_rows(subject, chosen, errors, probe_config)
     assert [row["status"] for row in rows] == ["traced again"] * 2
     assert [row["traces_again"] for row in rows] == [16, 16]  # two rounds of eight calls
     assert rows[1]["ratio"] is None

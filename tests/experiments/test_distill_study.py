@@ -80,7 +80,7 @@ def test_a_small_run_and_its_continuation(teacher, tmp_path, capsys):
     alone = [*words, "--seeds=[0]", "--weights.attention=3"]
     assert main([*alone, "--methods=['cross-entropy']"]) == 0
     assert main([*alone, "--methods=['full-Jacobian + attention']"]) == 2
-    assert "weights was" in capsys.readouterr().err
+    assert "weights.attention was 0.003 and is now 3" in capsys.readouterr().err
 
 
 def test_without_augmentation_the_teacher_is_seen_once(teacher):
