@@ -3,6 +3,8 @@
 The last operation of each function is the one that the row is for.
 """
 
+import math
+
 import keras
 import numpy as np
 from keras import ops
@@ -118,10 +120,9 @@ BINARY = {
     "nextafter": (ops.nextafter, (4, 3), (4, 3)),
     "real": (lambda x, y: ops.real(ops.polar(x, y)), (4, 3), (4, 3)),
     "imag": (lambda x, y: ops.imag(ops.conjugate(ops.polar(x, y))), (4, 3), (4, 3)),
-    "angle": (lambda x, y: ops.angle(ops.polar(_positive(x), y)), (4, 3), (4, 3)),
-    "cross": (lambda x, y: ops.cross(x, y), (4, 3), (4, 3)),
+    "angle": (lambda x, y: ops.angle(ops.polar(x, y) + ops.polar(y, 2 * x)), (4, 3), (4, 3)),
     "inner": (lambda x, y: ops.inner(x, y[0]), (4, 3), (2, 3)),
-    "kron": (ops.kron, (2, 3), (2, 2)),
+    "kron": (lambda x, y: ops.kron(x[0], y[0]), (2, 3), (2, 2)),
     "outer": (ops.outer, (2,), (3,)),
     "vdot": (lambda x, y: ops.vdot(x[:, 0, 0], y[:, 0, 0]), (4, 3), (4, 3)),
     "correlate": (lambda x, y: ops.correlate(x[0, :, 0], y[0], mode="same"), (4, 3), (2,)),
@@ -150,7 +151,9 @@ IMAGES = {
     "hsv-to-rgb": lambda x: ops.image.hsv_to_rgb(ops.sigmoid(x)),
 }
 
-if keras.backend.backend() != "torch":  # There Keras takes only a number.
+if keras.backend.backend() != "torch":  # There Keras takes only a number, and looks for vectors along any axis.
+    BINARY["cross"] = (ops.cross, (4, 3), (4, 3))
+    BINARY["cross-in-a-plane"] = (lambda x, y: ops.cross(x, y, axis=1), (2, 3), (2, 3))
     UNARY["full"] = lambda x: ops.full((3, 2), ops.mean(x[0]))
     UNARY["full-like"] = lambda x: ops.full_like(x, ops.mean(x[0]))
 
@@ -162,8 +165,18 @@ def _variance(x):
     return ops.sum(ops.square(ops.where(known, x - mean, 0.0)), axis=1) / count
 
 
-# What a row's Jacobian is compared with, where that of the operation by autodiff is not a number or, on Torch, wrong.
+def _colours(hue, saturation, value):
+    """Red, green and blue by the formula without cases."""
+    steps = [ops.mod(n + 6 * hue, 6.0) for n in (5, 3, 1)]
+    parts = [ops.maximum(0.0, ops.minimum(ops.minimum(step, 4 - step), 1.0)) for step in steps]
+    return ops.stack([value * (1 - saturation * part) for part in parts], axis=-1)
+
+
+# What a row's Jacobian is compared with, where autodiff has no derivative of the operation, or a wrong one.
 REFERENCES = {
+    "slice-update": lambda x, y: ops.concatenate([x[:, :1], y, x[:, 3:]], axis=1),
+    "hsv-to-rgb": lambda x: _colours(*ops.unstack(ops.sigmoid(x), axis=-1)),
+    "logaddexp2": lambda x, y: ops.log(ops.exp(math.log(2) * x) + ops.exp(math.log(2) * y)) / math.log(2),
     "ldexp": lambda x, y: x * 2.0 ** ops.cast(ops.cast(3 * y, "int32"), "float64"),
     "nanvar": _variance,
     "nanstd": lambda x: ops.sqrt(_variance(x)),

@@ -329,12 +329,6 @@ def multiplied(operation, ranks: list[int]) -> Callable:
     return after
 
 
-def crossed(operation, ranks: list[int]) -> Callable:
-    """Where the examples are in a cross product: where they were, if the vectors lie along one axis of both factors."""
-    axes = {axis % max(ranks) for axis in (operation.axisa, operation.axisb, operation.axisc)}
-    return besides(axes, max(ranks)) if len(axes) == len(set(ranks)) == 1 else lambda *places: MIXED
-
-
 def _letters(operation, ranks: list[int]) -> tuple[list[str], str]:
     """A product's operands and its result as an einsum has them, a letter for each axis."""
     if isinstance(operation, numpy_ops.Einsum):

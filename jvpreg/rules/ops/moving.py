@@ -95,7 +95,7 @@ def broadcast_to(operation, x, context):
 
     def push(tangent):
         tangent = align(tangent, rank + 1)
-        kept = shape[0] == x.shape[0] and len(x.shape) == rank
+        kept = len(x.shape) == rank > 0 and shape[0] == x.shape[0]
         return ops.broadcast_to(tangent, (*ops.shape(tangent)[: 2 if kept else 1], *shape[1 if kept else 0 :]))
 
     return ops.broadcast_to(x, shape), Pushforward(push, examples=lambda place: after(place, None))

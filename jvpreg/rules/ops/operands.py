@@ -12,7 +12,7 @@ from jvpreg.common.dtypes import is_complex
 from jvpreg.common.eager import cast as convert
 from jvpreg.common.keras_private import nn, numpy_ops
 from jvpreg.rules.contract import Declined, Gate, Pushforward
-from jvpreg.rules.examples import broadcast, crossed, kept, multiplied
+from jvpreg.rules.examples import broadcast, kept, multiplied
 from jvpreg.rules.families import each_input, identity, scale
 from jvpreg.rules.folding import align, each_probe, fold, folded, unfold
 from jvpreg.rules.ops.elementwise import large, scale_to_the_end, without_infinity
@@ -229,7 +229,6 @@ def where(operation, condition, a, b, context):
     numpy_ops.Tensordot,
     numpy_ops.Dot,
     numpy_ops.Inner,
-    numpy_ops.Cross,
     numpy_ops.Correlate,
     numpy_ops.Kron,
     numpy_ops.Outer,
@@ -258,7 +257,7 @@ def contract(operation, *operands, context):
         return each_probe(product)(tangent)
 
     push = each_input(*(functools.partial(part, i) for i in range(len(operands))))
-    after = crossed(operation, ranks) if isinstance(operation, numpy_ops.Cross) else multiplied(operation, ranks)
+    after = multiplied(operation, ranks)
     return operation.call(*operands), Pushforward(push, *operands, takes_none=True, examples=after)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+import keras
 from keras import ops, tree
 
 from jvpreg.common.keras_private import core, math_ops
@@ -79,12 +80,22 @@ def update_block(operation, x, start_indices, updates, context):
         # An input without a tangent (an empty cache) gets zeros for as many examples as the other has.
         leading = ops.shape(given)[: 2 if whole[0] else 1]
         both = [_zeros_like(a, leading) if t is None else t for a, t in ((x, tangent), (updates, moved))]
-        return operation.call(both[0], _with_probes(start_indices, others[len(held) + 1 :]), both[1])
+        return _put(both[0], _with_probes(start_indices, others[len(held) + 1 :]), both[1])
 
     after = _where_taken(whole)
-    return operation.call(x, start_indices, updates), Pushforward(
+    return _put(x, start_indices, updates), Pushforward(
         push, *held, takes_none=True, examples=lambda *places: after(places[0], places[-1])
     )
+
+
+def _put(x, start, updates):
+    """`ops.slice_update`, on TensorFlow by an operation that has a gradient, which Keras' own there has not."""
+    if keras.backend.backend() != "tensorflow":
+        return ops.slice_update(x, start, updates)
+    import tensorflow as tf
+
+    start = tf.cast(tf.stack(start), "int32") if isinstance(start, (tuple, list)) else start
+    return tf.tensor_strided_slice_update(x, start, start + tf.shape(updates), tf.ones_like(start), updates)
 
 
 def _zeros_like(x, leading: Sequence):

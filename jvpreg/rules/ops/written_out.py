@@ -195,6 +195,20 @@ def corrcoef(operation, x):
     return ops.matmul(unit, ops.swapaxes(unit, -1, -2))
 
 
+@written_out(numpy_ops.Cross)
+def cross(operation, a, b):
+    def entries(x, axis):
+        found = ops.unstack(x, x.shape[axis], axis=axis)
+        return found if len(found) == 3 else [*found, None]
+
+    (a0, a1, a2), (b0, b1, b2) = entries(a, operation.axisa), entries(b, operation.axisb)
+    last = a0 * b1 - a1 * b0
+    if a2 is None and b2 is None:  # vectors in a plane
+        return last
+    a2, b2 = (ops.zeros_like(other) if x is None else x for x, other in ((a2, a0), (b2, b0)))
+    return ops.stack([a1 * b2 - a2 * b1, a2 * b0 - a0 * b2, last], axis=operation.axisc)
+
+
 @written_out(math_ops.CDist)
 def cdist(operation, a, b):
     return ops.sqrt(ops.sum(ops.square(ops.expand_dims(a, -2) - ops.expand_dims(b, -3)), axis=-1))
