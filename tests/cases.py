@@ -313,9 +313,12 @@ class WithKernel(layers.Layer):
 
     def build(self, shape):
         self.kernel = self.add_weight(shape=(2, 3, 3))
+        if self.operation == "separable_conv":
+            self.pointwise = self.add_weight(shape=(1, 9, 2))
 
     def call(self, x):
-        return getattr(ops, self.operation)(x, self.kernel, 1, padding="valid", data_format="channels_last")
+        kernels = [self.kernel] + ([self.pointwise] if self.operation == "separable_conv" else [])
+        return getattr(ops, self.operation)(x, *kernels, 1, padding="valid", data_format="channels_last")
 
     def get_config(self):
         return {**super().get_config(), "operation": self.operation}
@@ -327,8 +330,8 @@ def _made_by(function, *symbols):
 
 
 def _own_convolution(name):
-    symbols = keras.KerasTensor((3, 4, 3)), keras.KerasTensor((2, 3, 3))
-    operation = _made_by(lambda x, kernel: getattr(ops, name)(x, kernel, 1), *symbols)
+    shapes = [(3, 4, 3), (2, 3, 3)] + ([(1, 9, 2)] if name == "separable_conv" else [])
+    operation = _made_by(lambda *given: getattr(ops, name)(*given, 1), *map(keras.KerasTensor, shapes))
     return Case(f"ops-{name}", lambda: WithKernel(name), (4, 3), operation=operation)
 
 
@@ -558,7 +561,7 @@ LAYERS = [
     *[_row(make, IMAGE) for make in AUGMENTATIONS],
     *[_row(make, IMAGE, float32_on_tensorflow=True) for make in AUGMENTATIONS_IN_FLOAT32],
     *OPERATIONS,
-    *[_own_convolution(name) for name in ("conv", "depthwise_conv", "conv_transpose")],
+    *[_own_convolution(name) for name in ("conv", "depthwise_conv", "conv_transpose", "separable_conv")],
 ]
 
 # Layers without a rule, and the reason: they have no tangent, or none that means anything.

@@ -32,6 +32,7 @@ def _with_zeros(x):
 UNARY = {
     "slice": lambda x: ops.slice(x, (0, 1, 0), (3, 2, 3)),
     "slice-at-an-index": lambda x: ops.slice(x, (0, ops.argmax(x[0, :2, 0]), 0), (3, 2, 3)),
+    "scatter": lambda x: ops.scatter(ops.convert_to_tensor([[0], [2], [0]]), x, (4, 4, 3)),
     "array": ops.array,
     "fliplr": ops.fliplr,
     "flipud": ops.flipud,
@@ -120,7 +121,7 @@ BINARY = {
     "nextafter": (ops.nextafter, (4, 3), (4, 3)),
     "real": (lambda x, y: ops.real(ops.polar(x, y)), (4, 3), (4, 3)),
     "imag": (lambda x, y: ops.imag(ops.conjugate(ops.polar(x, y))), (4, 3), (4, 3)),
-    "angle": (lambda x, y: ops.angle(ops.polar(x, y) + ops.polar(y, 2 * x)), (4, 3), (4, 3)),
+    "angle": (lambda x, y: ops.angle(ops.polar(_positive(x), x + y)), (4, 3), (4, 3)),
     "inner": (lambda x, y: ops.inner(x, y[0]), (4, 3), (2, 3)),
     "kron": (lambda x, y: ops.kron(x[0], y[0]), (2, 3), (2, 2)),
     "outer": (ops.outer, (2,), (3,)),
@@ -174,6 +175,10 @@ def _colours(hue, saturation, value):
 
 # What a row's Jacobian is compared with, where autodiff has no derivative of the operation, or a wrong one.
 REFERENCES = {
+    "real": lambda x, y: x * ops.cos(y),
+    "imag": lambda x, y: -x * ops.sin(y),
+    "conj": lambda x: x * ops.cos(x),
+    "view-as-real": lambda x, y: ops.stack([x * ops.cos(y), x * ops.sin(y)], axis=-1),
     "slice-update": lambda x, y: ops.concatenate([x[:, :1], y, x[:, 3:]], axis=1),
     "hsv-to-rgb": lambda x: _colours(*ops.unstack(ops.sigmoid(x), axis=-1)),
     "logaddexp2": lambda x, y: ops.log(ops.exp(math.log(2) * x) + ops.exp(math.log(2) * y)) / math.log(2),
@@ -182,3 +187,12 @@ REFERENCES = {
     "nanstd": lambda x: ops.sqrt(_variance(x)),
     "vander": lambda x: ops.stack([x[:, 0, 0] ** 2, x[:, 0, 0], ops.ones_like(x[:, 0, 0])], axis=-1),
 }
+
+# Operations without a row of their own: complex ones, which other rows end in a real number, and those that are checked
+# in `test_operations.py`.
+APART = {
+    *("Abs", "Conj", "Conjugate", "Polar", "View", "ViewAsComplex"),
+    *("AffineTransform", "ElasticTransform", "PerspectiveTransform", "ScaleAndTranslate", "SegmentProd", "SegmentSum"),
+}
+if keras.backend.backend() == "torch":
+    APART |= {"Full", "FullLike", "Cross"}

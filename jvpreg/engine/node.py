@@ -1,6 +1,7 @@
 """One operation frozen at `x`, and the values between operations."""
 
 import functools
+import operator
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -189,7 +190,7 @@ def push_node(
     if not images:
         return None
     return [
-        _checked(node, functools.reduce(ops.add, parts), leading, value) if value.has_tangents else None
+        _checked(node, functools.reduce(operator.add, parts), leading, value) if value.has_tangents else None
         for parts, value in zip(zip(*images, strict=True), node.outputs, strict=True)
     ]
 

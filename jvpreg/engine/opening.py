@@ -17,8 +17,9 @@ from jvpreg.engine import masks
 from jvpreg.engine.arguments import autocast, input_dtype, kind_of, symbol_of
 from jvpreg.engine.control_flow import CONTROL_FLOW, Recorder
 from jvpreg.engine.inputs import call_signature
+from jvpreg.engine.symbols import shapes_of_symbols
 from jvpreg.rules.contract import Declined
-from jvpreg.rules.registry import find_rule
+from jvpreg.rules.registry import find_rule, unwrap
 
 
 class Opened(NamedTuple):
@@ -65,7 +66,7 @@ def open_up(layer, args: tuple, kwargs: dict, training: bool) -> Opened:
 
     # Its own weights get symbols too, so that the graph holds what is computed from them.
     owned = {key: value for key, value in _attributes(layer).items() if isinstance(value, keras.Variable)}
-    with _seeds_put_back(layer) as put_back:
+    with _seeds_put_back(layer) as put_back, shapes_of_symbols():
         try:
             with _symbols_for_weights(layer, owned, dtype) as weights:
                 symbols, inputs = masks.symbols(args, kwargs, symbol)
@@ -132,12 +133,14 @@ def check_operations(graph: keras.Function) -> None:
         args, kwargs = keras_private.last_call(operation)
         if isinstance(operation, numpy_ops.GetItem) and any(map(_has_symbol, tree.flatten((args, kwargs)))):
             raise NotImplementedError("its `call` slices by a tensor")
+        if isinstance(operation, core.Slice) and _is_of_unknown_size(operation, args[0]):
+            raise NotImplementedError("its `call` slices by a size that is not known")
         if not is_bare(operation):
             continue
         if any(isinstance(leaf, keras.KerasTensor) for leaf in tree.flatten(list(vars(operation).values()))):
             # A symbol of the trace that is no input: the operation would compute with the symbol itself.
             raise NotImplementedError(f"its `call` gives `{kind_of(operation)}` a tensor in place of a constant")
-        if find_rule(operation) is None:
+        if find_rule(operation) is None and unwrap(operation) is operation:
             # By its `call`, as it will run, and not by what the operation says of its shapes.
             keras.Operation.compute_output_spec(operation, *args, **kwargs)
 
@@ -145,6 +148,11 @@ def check_operations(graph: keras.Function) -> None:
 def _has_symbol(leaf) -> bool:
     bounds = (leaf.start, leaf.stop, leaf.step) if isinstance(leaf, slice) else ()
     return any(isinstance(bound, keras.KerasTensor) for bound in bounds)
+
+
+def _is_of_unknown_size(operation, x) -> bool:
+    """Whether a slice does not know how much it takes of an axis whose own size is known."""
+    return any(size is None and whole is not None for size, whole in zip(operation.shape, x.shape, strict=True))
 
 
 def reason_of(error: Exception) -> str:

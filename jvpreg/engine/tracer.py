@@ -242,7 +242,8 @@ class Tracer:
         dtype = input_dtype(layer)
         values = masks.values_among(args, kwargs)
         outer = self._weight_dtype, self._opened
-        self._weight_dtype, self._opened = dtype, layer
+        if isinstance(layer, keras.Layer):  # A function within a layer's call is a part of it.
+            self._weight_dtype, self._opened = dtype, layer
         try:
             scope = self._names.within(layer, name)
             inputs = [*(self._cast(value, dtype, scope) for value in values), *map(self._weight, opened.weights)]

@@ -4,6 +4,7 @@ An operation with weights in which it is linear is an `Affine`, of `jvpreg.rules
 """
 
 import functools
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -103,6 +104,7 @@ def each_input(*parts: Callable | None) -> Callable:
     def push(*arguments: Tensor) -> Tensor:
         tangents, residuals = arguments[: len(parts)], arguments[len(parts) :]
         moved = [(part, t) for part, t in zip(parts, tangents, strict=True) if part is not None and t is not None]
-        return functools.reduce(ops.add, [part(tangent, *residuals) for part, tangent in moved])
+        # Not by `ops.add`, which rounds complex128 to complex64.
+        return functools.reduce(operator.add, [part(tangent, *residuals) for part, tangent in moved])
 
     return push

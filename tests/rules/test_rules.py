@@ -5,6 +5,7 @@ import math
 
 import keras
 import numpy as np
+import operation_rows
 import pytest
 from cases import LAYERS, MEANINGLESS, first_rows, skip_if_unavailable
 from compare import assert_close, normal, numpy
@@ -35,7 +36,7 @@ OPERATIONS_TESTED_APART = {
     "SegmentMax",
     "SegmentMin",
     "SeparableConv",
-}
+} | operation_rows.APART
 CONTROL_FLOW = {"Scan", "Map", "WhileLoop", "Switch"}  # see engine/test_control_flow.py
 
 

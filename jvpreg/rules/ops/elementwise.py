@@ -205,7 +205,9 @@ def angle(operation, x, context):
     """Of `x = r e^{iφ}`, φ: its tangent is the part of `t / x` along the circle. That of a real number is constant."""
     if not is_complex(x):
         return operation.call(x), None
-    inverse = 1 / ops.where(x == 0, ops.ones_like(x), x)
+    squared = ops.square(ops.real(x)) + ops.square(ops.imag(x))
+    # Only the squares are selected: on TensorFlow Keras selects complex128 in complex64.
+    inverse = ops.conj(x) * ops.cast(1 / ops.where(squared > 0, squared, 1.0), x.dtype)
     return operation.call(x), Pushforward(lambda t, inverse: ops.imag(t * inverse), inverse, examples=kept)
 
 

@@ -49,7 +49,7 @@ def _partials(operands, parts: list[Callable], y, *residuals, finite: bool = Tru
 
     def push(*arguments):
         image = total(*arguments)
-        return ops.add(image, ops.zeros_like(arguments[-1], dtype=image.dtype)) if smaller else image
+        return image + ops.zeros_like(arguments[-1], dtype=image.dtype) if smaller else image
 
     finite = finite and all(is_finite_number(a) for a in operands if is_number(a))
     after = broadcast(*(len(operand.shape) for operand in operands if not is_number(operand)))

@@ -95,7 +95,8 @@ def _put(x, start, updates):
     import tensorflow as tf
 
     start = tf.cast(tf.stack(start), "int32") if isinstance(start, (tuple, list)) else start
-    return tf.tensor_strided_slice_update(x, start, start + tf.shape(updates), tf.ones_like(start), updates)
+    ends = {"begin": start, "end": start + tf.shape(updates), "strides": tf.ones_like(start)}
+    return tf.raw_ops.TensorStridedSliceUpdate(input=x, value=updates, **ends)
 
 
 def _zeros_like(x, leading: Sequence):
