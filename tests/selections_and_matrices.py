@@ -89,4 +89,4 @@ WITHIN_A_CALL = {
 # What the operation of a function above needs besides a tensor.
 NEEDED = {ops.quantile: (0.5,), ops.percentile: (50,)}
 # The rows that are checked compiled too, and on JAX: one of each family.
-COMPILED = {"top-k", "norm-root", "norm-frobenius", "quantile", "inv", "svd", "batch-normalization"}
+COMPILED = {"top-k", "norm-root", "norm-frobenius", "quantile", "inv", "cholesky", "batch-normalization"}

@@ -84,15 +84,16 @@ def regions(model: keras.Model, domain: Segment | Rectangle) -> list[Region]:
     """The affine regions of a model on a segment or a rectangle.
 
     Args:
-        model: its nonlinear operations must freeze masks (ReLU and similar ones, max pooling); on a rectangle, only
-            those whose kink is at zero.
+        model: piecewise affine: its nonlinear operations select (ReLU and similar ones, max pooling, sorting, the k
+            largest, comparisons), each by a rule; on a rectangle, only those whose kink is at zero.
         domain: the segment or rectangle.
 
     Returns:
         Regions that cover the domain; on a segment they are in its order.
 
     Raises:
-        ValueError: the model is not affine between the kinks that were found; or it has too many regions.
+        ValueError: the model is not affine between the kinks that were found, or has others there; an operation of it
+            is left to autodiff; or it has too many regions.
     """
     found = _along(model, domain) if len(domain.sides) == 1 else _across(model, domain)
     _check_affine(model, domain, found)

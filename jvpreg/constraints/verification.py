@@ -141,7 +141,8 @@ def verify(
         constraint: any constraint; its enforcement and `at` do not matter.
         x: points `(N, …)`; or a `Segment` or a `Rectangle`, on which every affine region of a piecewise affine model is
             found, so that nothing is left out. The constraint must then be one on `J` in directions that are the same
-            everywhere, and the model's kinks those of masks: ReLU and similar ones, on a segment also max pooling.
+            everywhere, and the model's kinks those of masks: ReLU and similar ones, on a segment also max pooling and
+            what else selects (`sort`, `top_k`, comparisons).
             Regions narrower than a millionth of the domain (1e-12 in float64) are not found.
         labels: for `KnownDerivative`, a dict of `(N, …)`.
         seed: of random directions.

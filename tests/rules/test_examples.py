@@ -234,8 +234,6 @@ def test_an_operation_that_works_along_the_first_axis(function, shape):
 @pytest.mark.parametrize(
     ("function", "shape"),
     [
-        (ops.linalg.inv, (4, 3, 3)),
-        (lambda x: ops.top_k(x, 2)[0], (4, 3)),
         (lambda x: ops.cumprod(x, axis=1), (4, 3)),
         (ops.sinc, (4, 3)),
         (lambda x: ops.nanmean(x, axis=1), (4, 3)),
@@ -243,7 +241,7 @@ def test_an_operation_that_works_along_the_first_axis(function, shape):
         (lambda x: ops.slice_update(ops.zeros((4, 3), "float64"), (0, 1), x), (4, 2)),
         (lambda x: ops.fft((x, ops.sin(x)))[1], (4, 3)),
     ],
-    ids=["inv", "top_k", "cumprod", "sinc", "nanmean", "slice", "slice_update", "fft"],
+    ids=["cumprod", "sinc", "nanmean", "slice", "slice_update", "fft"],
 )
 def test_an_operation_that_works_example_by_example(function, shape):
     """By a rule, or left to autodiff."""

@@ -140,5 +140,4 @@ def test_histogram_equalization_has_no_slope():
         keras.Sequential([keras.Input((8, 8, 1)), layer, layers.Rescaling(2.0)]), x, fallback="error"
     )
     np.testing.assert_allclose(numpy(lin.outputs), 2 * numpy(layer(x)), rtol=1e-6)
-    with pytest.raises(ValueError, match="no derivative"):
-        lin.jvp(np.ones_like(x))
+    assert not numpy(lin.jvp(np.ones_like(x))).any()

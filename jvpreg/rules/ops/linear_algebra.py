@@ -174,8 +174,9 @@ def solution(operation, a, b, context):
 @register_rule(linalg.Lstsq)
 def least_squares(operation, a, b, context):
     _decline_complex(a, b)
-    y = operation.call(a, b)
+    # Not by the operation itself: two decompositions side by side can wait for each other on JAX.
     inverse = ops.pinv(a, rcond=operation.rcond)
+    y = ops.matmul(inverse, b)
     vector = len(b.shape) == 1
 
     def of_matrix(da, a, b, inverse):
@@ -257,12 +258,12 @@ def eigenvalues(operation, x, context):
 def singular_values(operation, x, context):
     _decline_complex(x)
     if not operation.compute_uv:
-        u, _, vh = ops.svd(x, full_matrices=False)
+        u, s, vh = ops.svd(x, full_matrices=False)
 
         def push_values(tangent, u, vh):  # Giles 3.2: dσᵢ = uᵢᵀ dA vᵢ
             return ops.sum(u * ops.matmul(tangent, transposed(vh)), axis=-2)
 
-        return operation.call(x), Pushforward(push_values, u, vh, examples=along(operation, x.shape))
+        return s, Pushforward(push_values, u, vh, examples=along(operation, x.shape))
     u, s, vh = operation.call(x)
     size = s.shape[-1]
 

@@ -70,36 +70,41 @@ def norm(operation, x, context):
     """A norm of vectors or of matrices: its slope is frozen, which is 0 where it has no direction."""
     if is_complex(x):
         raise Declined("a norm of complex numbers")
-    axes = reduced_axes(operation, x)
-    # Not by the operation itself: on JAX it takes no list of axes.
-    y = ops.norm(x, operation.ord, operation.axis and tuple(operation.axis), operation.keepdims)
-    if operation.ord == 0:
-        return y, None  # a count
+    axes, order = reduced_axes(operation, x), operation.ord
 
     def push(tangent, slope):
         return ops.sum(slope * tangent, axis=axes, keepdims=operation.keepdims)
 
-    slope = _slope_of_norm(operation.ord, x, axes)
-    affine = operation.ord in (1, -1, math.inf, -math.inf) and (len(axes) == 2 or operation.ord != -1)
+    after = along(operation, x.shape)
+    if order == "nuc" or (len(axes) == 2 and order in (2, -2)):
+        slope = _slope_of_singular_values(order, x, axes)
+        return push(x, slope), Pushforward(push, slope, examples=after)  # ‖A‖ = ⟨slope, A⟩
+    # Not by the operation itself: on JAX it takes no list of axes.
+    y = ops.norm(x, order, operation.axis and tuple(operation.axis), operation.keepdims)
+    if order == 0:
+        return y, None  # a count
+    affine = order in (1, math.inf, -math.inf) or (order == -1 and len(axes) == 2)
     masks = [(lambda slope: ops.stack([slope > 0, slope < 0], axis=-1)) if affine else None]
-    return y, Gate(push, slope, masks=masks, examples=along(operation, x.shape))
+    return y, Gate(push, _slope_of_norm(order, x, axes), masks=masks, examples=after)
 
 
 def _slope_of_norm(order, x, axes: list[int]):
     """The slope of a norm along axes, of the shape of x."""
     if order in (None, "fro") or (order == 2 and len(axes) == 1):
         return _unit(x, axes, ops.sum)
-    size, best = ops.abs(x), ops.max if order in (2, 1, math.inf) else ops.min
-    if len(axes) == 1:
-        if order == 1:
-            return ops.sign(x)
-        return ops.sign(x) * (shares(size, axes, best) if math.isinf(order) else _power_mean(size, axes, order))
-    if order in (1, -1, math.inf, -math.inf):  # the largest or the smallest sum, of columns or of rows
+    size, best = ops.abs(x), ops.max if order in (1, math.inf) else ops.min
+    if len(axes) == 2:  # the largest or the smallest sum, of columns or of rows
         summed, across = axes if abs(order) == 1 else axes[::-1]
         return ops.sign(x) * shares(ops.sum(size, axis=summed, keepdims=True), [across], best)
-    # Of the singular values, whose slopes are the products u vᵀ: their sum, the largest or the smallest.
+    if order == 1:
+        return ops.sign(x)
+    return ops.sign(x) * (shares(size, axes, best) if math.isinf(order) else _power_mean(size, axes, order))
+
+
+def _slope_of_singular_values(order, x, axes: list[int]):
+    """The slope of the sum, the largest or the smallest of the singular values σ, each of which has the slope u vᵀ."""
     u, s, vh = ops.svd(ops.moveaxis(x, axes, (-2, -1)), full_matrices=False)
-    share = ops.ones_like(s) if order == "nuc" else shares(s, [-1], best)
+    share = ops.ones_like(s) if order == "nuc" else shares(s, [-1], ops.max if order == 2 else ops.min)
     return ops.moveaxis(ops.matmul(u * ops.expand_dims(share, -2), vh), (-2, -1), axes)
 
 
