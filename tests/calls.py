@@ -1,4 +1,4 @@
-"""A layer of one function, and what is checked of any."""
+"""A layer of one function, what is checked of any, and a function in a graph."""
 
 import keras
 import numpy as np
@@ -51,3 +51,16 @@ def check_call(function, x, weight=True, dtype="float64"):
         assert np.abs(slope).max() > 1e-3
         assert_close(lin.jvp(weights=[(layer.w, moved)]), slope, 1e-7)
     return lin
+
+
+def in_graph(function, *tensors):
+    """What a function returns in a TensorFlow graph, or jitted by JAX. On Torch it runs eagerly."""
+    if keras.backend.backend() == "torch":
+        return function(*tensors)
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.jit(function)(*tensors)
+    import tensorflow as tf
+
+    return tf.function(function, autograph=False)(*map(ops.convert_to_tensor, tensors))

@@ -42,7 +42,7 @@ def fall_back(operation, args, kwargs, primals: Sequence):
         remaining = iter(tensors)
         arguments = [args, *kwargs.values()]
         a, *given = map_leaves(lambda leaf: next(remaining) if id(leaf) in found else leaf, arguments)
-        with keras.StatelessScope(state_mapping=[*state, *weights]):
+        with keras.StatelessScope(state_mapping=[*state, *weights]), _twice_differentiable():
             again = tree.flatten(operation(*a, **dict(zip(kwargs, given, strict=True))))
         return tuple(again[i] for i in moved_outputs)
 
@@ -76,6 +76,15 @@ def fall_back(operation, args, kwargs, primals: Sequence):
     weights = [(variable, functools.partial(part, variable)) for variable in trainable]
     after = of_class(operation, [x.shape for x in primals])
     return outputs, Pushforward(push, *primals, weights=weights, takes_none=True, examples=after, finite=False)
+
+
+def _twice_differentiable():
+    """A context in which Torch computes attention by what it can differentiate twice, and not by its fused kernels."""
+    if keras.backend.backend() != "torch":
+        return contextlib.nullcontext()
+    from torch.nn import attention
+
+    return attention.sdpa_kernel(attention.SDPBackend.MATH)
 
 
 def _jvp(function, primals: Sequence, tangents: Sequence) -> tuple:

@@ -15,8 +15,9 @@ import numpy as np
 from keras import ops, tree
 
 from jvpreg.common import keras_private
+from jvpreg.common.eager import map_leaves
 from jvpreg.common.keras_private import core
-from jvpreg.engine.arguments import kind_of, symbol_of
+from jvpreg.engine.arguments import kind_of, map_arguments, symbol_of
 from jvpreg.rules.control_flow import Body, Map, Scan, Switch, WhileLoop
 
 WRITTEN_OUT = 16
@@ -39,42 +40,102 @@ CONTROL_FLOW = (
 
 
 class Recorder:
-    """What is called with symbols in a context, with control flow in a form that can be frozen."""
+    """What is called with symbols in a context, with control flow in a form that can be frozen.
+
+    Args:
+        check: called with the graph of each body; raises if it cannot be run operation by operation.
+
+    Attributes:
+        symbols: those that stand for tensors.
+        tensors: for which they stand.
+        kept: see `Opened`.
+    """
 
     def __init__(self, check: Callable):
         self._check = check
         # The inputs of what made a symbol, by the symbol's `id`; and all symbols, which keep their `id` that way.
         self._inputs: dict[int, list] = {}
         self._made: list = []
+        # What layers return that is not all tensors, by the layer's `id`, until they return it.
+        self._returned: dict[int, Any] = {}
+        self.symbols: list = []
+        self.tensors: list = []
+        self.kept: dict[int, list[bool]] = {}
 
     @contextlib.contextmanager
     def recording(self):
         """A context in which calls are recorded."""
-        original, functions = keras.Operation.symbolic_call, {name: getattr(ops, name) for name in FUNCTIONS}
+        functions = {name: getattr(ops, name) for name in FUNCTIONS}
+        symbolic, call = keras.Operation.symbolic_call, keras.Layer.__call__
+        with contextlib.ExitStack() as put_back:
+            for owner, name, new in [
+                (keras.Operation, "symbolic_call", lambda *a, **k: self._call_operation(symbolic, *a, **k)),
+                (keras.Layer, "__call__", lambda *a, **k: self._call_layer(call, *a, **k)),
+                (keras.Layer, "symbolic_call", lambda *a, **k: self._symbols_of_layer(*a, **k)),
+                *((ops, name, self._without_symbols(name, function)) for name, function in functions.items()),
+            ]:
+                put_back.callback(setattr, owner, name, getattr(owner, name))
+                setattr(owner, name, new)
+            put_back.enter_context(_equality(_equal))
+            yield
 
-        def symbolic_call(operation, *args, **kwargs):
-            return self._call(operation, functools.partial(original, operation), args, kwargs)
-
-        keras.Operation.symbolic_call = symbolic_call
-        for name, function in functions.items():
-            setattr(ops, name, self._without_symbols(name, function))
-        try:
-            with _equality(_equal):
-                yield
-        finally:
-            keras.Operation.symbolic_call = original
-            for name, function in functions.items():
-                setattr(ops, name, function)
-
-    def _call(self, operation, original: Callable, args, kwargs):
+    def _call_operation(self, original: Callable, operation, *args, **kwargs):
         if isinstance(operation, CONTROL_FLOW):
             return self._control_flow(operation, *args, **kwargs)
-        outputs = _call_with_any_outputs(operation, original, args, kwargs)
-        self._record(outputs, [leaf for leaf in tree.flatten((args, kwargs)) if _is_symbol(leaf)])
+        outputs = original(operation, *args, **kwargs)
+        self._record(outputs, _symbols_in((args, kwargs)))
         return outputs
 
+    def _symbols_of_layer(self, layer, *args, **kwargs):
+        outputs = self._specified(layer, args, kwargs)
+        symbols, kept = _symbols_in(outputs), list(map(_is_symbol, tree.flatten(outputs)))
+        if self.kept.setdefault(id(layer), kept) != kept:
+            raise NotImplementedError(f"it calls `{layer.name}` twice, which returns None in different places")
+        if all(kept):
+            return outputs
+        # Keras records outputs that are symbols only. The layer returns the others in `_call_layer`.
+        self._returned[id(layer)] = outputs
+        return symbols
+
+    def _call_layer(self, original: Callable, layer, *args, **kwargs):
+        given = _symbols_in((args, kwargs))
+        if not given and not keras_private.asks_for_shapes() and layer.trainable_variables:
+            args, kwargs = map_arguments(self.constant, args, kwargs)
+            given = _symbols_in((args, kwargs))
+        outputs = original(layer, *args, **kwargs)
+        if given:
+            outputs = self._returned.pop(id(layer), outputs)
+            self._record(outputs, given)
+        return outputs
+
+    def constant(self, leaf):
+        """A leaf, or a symbol in place of a tensor: if a layer takes that, tangents of the layer's weights pass."""
+        if not ops.is_tensor(leaf):
+            return leaf
+        self.symbols.append(symbol_of(leaf))
+        self.tensors.append(leaf)
+        return self.symbols[-1]
+
+    def _specified(self, layer, args, kwargs):
+        """Symbols for what a layer returns: as Keras infers them, otherwise as its call returns them of symbols."""
+        try:
+            outputs, error = layer.compute_output_spec(*args, **kwargs), None
+            if not _has_unknown(outputs) or _has_unknown((args, kwargs)):
+                return outputs
+        except Exception as failed:  # Some layers have arguments that they do not state.
+            outputs, error = None, failed
+        try:
+            found = layer.call(*args, **kwargs)
+        except Exception:
+            found = None
+        if not _symbols_in(found):
+            if error is not None:
+                raise error
+            return outputs
+        return map_leaves(lambda leaf: symbol_of(leaf) if _is_symbol(leaf) or ops.is_tensor(leaf) else leaf, found)
+
     def _record(self, outputs, inputs: list) -> None:
-        made = [leaf for leaf in tree.flatten(outputs) if _is_symbol(leaf)]
+        made = _symbols_in(outputs)
         self._made += made
         self._inputs.update((id(symbol), inputs) for symbol in made)
 
@@ -87,7 +148,7 @@ class Recorder:
             try:
                 return function(*args, **kwargs)
             except Exception:
-                if any(map(_is_symbol, tree.flatten((args, kwargs)))) or len(self._made) == before:
+                if _symbols_in((args, kwargs)) or len(self._made) == before:
                     raise
                 # No backend runs a loop on symbols.
                 return getattr(self, f"_{name}")(*args, **kwargs)
@@ -156,7 +217,7 @@ class Recorder:
             structures.append(y)
             return [*_as_carried(following, first), *(leaf for leaf in tree.flatten(y) if leaf is not None)]
 
-        structures: list[Any] = []
+        structures = []
         traced, closed_over, _ = self._body(body, [*first, *(x[0] for x in elements)])
         (y,) = structures
         elements = [ops.moveaxis(x, 0, 1) if len(x.shape) > 1 else x for x in elements]
@@ -279,25 +340,6 @@ class Recorder:
         return tree.pack_sequence_as(traced[0][2], found)
 
 
-def _call_with_any_outputs(operation, original: Callable, args, kwargs):
-    """A call with symbols, of which the operation may return something else than tensors too: None, numbers."""
-    try:
-        return original(*args, **kwargs)
-    except ValueError:
-        outputs = operation.compute_output_spec(*args, **kwargs)
-        leaves = tree.flatten(outputs)
-        symbols = [leaf for leaf in leaves if _is_symbol(leaf)]
-        if len(symbols) == len(leaves) or not symbols:
-            raise
-    # Keras records outputs that are symbols only.
-    vars(operation)["compute_output_spec"] = lambda *args, **kwargs: symbols
-    try:
-        original(*args, **kwargs)
-    finally:
-        del vars(operation)["compute_output_spec"]
-    return outputs
-
-
 def _as_carried(outputs, first: Sequence) -> list:
     """What a step carries on, in the dtypes and shapes of what it got."""
     leaves = [_tensor(leaf) for leaf in tree.flatten(outputs)]
@@ -314,6 +356,14 @@ def cast_if(leaf, dtype: str):
 
 def _tensor(leaf):
     return leaf if _is_symbol(leaf) else ops.convert_to_tensor(leaf)
+
+
+def _symbols_in(structure) -> list:
+    return [leaf for leaf in tree.flatten(structure) if _is_symbol(leaf)]
+
+
+def _has_unknown(structure) -> bool:
+    return any(size is None for symbol in _symbols_in(structure) for size in symbol.shape)
 
 
 def _is_symbol(leaf) -> bool:

@@ -51,7 +51,7 @@ def on_outputs(layer: keras.Layer, inputs, previous, outputs, new_value: Callabl
         new_value: makes a value of a new mask.
     """
     values = leaves_of(outputs)
-    if not layer.supports_masking or all(value.mask is not None for value in values):
+    if not layer.supports_masking or all(not isinstance(y, Value) or y.mask is not None for y in values):
         return outputs
     masks = layer.compute_mask(inputs, tree.map_structure(primal_of, previous))
     if masks is None:
@@ -59,7 +59,7 @@ def on_outputs(layer: keras.Layer, inputs, previous, outputs, new_value: Callabl
     known = {id(mask.primal): mask for mask in tree.flatten(previous) if isinstance(mask, Value)}
     # As Keras: outputs beyond the shorter list have no mask.
     for i, mask in enumerate(tree.flatten(masks)[: len(values)]):
-        if mask is not None and values[i].mask is None:
+        if mask is not None and isinstance(values[i], Value) and values[i].mask is None:
             values[i] = values[i].with_mask(known.get(id(mask)) or new_value(ops.convert_to_tensor(mask)))
     return tree.pack_sequence_as(outputs, values)
 
@@ -109,6 +109,11 @@ def masks_of(structure):
 def primal_of(leaf):
     """A leaf's tensor, whether it is a value or a tensor already."""
     return leaf.primal if isinstance(leaf, Value) else leaf
+
+
+def under(leaf, mask: Value | None):
+    """A value under a mask if it has none yet; any other leaf as it is."""
+    return leaf.with_mask(leaf.mask or mask) if isinstance(leaf, Value) else leaf
 
 
 def any_of(masks) -> bool:

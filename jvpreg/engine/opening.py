@@ -4,7 +4,7 @@ import contextlib
 import re
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,23 +26,26 @@ class Opened(NamedTuple):
     """A `call` as a graph.
 
     Attributes:
-        graph: from tensors, and then the layer's own weights, to the tensors that the call returns, the masks that it
-            left on them, and the losses that it added.
-        weights: the weights that are its last inputs.
+        graph: from tensors, then the layer's own weights, and then constants, to the tensors that the call returns, the
+            masks that it left on them, and the losses that it added.
+        weights: the weights among its inputs.
+        constants: the tensors that are its last inputs.
+        kept: by the `id` of a layer in it that returns something else than tensors too, which leaves are tensors.
         outputs: what the call returned: a structure of symbols, and of whatever else it returned.
     """
 
     graph: keras.Function
     weights: list
+    constants: list
+    kept: dict[int, list[bool]]
     outputs: Any
 
-    def filled(self, values: Sequence, fill: Callable) -> Any:
-        """What the call returns, with values in place of its symbols, and `fill(leaf)` of other leaves."""
+    def filled(self, values: Sequence) -> Any:
+        """What the call returns, with values in place of its symbols."""
         rest = iter(values)
-        leaves = [
-            next(rest) if isinstance(leaf, keras.KerasTensor) else fill(leaf) for leaf in tree.flatten(self.outputs)
-        ]
-        return tree.pack_sequence_as(self.outputs, leaves)
+        leaves = tree.flatten(self.outputs)
+        filled = [next(rest) if isinstance(leaf, keras.KerasTensor) else leaf for leaf in leaves]
+        return tree.pack_sequence_as(self.outputs, filled)
 
 
 def open_up(layer, args: tuple, kwargs: dict, training: bool) -> Opened:
@@ -70,26 +73,31 @@ def open_up(layer, args: tuple, kwargs: dict, training: bool) -> Opened:
         try:
             with _symbols_for_weights(layer, owned, dtype) as weights:
                 symbols, inputs = masks.symbols(args, kwargs, symbol)
-                graph, outputs = _traced(layer, symbols, [*inputs, *weights], dtype, training)
+                graph, recorder, outputs = _traced(layer, symbols, [*inputs, *weights], dtype, training)
         except Exception:
             # The call reads `weight.value`, or assigns to it: the weights stay constants.
             put_back()
             owned = {}
             symbols, inputs = masks.symbols(args, kwargs, symbol)
-            graph, outputs = _traced(layer, symbols, inputs, dtype, training)
+            graph, recorder, outputs = _traced(layer, symbols, inputs, dtype, training)
         check_operations(graph)
-    return Opened(graph, list(owned.values()), outputs)
+    kept = {key: leaves for key, leaves in recorder.kept.items() if not all(leaves)}
+    return Opened(graph, list(owned.values()), recorder.tensors, kept, outputs)
 
 
 def _traced(layer, symbols, inputs: list, dtype, training: bool) -> tuple:
-    """The graph of a call with symbols, as `Opened` has it, and what the call returned."""
+    """The graph of a call with symbols, as `Opened` has it, what was recorded, and what the call returned."""
     losses: list = []
-    with Recorder(check_operations).recording(), _losses_in(layer, losses):
+    recorder = Recorder(check_operations)
+    with recorder.recording(), _losses_in(layer, losses):
         outputs = _call(layer, symbols, dtype, training)
+    if not any(isinstance(leaf, keras.KerasTensor) for leaf in tree.flatten(outputs)):
+        raise NotImplementedError("its `call` returns nothing that follows from its arguments")
+    outputs = tree.pack_sequence_as(outputs, list(map(recorder.constant, tree.flatten(outputs))))
     leaves = [leaf for leaf in tree.flatten(outputs) if isinstance(leaf, keras.KerasTensor)]
-    if not leaves or any(ops.is_tensor(leaf) for leaf in tree.flatten(outputs)):
-        raise NotImplementedError("its `call` returns a tensor that does not follow from its arguments")
-    return keras_private.function(inputs, [leaves, masks.left_on(leaves), losses]), outputs
+    inputs = [*inputs, *recorder.symbols]
+    graph = keras_private.function(inputs, [leaves, masks.left_on(leaves), losses])
+    return graph, recorder, outputs
 
 
 @contextlib.contextmanager
@@ -114,11 +122,11 @@ def _call(layer, symbols, dtype, training: bool):
     kwargs = {key: value for key, value in kwargs.items() if key not in ("training", "mask") or key in takes}
     if "training" in takes:
         kwargs["training"] = training
-    with keras_private.within_call(layer, training):
-        with keras_private.weights_cast_to(dtype), warnings.catch_warnings():
-            # Keras warns of it when the model itself runs.
-            warnings.filterwarnings("ignore", ".*does not support masking")
-            return layer.call(*args, **kwargs)
+    cast = keras_private.weights_cast_to(dtype)
+    with keras_private.within_call(layer, training), cast, warnings.catch_warnings():
+        # Keras warns of it when the model itself runs.
+        warnings.filterwarnings("ignore", ".*does not support masking")
+        return layer.call(*args, **kwargs)
 
 
 def check_operations(graph: keras.Function) -> None:

@@ -29,6 +29,7 @@ from jvpreg.engine.inputs import call_signature, flatten_inputs, graph_of
 from jvpreg.engine.naming import OUTSIDE, Names, Scope
 from jvpreg.engine.node import Node, Value
 from jvpreg.engine.opening import Opened, calls_forgotten, is_bare, layers_in, open_up, reason_of
+from jvpreg.engine.outputs import as_recorded, record_activity_losses, tensors_of
 from jvpreg.engine.paths import is_graph, join, stable_name
 from jvpreg.rules.contract import Affine, Context, Declined, Pushed, checked_pair
 from jvpreg.rules.control_flow import Body
@@ -62,9 +63,8 @@ class Tracer:
     fallbacks: dict[str, LeftToAutodiff] = field(default_factory=dict)
     num_slots: int = 0
     _names: Names = field(init=False)
-    # The layer that is being opened up, and the dtype to which it casts its weights.
-    _weight_dtype: str | None = None
-    _opened: Any = None
+    # Of the layer that is being opened up: the dtype to which it casts its weights, itself, and `Opened.kept`.
+    _within: tuple = (None, None, {})
 
     def __post_init__(self):
         self._names = Names(self.root)
@@ -143,7 +143,8 @@ class Tracer:
 
             def run(*args, **kwargs):
                 with self._training(kwargs.get("training") if opened else None):
-                    return self.run(operation, *args, scope=scope, kind=kind, **kwargs)
+                    outputs = self.run(operation, *args, scope=scope, kind=kind, **kwargs)
+                    return as_recorded(outputs, self._within[2].get(id(operation)), self.value) if opened else outputs
 
             return run
 
@@ -187,8 +188,8 @@ class Tracer:
         outputs = self._record(name, operation, values, primal, pushforward, image)
         activation = getattr(operation, rule.activation) if rule.activation else None
         if activation is not None and activation is not keras.activations.linear:
-            outputs = self._run_activation(activation, outputs, f"{name}/activation")
-        _record_activity_loss(operation, outputs)
+            outputs = self._run_named(activation, (outputs,), {}, f"{name}/activation")
+        record_activity_losses(operation, outputs)
         return outputs
 
     def _carry_out(self, returned, values: Sequence[Value], name: str, operation) -> tuple:
@@ -224,12 +225,10 @@ class Tracer:
 
     def _run_body(self, inner: "Tracer", known: Sequence[Value], body: Body, inputs) -> tuple:
         """The body of a loop or branch as one pushforward. What it closes over may follow from weights alone."""
-        inner._weight_dtype, inner._opened = self._weight_dtype, self._opened
+        inner._within = self._within
         constant = {id(value.primal) for value in known if not value.batched}
-        values = [
-            inner.value(ops.convert_to_tensor(tensor), i < body.num_arguments or id(tensor) not in constant)
-            for i, tensor in enumerate(inputs)
-        ]
+        batched = [i < body.num_arguments or id(tensor) not in constant for i, tensor in enumerate(inputs)]
+        values = list(map(inner.value, map(ops.convert_to_tensor, inputs), batched))
         outputs = inner._walk(body.graph, values, OUTSIDE, opened=True)
         return [value.primal for value in outputs], inner.frozen(values, outputs).as_pushforward(whole=True)
 
@@ -241,20 +240,21 @@ class Tracer:
     def _run_opened(self, opened: Opened, layer, args, kwargs, name: str):
         dtype = input_dtype(layer)
         values = masks.values_among(args, kwargs)
-        outer = self._weight_dtype, self._opened
-        if isinstance(layer, keras.Layer):  # A function within a layer's call is a part of it.
-            self._weight_dtype, self._opened = dtype, layer
+        outer = self._within
+        # A function within a layer's call is a part of it.
+        self._within = (dtype, layer, opened.kept) if isinstance(layer, keras.Layer) else (*outer[:2], opened.kept)
         try:
             scope = self._names.within(layer, name)
             inputs = [*(self._cast(value, dtype, scope) for value in values), *map(self._weight, opened.weights)]
+            inputs += [self.value(tensor, batched=False) for tensor in opened.constants]
             tensors, left, losses = self._walk(opened.graph, inputs, scope, opened=True)
         finally:
-            self._weight_dtype, self._opened = outer
+            self._within = outer
         values = [y.with_mask(y.mask if mask is y else mask) for y, mask in zip(tensors, left, strict=True)]
         for loss in losses:
             layer.add_loss(loss.primal)
-        outputs = opened.filled(values, lambda leaf: leaf)
-        _record_activity_loss(layer, outputs)
+        outputs = opened.filled(values)
+        record_activity_losses(layer, outputs)
         return outputs
 
     def _cast(self, value: Value, dtype, scope: Scope) -> Value:
@@ -303,7 +303,7 @@ class Tracer:
         if not isinstance(operation, keras.Layer):
             # A tensor that is passed on as it is keeps its mask.
             kept = {id(value.primal): value.mask for value in masks.values_among(args, kwargs)}
-            return map_leaves(lambda y: y.with_mask(y.mask or kept.get(id(y.primal))), outputs)
+            return map_leaves(lambda y: masks.under(y, kept.get(id(masks.primal_of(y)))), outputs)
         if not operation.supports_masking:
             return outputs
         first, mask = masks.first_argument(operation, args, kwargs), kwargs.get("mask")
@@ -339,7 +339,7 @@ class Tracer:
 
     def _weight(self, variable) -> Value:
         """The value of a weight that an operation takes as an input: the same one at each use with the same dtype."""
-        with keras_private.weights_cast_to(self._weight_dtype):
+        with keras_private.weights_cast_to(self._within[0]):
             primal = ops.convert_to_tensor(variable.value)
         for known, value in self.variables:
             if known is variable and value.primal.dtype == primal.dtype:
@@ -350,16 +350,13 @@ class Tracer:
             self.companions.enter_weight(variable, value)
         return value
 
-    def _run_activation(self, activation, value: Value, name: str) -> Value:
-        return self._run_named(activation, (value,), {}, name)
-
     def _record(self, name, operation, inputs: Sequence[Value], primal, pushforward, image=None):
         batched = any(value.batched for value in inputs)
         outputs = map_leaves(lambda leaf: self.value(leaf, batched), primal)
         examples = pushforward.examples if pushforward is not None and callable(pushforward.examples) else None
         if pushforward is not None and not any(value.has_tangents for value in leaves_of(outputs)):
             pushforward = None
-        layer = operation if isinstance(operation, keras.Layer) else self._opened
+        layer = operation if isinstance(operation, keras.Layer) else self._within[1]
         path = self._names.by_attributes(name)
         ends = tuple(inputs), tuple(leaves_of(outputs))
         node = Node(name, operation, *ends, pushforward, layer, examples, path)
@@ -402,17 +399,9 @@ def trace(
         return tracer, values, tracer.run(model, arguments)
     with keras_private.within_call(model):
         outputs = tracer.run(model, arguments, kind=None if find_rule(model) else stable_name(model))
+    outputs = tensors_of(outputs)
     for value in tree.flatten(outputs):
         if value.mask is not None:
             # The loss weighs by the mask.
             keras_private.set_mask(value.primal, value.mask.primal)
     return tracer, values, outputs
-
-
-def _record_activity_loss(operation, outputs) -> None:
-    """Adds an activity loss, as `Layer.__call__` does: the loss of the batch, divided by the batch's size."""
-    regularizer = getattr(operation, "activity_regularizer", None)
-    if regularizer is not None:
-        primal = leaves_of(outputs)[0].primal
-        loss = regularizer(primal)
-        operation.add_loss(loss / ops.cast(ops.shape(primal)[0], loss.dtype))

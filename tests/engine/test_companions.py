@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from calls import in_graph
 from compare import assert_close, normal, randomize
 from keras import layers, ops
 
@@ -75,19 +76,6 @@ def counted(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(companions, "run_at_once", spy)
     return sizes
-
-
-def in_graph(function, *tensors):
-    """What a function returns in a TensorFlow graph, or jitted by JAX. On Torch it runs eagerly."""
-    if keras.backend.backend() == "torch":
-        return function(*tensors)
-    if keras.backend.backend() == "jax":
-        import jax
-
-        return jax.jit(function)(*tensors)
-    import tensorflow as tf
-
-    return tf.function(function, autograph=False)(*map(ops.convert_to_tensor, tensors))
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 4, 3), (1, 2, 4, 4, 3), (5, 2, 4, 4, 3)])

@@ -3,12 +3,12 @@
 import keras
 import numpy as np
 import pytest
-from calls import Call, check_call
-from compare import assert_close, normal
+from calls import Call, check_call, in_graph
+from compare import assert_close, normal, numpy
 from keras import ops
 
 import jvpreg
-
+from jvpreg.engine.transpose import transpose
 
 # Each closes over the input, the weight, or both; `map` and `scan` go along the first axis.
 CONTROL_FLOW = {
@@ -90,3 +90,31 @@ def test_control_flow_in_training():
         found.append((history["frobenius_norm_squared"], model.base.get_weights()))
     np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-8)
     assert_close(found[0][1], found[1][1], 1e-8)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(
+    "kind", ["a long scan", "while_loop", "the other branch", "a loop in a branch in a loop", "map", "vectorized_map"]
+)
+def test_the_gradient_of_a_penalty_in_a_graph(kind):
+    """Against finite differences. In a graph, how often and where a loop or branch goes is known only when it runs."""
+    layer, x, u, moved = Call(CONTROL_FLOW[kind]), normal(2, 3), normal(2, 3, seed=1), normal(3, 3, seed=3)
+    layer(x)
+
+    def penalty(w, x):
+        with keras.StatelessScope(state_mapping=[(layer.w, w)]):
+            return ops.sum(ops.square(jvpreg.linearize(layer, x, fallback="error").jvp(u)))
+
+    def gradient(w, x):
+        return transpose(lambda weights: [penalty(weights[0], x)], [w], [ops.ones((), w.dtype)])[0]
+
+    w, step = numpy(layer.w), 1e-5
+    values = [numpy(penalty(ops.convert_to_tensor(w + sign * step * moved), x)) for sign in (1, -1)]
+    slope = (values[0] - values[1]) / (2 * step)
+    assert abs(slope) > 1e-4
+    tensors = [ops.convert_to_tensor(w), ops.convert_to_tensor(x)]
+    found = [in_graph(gradient, *tensors)]
+    if keras.backend.backend() == "tensorflow":
+        found.append(jvpreg.testing.compiled(gradient)(*tensors))  # by XLA
+    for one in found:
+        np.testing.assert_allclose(np.sum(numpy(one) * moved), slope, rtol=1e-6)

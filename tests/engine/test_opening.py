@@ -152,10 +152,17 @@ def moved(images):
     return ops.image.affine_transform(images, ops.convert_to_tensor(transform))
 
 
+def attended(x):
+    if isinstance(x, keras.KerasTensor):
+        raise NotImplementedError("it takes no symbols")
+    return ops.dot_product_attention(x, x, x)
+
+
 # The second one has a rule. On Torch, the first one is opened up like any other function.
 WITHOUT_FORWARD_MODE = {
     "a gradient of one's own": (squared, (2, 3)),
     "an affine transform": (moved, (2, 4, 4, 1)),
+    "attention": (attended, (2, 3, 1, 4)),
 }
 
 
@@ -167,7 +174,8 @@ def test_where_a_backend_has_no_forward_mode(kind):
     layer = Call(lambda x, w: function(x))
     layer(x)
     lin = jvpreg.linearize(layer, x, fallback="ignore")
-    assert bool(lin.fallbacks) == (function is squared and keras.backend.backend() != "torch")
+    by_autodiff = function is attended or (function is squared and keras.backend.backend() != "torch")
+    assert bool(lin.fallbacks) == by_autodiff
     slope = (numpy(layer(x + 1e-2 * u)) - numpy(layer(x - 1e-2 * u))) / 2e-2
     assert_close(lin.jvp(u), slope, 1e-3)
     v = normal(*slope.shape, seed=2)
@@ -336,3 +344,49 @@ def test_what_a_layer_was_opened_with_is_not_kept(traced):
     for _ in range(3):
         jvpreg.linearize(layer, x)
     assert [len(calls) for calls in recorded_calls(layer.dense)] == known
+
+
+class Sublayer(layers.Layer):
+    """It returns None, a number and a constant beside a tensor, and states the shape of one with other arguments."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense, self.positions = layers.EinsumDense("btd,dh->bth", (None, 3)), layers.Embedding(4, 3)
+
+    def compute_output_spec(self, x):
+        return keras.KerasTensor(x.shape, x.dtype)
+
+    def call(self, x, cache=None):
+        y = self.dense(x)
+        # The layer's inferred shape would have no number of steps here, and positions are no argument.
+        y = ops.reshape(ops.tanh(y), (-1, y.shape[1] * 3)) + ops.reshape(self.positions(ops.arange(4)), (1, -1))
+        return {"y": y, "cache": cache, "number": 2}, ops.ones((1,))
+
+
+class WithSublayer(layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = Sublayer()
+
+    def call(self, x):
+        returned, _ = self.inner(x, cache=None)
+        assert returned["cache"] is None
+        return (returned["y"] * returned["number"], None)
+
+
+@pytest.mark.usefixtures("float64")
+def test_what_a_layer_in_a_layer_returns_beside_tensors():
+    x, u = normal(2, 4, 3), normal(2, 4, 3, seed=1)
+    layer = WithSublayer()
+    called, nothing = layer(x)
+    lin = jvpreg.linearize(layer, x, fallback="error")
+    assert nothing is None
+    assert_close(lin.outputs, called, 1e-12)
+    slope = (numpy(layer(x + 1e-5 * u)[0]) - numpy(layer(x - 1e-5 * u)[0])) / 2e-5
+    assert_close(lin.jvp(u), slope, 1e-7)
+    moved = normal(4, 3, seed=2)
+    # A layer that takes constants alone has tangents of its weights too.
+    (embeddings,) = layer.inner.positions.weights
+    expected = np.broadcast_to(2 * moved.reshape(1, -1), (2, 12))
+    assert_close(lin.jvp(weights=[(embeddings, moved)]), expected, 1e-10)
+    assert len(lin.weights) == 2

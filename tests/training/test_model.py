@@ -309,9 +309,37 @@ def test_several_inputs_and_outputs_by_name():
     np.testing.assert_allclose(logs["loss"], total, rtol=1e-5)
 
 
-def test_a_base_that_regularizes_its_weights_and_activities_still_does():
+class Autoencoder(keras.Model):
+    """A variational one, whose `call` adds a loss, and whose encoder adds another one."""
+
+    class Encoder(layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.mean, self.log_variance = layers.Dense(2), layers.Dense(2)
+
+        def call(self, x):
+            mean, log_variance = self.mean(x), self.log_variance(x)
+            self.add_loss(0.1 * ops.mean(ops.square(mean) + ops.exp(log_variance) - log_variance))
+            return {"mean": mean, "deviation": ops.exp(0.5 * log_variance), "number": 3, "nothing": None}
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = self.Encoder(), layers.Dense(3)
+
+    def call(self, x):
+        code = self.encoder(x)
+        self.add_loss(ops.mean(ops.abs(code["mean"])))
+        return self.decoder(code["mean"] + 0.3 * code["deviation"]) if code["nothing"] is None else x
+
+
+@pytest.mark.parametrize("kind", ["its weights and activities", "by losses that calls add"])
+def test_a_base_that_regularizes_still_does(kind):
     def base():
         keras.utils.set_random_seed(1)
+        if kind == "by losses that calls add":
+            model = Autoencoder()
+            model(np.zeros((1, 6), "float32"))
+            return model
         first = layers.Dense(5, activation="relu", kernel_regularizer="l2", activity_regularizer="l1")
         return keras.Sequential([keras.Input((6,)), first, layers.Dense(3)])
 
