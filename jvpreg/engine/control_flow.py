@@ -160,8 +160,7 @@ class Recorder:
         if isinstance(operation, core.ForiLoop):
             return self._fori_loop(operation.lower, operation.upper, operation.body_fun, *args, **kwargs)
         if isinstance(operation, core.WhileLoop):
-            most = operation.maximum_iterations
-            return self._while_loop(operation.cond, operation.body, *args, **kwargs, maximum_iterations=most)
+            return self._while_loop(operation.cond, operation.body, args[0], operation.maximum_iterations)
         if isinstance(operation, core.VectorizedMap):
             return self._vectorized_map(operation.function, *args, **kwargs)
         given = {name: getattr(operation, name) for name in ("length", "reverse", "axis") if hasattr(operation, name)}
@@ -214,12 +213,12 @@ class Recorder:
         def body(*arguments):
             x = None if xs is None else tree.pack_sequence_as(xs, list(arguments[count:]))
             following, y = f(tree.pack_sequence_as(init, list(arguments[:count])), x)
-            structures.append(y)
+            structure[0] = y
             return [*_as_carried(following, first), *(leaf for leaf in tree.flatten(y) if leaf is not None)]
 
-        structures = []
+        structure = [None]
         traced, closed_over, _ = self._body(body, [*first, *(x[0] for x in elements)])
-        (y,) = structures
+        (y,) = structure
         elements = [ops.moveaxis(x, 0, 1) if len(x.shape) > 1 else x for x in elements]
         found = self._run(Scan(traced, count, length, reverse), first, elements, closed_over)
         steps = iter([ops.moveaxis(one, 1, 0) if len(one.shape) > 1 else one for one in found[count:]])

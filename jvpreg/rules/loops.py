@@ -30,9 +30,8 @@ def scan(operation, *inputs, context):
 
     last, steps = operation.run(step, first, elements, [*outputs[count:], *frozen.residuals])
     ys, residuals = steps[: len(outputs) - count], steps[len(outputs) - count :]
-    after = "coupled" if frozen.examples == "coupled" else "moved"
-    if isinstance(operation, Map):
-        after = _after_map(body.num_arguments, after)
+    inner = "coupled" if frozen.examples == "coupled" else "moved"
+    after = _after_map(body.num_arguments, inner) if isinstance(operation, Map) else inner
     pushforward = _scan_of(_Steps(operation, frozen, outputs, elements[-1]), len(inputs), residuals, after)
     return [*last, *map(operation.finish, ys)], pushforward
 
@@ -43,7 +42,8 @@ def while_loop(operation, *inputs, context):
         return _bounded_loop(operation, inputs, context)
     body = operation.bodies[0]
     of_body, of_condition = operation.closed_over(inputs)
-    carried, steps = list(inputs[: body.num_arguments]), []
+    carried = list(inputs[: body.num_arguments])
+    steps: list[Pushforward] = []
     while (operation.maximum is None or len(steps) < operation.maximum) and operation.goes_on(carried, of_condition):
         carried, frozen = context.linearize(body, *carried, *of_body)
         steps.append(frozen)
