@@ -185,3 +185,11 @@ def test_an_error_for_token_ids_names_the_first_layers_of_real_numbers():
     with pytest.raises(ValueError, match='`at="words"` or `at="kinds"`'):
         jvpreg.jacobian(model, x)
     assert tuple(jvpreg.jacobian(model, x, at="kinds").shape) == (2, 2, 5, 3)
+
+
+def test_each_run_of_a_layer_has_a_derivative_of_its_own():
+    model = twice()
+    lin, kernel = jvpreg.linearize(model, normal(2, 3)), model.get_layer("shared").get_weights()[0]
+    expected = {"shared": kernel.T, "shared:1": np.eye(3)}
+    for path, matrix in expected.items():
+        np.testing.assert_allclose(numpy(lin.after(path).jacobian()), np.stack([matrix] * 2), rtol=1e-6)
