@@ -41,7 +41,7 @@ STUDIES = {
     "train": Command(TrainConfig, "experiments.train:train", "--resume=auto"),
     "compare": Command(CompareConfig, "experiments.compare:compare", ""),
     "status": Command(StatusConfig, "experiments.status:status"),
-    "verify": Command(VerifyConfig, "experiments.verify.study:STUDY.run", "--resume=true"),
+    "verify": Command(VerifyConfig, "experiments.verify.study:run", "--resume=true"),
     "estimators": Command(EstimatorsConfig, "experiments.estimators.study:STUDY.run"),
     "fixed_point": Command(FixedPointConfig, "experiments.fixed_point.study:STUDY.run"),
     "health": Command(HealthConfig, "experiments.health.study:STUDY.run"),

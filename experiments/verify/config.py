@@ -1,6 +1,7 @@
 """The keys of `verify`. Nothing here imports Keras, so that a typing error is told at once."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
@@ -11,8 +12,12 @@ from experiments.kinds import PositiveFloat
 class VerifyConfig:
     """Compare the products of whole architectures with autodiff in float64, on the backend that KERAS_BACKEND names."""
 
+    zoo: Literal["applications", "keras_hub", "tutorials"] = "applications"
+    """applications: whole architectures. keras_hub: its backbones, built small; they need `pip install 'jvpreg[zoo]'`.
+    tutorials: what tutorials build, small."""
+
     only: list[str] | None = None
-    """Names of the architectures, as keras.applications has them, or RNN and UNet; all of them by default."""
+    """Names of the models, as their table has them; all of them by default."""
 
     jit: bool = True
     """Compile in float32 too: XLA on TensorFlow and JAX, torch.compile on Torch."""
@@ -34,6 +39,9 @@ class VerifyConfig:
 
     folder: str | None = None
     """Where the files go; by default runs/verify-BACKEND."""
+
+    times: bool = False
+    """Time a product of each model of a zoo beside the other ways to compute it. It needs a machine at rest."""
 
     resume: bool = False
     """Keep the rows of the folder that are ok, and measure only the others."""

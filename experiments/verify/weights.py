@@ -4,9 +4,13 @@ As Keras initializes them, the Jacobian of MobileNet has a norm of 1e-20, and th
 switched off.
 """
 
+from typing import Any
+
 import keras
 import numpy as np
-from keras import layers, ops
+from keras import layers, ops, tree
+
+import jvpreg
 
 CALIBRATION_EXAMPLES = 16
 
@@ -19,7 +23,7 @@ def inputs(model: keras.Model, num_examples: int, random: np.random.Generator) -
     return drawn.astype("float32")
 
 
-def draw(model: keras.Model, random: np.random.Generator) -> None:
+def draw(model: keras.Model, random: np.random.Generator, examples: Any = None) -> None:
     """Draw the weights, and set the moving statistics to those that random inputs have.
 
     Kernels are normal with variance 2 over their fan-in (recurrent ones stay orthogonal), scales uniform in 0.5 to
@@ -34,13 +38,16 @@ def draw(model: keras.Model, random: np.random.Generator) -> None:
     for variable in model.trainable_variables:
         if "recurrent" not in variable.name:
             variable.assign(_drawn(variable, random))
-    normalizations = [layer for layer in model.layers if isinstance(layer, layers.BatchNormalization)]
+    known = jvpreg.layer_paths(model).values()
+    normalizations = [layer for layer in known if isinstance(layer, layers.BatchNormalization)]
     if not normalizations:
         return
     momenta = [layer.momentum for layer in normalizations]
     for layer in normalizations:
         layer.momentum = 0.0
-    model(ops.convert_to_tensor(inputs(model, CALIBRATION_EXAMPLES, random)), training=True)
+    if examples is None:
+        examples = inputs(model, CALIBRATION_EXAMPLES, random)
+    model(tree.map_structure(ops.convert_to_tensor, examples), training=True)
     for layer, momentum in zip(normalizations, momenta, strict=True):
         layer.momentum = momentum
 
