@@ -7,7 +7,7 @@ import keras
 from keras import ops, tree
 
 from jvpreg.common.eager import leaves_of, map_leaves
-from jvpreg.common.keras_private import get_mask, set_mask
+from jvpreg.common.keras_private import get_mask, layers_within, set_mask
 from jvpreg.engine.inputs import call_signature
 from jvpreg.engine.node import Value
 
@@ -134,3 +134,14 @@ def _holds_tensors(argument) -> bool:
     if not tree.is_nested(argument):
         return tensors[0]
     return bool(leaves) and all(known or leaf is None for known, leaf in zip(tensors, leaves, strict=True))
+
+
+def check_seen(operation, args: tuple, kwargs: dict, name: str) -> None:
+    """Raises if an operation that is left to autodiff has layers in it that would not see the mask of its input."""
+    masked = any(value.mask is not None for value in values_among(args))
+    inner = isinstance(operation, keras.Layer) and layers_within(operation, itself=False)
+    if masked and inner and not any("mask" in key for key in kwargs):
+        raise NotImplementedError(
+            f"`{name}` is left to autodiff, and the layers in it would not see the mask of its input. Let its "
+            "`call` take `mask` and pass it on, or multiply by the mask before the layer."
+        )

@@ -12,7 +12,7 @@ import keras
 from keras import ops, tree
 
 from jvpreg.common import keras_private
-from jvpreg.common.keras_private import numpy_ops
+from jvpreg.common.keras_private import core, numpy_ops
 from jvpreg.engine import masks
 from jvpreg.engine.arguments import autocast, input_dtype, kind_of, symbol_of
 from jvpreg.engine.control_flow import CONTROL_FLOW, Recorder

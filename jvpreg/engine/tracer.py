@@ -28,7 +28,7 @@ from jvpreg.engine.frozen_graph import FrozenGraph, Returned
 from jvpreg.engine.inputs import call_signature, flatten_inputs, graph_of
 from jvpreg.engine.naming import OUTSIDE, Names, Scope
 from jvpreg.engine.node import Node, Value
-from jvpreg.engine.opening import Opened, calls_forgotten, is_bare, layers_in, open_up, reason_of
+from jvpreg.engine.opening import Opened, calls_forgotten, is_bare, open_up, reason_of
 from jvpreg.engine.outputs import as_recorded, record_activity_losses, tensors_of
 from jvpreg.engine.paths import is_graph, join, stable_name
 from jvpreg.rules.contract import Affine, Context, Declined, Pushed, checked_pair
@@ -267,12 +267,7 @@ class Tracer:
         return cast.with_mask(value.mask)
 
     def _run_by_autodiff(self, operation, args, kwargs, name: str, error: Exception):
-        masked = any(value.mask is not None for value in masks.values_among(args))
-        if masked and layers_in(operation) and not any("mask" in key for key in kwargs):
-            raise NotImplementedError(
-                f"`{name}` is left to autodiff, and the layers in it would not see the mask of its input. Let its "
-                "`call` take `mask` and pass it on, or multiply by the mask before the layer."
-            )
+        masks.check_seen(operation, args, kwargs, name)
         args, kwargs = self._as_values(operation, args, kwargs)
         values, args, kwargs = self._primals(operation, args, kwargs)
         if isinstance(operation, keras.Layer) and "training" in call_signature(operation).parameters:

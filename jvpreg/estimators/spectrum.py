@@ -295,7 +295,7 @@ def _lanczos_triplets(
     kept = capacity // 2
 
     def step(i: Tensor, filled: Tensor, following: Tensor, largest: Tensor, *state: Tensor) -> tuple:
-        spaces = state[:3]
+        spaces = list(state[:3])
         block = orthonormal(following, floor=precision(dtype) * largest, basis=spaces[0])
         image = forward(block)
         returned = backward(image)

@@ -83,7 +83,7 @@ def find_fixed_point(
     return Solution(value, residual, iterations, residual <= tolerance, proposal)
 
 
-def relative_residual(z, image, scale=None):
+def relative_residual(z: Tensor, image: Tensor, scale: Tensor | None = None) -> Tensor:
     """`‖f(z) − z‖ / ‖f(z)‖` of each row of `(B, n)`, or divided by `scale`, `(B,)`."""
     tiny = float(np.finfo(keras.backend.standardize_dtype(z.dtype)).tiny)
     return _norm(image - z) / ((_norm(image) if scale is None else scale) + tiny)

@@ -1,6 +1,7 @@
 """Operations that take the entries of an image from other places: linear in the image, not in the places."""
 
 import functools
+from collections.abc import Callable
 
 import keras
 from keras import ops
@@ -81,7 +82,7 @@ def transformed(operation, x, *geometry, context):
 
         return each_probe(lambda row: ops.jvp(moved_place, (at[i],), (row,))[1])(tangent)
 
-    parts = [of_image, *(functools.partial(of_place, i) for i in range(len(tensors)))]
+    parts: list[Callable] = [of_image, *(functools.partial(of_place, i) for i in range(len(tensors)))]
     one_by_one = has_batch(operation, len(x.shape)) and all(len(a.shape) == len(given[0].shape) for a in tensors)
     examples = along(operation, x.shape) if one_by_one else "coupled"
     return apply(operation, x, given), Pushforward(each_input(*parts), x, *tensors, takes_none=True, examples=examples)
