@@ -145,3 +145,10 @@ def check_seen(operation, args: tuple, kwargs: dict, name: str) -> None:
             f"`{name}` is left to autodiff, and the layers in it would not see the mask of its input. Let its "
             "`call` take `mask` and pass it on, or multiply by the mask before the layer."
         )
+
+
+def leave_on(outputs) -> None:
+    """Leaves the masks of a model's outputs on their tensors, as Keras does: the loss weighs by them."""
+    for value in tree.flatten(outputs):
+        if value.mask is not None:
+            set_mask(value.primal, value.mask.primal)

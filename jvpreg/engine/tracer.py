@@ -395,8 +395,5 @@ def trace(
     with keras_private.within_call(model):
         outputs = tracer.run(model, arguments, kind=None if find_rule(model) else stable_name(model))
     outputs = tensors_of(outputs)
-    for value in tree.flatten(outputs):
-        if value.mask is not None:
-            # The loss weighs by the mask.
-            keras_private.set_mask(value.primal, value.mask.primal)
+    masks.leave_on(outputs)
     return tracer, values, outputs
