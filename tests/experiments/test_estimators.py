@@ -10,7 +10,7 @@ import pytest
 import jvpreg
 from experiments.__main__ import main, parse
 from experiments.errors import ExperimentError
-from experiments.estimators import convergence, report, study
+from experiments.estimators import convergence, study
 from experiments.estimators.config import EstimatorsConfig
 from experiments.estimators.monte_carlo import trace_errors, trajectories
 from experiments.studies import STUDIES
@@ -118,7 +118,7 @@ def test_a_spectrum_that_decays_is_for_hutch_plus_plus_and_xtrace_and_a_flat_one
 
 
 def test_the_table_has_a_row_for_every_step(summary):
-    heading, rows = report.convergence_rows(summary["figure4"]["convergence"])
+    heading, rows = study.convergence_rows(summary["figure4"]["convergence"])
     assert [row[0] for row in rows] == ["1", "2", "4", "5"]
     assert all(len(row) == len(heading) for row in rows)
 
