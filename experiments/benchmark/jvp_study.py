@@ -25,7 +25,6 @@ from experiments.verify.measure import middle_kernel
 NOT_COMPARED = ("folder", "only", "time_limit")
 """Keys on which what is measured of an architecture does not depend."""
 
-
 COLORS = {"input": "C0", "weight": "C1"}
 ARITHMETIC = (
     "(1+P)·B examples: the model's forward pass on so large a batch, which is the arithmetic of `f(x)` and P products."

@@ -20,7 +20,6 @@ PROBLEMS = {
     "invariance": invariance.run,
 }
 
-
 HEADINGS = {
     "error": "error",
     "clean": "clean",
