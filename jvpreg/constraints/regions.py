@@ -196,17 +196,19 @@ def _check_affine(model: keras.Layer, domain: Segment | Rectangle, found: list[R
     for part in _batches(found):
         middles = [region.middle for region in part]
         lin = _linearized(model, domain, middles)
-        outputs, frozen = _rows(lin.outputs), _masks(model, domain, middles)
+        outputs, frozen = _rows(lin.outputs), _signatures(model, lin, len(part))
         for corner in range(max(len(region.corners) for region in part)):
             places = np.array([region.corners[corner % len(region.corners)] for region in part])
             steps = points_of(domain, places) - points_of(domain, middles)
             expected = outputs + _rows(lin.jvp(steps))
             received = _rows(_linearized(model, domain, places).outputs)
             off = np.abs(received - expected).max(axis=1) / (1e-3 + np.abs(received).max())
-            # A region is convex. Rounding decides what is frozen at the corner itself, so it is compared a bit inside.
-            inside = places + INSIDE * (middles - places)
-            wide = INSIDE * np.abs(places - middles).max(axis=1) > 10 * _resolution(model)
-            kinks = wide & [a != b for a, b in zip(frozen, _masks(model, domain, inside), strict=True)]
+            kinks = np.zeros(len(part), bool)
+            if len(domain.sides) == 2:  # On a segment all are found.
+                # A region is convex. Rounding decides what is frozen at a corner itself: it is compared a bit inside.
+                inside = places + INSIDE * (middles - places)
+                wide = INSIDE * np.abs(places - middles).max(axis=1) > 10 * _resolution(model)
+                kinks = wide & [a != b for a, b in zip(frozen, _masks(model, domain, inside), strict=True)]
             if off.max() > 1e-3 or kinks.any():
                 where = part[int(kinks.argmax() if kinks.any() else off.argmax())].corners.round(6).tolist()
                 raise ValueError(
@@ -220,16 +222,21 @@ def _masks(model: keras.Layer, domain: Segment | Rectangle, places: ArrayLike) -
     """Everything discrete that is frozen at each place: if two places have the same, so have all between them."""
     result = []
     for part in _batches(list(places)):
-        lin = _linearized(model, domain, part)
-        frozen = [_rows(found, axis) for node in lin.nodes for found, axis in _frozen(node)]
-        if any(len(rows) != len(part) for rows in frozen):
-            raise ValueError(
-                f"Invalid value for argument `model`. Expected one that keeps examples on the first axis where it "
-                f"selects or compares. Received: `{model.name}`. Verify it at points instead."
-            )
-        packed = [np.packbits(rows, axis=1) if rows.dtype == bool else rows for rows in frozen]
-        result += [b"".join(rows[i].tobytes() for rows in packed) for i in range(len(part))]
+        result += _signatures(model, _linearized(model, domain, part), len(part))
     return result
+
+
+def _signatures(model: keras.Layer, lin: Linearization, count: int) -> list[bytes]:
+    """Everything discrete that is frozen at each of so many places."""
+    found = [pair for node in lin.nodes for pair in _frozen(node)]
+    frozen = [_rows(value, axis) if len(value.shape) else np.zeros((0, 1)) for value, axis in found]
+    if any(len(rows) != count for rows in frozen):
+        raise ValueError(
+            f"Invalid value for argument `model`. Expected one that keeps examples on the first axis where it selects "
+            f"or compares. Received: `{model.name}`. Verify it at points instead."
+        )
+    packed = [np.packbits(rows, axis=1) if rows.dtype == bool else rows for rows in frozen]
+    return [b"".join(rows[i].tobytes() for rows in packed) for i in range(count)]
 
 
 def _frozen_masks(node: Node) -> list[tuple[Any, int]]:

@@ -189,9 +189,12 @@ SELECTIONS = {
 
 
 @pytest.mark.usefixtures("float64")
-@pytest.mark.parametrize("select", SELECTIONS.values(), ids=SELECTIONS)
-def test_regions_of_a_hat_whose_ends_are_on_one_line(select):
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_regions_of_a_hat_whose_ends_are_on_one_line(name):
     """From 0 up to 1/8, down to 0 again, and on at 0: the ends and the middle of the segment alone tell nothing."""
+    if keras.backend.backend() == "jax" and name not in ("top_k", "comparison"):
+        pytest.skip("compilation takes two seconds each, and regions are found alike on all")
+    select = SELECTIONS[name]
     x = keras.Input((2,))
     t = x[:, :1]
     hat = select(ops.concatenate([0 * t, ops.minimum(t, 0.25 - t)], axis=-1))
@@ -199,7 +202,7 @@ def test_regions_of_a_hat_whose_ends_are_on_one_line(select):
     found = regions(model, Segment([0.0, 1.0], [1.0, 1.0]))
     ends = np.array([region.corners[1, 0] for region in found if region.size > 1e-9])
     np.testing.assert_allclose(ends, [0.125, 0.25, 1.0], atol=1e-9)
-    if select is not SELECTIONS["absolute"]:  # whose kink is at zero
+    if name != "absolute":  # whose kink is at zero
         with pytest.raises(ValueError, match="which is not affine between"):
             regions(model, Rectangle([0.0, 0.0], [1.0, 0.0], [0.0, 1.0]))
 
