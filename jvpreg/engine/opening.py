@@ -95,8 +95,8 @@ def _traced(layer, symbols, inputs: list, dtype, training: bool) -> tuple:
         raise NotImplementedError("its `call` returns nothing that follows from its arguments")
     outputs = tree.pack_sequence_as(outputs, list(map(recorder.constant, tree.flatten(outputs))))
     leaves = [leaf for leaf in tree.flatten(outputs) if isinstance(leaf, keras.KerasTensor)]
-    inputs = [*inputs, *recorder.symbols]
-    graph = keras_private.function(inputs, [leaves, masks.left_on(leaves), losses])
+    losses = list(map(recorder.constant, losses))
+    graph = keras_private.function([*inputs, *recorder.symbols], [leaves, masks.left_on(leaves), losses])
     return graph, recorder, outputs
 
 

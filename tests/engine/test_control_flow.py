@@ -73,11 +73,11 @@ def test_control_flow_in_training():
     """The penalty's step in the compiled function, against the same layer written out."""
 
     def loop(x, w):
-        return ops.fori_loop(0, 3, lambda i, z: ops.tanh(ops.matmul(z, w) + x), ops.zeros_like(x))
+        return ops.fori_loop(0, 17, lambda i, z: ops.tanh(ops.matmul(z, w) + x), ops.zeros_like(x))
 
     def written_out(x, w):
         z = ops.zeros_like(x)
-        for _ in range(3):
+        for _ in range(17):
             z = ops.tanh(ops.matmul(z, w) + x)
         return z
 
