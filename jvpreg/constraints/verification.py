@@ -138,7 +138,7 @@ def verify(
 
     Args:
         model: a Keras model, or a `JacobianModel`.
-        constraint: any constraint; its enforcement and `at` do not matter.
+        constraint: any constraint. Its enforcement does not matter, nor the points of its `at`.
         x: points `(N, …)`; or a `Segment` or a `Rectangle`, on which every affine region of a piecewise affine model is
             found, so that nothing is left out. The constraint must then be one on `J` in directions that are the same
             everywhere, and the model's kinks those of masks: ReLU and similar ones, on a segment also max pooling and

@@ -66,7 +66,9 @@ def walk(owner: Any, name: str = "", path: str = "") -> Iterator[tuple[str, str,
 def _walk(
     owner: Any, name: str, path: str, by_attributes: bool, seen: set[int]
 ) -> Iterator[tuple[str, str, keras.Layer]]:
-    pairs = _attributes_of(owner) if by_attributes else [(layer.name, layer) for layer in owner.layers]
+    held = _attributes_of(owner) if by_attributes else [(layer.name, layer) for layer in owner.layers]
+    # What runs in place of a wrapper is named.
+    pairs = [(attribute, unwrap(layer)) for attribute, layer in held]
     names = [attribute if by_attributes and is_made_up(layer) else layer.name for attribute, layer in pairs]
     mark = "." if by_attributes else "/"
     for own, (attribute, layer) in zip(names, pairs, strict=True):
@@ -141,7 +143,8 @@ def unknown(argument: str, path: str, known: Sequence[str], what: str, owner: st
     """
     shown = list(known[:MOST_LISTED])
     more = f" and {len(known) - len(shown)} more (see `jvpreg.layer_paths`)" if len(known) > len(shown) else ""
-    near = difflib.get_close_matches(path, known, n=1)
+    ends = [name for name in known if name.endswith((f"/{path}", f".{path}"))]
+    near = ends[:1] or difflib.get_close_matches(path, known, n=1)
     meant = f". Did you mean {near[0]!r}?" if near else ""
     of = f" of {owner}" if owner else ""
     return ValueError(

@@ -27,7 +27,7 @@ class JacobianPenalty(keras.layers.Layer):
 
     Args:
         block: a functional or Sequential model, or a layer that has a rule.
-        regularizers: from `jvpreg.regularizers`, or your own; also constraints that look at the data, without a
+        regularizers: from `jvpreg.regularizers`, or your own; also constraints at the data or a layer, without a
             schedule and without labels of their own.
         seed: of the random directions; None for one that Keras draws.
         **kwargs: of `keras.Layer`: `name`.

@@ -18,7 +18,7 @@ class Seen:
         vjp: `Jᵀ v` for its own cotangents, `(Q, B, …)` like the inputs; None if it gave none.
         directions: the directions u, `(P, B, …)`, or None.
         cotangents: the cotangents v, `(Q, B, …)`, or None.
-        inputs: the model's inputs, `(B, …)`, a list if there are several.
+        inputs: the model's inputs, `(B, …)`, a list if there are several; or what the layer `at` returned, `(B, …)`.
         outputs: the model's outputs, `(B, …)`.
         labels: the labels given to `fit`, or None. A regularizer with labels of its own gets the dict as it was given;
             the others get the labels of the loss.

@@ -60,6 +60,14 @@ class Subclassed(keras.Model):
         return self.head(x)
 
 
+def penalized():
+    """A layer of ours runs as the block in it."""
+    first, last = layers.Dense(4, activation="tanh", name="first"), layers.Dense(2, name="last")
+    block = keras.Sequential([keras.Input((3,)), first], name="block")
+    model = keras.Sequential([keras.Input((3,)), jvpreg.layers.JacobianPenalty(block, []), last])
+    return model, normal(2, 3), last
+
+
 def opened():
     model = Subclassed()
     x = normal(2, 3)
@@ -74,6 +82,7 @@ CASES = {
     "nested": (nested, "encoder"),
     "within": (nested, "encoder/second"),
     "opened": (opened, "blocks.0"),
+    "penalized": (penalized, "block/first"),
 }
 
 
@@ -151,6 +160,7 @@ REFUSED = {
     ),
     "no path": (twice, 3, r"a string that is not empty.*at=3"),
     "a block": (lambda: nested()[0], "encoder/", r"path of a layer.*'encoder/'"),
+    "no whole path": (lambda: nested()[0], "second", r"path of a layer.*'second'. Did you mean 'encoder/second'"),
     "twice": (
         twice,
         "shared",
