@@ -123,7 +123,7 @@ class Experts(layers.Layer):
 def mixture_of_experts():
     """A transformer's block with experts."""
     inputs = keras.Input((5, 4))
-    x = inputs + layers.MultiHeadAttention(2, 2)(inputs, inputs)
+    x = inputs + layers.MultiHeadAttention(2, 4)(inputs, inputs)
     x = layers.LayerNormalization()(x)
     x = layers.LayerNormalization()(x + Experts()(x))
     return keras.Model(inputs, layers.Dense(3)(layers.GlobalAveragePooling1D()(x)))
