@@ -25,7 +25,8 @@ class GradientPenalty(JacobianRegularizer):
     Args:
         strength: the loss gains `strength × mean penalty`: λ, which Gulrajani et al. set to 10.
         target: the norm that the gradient should have, not negative.
-        at: `"between"`; `"data"`, which is the batch itself; or a function `(inputs, seed) -> points (N, …)`.
+        at: `"between"`; `"data"`, which is the batch itself; a function `(inputs, seed) -> points (N, …)`; or the path
+            of a layer: the gradient is then by what this layer returned, at the data.
         one_sided: whether a norm below the target costs nothing: `max(0, ‖∇f‖ − target)²`.
         name: of its metric; it logs `gradient_penalty`, the mean over the points.
 
@@ -71,10 +72,10 @@ class GradientPenalty(JacobianRegularizer):
     ):
         super().__init__(strength, name)
         self.target = checks.number("target", target, least=0)
-        named = isinstance(at, str)
-        if at not in ("between", "data") if named else not callable(at):
-            raise checks.invalid("at", '"between", "data", or a function `(inputs, seed) -> points`', at)
-        self.at = between_kinds if named and at == "between" else at
+        if not callable(at) and not (isinstance(at, str) and at):
+            expected = '"between", "data", a function `(inputs, seed) -> points`, or the path of a layer'
+            raise checks.invalid("at", expected, at)
+        self.at = between_kinds if isinstance(at, str) and at == "between" else at
         self.one_sided = checks.boolean("one_sided", one_sided)
 
     def check(self, inputs: Structure, outputs: Structure) -> None:

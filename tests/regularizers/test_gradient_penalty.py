@@ -75,6 +75,13 @@ def test_no_weight_becomes_nan_where_the_gradient_is_zero(one_sided):
         np.testing.assert_array_equal(before, after)
 
 
+def test_the_gradient_by_what_a_layer_returned():
+    base = critic()
+    model = compiled(base, GradientPenalty(1.0, at=base.layers[0].name))
+    found = model.evaluate(X, LABELS, verbose=0, return_dict=True)["gradient_penalty"]
+    np.testing.assert_allclose(found, (np.linalg.norm(base.get_weights()[2]) - 1) ** 2, rtol=1e-5)
+
+
 def test_a_gradient_that_is_not_a_number_is_not_taken_for_zero():
     found = ops.convert_to_numpy(GradientPenalty(1.0).price(np.array([[np.nan, 0.0], [0.0, 0.0], [3.0, 4.0]])))
     np.testing.assert_allclose(found, [np.nan, 1.0, 16.0], rtol=1e-6)
@@ -142,7 +149,7 @@ def test_a_fit_looks_between_the_kinds_of_shuffled_examples(fraction):
     ("make", "message"),
     [
         (lambda: GradientPenalty(1.0, target=-1.0), "`target`. Expected a finite number, 0 or more"),
-        (lambda: GradientPenalty(1.0, at=np.ones(2)), '`at`. Expected "between", "data", or a function'),
+        (lambda: GradientPenalty(1.0, at=np.ones(2)), '`at`. Expected "between", "data", a function'),
         (lambda: GradientPenalty(1.0, one_sided=1), "`one_sided`. Expected True or False"),
         (
             lambda: compiled(keras.Sequential([keras.Input((4,)), layers.Dense(2)]), GradientPenalty(1.0)),
