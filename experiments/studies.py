@@ -15,6 +15,7 @@ from experiments.regularization.config import RegularizationConfig
 from experiments.saliency.config import SaliencyConfig
 from experiments.sparing.config import SparingConfig
 from experiments.status import StatusConfig
+from experiments.text.config import TextConfig
 from experiments.verify.config import VerifyConfig
 
 
@@ -51,6 +52,7 @@ STUDIES = {
     "saliency": Command(SaliencyConfig, "experiments.saliency.study:STUDY.run"),
     "gan": Command(GanConfig, "experiments.gan.study:STUDY.run", ""),
     "sparing": Command(SparingConfig, "experiments.sparing.study:STUDY.run", ""),
+    "text": Command(TextConfig, "experiments.text.study:STUDY.run", ""),
 }
 
 BENCHMARKS = {

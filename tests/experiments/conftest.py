@@ -16,6 +16,7 @@ ON_TORCH = {
     "test_regularization_study.py",
     "test_saliency_study.py",
     "test_sparing_study.py",
+    "test_text_study.py",
     "test_verify_zoos.py",
 }
 
