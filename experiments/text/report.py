@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from experiments import cells
 from experiments.study import ran_on
@@ -65,6 +66,7 @@ def curves(summary: dict[str, Any]) -> Figure:
                 values = factor * np.asarray(one[key])
                 label_once = None if i else name(row["strength"])
                 axes.plot(range(1, len(values) + 1), values, color=f"C{number}", label=label_once)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("epoch")
         axes.set_ylabel(label)
     page.axes[1].set_yscale("log")
