@@ -229,7 +229,7 @@ def _masks(model: keras.Layer, domain: Segment | Rectangle, places: ArrayLike) -
 def _signatures(model: keras.Layer, lin: Linearization, count: int) -> list[bytes]:
     """Everything discrete that is frozen at each of so many places."""
     found = [pair for node in lin.nodes for pair in _frozen(node)]
-    frozen = [_rows(value, axis) if len(value.shape) else np.zeros((0, 1)) for value, axis in found]
+    frozen = [_rows(value, axis) if len(value.shape) else np.zeros((0, 1), bool) for value, axis in found]
     if any(len(rows) != count for rows in frozen):
         raise ValueError(
             f"Invalid value for argument `model`. Expected one that keeps examples on the first axis where it selects "
