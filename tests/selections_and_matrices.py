@@ -54,7 +54,6 @@ MATRICES_AND_LOSSES = {
     "svd-values": lambda x: ops.svd(x, compute_uv=False),
     "qr": lambda x: ops.qr(x),
     "qr-wide": lambda x: ops.qr(x[:, :2]),
-    "lu-factor": lambda x: ops.lu_factor(x[0, :3])[0],
     "erfinv": lambda x: ops.erfinv(0.9 * ops.tanh(x)),
     "batch-normalization": normalized,
     "binary-crossentropy": lambda x: ops.binary_crossentropy(ops.sigmoid(x), ops.sigmoid(2 * x - 0.5)),

@@ -318,24 +318,3 @@ def qr(operation, x, context):
         return dq, dr
 
     return (q, r), Pushforward(push, x, q, r, inverse, examples=along(operation, x.shape), finite=False)
-
-
-@register_rule(linalg.LuFactor)
-def lu_factor(operation, x, context):
-    """L below the diagonal and U above it, in one matrix; the rows of A that were exchanged stay so."""
-    _decline_complex(x)
-    if x.shape[-1] != x.shape[-2]:
-        raise Declined("a matrix that is not square")
-    factors, pivots = operation.call(x)
-    lower = ops.tril(factors, -1) + ops.eye(x.shape[-1], dtype=x.dtype)
-    upper = ops.triu(factors)
-    inverse = _inverse_of_triangle(upper, lower=False)
-
-    def push(tangent, lower, upper, inverse, by_rows):
-        # Walter & Lehmann: L⁻¹ P dA U⁻¹ = L⁻¹ dL + dU U⁻¹, a strictly lower and an upper triangle. P A = L U tells P.
-        inner = ops.matmul(by_rows, ops.matmul(tangent, inverse))
-        return ops.matmul(lower, ops.tril(inner, -1)) + ops.matmul(ops.triu(inner), upper), None
-
-    by_rows = ops.matmul(upper, ops.inv(x))  # L⁻¹ P
-    push_at = Pushforward(push, lower, upper, inverse, by_rows, examples=along(operation, x.shape), finite=False)
-    return (factors, pivots), push_at
