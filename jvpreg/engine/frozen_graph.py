@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
+from jvpreg.common.dtypes import is_complex
 from jvpreg.common.eager import shape_of
 from jvpreg.engine.kernel_scaling import with_scaled_kernel
 from jvpreg.engine.node import Node, Value, pull_node, push_node, zero_tangents
@@ -319,4 +320,7 @@ class FrozenGraph:
 
 def _finite_part(tensor):
     """A tensor, with 0 where it is infinite or not a number."""
+    if is_complex(tensor):
+        real, imaginary = (ops.cast(_finite_part(part(tensor)), tensor.dtype) for part in (ops.real, ops.imag))
+        return real + 1j * imaginary
     return ops.where(ops.isfinite(tensor), tensor, 0.0)

@@ -52,22 +52,21 @@ def transformed(operation, x, *geometry, context):
     TensorFlow has no derivative by a transform.
     """
     shape, given = ((geometry[0],), geometry[1:]) if isinstance(operation, image.ScaleAndTranslate) else ((), geometry)
-    constants = [a for a in given if not ops.is_tensor(a)]
-    tensors = [a for a in given if ops.is_tensor(a)]
-    # What fills an image beyond its edge has no tangent.
-    attributes = {"interpolation": "interpolation", "fill_mode": "fill_mode", "data_format": "data_format"}
-    filled = getattr(operation, "fill_value", 0) != 0
-    moved = operation
-    if filled:
-        moved = type(operation)(**{key: getattr(operation, key) for key in attributes if hasattr(operation, key)})
-    assert not constants or not tensors
+    held = [i for i, a in enumerate(given) if ops.is_tensor(a)]
+    without_filling = operation
+    if getattr(operation, "fill_value", 0) != 0:  # What fills an image beyond its edge has no tangent.
+        names = [name for name in ("interpolation", "fill_mode", "data_format") if hasattr(operation, name)]
+        without_filling = type(operation)(**{name: getattr(operation, name) for name in names})
 
     def apply(operation, x, geometry):
         # A copy: on Torch, `affine_transform` writes into the transform that it is given.
         return operation.call(x, *shape, *(ops.copy(ops.convert_to_tensor(a)) for a in geometry))
 
+    def frozen_among(given, frozen):
+        return [frozen[held.index(i)][0] if i in held else a for i, a in enumerate(given)]
+
     def of_image(tangent, x, *frozen):
-        return each_probe(lambda row: apply(moved, row, [a[0] for a in frozen] or given))(tangent)
+        return each_probe(lambda row: apply(without_filling, row, frozen_among(given, frozen)))(tangent)
 
     def of_place(i, tangent, x, *frozen):
         if keras.backend.backend() == "tensorflow" and not isinstance(operation, image.ScaleAndTranslate):
@@ -75,16 +74,16 @@ def transformed(operation, x, *geometry, context):
                 f"`keras.ops.image.{operation.name}` is asked for a derivative by its transform, which TensorFlow does "
                 "not have. Sample the image by `keras.ops.image.map_coordinates` instead."
             )
-        at = [a[0] for a in frozen]
+        at = frozen_among(given, frozen)
 
-        def moved_place(place):
+        def moved(place):
             return apply(operation, x[0], [*at[:i], place, *at[i + 1 :]])
 
-        return each_probe(lambda row: ops.jvp(moved_place, (at[i],), (row,))[1])(tangent)
+        return each_probe(lambda row: ops.jvp(moved, (at[i],), (row,))[1])(tangent)
 
-    parts: list[Callable] = [of_image, *(functools.partial(of_place, i) for i in range(len(tensors)))]
-    one_by_one = has_batch(operation, len(x.shape)) and all(len(a.shape) == len(given[0].shape) for a in tensors)
-    examples = along(operation, x.shape) if one_by_one else "coupled"
+    parts: list[Callable] = [of_image, *(functools.partial(of_place, i) for i in held)]
+    examples = along(operation, x.shape) if has_batch(operation, len(x.shape)) else "coupled"
+    tensors = [given[i] for i in held]
     return apply(operation, x, given), Pushforward(each_input(*parts), x, *tensors, takes_none=True, examples=examples)
 
 
