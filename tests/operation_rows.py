@@ -175,6 +175,7 @@ def _colours(hue, saturation, value):
 
 # What a row's Jacobian is compared with, where autodiff has no derivative of the operation, or a wrong one.
 REFERENCES = {
+    "angle": lambda x, y: ops.arctan2(ops.sin(x + y), ops.cos(x + y)),
     "real": lambda x, y: x * ops.cos(y),
     "imag": lambda x, y: -x * ops.sin(y),
     "conj": lambda x: x * ops.cos(x),
