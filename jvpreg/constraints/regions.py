@@ -245,7 +245,7 @@ def _frozen_masks(node: Node) -> list[tuple[Any, int]]:
         return []
     frozen = node.pushforward
     gates = zip(frozen.residuals, frozen.batch_axes, frozen.masks, strict=True)
-    return [(mask(r), axis) for r, axis, mask in gates if mask is not None and not node.is_constant(r)]
+    return [(mask(r), axis) for r, axis, mask in gates if mask and axis is not None and not node.is_constant(r)]
 
 
 def _frozen(node: Node) -> list[tuple[Any, int]]:

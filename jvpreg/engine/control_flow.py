@@ -319,7 +319,8 @@ class Recorder:
     def _cond(self, pred, true_fn, false_fn):
         if isinstance(pred, (bool, np.bool_, int)):
             return true_fn() if pred else false_fn()
-        index = 1 - ops.cast(ops.reshape(ops.cast(pred, "bool"), ()), "int32")
+        pred = ops.reshape(pred, ()) if len(pred.shape) else pred
+        index = 1 - ops.cast(ops.cast(pred, "bool"), "int32")
         return self._switch(index, [true_fn, false_fn])
 
     def _switch(self, index, branches, *operands):

@@ -11,7 +11,7 @@ from jvpreg.common.dtypes import is_complex
 from jvpreg.common.eager import shape_of
 from jvpreg.engine.kernel_scaling import with_scaled_kernel
 from jvpreg.engine.node import Node, Value, pull_node, push_node, zero_tangents
-from jvpreg.rules.contract import Affine, ChannelScale, Gate
+from jvpreg.rules.contract import Affine, ChannelScale, FrozenBody
 from jvpreg.rules.examples import FIRST, GONE, MIXED, Place, makes_rows
 
 
@@ -60,7 +60,6 @@ class FrozenGraph:
     @functools.cached_property
     def places(self) -> dict[int, Place]:
         """Where the examples are in each value that a tangent of an input can reach, by its slot."""
-        # A number, as a loop counts its steps by, has no axis for the examples.
         places = {value.slot: FIRST for value in self.inputs if value.batched and len(value.primal.shape)}
         for node in self.nodes:
             given = [places.get(value.slot) for value in node.inputs]
@@ -75,7 +74,8 @@ class FrozenGraph:
 
         Here `mixed` does not matter: a row of what is frozen belongs to one example, whatever else it depends on.
         """
-        locations: dict[int, Place] = {}
+        # A number, as a loop counts its steps by, has no axis for the examples.
+        locations: dict[int, Place] = {v.slot: GONE for v in self.inputs if v.batched and not len(v.primal.shape)}
         for node in self.nodes:
             given = [locations.get(value.slot, FIRST) if value.batched else None for value in node.inputs]
             given = [None if place == GONE else place for place in given]
@@ -85,11 +85,18 @@ class FrozenGraph:
                 locations |= {value.slot: after for value in node.outputs}
         return locations
 
-    @property
+    @functools.cached_property
     def couples_examples(self) -> bool:
         """Whether one example's tangent depends on another's, or the outputs have them on another axis."""
         ends = [self.places.get(value.slot, FIRST) for value in self.outputs]
-        return MIXED in self.places.values() or any(place != FIRST for place in ends)
+        # A number that ends in a comparison, as the condition of a branch, passes no tangent on.
+        numbers = {value.slot for node in self.nodes for value in node.outputs if not len(value.primal.shape)}
+        passed = {value.slot for value in self.outputs}
+        for node in reversed(self.nodes):
+            if node.pushforward is not None and any(value.slot in passed for value in node.outputs):
+                passed |= {value.slot for value in node.inputs}
+        mixed = {slot for slot, place in self.places.items() if place == MIXED}
+        return bool(mixed - (numbers - passed)) or any(place != FIRST for place in ends)
 
     @property
     def moving(self) -> list[Node]:
@@ -272,23 +279,30 @@ class FrozenGraph:
                 finite |= {value.slot for value in node.outputs}
         return finite
 
-    def as_pushforward(self, whole: bool = False) -> Gate:
+    def as_pushforward(self, of_elements: bool = False) -> FrozenBody:
         """The whole graph as the pushforward of one operation, with the residuals and masks of all its nodes.
 
         Args:
-            whole: whether it is always that of the whole batch, whose shapes are known: its inputs may be numbers, or
-                have another first axis than the examples.
+            of_elements: whether it is that of one element of a map, which may have no axis for the examples.
         """
         found = [
-            (residual, axis, mask)
+            (residual, None if node.is_whole(residual, self.locations) else axis, mask)
             for node in self.nodes
             for frozen in ([] if node.pushforward is None else [node.pushforward])
             for residual, axis, mask in zip(frozen.residuals, frozen.batch_axes, frozen.masks, strict=True)
             if not node.is_constant(residual)
         ]
-        residuals, axes = [residual for residual, *_ in found], [axis for _, axis, _ in found]
+        axes = [axis for _, axis, _ in found]
         count = len(self.inputs)
-        whole = whole or self.couples_examples
+        with_examples = [value.batched and len(value.primal.shape) > 0 for value in self.inputs]
+
+        def batch_of(tangents, residuals):
+            if of_elements or self.couples_examples:
+                return None
+            sizes = [ops.shape(t)[1] for t, has in zip(tangents, with_examples, strict=False) if has and t is not None]
+            pairs = zip(residuals, axes, strict=True) if not sizes else ()
+            sizes += [ops.shape(residual)[1 + axis] for residual, axis in pairs if axis is not None]
+            return sizes[0] if sizes else None
 
         def push_all(tangents, leading, residuals, weights=None):
             images = self.push(tangents, leading[1], residuals=iter(residuals), weights=weights)
@@ -297,22 +311,22 @@ class FrozenGraph:
             return filled[0] if len(filled) == 1 else tuple(filled)
 
         def push(*arguments):
-            tangents = arguments[:count]
-            probes, *shape = next(ops.shape(tangent) for tangent in tangents if tangent is not None)
-            return push_all(tangents, (probes, None if whole else shape[0], None), arguments[count:])
+            tangents, residuals = arguments[:count], arguments[count:]
+            probes = ops.shape(next(tangent for tangent in tangents if tangent is not None))[0]
+            return push_all(tangents, (probes, batch_of(tangents, residuals), None), residuals)
 
         def part(tangent, *residuals, key):
-            batch = None if whole or not residuals else ops.shape(residuals[0])[1 + axes[0]]
-            return push_all([None] * count, (ops.shape(tangent)[0], batch, None), residuals, {key: tangent})
+            leading = (ops.shape(tangent)[0], batch_of([], residuals), None)
+            return push_all([None] * count, leading, residuals, {key: tangent})
 
-        parts = [(variable, functools.partial(part, key=id(variable))) for variable in self.weights]
-        return Gate(
+        return FrozenBody(
             push,
-            *residuals,
+            *(residual for residual, *_ in found),
+            batch_of=batch_of,
             masks=[mask for *_, mask in found],
-            weights=parts,
+            weights=[(variable, functools.partial(part, key=id(variable))) for variable in self.weights],
             batch_axes=axes,
-            examples="coupled" if self.couples_examples else "moved" if whole or self.moving else "apart",
+            examples="coupled" if self.couples_examples else "moved" if self.moving else "apart",
             takes_none=True,
             finite=all(value.slot in self._finite_slots for value in self.outputs),
         )

@@ -12,6 +12,7 @@ from jvpreg.common.dtypes import has_tangents
 from jvpreg.common.eager import cast, shape_of
 from jvpreg.engine.transpose import transpose
 from jvpreg.rules.contract import Pushforward, broadcasts
+from jvpreg.rules.control_flow import ControlFlow
 from jvpreg.rules.examples import FIRST, GONE, MIXED, Place, broadcast, cuts, kept, of_class
 from jvpreg.rules.folding import align
 
@@ -96,7 +97,7 @@ class Node:
             return self
 
         def cut(residual, axis):
-            kept_whole = self.is_constant(residual) or self.is_whole(residual, locations)
+            kept_whole = axis is None or self.is_constant(residual) or self.is_whole(residual, locations)
             return residual if kept_whole else ops.take(residual, indices, axis=axis)
 
         return replace(self, pushforward=self.pushforward.map_residuals(cut))
@@ -124,6 +125,10 @@ class Node:
         if self.pushforward.examples in ("coupled", "moved"):
             return False
         where = {v.slot: locations.get(v.slot, FIRST) for v in (*self.inputs, *self.outputs) if v.batched}
+        if isinstance(
+            self.operation, ControlFlow
+        ):  # Of a number, its bodies know that it is the same for all examples.
+            where = {v.slot: where[v.slot] for v in (*self.inputs, *self.outputs) if v.batched and len(v.primal.shape)}
         where = {slot: place._replace(mixed=False) if place.axis >= 0 else place for slot, place in where.items()}
         frozen = [residual for residual in self.pushforward.residuals if not self.is_constant(residual)]
         if all(place == FIRST for place in where.values()):
@@ -223,7 +228,7 @@ def tangent_shape(leading, value: Value) -> tuple:
     """The shape of a value's tangents. `leading` = (P, B, places): B is None for the whole batch, of known shapes."""
     probes, batch, places = leading
     shape = shape_of(value.primal)
-    if batch is None or not value.batched:
+    if batch is None or not value.batched or not shape:
         return (probes, *shape)
     axis, before, after, _ = max((places or {}).get(value.slot, FIRST), FIRST)
     return (probes, *shape[:axis], before * batch * after if before * after != 1 else batch, *shape[axis + 1 :])

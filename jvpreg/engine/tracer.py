@@ -230,7 +230,7 @@ class Tracer:
         batched = [i < body.num_arguments or id(tensor) not in constant for i, tensor in enumerate(inputs)]
         values = list(map(inner.value, map(ops.convert_to_tensor, inputs), batched))
         outputs = inner._walk(body.graph, values, OUTSIDE, opened=True)
-        return [value.primal for value in outputs], inner.frozen(values, outputs).as_pushforward(whole=True)
+        return [value.primal for value in outputs], inner.frozen(values, outputs).as_pushforward(body.of_elements)
 
     def frozen(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> FrozenGraph:
         """What was recorded, from `inputs` to `outputs`."""

@@ -75,7 +75,7 @@ class Pushforward:
         weights: a pair for each variable that can have a tangent: the variable (a pair with None is left out), and
             `part(tangent, *residuals) -> tangent`, linear in the variable's tangent `(P, *variable.shape)`. The result
             need only broadcast to `(P, B, …)`.
-        batch_axes: the axis of the examples in each residual; 0 by default.
+        batch_axes: the axis of the examples in each residual, 0 by default; None for one that is the same for all.
         examples: `"apart"`: an example's tangent depends on that example alone, and stays on the first axis.
             `"coupled"`: it depends on other examples. `"moved"`: the residuals do not have the examples in their order,
             so they cannot be cut. Or `examples(*places) -> place`, where the examples are in the output, by where they
@@ -92,7 +92,7 @@ class Pushforward:
         function: Callable,
         *residuals: Any,
         weights: Iterable[tuple[Any, Callable]] = (),
-        batch_axes: Sequence[int] | None = None,
+        batch_axes: Sequence[int | None] | None = None,
         examples: str | Callable = "apart",
         takes_none: bool = False,
         finite: bool = True,
@@ -262,6 +262,19 @@ class Gate(Pushforward):
             expected = f"a function or None for each of {len(residuals)} residuals, which are not all boolean"
             raise checks.invalid("masks", expected, masks)
         self.masks = [lambda residual: residual for _ in residuals] if masks is None else list(masks)
+
+
+class FrozenBody(Gate):
+    """A whole graph as one pushforward: of a cell, of a loop's body, of a branch.
+
+    Args:
+        function: as of `Gate`, and so `*residuals` and `**facts`. A batch axis is None where a residual has none.
+        batch_of: `batch_of(tangents, residuals)`, for how many examples these are; None if that cannot be told.
+    """
+
+    def __init__(self, function: Callable, *residuals: Any, batch_of: Callable, **facts: Any):
+        super().__init__(function, *residuals, **facts)
+        self.batch_of = batch_of
 
 
 class Pushed(Pushforward):

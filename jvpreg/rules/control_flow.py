@@ -24,6 +24,7 @@ class Body:
 
     def __init__(self, graph: keras.Function, num_arguments: int):
         self.graph, self.num_arguments = graph, num_arguments
+        self.of_elements = False  # as a map takes them
 
     def __call__(self, *tensors: Any) -> list:
         """The outputs, by the operations themselves."""
@@ -124,6 +125,7 @@ class Map(Scan):
 
     def __init__(self, body: Body, length: int | None, vectorized: bool):
         super().__init__(body, 0, length, False)
+        body.of_elements = True
         self.vectorized = vectorized
 
     def axis(self, rank: int) -> int:

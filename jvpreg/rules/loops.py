@@ -1,6 +1,7 @@
 """Loops and branches, frozen: the body at each step, over which tangents are scanned, or the branch that was taken."""
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 
 import keras
@@ -8,11 +9,11 @@ from keras import ops
 
 from jvpreg.common.dtypes import has_tangents
 from jvpreg.common.eager import cast, runs_eagerly
-from jvpreg.rules.contract import Declined, Gate, Pushforward
+from jvpreg.rules.contract import Declined, FrozenBody, Gate, Pushforward
 from jvpreg.rules.control_flow import Map, Scan, Switch, WhileLoop, choose
 from jvpreg.rules.examples import FIRST, MIXED, kept
 from jvpreg.rules.registry import register_rule
-from jvpreg.rules.scanning import plus_parts, scan_steps
+from jvpreg.rules.scanning import next_axes, plus_parts, scan_steps
 
 
 @register_rule(Scan, Map)
@@ -30,9 +31,11 @@ def scan(operation, *inputs, context):
 
     last, steps = operation.run(step, first, elements, [*outputs[count:], *frozen.residuals])
     ys, residuals = steps[: len(outputs) - count], steps[len(outputs) - count :]
-    inner = "coupled" if frozen.examples == "coupled" else "moved"
+    inner = frozen.examples
     after = _after_map(body.num_arguments, inner) if isinstance(operation, Map) else inner
-    pushforward = _scan_of(_Steps(operation, frozen, outputs, elements[-1]), len(inputs), residuals, after)
+    pushforward = _scan_of(
+        _Steps(operation, frozen, outputs, elements[-1], context.batch), len(inputs), residuals, after
+    )
     return [*last, *map(operation.finish, ys)], pushforward
 
 
@@ -43,11 +46,13 @@ def while_loop(operation, *inputs, context):
     body = operation.bodies[0]
     of_body, of_condition = operation.closed_over(inputs)
     carried = list(inputs[: body.num_arguments])
-    steps: list[Pushforward] = []
+    steps: list[FrozenBody] = []
     while (operation.maximum is None or len(steps) < operation.maximum) and operation.goes_on(carried, of_condition):
         carried, frozen = context.linearize(body, *carried, *of_body)
         steps.append(frozen)
-    return carried, _one_after_another(steps, carried, body.num_arguments, len(inputs) - len(of_condition))
+    return carried, _one_after_another(
+        steps, carried, body.num_arguments, len(inputs) - len(of_condition), context.batch
+    )
 
 
 @register_rule(Switch)
@@ -56,7 +61,9 @@ def switch(operation, index, *inputs, context):
     if runs_eagerly(index) and not context.repeated:
         taken = min(max(int(index), 0), len(bodies) - 1)
         outputs, frozen = context.linearize(bodies[taken], *arguments[taken])
-        return outputs, _branches_of(operation, None, outputs, [frozen], [taken], frozen.residuals)
+        return outputs, _switch_of(
+            _Branches(operation, outputs, [frozen], [taken], context.batch), None, frozen.residuals
+        )
     _check(operation, context)
     # Only what a branch freezes, and of which shapes, matters here: what it computes is dropped by the compiler.
     every = [context.linearize(body, *given) for body, given in zip(bodies, arguments, strict=True)]
@@ -67,11 +74,9 @@ def switch(operation, index, *inputs, context):
         return [*outputs, *(residual for part in parts for residual in part)]
 
     found = choose(index, [functools.partial(branch, i) for i in range(len(bodies))])
-    count = len(every[0][0])
-    frozen_all = [frozen for _, frozen in every]
-    return list(found[:count]), _branches_of(
-        operation, index, found[:count], frozen_all, range(len(bodies)), found[count:]
-    )
+    count, frozen_all = len(every[0][0]), [frozen for _, frozen in every]
+    branches = _Branches(operation, found[:count], frozen_all, range(len(bodies)), context.batch)
+    return list(found[:count]), _switch_of(branches, index, found[count:])
 
 
 def _check(operation, context) -> None:
@@ -101,12 +106,13 @@ class _Steps:
         frozen: the pushforward of its body.
         outputs: of the body, in one step.
         counted: the number of each step.
+        whole: how many examples there are in the batch.
         gated: whether some steps do nothing: the last residual, (T,), says for each whether it counts.
     """
 
-    def __init__(self, operation: Scan, frozen: Pushforward, outputs: Sequence, counted, gated: bool = False):
+    def __init__(self, operation: Scan, frozen: FrozenBody, outputs: Sequence, counted, whole, gated: bool = False):
         self.operation, self.frozen, self.outputs = operation, frozen, list(outputs)
-        self.counted, self.gated = counted, gated
+        self.counted, self.whole, self.gated = counted, whole, gated
         self.moving = [has_tangents(y) for y in self.outputs[: operation.num_carried]]
 
     def push(self, tangents: Sequence, residuals: Sequence, weights: Sequence[tuple] = ()) -> tuple:
@@ -120,8 +126,10 @@ class _Steps:
         count, frozen = self.operation.num_carried, self.frozen
         num_arguments = self.operation.bodies[0].num_arguments
         probes = ops.shape(next(t for t in [*tangents, *(u for _, u in weights)] if t is not None))[0]
+        own = residuals[: len(frozen.residuals)]
+        zeros = functools.partial(zero_tangents, probes, batch=frozen.batch_of(tangents, own), whole=self.whole)
         first = [
-            zero_tangents(probes, y) if t is None else ops.cast(t, y.dtype)
+            zeros(y) if t is None else ops.cast(t, y.dtype)
             for t, y, moves in zip(tangents, self.outputs, self.moving, strict=False)
             if moves
         ]
@@ -139,7 +147,7 @@ class _Steps:
             if any(t is not None for t in arrived):
                 images = _several(frozen.function(*arrived, *kept))
             else:
-                images = [zero_tangents(probes, y) for y in self.outputs]
+                images = [zeros(y) for y in self.outputs]
             images = plus_parts(images, weights, kept)
             images = [cast_like(t, y) for t, y in zip(images, self.outputs, strict=True)]
             following = [t for t, moves in zip(images, self.moving, strict=False) if moves]
@@ -147,7 +155,7 @@ class _Steps:
                 following = [ops.where(on, new, old) for new, old in zip(following, carried, strict=True)]
             return following, images[count:]
 
-        like = [zero_tangents(probes, y) for y in self.outputs[count:]]
+        like = [zeros(y) for y in self.outputs[count:]]
         last, steps = self.operation.run(step, first, [*given, *residuals, self.counted], like)
         moved = iter(last)
         return (
@@ -169,13 +177,13 @@ def _scan_of(steps: _Steps, num_inputs: int, residuals: Sequence, after) -> Gate
         return push_weight
 
     # The elements of a map may be the examples; the steps of a scan have the examples on the next axis.
-    batch_axes = [0 if isinstance(steps.operation, Map) else axis + 1 for axis in frozen.batch_axes]
+    batch_axes = [0] * len(frozen.residuals) if isinstance(steps.operation, Map) else next_axes(frozen.batch_axes)
     return Gate(
         push,
         *residuals,
         masks=[*frozen.masks, *[None] * steps.gated],
         weights=[(variable, part_of(part)) for variable, part in frozen.weights],
-        batch_axes=[*batch_axes, *[0] * steps.gated],
+        batch_axes=[*batch_axes, *[None] * steps.gated],
         examples=after,
         takes_none=True,
         finite=frozen.finite,
@@ -207,9 +215,10 @@ def _bounded_loop(operation: WhileLoop, inputs: Sequence, context):
 
     last, kept = scan_steps(step, first, [counted], [*frozen.residuals, ops.ones((), "bool")])
     as_scan = Scan(body, count, operation.maximum, False)
-    after = "coupled" if frozen.examples == "coupled" else "moved"
     num_inputs = len(inputs) - len(of_condition)
-    pushforward = _scan_of(_Steps(as_scan, frozen, outputs, counted, True), num_inputs, kept, after)
+    pushforward = _scan_of(
+        _Steps(as_scan, frozen, outputs, counted, context.batch, True), num_inputs, kept, frozen.examples
+    )
     return last, _without(pushforward, num_inputs, len(inputs))
 
 
@@ -222,7 +231,9 @@ def _counted(operation: WhileLoop, first, of_body, of_condition):
     )[0]
 
 
-def _one_after_another(steps: Sequence[Pushforward], outputs: Sequence, num_carried: int, num_inputs: int) -> Gate:
+def _one_after_another(
+    steps: Sequence[FrozenBody], outputs: Sequence, num_carried: int, num_inputs: int, whole
+) -> Gate:
     """The pushforward of a loop of known steps. `num_inputs`: those whose tangents matter, the first ones."""
     counts = [len(step.residuals) for step in steps]
     variables = {id(variable): variable for step in steps for variable in step.variables}
@@ -244,17 +255,19 @@ def _one_after_another(steps: Sequence[Pushforward], outputs: Sequence, num_carr
                 carried = [t if has_tangents(y) else None for t, y in zip(images, outputs, strict=True)]
         return tuple(carried)
 
-    def filled(images, like):
-        probes = ops.shape(like)[0]
-        return tuple(zero_tangents(probes, y) if t is None else t for t, y in zip(images, outputs, strict=True))
+    def filled(images, like, tangents, residuals):
+        batch = steps[0].batch_of(tangents, residuals[: counts[0]]) if steps else None
+        zeros = functools.partial(zero_tangents, ops.shape(like)[0], batch=batch, whole=whole)
+        return tuple(zeros(y) if t is None else t for t, y in zip(images, outputs, strict=True))
 
     def push(*arguments):
         given = next(t for t in arguments if t is not None)
-        return filled(push_all(arguments, arguments[-sum(counts) :] if sum(counts) else ()), given)
+        residuals = arguments[-sum(counts) :] if sum(counts) else ()
+        return filled(push_all(arguments, residuals), given, arguments[:num_inputs], residuals)
 
     def part_of(variable):
         def push_weight(u, *residuals):
-            return filled(push_all([None] * num_inputs, residuals, variable, u), u)
+            return filled(push_all([None] * num_inputs, residuals, variable, u), u, [], residuals)
 
         return push_weight
 
@@ -264,59 +277,64 @@ def _one_after_another(steps: Sequence[Pushforward], outputs: Sequence, num_carr
         masks=[mask for step in steps for mask in step.masks],
         weights=[(variable, part_of(variable)) for variable in variables.values()],
         batch_axes=[axis for step in steps for axis in step.batch_axes],
-        examples="coupled" if any(step.examples == "coupled" for step in steps) else "moved",
+        examples=_examples_of(steps),
         takes_none=True,
         finite=all(step.finite for step in steps),
     )
 
 
-def _branches_of(operation: Switch, index, outputs: Sequence, frozen: Sequence[Pushforward], taken, residuals) -> Gate:
-    """The pushforward of the branch that was taken.
+class _Branches:
+    """The tangents of a switch, from those of its inputs, through the branch that was taken.
 
     Args:
         operation: the switch.
-        index: which branch was taken, a tensor; None if it is the only one that may have been.
         outputs: of the branch.
         frozen: the pushforwards of the branches that may have been taken.
-        taken: their numbers.
-        residuals: what all of these froze; of the branches that were not taken, zeros.
+        taken: their numbers. If there are several, the last residual is the number of the one.
+        whole: how many examples there are in the batch.
     """
-    num_inputs = operation.bodies[0].num_arguments + sum(
-        len(body.graph.inputs) - body.num_arguments for body in operation.bodies
-    )
+
+    def __init__(self, operation: Switch, outputs: Sequence, frozen: Sequence[FrozenBody], taken: Sequence[int], whole):
+        closed_over = sum(len(body.graph.inputs) - body.num_arguments for body in operation.bodies)
+        self.num_inputs = operation.bodies[0].num_arguments + closed_over
+        self.outputs, self.frozen, self.whole = outputs, frozen, whole
+        every = operation.arguments(range(self.num_inputs))
+        self.places = [every[number] for number in taken]
+        self.ends = [sum(len(one.residuals) for one in frozen[:i]) for i in range(len(frozen) + 1)]
+
+    def push(self, tangents: Sequence, residuals: Sequence, variable=None, u=None) -> tuple:
+        """The tangents of the outputs, from those of the inputs (None for zero), or from that of a variable."""
+        probes = ops.shape(next(t for t in [*tangents, u] if t is not None))[0]
+        parts = [residuals[start:end] for start, end in itertools.pairwise(self.ends)]
+        given = [[tangents[place] for place in places] for places in self.places]
+        sizes = [one.batch_of(*known) for one, *known in zip(self.frozen, given, parts, strict=True)]
+        batch = next((size for size in sizes if size is not None), None)
+        zeros = functools.partial(zero_tangents, probes, batch=batch, whole=self.whole)
+
+        def branch(i):
+            images = [None] * len(self.outputs)
+            if any(t is not None for t in given[i]):
+                images = _several(self.frozen[i].function(*given[i], *parts[i]))
+            for part in (part for known, part in self.frozen[i].weights if known is variable):
+                images = _several(part(u, *parts[i]))
+            return [zeros(y) if t is None else cast_like(t, y) for t, y in zip(images, self.outputs, strict=True)]
+
+        branches = [functools.partial(branch, i) for i in range(len(self.frozen))]
+        return tuple(branches[0]() if len(branches) == 1 else choose(residuals[-1][0], branches))
+
+
+def _switch_of(branches: _Branches, index, residuals: Sequence) -> Gate:
+    """The pushforward of a switch. `index`: which branch was taken, if several may have been; otherwise None."""
+    frozen, count = branches.frozen, branches.num_inputs
     known = [] if index is None else [index]
-    places = operation.arguments(range(num_inputs))
-    ends = [sum(len(f.residuals) for f in frozen[:i]) for i in range(len(frozen) + 1)]
     variables = {id(variable): variable for one in frozen for variable in one.variables}
 
-    def filled(images, probes):
-        images = images or [None] * len(outputs)
-        return [
-            zero_tangents(probes, y) if t is None else cast_like(t, y) for t, y in zip(images, outputs, strict=True)
-        ]
-
-    def push_branch(i, tangents, kept):
-        given = [tangents[place] for place in places[taken[i]]]
-        if all(t is None for t in given):
-            return []
-        return _several(frozen[i].function(*given, *kept[ends[i] : ends[i + 1]]))
-
-    def push_weight(i, variable, u, kept):
-        parts = [part for v, part in frozen[i].weights if v is variable]
-        return _several(parts[0](u, *kept[ends[i] : ends[i + 1]])) if parts else []
-
-    def of_taken(run, kept, probes):
-        branches = [lambda i=i: filled(run(i), probes) for i in range(len(frozen))]
-        return tuple(branches[0]() if index is None else choose(kept[-1][0], branches))
-
     def push(_, *arguments):
-        tangents, kept = arguments[:num_inputs], arguments[num_inputs:]
-        given = [t for t in tangents if t is not None]
-        probes = ops.shape(given[0] if given else _)[0]
-        return of_taken(lambda i: push_branch(i, tangents, kept), kept, probes)
+        # The index has no tangent. Without any other, its zeros say how many probes there are.
+        return branches.push(arguments[:count], arguments[count:], u=_)
 
     def part_of(variable):
-        return lambda u, *kept: of_taken(lambda i: push_weight(i, variable, u, kept), kept, ops.shape(u)[0])
+        return lambda u, *residuals: branches.push([None] * count, residuals, variable, u)
 
     return Gate(
         push,
@@ -324,8 +342,8 @@ def _branches_of(operation: Switch, index, outputs: Sequence, frozen: Sequence[P
         *known,
         masks=[*(mask for one in frozen for mask in one.masks), *[None] * len(known)],
         weights=[(variable, part_of(variable)) for variable in variables.values()],
-        batch_axes=[*(axis for one in frozen for axis in one.batch_axes), *[0] * len(known)],
-        examples="coupled" if any(one.examples == "coupled" for one in frozen) else "moved",
+        batch_axes=[*(axis for one in frozen for axis in one.batch_axes), *[None] * len(known)],
+        examples=_examples_of(frozen),
         takes_none=True,
         finite=all(one.finite for one in frozen),
     )
@@ -338,9 +356,24 @@ def _without(pushforward: Gate, count: int, num_inputs: int) -> Gate:
     return pushforward
 
 
-def zero_tangents(probes, y):
-    """Zero tangents of an output; in floats if it has none."""
-    return ops.zeros((probes, *ops.shape(y)), y.dtype if has_tangents(y) else None)
+def _examples_of(frozen: Sequence[Pushforward]) -> str:
+    kinds = {one.examples for one in frozen}
+    return next((kind for kind in ("coupled", "moved") if kind in kinds), "apart")
+
+
+def zero_tangents(probes, y, batch, whole):
+    """Zero tangents of an output; in floats if it has none.
+
+    Args:
+        probes: how many there are.
+        y: the output, of the whole batch.
+        batch: for how many examples; None for all.
+        whole: how many there are in the whole batch.
+    """
+    shape = list(ops.shape(y))
+    if batch is not None and shape and (y.shape[0] is None or (isinstance(whole, int) and y.shape[0] == whole)):
+        shape[0] = batch
+    return ops.zeros((probes, *shape), y.dtype if has_tangents(y) else None)
 
 
 def cast_like(tangent, y):

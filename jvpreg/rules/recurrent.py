@@ -16,7 +16,7 @@ from jvpreg.common import keras_private
 from jvpreg.rules.cells import SplitCell, WholeCell, cell_of
 from jvpreg.rules.contract import Declined, Gate, Pushed, Pushforward
 from jvpreg.rules.registry import register_rule
-from jvpreg.rules.scanning import plus_parts, scan_steps
+from jvpreg.rules.scanning import next_axes, plus_parts, scan_steps
 
 
 @register_rule(
@@ -89,7 +89,7 @@ def _pushforward(loop: "_Loop", frozen: Pushforward, residuals: Sequence, y, num
     scan = functools.partial(_push_steps, loop, frozen, y)
     counting = loop.inputs[1:]  # which steps count
     residuals = [*residuals, *counting, *([loop.sequences] if loop.cell.entering else [])]
-    batch_axes = [*(axis + 1 for axis in frozen.batch_axes), *[1] * len(counting), *([0] if loop.cell.entering else [])]
+    batch_axes = [*next_axes(frozen.batch_axes), *[1] * len(counting), *([0] if loop.cell.entering else [])]
 
     def stacked(arguments) -> list:
         """The residuals of the steps, without the axis for the probes."""
@@ -104,7 +104,7 @@ def _pushforward(loop: "_Loop", frozen: Pushforward, residuals: Sequence, y, num
 
     def part_of(part, is_entering: bool):
         def push_weight(u, *residuals):
-            batch = ops.shape(residuals[0])[1 + batch_axes[0]] if residuals else ops.shape(loop.sequences)[0]
+            batch = _batch_of(loop, residuals, batch_axes)
             first = loop.first_tangents(ops.shape(u)[0], batch)
             entering = part(u, loop.in_order(residuals[-1][0], 0)) if is_entering else None
             return loop.finish(*scan(entering, first, stacked(residuals), [] if is_entering else [(part, u)]), axis=2)
@@ -121,6 +121,12 @@ def _pushforward(loop: "_Loop", frozen: Pushforward, residuals: Sequence, y, num
         examples="coupled" if dropped else frozen.examples,
         takes_none=True,
     )
+
+
+def _batch_of(loop: "_Loop", residuals: Sequence, batch_axes: Sequence):
+    """For how many examples residuals are."""
+    known = [ops.shape(r)[1 + axis] for r, axis in zip(residuals, batch_axes, strict=True) if axis is not None]
+    return known[0] if known else ops.shape(loop.sequences)[0]
 
 
 def _push_steps(

@@ -32,3 +32,8 @@ def plus_parts(images: Sequence, weights: Sequence[tuple], residuals: Sequence) 
     for part, u in weights:
         images = [a + align(b, len(a.shape)) for a, b in zip(images, part(u, *residuals), strict=True)]
     return list(images)
+
+
+def next_axes(axes: Sequence[int | None]) -> list[int | None]:
+    """The axes of the examples once the steps are stacked before them."""
+    return [None if axis is None else axis + 1 for axis in axes]

@@ -118,3 +118,24 @@ def test_the_gradient_of_a_penalty_in_a_graph(kind):
         found.append(jvpreg.testing.compiled(gradient)(*tensors))  # by XLA
     for one in found:
         np.testing.assert_allclose(np.sum(numpy(one) * moved), slope, rtol=1e-6)
+
+
+CUT = {
+    **{name: CONTROL_FLOW[name] for name in ("a long fori_loop", "while_loop")},
+    "a long scan of rows": lambda x, w: ops.scan(
+        lambda z, row: (ops.tanh(ops.matmul(z, w) + row), z * row), ops.zeros_like(x), ops.stack([x] * 17)
+    )[1][5],
+    "map": lambda x, w: ops.map(lambda row: ops.tanh(ops.matmul(row, w)), x),
+    "cond": CONTROL_FLOW["cond"],
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kind", CUT)
+def test_a_part_of_the_batch(kind):
+    layer, x, u = Call(CUT[kind]), normal(4, 3), normal(4, 3, seed=1)
+    layer(x)
+    lin, moved = jvpreg.linearize(layer, x, fallback="error"), normal(3, 3, seed=2)
+    part = lin.take([2, 1])
+    assert_close(part.jvp(u[[2, 1]]), numpy(lin.jvp(u))[[2, 1]], 1e-10)
+    assert_close(part.jvp(weights=[(layer.w, moved)]), numpy(lin.jvp(weights=[(layer.w, moved)]))[[2, 1]], 1e-10)
