@@ -76,8 +76,8 @@ def linearize(
             the backend's autodiff, and say so once; `"ignore"`: say nothing; `"error"`: raise.
         xla: whether XLA compiles the function in which this runs, if you know. If it is False, rules use TensorFlow's
             own kernels in a graph, which are the fastest there. No result changes.
-        at: the path of a layer that runs once, such as the embedding of token ids: derivatives are by the one tensor
-            that it returned, `(B, …)`, and tangents are like it. What bypasses the layer is held constant, masks too.
+        at: the path of a layer (`"path:0"` its first run of several): derivatives are by the one tensor that it
+            returned, `(B, …)`, and tangents are like it. What bypasses the layer is held constant, masks too.
 
     Returns:
         A `Linearization`: `.outputs`, `.jvp(u)`, `.vjp(v)`, `.intercepts`, `.fallbacks`.

@@ -1,5 +1,6 @@
 """Where a Jacobian can start in place of the inputs: at what a layer returned."""
 
+import re
 from typing import TypeVar
 
 import keras
@@ -13,6 +14,7 @@ from jvpreg.engine.paths import MOST_LISTED, unknown, walk
 from jvpreg.rules.examples import GONE
 from jvpreg.rules.registry import unwrap
 
+_RUN = re.compile(r":\d+$")
 LAYER = "the path of a layer, as `jvpreg.layer_paths` has it"
 
 Frozen = TypeVar("Frozen", bound=FrozenModel)
@@ -26,15 +28,15 @@ def started_at(model: Frozen, at: str, owner: str = "") -> Frozen:
 
     Args:
         model: a frozen model, of a whole batch.
-        at: the layer's path.
+        at: the layer's path. If it runs several times, with the number of the run, from 0: `shared:1` is the second.
         owner: whose argument it is, for the error, if its name alone does not tell.
 
     Returns:
         The frozen model from the layer's output on. Paths that bypass the layer are held constant; masks stay.
 
     Raises:
-        ValueError: there is no such layer, or it did not run exactly once; or what it returned is not one tensor of
-            real numbers with the examples first, on which the outputs depend.
+        ValueError: there is no such layer, or it is open which of its runs is meant; or what it returned is not one
+            tensor of real numbers with the examples first, on which the outputs depend.
     """
     graph = model._graph
     value = _returned(graph, at, owner)
@@ -49,7 +51,7 @@ def check_path(model: keras.Layer, at: str, owner: str = "", others: str = "") -
     """Raises a ValueError, before the model runs, unless it has a layer `at`. `others`: what else `at` could be."""
     checks.text("at", at, owner=owner)
     paths = [(name, path) for name, path, _ in walk(unwrap(model))]
-    if not any(at in known for known in paths):
+    if not any(at in known or _RUN.sub("", at) in known for known in paths):
         raise unknown("at", at, [name for name, _ in paths], others + LAYER, owner)
 
 
@@ -57,7 +59,8 @@ def possible_starts(model: FrozenModel) -> list[str]:
     """The paths of the first layers at which a Jacobian can start: for token ids, the embeddings."""
     runs = model._graph.returned.runs
     fitting: dict[int, str] = {}
-    for path in runs:
+    numbered = [f"{path}:{i}" if len(runs[path]) > 1 else path for path in runs for i in range(len(runs[path]))]
+    for path in numbered:
         if _fits(model, path):
             fitting.setdefault(_returned(model._graph, path, "").slot, path)
     # The slots of what a first layer returned, and of all that follows from it.
@@ -83,17 +86,14 @@ def _fits(model: FrozenModel, path: str) -> bool:
 
 def _returned(graph: FrozenGraph, at: str, owner: str) -> Value:
     """The value that the layer of a path returned."""
-    runs = graph.returned.runs_of(at)
+    runs, number = graph.returned.runs_of(at), _RUN.search(at)
+    if not runs and number:
+        runs = list(graph.returned.runs_of(_RUN.sub("", at)))[int(number[0][1:]) :][:1]
     if not runs:
         raise _refused(at, owner, "that runs", f"which does not. These do: {list(graph.returned.runs)[:MOST_LISTED]}")
     if len(runs) > 1:
-        raise _refused(
-            at,
-            owner,
-            "that runs once",
-            f"which runs {len(runs)} times. For the derivative by one run alone, use `Linearization.after`, with the "
-            f'path of that run: "{at}", "{at}:1", …',
-        )
+        known = " or ".join(f'`at="{at}:{i}"`' for i in range(min(len(runs), 2)))
+        raise _refused(at, owner, "that runs once", f"which runs {len(runs)} times. Give the number of a run: {known}")
     found = [leaf for leaf in leaves_of(runs[0]) if isinstance(leaf, Value)]
     if len(found) != 1:
         raise _refused(at, owner, "with one output", f"which has {len(found)}. Name a layer within it or after it")

@@ -164,7 +164,7 @@ REFUSED = {
     "twice": (
         twice,
         "shared",
-        r"a layer that runs once. Received: at='shared', which runs 2 times.*`Linearization.after`",
+        r"a layer that runs once. Received: at='shared', which runs 2 times.*`at=\"shared:0\"` or `at=\"shared:1\"`",
     ),
     "several outputs": (several_outputs, "gru", r"with one output. Received: at='gru', which has 2"),
     "another axis": (
@@ -199,7 +199,16 @@ def test_an_error_for_token_ids_names_the_first_layers_of_real_numbers():
 
 def test_each_run_of_a_layer_has_a_derivative_of_its_own():
     model = twice()
-    lin, kernel = jvpreg.linearize(model, normal(2, 3)), model.get_layer("shared").get_weights()[0]
-    expected = {"shared": kernel.T, "shared:1": np.eye(3)}
-    for path, matrix in expected.items():
-        np.testing.assert_allclose(numpy(lin.after(path).jacobian()), np.stack([matrix] * 2), rtol=1e-6)
+    x, kernel = normal(2, 3), model.get_layer("shared").get_weights()[0]
+    for path, matrix in (("shared:0", kernel.T), ("shared:1", np.eye(3))):
+        np.testing.assert_allclose(numpy(jvpreg.jacobian(model, x, at=path)), np.stack([matrix] * 2), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"argument `at`.*a layer that runs. Received: at='shared:2', which does not"):
+        jvpreg.jacobian(model, x, at="shared:2")
+
+
+def test_an_error_for_token_ids_names_the_run_of_an_embedding_that_is_used_twice():
+    """As where the embedding's weights make the logits."""
+    tokens, embedding = keras.Input((5,), dtype="int32"), layers.Embedding(9, 3, name="words")
+    model = keras.Model(tokens, layers.Flatten()(embedding(ops.cast(ops.sum(embedding(tokens), axis=-1), "int32"))))
+    with pytest.raises(ValueError, match=r'`at="words:1"`'):
+        jvpreg.jacobian(model, np.ones((2, 5), "int32"))
