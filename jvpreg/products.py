@@ -1,22 +1,23 @@
 """`linearize`: runs a model once at `x` and freezes it there; and single products in one call."""
 
+import functools
 import inspect
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypedDict, Unpack
 
 import keras
 from keras import ops, tree
 
 from jvpreg.common import checks
-from jvpreg.common.dtypes import as_floats
+from jvpreg.common.dtypes import as_floats, has_tangents
 from jvpreg.common.typing import Structure, WeightTangents
 from jvpreg.engine.autodiff import LeftToAutodiff
 from jvpreg.engine.companions import Companions
 from jvpreg.engine.frozen_graph import FrozenGraph
 from jvpreg.engine.inputs import check_moving, standardize_inputs
-from jvpreg.engine.node import Node
+from jvpreg.engine.node import Node, moved_to
 from jvpreg.engine.starts import check_path, possible_starts, started_at
 from jvpreg.engine.tangents import (
     InputStructure,
@@ -101,12 +102,37 @@ def linearize(
     >>> tuple(lin.vjp(np.ones((5, 2))).shape)
     (5, 3)
     """
+    return _linearized(model, x, _linearize_options(training, batch_statistics, fallback, xla), at)
+
+
+def linearize_elsewhere(model: keras.Layer, x: Structure, points: Sequence, at: str | None = None) -> Linearization:
+    """The model frozen at points other than `x`, in inference.
+
+    Args:
+        model: as `linearize` takes it.
+        x: its input, for its structure, its integers and its masks.
+        points: a flat list like `linearize(model, x, at=at).inputs`; in place of integers they count for nothing.
+        at: the path of a layer: the model goes on from the point in place of what this layer returned.
+    """
+    return _linearized(model, x, _linearize_options(), at, points)
+
+
+def _linearized(
+    model: keras.Layer,
+    x: Structure,
+    options: tuple[Context, Fallback],
+    at: str | None,
+    points: Sequence | None = None,
+) -> Linearization:
     model = _checked_model(model)
     if at is not None:
         check_path(model, at)
-    inputs = standardize_inputs(model, x)
-    options = _linearize_options(training, batch_statistics, fallback, xla)
-    graph, outputs, fallbacks = _freeze(model, x, inputs, options)
+    inputs, moved = standardize_inputs(model, x), None
+    if points is not None and at is not None:
+        moved = at, functools.partial(moved_to, primal=points[0])
+    elif points is not None:
+        inputs = [p if has_tangents(given) else given for p, given in zip(points, inputs, strict=True)]
+    graph, outputs, fallbacks = _freeze(model, x, inputs, options, moved=moved)
     structure = InputStructure(model, x)
     linearization = Linearization(graph, as_floats(inputs), outputs, structure.flatten, fallbacks, structure.pack)
     return linearization if at is None else started_at(linearization, at)
@@ -234,11 +260,12 @@ def _freeze(
     inputs: list,
     options: tuple[Context, Fallback],
     companions: Companions | None = None,
+    moved: tuple[str, Callable] | None = None,
 ) -> tuple[FrozenGraph, Any, dict[str, str]]:
     """The frozen graph, the outputs in the model's own structure, and what was left to autodiff, with the reasons."""
     along = companions if companions is not None and companions.go_along else None
     context, fallback = options
-    tracer, values, outputs = trace(model, x, inputs, context, along, fallback)
+    tracer, values, outputs = trace(model, x, inputs, context, along, fallback=fallback, moved=moved)
     unexpected = {name: left for name, left in tracer.fallbacks.items() if not left.expected}
     if unexpected and fallback == "warn":
         _warn_of_fallback(model, unexpected)

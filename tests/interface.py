@@ -21,6 +21,7 @@ U = random.normal(size=(4, 3)).astype("float32")
 V = random.normal(size=(4, 2)).astype("float32")
 IMAGES = random.uniform(size=(2, 4, 4, 1)).astype("float32")
 LABELS = np.array([0, 1, 0, 1])
+TOKENS = random.integers(9, size=(4, 5))
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,20 @@ def of_images():
             layers.Conv2D(2, 3, padding="same", activation="relu", name="convolution"),
             layers.Flatten(),
             layers.Dense(3, name="last"),
+        ]
+    )
+
+
+@functools.cache
+def of_words():
+    keras.utils.set_random_seed(3)
+    return keras.Sequential(
+        [
+            keras.Input((5,), dtype="int32"),
+            layers.Embedding(9, 3, name="embedding"),
+            layers.Flatten(),
+            layers.Dense(3, activation="tanh"),
+            layers.Dense(2),
         ]
     )
 
@@ -132,6 +147,7 @@ def rows() -> dict[str, Row]:
     quadrature = {"num_probes": 2, "num_iterations": 2, "seed": 0}
     enforced = {"enforcement": 1.0, "at": "data", "tolerance": 1e-3, "name": "own"}
     map_of = {"model": of_images(), "x": IMAGES, "target": 1}
+    of_tokens = {"model": of_words(), "x": TOKENS, "target": LABELS, "at": "embedding", "batch_size": 3}
     stacked = np.concatenate([IMAGES, IMAGES, 0 * IMAGES])
     found = {
         "layer_paths": Row(jvpreg.layer_paths, {"model": model}),
@@ -140,7 +156,9 @@ def rows() -> dict[str, Row]:
         "vjp": Row(jvpreg.vjp, {"model": model, "x": X, "v": V, **options, "at": "hidden"}),
         "weight_jvp": Row(jvpreg.weight_jvp, {"model": model, "x": X, "weights": weight_tangents()}),
         "jacobian": Row(jvpreg.jacobian, {"model": model, "x": X, "chunk_size": 2, "at": "hidden"}),
-        "full_jacobian": Row(jvpreg.full_jacobian, {"model": model, "x": X, "target": LABELS, **options}),
+        "full_jacobian": Row(
+            jvpreg.full_jacobian, {"model": model, "x": X, "target": LABELS, **options, "at": "hidden"}
+        ),
         "TangentModel": Row(jvpreg.TangentModel, {"base": model, "name": "tangent"}, ("name",)),
         "JacobianModel": Row(jvpreg.JacobianModel, {"base": model, "seed": 0, "name": "own"}, ("name",)),
         "JacobianDistiller": Row(
@@ -172,6 +190,7 @@ def rows() -> dict[str, Row]:
         "Linearization.bias_jacobians": Row(lin().bias_jacobians, {"v": V, "nodes": ["hidden"], "with_inputs": True}),
         "Linearization.modified_vjp": Row(lin().modified_vjp, {"v": V, "change": lambda node, vs: vs}, ("change",)),
         "Linearization.nodes_of": Row(lin().nodes_of, {"layer": "hidden"}),
+        "Linearization.nodes_after_input": Row(lin().nodes_after_input, {"place": 0}),
         "Linearization.take": Row(lambda indices: lin().take(indices).outputs, {"indices": [0, 2]}),
         "Linearization.after": Row(lambda layer: lin().after(layer).jvp(U), {"layer": "hidden"}),
         "Linearization.block": Row(lambda layer: lin().block(layer).jvp(U), {"layer": "hidden"}),
@@ -357,9 +376,13 @@ def rows() -> dict[str, Row]:
         "clone.batch_normalization": Row(clone.batch_normalization, {"h": stacked, "num_probes": 1}),
         "attribution.saliency.full_jacobian": Row(saliency.full_jacobian, {**map_of, "interpolation": "nearest"}),
         "attribution.saliency.bias_jacobian": Row(saliency.bias_jacobian, {**map_of, "interpolation": "nearest"}),
-        "attribution.saliency.input_gradient": Row(saliency.input_gradient, map_of),
+        "attribution.saliency.input_gradient": Row(saliency.input_gradient, {**of_tokens, "reduce": "norm"}),
+        "attribution.saliency.gradient_times_input": Row(
+            saliency.gradient_times_input, {**map_of, "reduce": None, "batch_size": 1}
+        ),
         "attribution.saliency.integrated_gradients": Row(
-            saliency.integrated_gradients, {**map_of, "baseline": 0.0, "num_steps": 1}
+            saliency.integrated_gradients,
+            {**map_of, "baseline": 0.0, "num_steps": 1, "method": "riemann_middle", "return_convergence_delta": True},
         ),
         "attribution.saliency.smooth_grad": Row(
             saliency.smooth_grad, {**map_of, "noise": 0.1, "num_samples": 1, "seed": 0}
@@ -388,7 +411,8 @@ NOT_CALLED = {
     *("callbacks.GuardEvent", "constraints.ExactReport", "constraints.Report", "distillation.JacobianDistiller"),
     *(f"regularizers.{name}" for name in ("Carries", "Constrains", "Looks", "Scheduled", "Searches")),
     *("distillation.View", "estimators.Estimate", "estimators.SpectralDensity", "regularizers.Seen"),
-    *("attribution.saliency.figure", "testing.float64", "testing.compiled", "probes.dimension", "probes.split"),
+    *(f"attribution.saliency.{name}" for name in ("METHODS", "figure", "token_figure")),
+    *("testing.float64", "testing.compiled", "probes.dimension", "probes.split"),
     "constraints.tangents.resample",
 }
 

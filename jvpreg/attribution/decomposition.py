@@ -11,7 +11,7 @@ from keras import layers, ops, tree
 
 from jvpreg.common import checks
 from jvpreg.common.dtypes import has_tangents
-from jvpreg.common.typing import Structure, Tensor
+from jvpreg.common.typing import DType, Structure, Tensor
 from jvpreg.engine.finite import finite_examples, nan_unless
 from jvpreg.engine.node import Node
 from jvpreg.engine.tangents import check_count, flatten_like
@@ -72,7 +72,11 @@ class FullJacobian:
 
 
 def full_jacobian(
-    model: keras.Layer | Linearization, x: Structure | None, target: Structure | None = None, **kwargs: Unpack[Options]
+    model: keras.Layer | Linearization,
+    x: Structure | None,
+    target: Structure | None = None,
+    at: str | None = None,
+    **kwargs: Unpack[Options],
 ) -> FullJacobian:
     """The full-Jacobian of each example: what the input and every source of bias contribute to one output.
 
@@ -83,6 +87,8 @@ def full_jacobian(
         x: its input, `(B, …)`; None for a `Linearization`.
         target: which output: a class for the whole batch, an integer, for an output `(B, K)`; a class for each example,
             integers `(B,)`; a cotangent like the outputs; or None for the largest output of each example.
+        at: the path of a layer, as `jvpreg.linearize` takes it: what it returned stands for the input, for example the
+            embeddings of tokens.
         **kwargs: of `jvpreg.linearize`.
 
     Returns:
@@ -105,13 +111,12 @@ def full_jacobian(
     >>> bool(keras.ops.all(full.completeness_error() < 1e-5))
     True
     """
-    if isinstance(model, Linearization) and (x is not None or kwargs):
+    if isinstance(model, Linearization) and (x is not None or at is not None or kwargs):
         raise checks.invalid("x", "None, and no options, beside a `Linearization`", x if x is not None else kwargs)
-    linearization = model if isinstance(model, Linearization) else linearize(model, x, **kwargs)
+    linearization = model if isinstance(model, Linearization) else linearize(model, x, at=at, **kwargs)
     cotangent = as_cotangent(linearization.outputs, target)
     at_input, biases = linearization.bias_jacobians(cotangent)
     nodes = {name: node for node in linearization.nodes for name in node.output_names}
-    pairs = zip(tree.flatten(cotangent), tree.flatten(linearization.outputs), strict=True)
     dtype = tree.flatten(at_input)[0].dtype
     known = functools.partial(nan_unless, finite_examples(linearization))
     return FullJacobian(
@@ -120,14 +125,15 @@ def full_jacobian(
         input_jacobian=tree.map_structure(known, at_input),
         bias_jacobians={name: known(contribution) for name, contribution in biases.items()},
         sources={name: _source(nodes[name]) for name in biases},
-        target_output=known(
-            sum(
-                _sum_of_each(ops.cast(v, dtype) * ops.cast(y, dtype))
-                for v, y in pairs
-                if v is not None and has_tangents(y)  # as in `Jᵀ v`, integers do not count
-            )
-        ),
+        target_output=known(target_output(cotangent, linearization.outputs, dtype)),
     )
+
+
+def target_output(cotangent: Structure, outputs: Structure, dtype: DType) -> Tensor:
+    """`vᵀ f(x)`, `(B,)`. As in `Jᵀ v`, integers do not count."""
+    pairs = zip(tree.flatten(cotangent), tree.flatten(outputs), strict=True)
+    parts = [(v, y) for v, y in pairs if v is not None and has_tangents(y)]
+    return sum(_sum_of_each(ops.cast(v, dtype) * ops.cast(y, dtype)) for v, y in parts)
 
 
 def as_cotangent(outputs: Structure, target: Structure | None) -> Structure:

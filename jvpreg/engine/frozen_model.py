@@ -68,13 +68,27 @@ class FrozenModel:
             raise checks.invalid("leaves", f"a list of {len(self.inputs)}, one for each of the model's inputs", leaves)
         return self._pack_inputs(leaves)
 
-    def flatten_inputs(self, structure: Structure) -> list:
+    def flatten_inputs(self, structure: Structure, argument: str = "structure") -> list:
         """The leaves of a structure like `x`, for example of a product, as a flat list like `inputs`.
 
         Raises:
-            ValueError: it has other names, or another number of leaves.
+            ValueError: it has other names, or another number of leaves; the error names the `argument`.
         """
-        return self._flatten_inputs(structure, "structure")
+        return self._flatten_inputs(structure, argument)
+
+    def nodes_after_input(self, place: int) -> list[Node]:
+        """The nodes that depend on one of the `inputs`, in the order in which they ran.
+
+        Raises:
+            ValueError: there is no such input.
+        """
+        checks.count("place", place, least=0, most=len(self.inputs) - 1)
+        reached, found = {self._graph.inputs[place].slot}, []
+        for node in self.nodes:
+            if any(value.slot in reached for value in node.inputs):
+                reached |= {value.slot for value in node.outputs}
+                found.append(node)
+        return found
 
     @property
     def nodes(self) -> list[Node]:

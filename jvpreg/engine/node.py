@@ -43,6 +43,11 @@ class Value:
         return has_tangents(self.primal)
 
 
+def moved_to(leaf, primal):
+    """A value at another point, with the slot and the mask that it had; what is no value stays as it is."""
+    return replace(leaf, primal=ops.cast(primal, leaf.primal.dtype)) if isinstance(leaf, Value) else leaf
+
+
 @dataclass(frozen=True)
 class Node:
     """One operation, frozen at `x`.

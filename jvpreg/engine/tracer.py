@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,6 +49,7 @@ class Tracer:
         fallbacks: the nodes that were left to autodiff, by name.
         companions: tangents that go through the model while it runs, if there are any.
         root: the model that runs, whose name is part of no path.
+        moved: the path of a layer, and a function of what it returns, with whose values the model goes on.
         fallback: `"error"` if an operation without a rule that cannot be opened up is an error; otherwise it is left to
             the backend's autodiff.
     """
@@ -57,6 +58,7 @@ class Tracer:
     companions: Companions | None = None
     root: Any = None
     fallback: str = "ignore"
+    moved: tuple[str, Callable] | None = None
     nodes: list[Node] = field(default_factory=list)
     variables: list[tuple[Any, Value]] = field(default_factory=list)
     returned: dict[str, list] = field(default_factory=dict)
@@ -90,6 +92,8 @@ class Tracer:
         else:
             outputs = self._run_named(operation, args, kwargs, self._names.unique(inner.name))
         if isinstance(operation, keras.Layer) and operation is not self.root:
+            if self.moved is not None and self.moved[0] in (inner.path, self._names.by_attributes(inner.path)):
+                outputs = map_leaves(self.moved[1], outputs)
             self.returned.setdefault(inner.path, []).append(outputs)
         return outputs
 
@@ -367,20 +371,17 @@ def freeze(operation, *inputs, context: Context) -> tuple:
 
 
 def trace(
-    model,
-    x,
-    inputs: Sequence,
-    context: Context,
-    companions: Companions | None = None,
-    fallback: str = "ignore",
+    model, x, inputs: Sequence, context: Context, companions: Companions | None = None, **options: Any
 ) -> tuple[Tracer, list[Value], Any]:
     """Runs `model` once on the flat list of `inputs` `(B, …)`, which the user gave as the structure `x`.
+
+    The `options` are those of a `Tracer`.
 
     Returns:
         The tracer with its nodes, the values of the inputs, and the output values in the model's own structure.
     """
     batch = ops.shape(inputs[0])[0] if len(inputs[0].shape) else None
-    tracer = Tracer(replace(context, batch=batch), companions, model, fallback)
+    tracer = Tracer(replace(context, batch=batch), companions, model, **options)
     given = [keras_private.get_mask(leaf) for leaf in flatten_inputs(model, x, "x")]
     values = [tracer.masked(tensor, mask) for tensor, mask in zip(inputs, given, strict=True)]
     if companions is not None:

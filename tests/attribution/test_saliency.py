@@ -51,6 +51,10 @@ def test_the_full_jacobian_map_is_equation_4():
     np.testing.assert_allclose(numpy(saliency.bias_jacobian(model, X)), expected - at_input, rtol=1e-6, atol=1e-7)
 
 
+def vectors():
+    return keras.Sequential([keras.Input((3,)), layers.Dense(2)])
+
+
 def test_integrated_gradients_sum_to_the_difference():
     model = network("tanh")
     largest = numpy(model(X)).argmax(axis=1)
@@ -123,9 +127,19 @@ def test_the_figure_has_a_row_an_image_and_a_column_a_method(tmp_path):
     [
         (
             lambda m: saliency.input_gradient(m, X[0]),
-            r"`x`. Expected images \(B, H, W, C\). Received: x=ndarray of shape \(8, 8, 3\)",
+            r"`x`. Expected shape \(B, 8, 8, 3\)",
         ),
-        (lambda m: saliency.input_gradient(m, [X]), r"`x`. Expected images \(B, H, W, C\). Received: x=\[array"),
+        (lambda m: saliency.full_jacobian(vectors(), X[:, 0, 0]), r"`x`. Expected images .* x with shape \(2, 3\)"),
+        (lambda m: saliency.input_gradient(m, X, reduce="mean"), '`reduce`. Expected "sum", "abs", "norm" or None'),
+        (lambda m: saliency.smooth_grad(m, X, batch_size=0), "`batch_size`. Expected an integer, 1 or more, or None"),
+        (lambda m: saliency.input_gradient(m, X, [0, 1, 2], batch_size=1), "`target`"),
+        (lambda m: saliency.input_gradient(m, X, np.zeros(3, int), batch_size=1), "`target`. Expected one for each of"),
+        (lambda m: saliency.integrated_gradients(m, X, method="simpson"), "`method`. Expected .gausslegendre. or"),
+        (
+            lambda m: saliency.integrated_gradients(m, X, baseline=np.ones(2)),
+            "`baseline`. Expected a number, or an arr",
+        ),
+        (lambda m: saliency.input_gradient(m, X, at="third"), "`at`. Expected the path of a layer"),
         (lambda m: saliency.integrated_gradients(m, X, num_steps=0), "`num_steps`. Expected an integer, 1 or more"),
         (lambda m: saliency.smooth_grad(m, X, num_samples=0.5), "`num_samples`. Expected an integer, 1 or more"),
         (lambda m: saliency.grad_cam(m, X, layer="third"), "`layer`. Expected the path of a layer"),
