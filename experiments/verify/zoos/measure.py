@@ -100,8 +100,17 @@ def model_and_inputs(member: Member, config: VerifyConfig, batch_size: int) -> t
     random = np.random.default_rng(config.seed)
     examples = member.inputs(random, weights.CALIBRATION_EXAMPLES)
     model = member.built(examples)
+    if keras.config.floatx() == "float64":
+        _widen(model)
     weights.draw(model, random, examples)
     return model, member.inputs(random, batch_size)
+
+
+def _widen(model: keras.Model) -> None:
+    """Lets layers without weights compute in float64 that are of float32 whatever the dtype of the model is."""
+    for layer in jvpreg.layer_paths(model).values():
+        if layer.compute_dtype == "float32" and not layer.weights:
+            layer.dtype_policy = "float64"
 
 
 def products(at: ZooPoint, random: np.random.Generator) -> Iterator[dict[str, Any]]:
