@@ -40,9 +40,10 @@ def test_what_a_tutorial_builds_has_the_products_of_autodiff(one):
     row = of_products(one)
     assert all(row[name] < 1e-12 for name in FLOAT64), row
     assert row["jacobian"] > 1e-3
+    assert row["left"] == {}
 
 
-@pytest.mark.parametrize("name", ["SIREN", "TabTransformer"])
+@pytest.mark.parametrize("name", ["VAE", "TabTransformer"])
 def test_a_model_trains_with_a_penalty_and_comes_back_from_its_file(name):
     assert of_uses(member.named("tutorials", [name])[0]) == {"fit": "ok", "save": "ok"}
 
@@ -126,9 +127,10 @@ def test_a_missing_package_is_told_in_a_sentence(monkeypatch):
         member.members("keras_hub")
 
 
-@pytest.mark.parametrize("name", ["Bert", "ViT"])
+@pytest.mark.parametrize("name", ["GPT2", "ViT"])
 def test_a_backbone_of_keras_hub_has_the_products_of_autodiff(name):
     pytest.importorskip("keras_hub")
     row = of_products(member.named("keras_hub", [name])[0])
     assert all(row[name] < 1e-12 for name in FLOAT64), row
     assert row["jacobian"] > 1e-3
+    assert row["left"] == {}
