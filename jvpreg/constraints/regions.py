@@ -256,7 +256,8 @@ def _frozen(node: Node) -> list[tuple[Any, int]]:
     if node.pushforward is None:
         return [(value.primal, 0) for value in node.outputs if value.batched]
     found, frozen = _frozen_masks(node), node.pushforward
-    indices = [(r, axis) for r, axis in zip(frozen.residuals, frozen.batch_axes, strict=True) if "int" in _dtype(r)]
+    placed = [(r, axis) for r, axis in zip(frozen.residuals, frozen.batch_axes, strict=True) if axis is not None]
+    indices = [(r, axis) for r, axis in placed if "int" in _dtype(r) and not node.is_constant(r)]
     x, y = node.inputs[0].primal, node.outputs[0].primal
     sides = [
         (side, axis)
@@ -264,7 +265,7 @@ def _frozen(node: Node) -> list[tuple[Any, int]]:
         if tuple(mask.shape) == tuple(x.shape) == tuple(y.shape)
         for side in (x > 0, ops.logical_and(ops.logical_not(mask), y > x))
     ]
-    return found + [(r, axis) for r, axis in indices if not node.is_constant(r)] + sides
+    return found + indices + sides
 
 
 def _dtype(tensor: Tensor) -> str:
