@@ -263,9 +263,14 @@ def _frozen(node: Node) -> list[tuple[Any, int]]:
         (side, axis)
         for mask, axis in (found if len(node.inputs) == 1 else [])
         if tuple(mask.shape) == tuple(x.shape) == tuple(y.shape)
-        for side in (x > 0, ops.logical_and(ops.logical_not(mask), y > x))
+        for side in (x > 0, ops.logical_and(ops.logical_not(mask), _is_below(x, y)))
     ]
     return found + indices + sides
+
+
+def _is_below(x: Tensor, y: Tensor) -> Tensor:
+    """Where x is below what y = f(x) is cut off at. A bound itself is on its side, so that it is no region of its own."""
+    return ops.logical_or(y > x, ops.logical_and(ops.equal(y, x), x <= 0))
 
 
 def _dtype(tensor: Tensor) -> str:

@@ -119,7 +119,6 @@ def test_padding_by_a_tensor(kind):
 
 # Operations with a rule for some arguments only, and the reason why there is none for these.
 DECLINED = {
-    "norm": (lambda x: ops.norm(x, ord=1, axis=-1), "a norm that is not the root of the sum of squares"),
     "normalize": (lambda x: ops.normalize(x, order=3, axis=-1), "a norm of another order than 2"),
     "absolute": (lambda x: ops.abs(ops.cast(x, "complex64")), "its input is complex"),
 }
@@ -127,8 +126,6 @@ DECLINED = {
 
 @pytest.mark.parametrize("kind", DECLINED)
 def test_the_reason_of_a_rule_that_declines_is_told(kind):
-    if kind == "norm" and keras.backend.backend() == "jax":
-        pytest.skip("Keras' operation takes no axis in a graph on JAX")
     function, reason = DECLINED[kind]
     x = normal(2, 3).astype("float32")
     layer = Call(lambda x, w: function(x), name="layer")
