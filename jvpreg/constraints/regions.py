@@ -269,7 +269,7 @@ def _frozen(node: Node) -> list[tuple[Any, int]]:
 
 
 def _is_below(x: Tensor, y: Tensor) -> Tensor:
-    """Where x is below what y = f(x) is cut off at. A bound itself is on its side, so that it is no region of its own."""
+    """Where y = f(x) is cut off from below. A bound itself is on its side, so that it is no region of its own."""
     return ops.logical_or(y > x, ops.logical_and(ops.equal(y, x), x <= 0))
 
 
