@@ -121,7 +121,6 @@ BINARY = {
     "nextafter": (ops.nextafter, (4, 3), (4, 3)),
     "real": (lambda x, y: ops.real(ops.polar(x, y)), (4, 3), (4, 3)),
     "imag": (lambda x, y: ops.imag(ops.conjugate(ops.polar(x, y))), (4, 3), (4, 3)),
-    "angle": (lambda x, y: ops.angle(ops.polar(_positive(x), x + y)), (4, 3), (4, 3)),
     "inner": (lambda x, y: ops.inner(x, y[0]), (4, 3), (2, 3)),
     "kron": (lambda x, y: ops.kron(x[0], y[0]), (2, 3), (2, 2)),
     "outer": (ops.outer, (2,), (3,)),
@@ -175,7 +174,6 @@ def _colours(hue, saturation, value):
 
 # What a row's Jacobian is compared with, where autodiff has no derivative of the operation, or a wrong one.
 REFERENCES = {
-    "angle": lambda x, y: ops.arctan2(ops.sin(x + y), ops.cos(x + y)),
     "real": lambda x, y: x * ops.cos(y),
     "imag": lambda x, y: -x * ops.sin(y),
     "conj": lambda x: x * ops.cos(x),
@@ -192,7 +190,7 @@ REFERENCES = {
 # Operations without a row of their own: complex ones, which other rows end in a real number, and those that are checked
 # in `test_operations.py`.
 APART = {
-    *("Abs", "Conj", "Conjugate", "Polar", "View", "ViewAsComplex"),
+    *("Abs", "Angle", "Conj", "Conjugate", "Polar", "View", "ViewAsComplex"),
     *("AffineTransform", "ElasticTransform", "PerspectiveTransform", "ScaleAndTranslate", "SegmentProd", "SegmentSum"),
 }
 if keras.backend.backend() == "torch":

@@ -139,6 +139,15 @@ def test_a_field_that_is_drawn_anew_cannot_be_frozen():
         jvpreg.linearize(model, whole_numbers(1, 6, 6, 1))
 
 
+def test_the_angle_of_a_complex_number():
+    """In float32, in which Keras returns it."""
+    radius, angle = keras.Input((3,)), keras.Input((3,))
+    model = keras.Model([radius, angle], ops.angle(ops.polar(radius, angle)))
+    x, u, v = (normal(2, 3, seed=seed).astype("float32") for seed in range(3))
+    lin = jvpreg.linearize(model, [np.exp(x), 0.5 * x], fallback="error")
+    assert_close(numpy(lin.jvp([u, v])), v, 1e-5)
+
+
 def test_bits_have_no_derivative(float64):
     x, u = normal(2, 3), normal(2, 3, seed=1)
     symbol = keras.Input((3,))
