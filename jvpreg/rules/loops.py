@@ -156,7 +156,7 @@ class _Steps:
             return following, images[count:]
 
         like = [zeros(y) for y in self.outputs[count:]]
-        last, steps = self.operation.run(step, first, [*given, *residuals, self.counted], like)
+        last, steps = self.operation.run(step, first, [*given, *residuals] or [self.counted], like)
         moved = iter(last)
         return (
             *(next(moved) if moves else None for moves in self.moving),
