@@ -18,14 +18,14 @@ TOKENS = np.array([[3, 1, 4, 1, 5], [2, 6, 5, 0, 0], [8, 0, 0, 0, 0]], "int32")
 LABELS = np.array([1, 0, 1])
 
 
-def transformer():
+def of_sentences():
     """A model of token ids under a mask, with an embedding of positions that is added to that of the tokens."""
     ids = keras.Input((5,), dtype="int32")
     places = ops.where(ids != 0, np.arange(1, 6, dtype="int32"), 0)
     positions = layers.Embedding(6, 4, mask_zero=True, name="positions")(places)
     y = layers.Add()([positions, layers.Embedding(9, 4, mask_zero=True, name="words")(ids)])
-    # Keras rounds one over the root of the size of the keys to float32: that of 4 is exact.
-    y = layers.Activation("tanh")(layers.Add()([y, layers.MultiHeadAttention(2, 4)(y, y)]))
+    # No attention: Keras' own rounds to float32 on some backends.
+    y = layers.LSTM(5, return_sequences=True)(y)
     y = layers.GlobalAveragePooling1D()(layers.Dense(6, activation="gelu")(y))
     return randomize(keras.Model(ids, layers.Dense(2)(y)))
 
@@ -54,7 +54,7 @@ def autodiff(model, labels, tokens=TOKENS):
 
 def test_tokens_against_autodiff():
     """Raw, summed with the sign, and by the norm; tokens under a mask have exactly zero."""
-    model = transformer()
+    model = of_sentences()
     point, gradient = autodiff(model, LABELS)
     of_model = functools.partial(saliency.input_gradient, model, TOKENS, LABELS, at="words")
     assert_close(of_model(reduce=None), gradient)
@@ -69,7 +69,7 @@ def test_tokens_against_autodiff():
 
 def test_tokens_and_intercepts_sum_to_the_output():
     """Positions were computed before the tokens' embeddings: they are a constant, which counts as an intercept."""
-    model = transformer()
+    model = of_sentences()
     full = jvpreg.full_jacobian(model, TOKENS, LABELS, at="words")
     outputs = numpy(model(TOKENS))[np.arange(3), LABELS]
     products = numpy(saliency.gradient_times_input(model, TOKENS, LABELS, at="words"))
@@ -81,7 +81,7 @@ def test_tokens_and_intercepts_sum_to_the_output():
 
 def test_integrated_gradients_of_tokens_are_complete():
     """The model goes on from the points on the line under the mask of the ids; raw parts sum to the difference."""
-    model = transformer()
+    model = of_sentences()
     rest, point = behind(model)
     for baseline in (0.0, numpy(point)[:, ::-1]):
         ends = [numpy(rest(ops.convert_to_tensor(p + 0 * numpy(point)))) for p in (numpy(point), baseline)]
@@ -211,7 +211,7 @@ def test_bytes_are_real_numbers_on_the_line():
 
 def test_the_figure_of_sentences(tmp_path):
     """Every token is written with its number, the rest is one box, and the written sum is that of the output."""
-    model = transformer()
+    model = of_sentences()
     full = jvpreg.full_jacobian(model, TOKENS, LABELS, at="words")
     products = numpy(saliency.gradient_times_input(model, TOKENS, LABELS, at="words"))
     words = [["not", "$so", "bad", "a", "film"], ["very", "good"], ["dull"]]
