@@ -17,10 +17,12 @@ from jvpreg.rules.registry import registered_operations
 WITHOUT_A_RULE = {
     "CTCDecode": "a search, whose outputs are labels and their scores",
     "CTCLoss": "a recursion over labels: left to autodiff",
-    "Eig": "its eigenvalues are complex: left to autodiff",
     "Histogram": "counts, whose bins are the data's own",
     "JVP": "a derivative itself",
     "LuFactor": "TensorFlow has no gradient of what would be frozen: left to autodiff",
+    "Nanmedian": "a search among the numbers: left to autodiff",
+    "Nanpercentile": "a search among the numbers: left to autodiff",
+    "Nanquantile": "a search among the numbers: left to autodiff",
     "SSIM": "a comparison of pictures: left to autodiff",
     "SegmentReduction": "abstract",
     "Unique": "how many numbers there are depends on the data",

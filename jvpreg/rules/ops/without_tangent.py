@@ -1,11 +1,12 @@
 """Operations through which no tangent passes: comparisons, indices, and what is made of shapes alone."""
 
-from jvpreg.common.keras_private import core, math_ops, nn, numpy_ops
+from jvpreg.common.keras_private import core, linalg, math_ops, nn, numpy_ops
 from jvpreg.rules.registry import register_rule
 
 
 @register_rule(
     core.StopGradient,
+    linalg.MatrixRank,
     math_ops.InTopK,
     nn.MultiHot,
     nn.OneHot,
