@@ -62,10 +62,11 @@ def figures(member: Member, config: VerifyConfig) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def float64() -> Iterator[None]:
-    """Keras computes in float64, and so do models that cast to float32 whatever their dtype is."""
+    """Keras computes in float64, and so do models that cast their numbers to float32 whatever their dtype is."""
 
     def cast(x, dtype):
-        return before(x, "float64" if dtype == "float32" else dtype)
+        narrowed = dtype == "float32" and keras.backend.standardize_dtype(getattr(x, "dtype", "int32")) == "float64"
+        return before(x, "float64" if narrowed else dtype)
 
     before = keras.ops.cast
     with contextlib.ExitStack() as stack:
