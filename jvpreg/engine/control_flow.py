@@ -60,7 +60,7 @@ class Recorder:
         self._returned: dict[int, Any] = {}
         self.symbols: list = []
         self.tensors: list = []
-        self.kept: dict[int, list[bool]] = {}
+        self.kept: dict[int, list[bool] | None] = {}
 
     @contextlib.contextmanager
     def recording(self):
@@ -89,7 +89,9 @@ class Recorder:
     def _symbols_of_layer(self, layer, *args, **kwargs):
         outputs = self._specified(layer, args, kwargs)
         symbols, kept = _symbols_in(outputs), list(map(_is_symbol, tree.flatten(outputs)))
-        if self.kept.setdefault(id(layer), kept) != kept:
+        # Calls that return tensors alone may return any number of them.
+        places = None if all(kept) else kept
+        if self.kept.setdefault(id(layer), places) != places:
             raise NotImplementedError(f"it calls `{layer.name}` twice, which returns None in different places")
         if all(kept):
             return outputs

@@ -81,7 +81,7 @@ def open_up(layer, args: tuple, kwargs: dict, training: bool) -> Opened:
             symbols, inputs = masks.symbols(args, kwargs, symbol)
             graph, recorder, outputs = _traced(layer, symbols, inputs, dtype, training)
         check_operations(graph)
-    kept = {key: leaves for key, leaves in recorder.kept.items() if not all(leaves)}
+    kept = {key: leaves for key, leaves in recorder.kept.items() if leaves is not None}
     return Opened(graph, list(owned.values()), recorder.tensors, kept, outputs)
 
 

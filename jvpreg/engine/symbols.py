@@ -1,7 +1,8 @@
-"""Shapes that Keras does not know of symbols, although it knows them of tensors: of `x[:3]`, and of an unknown size."""
+"""Shapes that Keras knows of tensors and not of symbols: of `x[:3]`, of an unknown size, of an `einsum` in capitals."""
 
 import contextlib
 import functools
+import string
 
 import keras
 
@@ -22,11 +23,26 @@ def _shape_of_repeated(by_keras, operation, x):
     return keras.KerasTensor(shape, dtype=x.dtype)
 
 
+def _shape_of_einsum(by_keras, operation, *operands):
+    """Keras itself looks for small letters only."""
+    given = operation.subscripts
+    small = dict(zip(sorted(set(filter(str.isalpha, given))), string.ascii_lowercase, strict=False))
+    operation.subscripts = "".join(small.get(letter, letter) for letter in given)
+    try:
+        return by_keras(operation, *operands)
+    finally:
+        operation.subscripts = given
+
+
 @contextlib.contextmanager
 def shapes_of_symbols():
-    """A context in which symbols can be sliced and repeated as tensors can."""
+    """A context in which symbols can be sliced, repeated and multiplied as tensors can."""
     spec = "compute_output_spec"
-    changes = [(numpy_ops.GetItem, _shape_of_item), (numpy_ops.Repeat, _shape_of_repeated)]
+    changes = [
+        (numpy_ops.GetItem, _shape_of_item),
+        (numpy_ops.Repeat, _shape_of_repeated),
+        (numpy_ops.Einsum, _shape_of_einsum),
+    ]
     before = [getattr(operation, spec) for operation, _ in changes]
     for (operation, shape), by_keras in zip(changes, before, strict=True):
         setattr(operation, spec, functools.partialmethod(_with_spec, shape, by_keras))

@@ -88,6 +88,7 @@ SLICED = {
     "all of it": lambda x, w: ops.sin(ops.matmul(x, w)[...]),
     "a row of rows": lambda x, w: ops.matmul(x, w)[None] * 2.0,
     "up to another's size": lambda x, w: ops.matmul(x, w)[:, : ops.shape(w)[1] - 1],
+    "an einsum in capitals": lambda x, w: ops.einsum("BD,DK->BK", x, w),
     "a block": lambda x, w: ops.slice(w, (1, 0), (1, 3)) * x,
     "a block at an index": lambda x, w: ops.slice(w, (ops.argmax(x[0]), 0), (1, ops.shape(x)[1])) * x,
 }
@@ -95,7 +96,7 @@ SLICED = {
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("kind", SLICED)
-def test_slices_of_symbols(kind):
+def test_what_keras_knows_of_tensors_only(kind):
     assert not check_call(SLICED[kind], normal(2, 3)).fallbacks
 
 
@@ -369,6 +370,38 @@ class WithSublayer(layers.Layer):
         returned, _ = self.inner(x, cache=None)
         assert returned["cache"] is None
         return (returned["y"] * returned["number"], None)
+
+
+class OneOrTwo(layers.Layer):
+    """It returns one tensor or two, as it is called."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = layers.Dense(3)
+
+    def call(self, x, two=False):
+        y = self.dense(x)
+        return (y, ops.tanh(y)) if two else y
+
+
+class Twice(layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = OneOrTwo()
+
+    def call(self, x):
+        first, second = self.inner(x, two=True)
+        return first * self.inner(second)
+
+
+@pytest.mark.usefixtures("float64")
+def test_a_layer_that_returns_another_number_of_tensors_each_time():
+    x, u = normal(2, 3), normal(2, 3, seed=1)
+    layer = Twice()
+    layer(x)
+    lin = jvpreg.linearize(layer, x, fallback="error")
+    slope = (numpy(layer(x + 1e-5 * u)) - numpy(layer(x - 1e-5 * u))) / 2e-5
+    assert_close(lin.jvp(u), slope, 1e-7)
 
 
 @pytest.mark.usefixtures("float64")
