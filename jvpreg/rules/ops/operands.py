@@ -8,7 +8,7 @@ from typing import Any
 
 from keras import ops
 
-from jvpreg.common.dtypes import is_complex
+from jvpreg.common.dtypes import has_tangents, is_complex
 from jvpreg.common.eager import cast as convert
 from jvpreg.common.keras_private import nn, numpy_ops
 from jvpreg.rules.contract import Declined, Gate, Pushforward
@@ -141,6 +141,8 @@ def divide_no_nan(operation, a, b, context):
 def remainder(operation, a, b, context):
     """`a − n b`, where n is a whole number."""
     y = operation.call(a, b)
+    if not has_tangents(y):
+        return y, _partials((a, b), [lambda t, n: t, lambda t, n: t], y, ops.zeros_like(y))
     divisor = ops.cast(b, y.dtype)
     n = ops.round((ops.cast(a, y.dtype) - y) / ops.where(divisor == 0, 1.0, divisor))
     return y, _partials((a, b), [lambda t, n: t, lambda t, n: -n * t], y, n)
