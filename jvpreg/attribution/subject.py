@@ -121,7 +121,9 @@ def in_batches(
     sizes = {leaf.shape[0] if len(leaf.shape) else None for leaf in tree.flatten(x)}
     if len(sizes) != 1 or None in sizes:
         raise checks.invalid("x", "as many examples in each input, in a number that is known, with `batch_size`", x)
-    total = sizes.pop() or 0
+    total = sizes.pop()
+    if not total:  # An empty batch gives what it gives without batches.
+        return method(Subject(model, x, target, at))
     # A class for all is no structure of arrays; what does not fit is told by the target's own check.
     each = [leaf for leaf in tree.flatten(target) if hasattr(leaf, "shape") and len(leaf.shape)]
     if any(leaf.shape[0] != total for leaf in each):
