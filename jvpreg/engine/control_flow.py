@@ -15,9 +15,9 @@ import numpy as np
 from keras import ops, tree
 
 from jvpreg.common import keras_private
-from jvpreg.common.eager import map_leaves
 from jvpreg.common.keras_private import core
 from jvpreg.engine.arguments import kind_of, map_arguments, symbol_of
+from jvpreg.engine.symbols import is_symbol, specified, symbols_in
 from jvpreg.rules.control_flow import Body, Map, Scan, Switch, WhileLoop
 
 WRITTEN_OUT = 16
@@ -83,12 +83,12 @@ class Recorder:
         if isinstance(operation, CONTROL_FLOW):
             return self._control_flow(operation, *args, **kwargs)
         outputs = original(operation, *args, **kwargs)
-        self._record(outputs, _symbols_in((args, kwargs)))
+        self._record(outputs, symbols_in((args, kwargs)))
         return outputs
 
     def _symbols_of_layer(self, layer, *args, **kwargs):
-        outputs = self._specified(layer, args, kwargs)
-        symbols, kept = _symbols_in(outputs), list(map(_is_symbol, tree.flatten(outputs)))
+        outputs = specified(layer, args, kwargs)
+        symbols, kept = symbols_in(outputs), list(map(is_symbol, tree.flatten(outputs)))
         # Calls that return tensors alone may return any number of them.
         places = None if all(kept) else kept
         if self.kept.setdefault(id(layer), places) != places:
@@ -100,10 +100,10 @@ class Recorder:
         return symbols
 
     def _call_layer(self, original: Callable, layer, *args, **kwargs):
-        given = _symbols_in((args, kwargs))
+        given = symbols_in((args, kwargs))
         if not given and not keras_private.asks_for_shapes() and layer.trainable_variables:
             args, kwargs = map_arguments(self.constant, args, kwargs)
-            given = _symbols_in((args, kwargs))
+            given = symbols_in((args, kwargs))
         outputs = original(layer, *args, **kwargs)
         if given:
             outputs = self._returned.pop(id(layer), outputs)
@@ -118,26 +118,8 @@ class Recorder:
         self.tensors.append(leaf)
         return self.symbols[-1]
 
-    def _specified(self, layer, args, kwargs):
-        """Symbols for what a layer returns: as Keras infers them, otherwise as its call returns them of symbols."""
-        try:
-            outputs, error = layer.compute_output_spec(*args, **kwargs), None
-            if not _has_unknown(outputs) or _has_unknown((args, kwargs)):
-                return outputs
-        except Exception as failed:  # Some layers have arguments that they do not state.
-            outputs, error = None, failed
-        try:
-            found = layer.call(*args, **kwargs)
-        except Exception:
-            found = None
-        if not _symbols_in(found):
-            if error is not None:
-                raise error
-            return outputs
-        return map_leaves(lambda leaf: symbol_of(leaf) if _is_symbol(leaf) or ops.is_tensor(leaf) else leaf, found)
-
     def _record(self, outputs, inputs: list) -> None:
-        made = _symbols_in(outputs)
+        made = symbols_in(outputs)
         self._made += made
         self._inputs.update((id(symbol), inputs) for symbol in made)
 
@@ -150,7 +132,7 @@ class Recorder:
             try:
                 return function(*args, **kwargs)
             except Exception:
-                if _symbols_in((args, kwargs)) or len(self._made) == before:
+                if symbols_in((args, kwargs)) or len(self._made) == before:
                     raise
                 # No backend runs a loop on symbols.
                 return getattr(self, f"_{name}")(*args, **kwargs)
@@ -177,11 +159,11 @@ class Recorder:
         outputs = function(*symbols)
         inside = {id(symbol) for symbol in [*symbols, *self._made[before:]]}
         leaves = tree.flatten(outputs)
-        constants = [ops.convert_to_tensor(leaf) for leaf in leaves if not _is_symbol(leaf)]
+        constants = [ops.convert_to_tensor(leaf) for leaf in leaves if not is_symbol(leaf)]
         places = iter([symbol_of(constant) for constant in constants])
-        ends = [leaf if _is_symbol(leaf) else next(places) for leaf in leaves]
+        ends = [leaf if is_symbol(leaf) else next(places) for leaf in leaves]
         stand_ins = [end for end, leaf in zip(ends, leaves, strict=True) if end is not leaf]
-        closed_over = self._closed_over([leaf for leaf in leaves if _is_symbol(leaf)], inside)
+        closed_over = self._closed_over([leaf for leaf in leaves if is_symbol(leaf)], inside)
         with _equality(object.__eq__):  # Keras looks for symbols in lists.
             graph = keras_private.function([*symbols, *closed_over, *stand_ins], ends)
         self._check(graph)
@@ -357,19 +339,7 @@ def cast_if(leaf, dtype: str):
 
 
 def _tensor(leaf):
-    return leaf if _is_symbol(leaf) else ops.convert_to_tensor(leaf)
-
-
-def _symbols_in(structure) -> list:
-    return [leaf for leaf in tree.flatten(structure) if _is_symbol(leaf)]
-
-
-def _has_unknown(structure) -> bool:
-    return any(size is None for symbol in _symbols_in(structure) for size in symbol.shape)
-
-
-def _is_symbol(leaf) -> bool:
-    return isinstance(leaf, keras.KerasTensor)
+    return leaf if is_symbol(leaf) else ops.convert_to_tensor(leaf)
 
 
 @contextlib.contextmanager
@@ -386,7 +356,7 @@ def _equality(function: Callable):
 def _equal(symbol, other):
     """`symbol == other`, which tensors compare entry by entry. Keras says silently that no symbol equals anything."""
     comparable = (
-        isinstance(other, (bool, int, float, np.ndarray, np.generic)) or _is_symbol(other) or ops.is_tensor(other)
+        isinstance(other, (bool, int, float, np.ndarray, np.generic)) or is_symbol(other) or ops.is_tensor(other)
     )
     return ops.equal(symbol, other) if comparable else NotImplemented
 

@@ -362,7 +362,9 @@ class FrozenModel:
         if self._whole is not None:
             raise ValueError("Expected the linearization of a whole batch: call `after` or `block` first, then `take`.")
         graph = FrozenGraph(nodes, [start], ends, self._graph.variables)
-        return type(self)(graph, [start.primal], outputs, lambda structure, argument: [structure])
+        names = {node.name for node in nodes}
+        fallbacks = {name: reason for name, reason in self.fallbacks.items() if name in names}
+        return type(self)(graph, [start.primal], outputs, lambda structure, argument: [structure], fallbacks)
 
     def _pull(self, cotangents: Sequence) -> list:
         """The transpose of the tangent pass: cotangents `(P, B, …)` of every output, to those of the inputs."""

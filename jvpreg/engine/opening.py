@@ -73,7 +73,7 @@ def open_up(layer, args: tuple, kwargs: dict, training: bool) -> Opened:
         try:
             with _symbols_for_weights(layer, owned, dtype) as weights:
                 symbols, inputs = masks.symbols(args, kwargs, symbol)
-                graph, recorder, outputs = _traced(layer, symbols, [*inputs, *weights], dtype, training)
+                graph, recorder, outputs = _traced(layer, symbols, [*inputs, *weights], dtype, training, True)
         except Exception:
             # The call reads `weight.value`, or assigns to it: the weights stay constants.
             put_back()
@@ -85,13 +85,15 @@ def open_up(layer, args: tuple, kwargs: dict, training: bool) -> Opened:
     return Opened(graph, list(owned.values()), recorder.tensors, kept, outputs)
 
 
-def _traced(layer, symbols, inputs: list, dtype, training: bool) -> tuple:
+def _traced(layer, symbols, inputs: list, dtype, training: bool, weights_are_symbols: bool = False) -> tuple:
     """The graph of a call with symbols, as `Opened` has it, what was recorded, and what the call returned."""
     losses: list = []
     recorder = Recorder(check_operations)
     with recorder.recording(), _losses_in(layer, losses):
         outputs = _call(layer, symbols, dtype, training)
-    if not any(isinstance(leaf, keras.KerasTensor) for leaf in tree.flatten(outputs)):
+    # If weights are symbols too, what is no symbol is a constant, such as angles that need a shape alone.
+    constant = ops.is_tensor if weights_are_symbols else lambda leaf: False
+    if not any(isinstance(leaf, keras.KerasTensor) or constant(leaf) for leaf in tree.flatten(outputs)):
         raise NotImplementedError("its `call` returns nothing that follows from its arguments")
     outputs = tree.pack_sequence_as(outputs, list(map(recorder.constant, tree.flatten(outputs))))
     leaves = [leaf for leaf in tree.flatten(outputs) if isinstance(leaf, keras.KerasTensor)]

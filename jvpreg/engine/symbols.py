@@ -1,12 +1,64 @@
-"""Shapes that Keras knows of tensors and not of symbols: of `x[:3]`, of an unknown size, of an `einsum` in capitals."""
+"""Symbols for tensors in a call that is traced, and shapes of them that Keras knows of tensors only."""
 
 import contextlib
 import functools
 import string
 
 import keras
+from keras import ops, tree
 
+from jvpreg.common.eager import map_leaves
 from jvpreg.common.keras_private import numpy_ops
+from jvpreg.engine.arguments import symbol_of
+from jvpreg.rules.registry import find_rule
+
+
+def is_symbol(leaf) -> bool:
+    """Whether it is a symbol."""
+    return isinstance(leaf, keras.KerasTensor)
+
+
+def symbols_in(structure) -> list:
+    """The symbols among the leaves of a structure."""
+    return [leaf for leaf in tree.flatten(structure) if is_symbol(leaf)]
+
+
+def specified(layer, args: tuple, kwargs: dict):
+    """Symbols for what a layer returns: as Keras infers them, otherwise as its call returns them of symbols."""
+    outputs, error = None, None
+    if not _states_what_another_call_returns(layer):
+        try:
+            outputs = layer.compute_output_spec(*args, **kwargs)
+            if not _has_unknown(outputs) or _has_unknown((args, kwargs)):
+                return outputs
+        except Exception as failed:  # Some layers have arguments that they do not state.
+            error = failed
+    try:
+        found = layer.call(*args, **kwargs)
+    except Exception as failed:
+        if error is None and outputs is None:
+            return layer.compute_output_spec(*args, **kwargs)
+        found, error = None, error or failed
+    if not any(is_symbol(leaf) or ops.is_tensor(leaf) for leaf in tree.flatten(found)):
+        if outputs is None:
+            raise error or NotImplementedError("its `call` returns no tensor")
+        return outputs
+    return map_leaves(lambda leaf: symbol_of(leaf) if is_symbol(leaf) or ops.is_tensor(leaf) else leaf, found)
+
+
+def _states_what_another_call_returns(layer) -> bool:
+    """Whether a layer has a `call` of its own, and inherits what it says of its outputs from another layer."""
+    if find_rule(layer) is not None:  # One of Keras' own, such as a recurrent one.
+        return False
+    order = type(layer).__mro__
+    states = ("compute_output_spec", "compute_output_shape")
+    stated = next(i for i, kind in enumerate(order) if any(name in vars(kind) for name in states))
+    called = next(i for i, kind in enumerate(order) if "call" in vars(kind))
+    return called < stated and order[stated] is not keras.Layer
+
+
+def _has_unknown(structure) -> bool:
+    return any(size is None for symbol in symbols_in(structure) for size in symbol.shape)
 
 
 def _shape_of_item(by_keras, operation, x, key):

@@ -372,6 +372,44 @@ class WithSublayer(layers.Layer):
         return (returned["y"] * returned["number"], None)
 
 
+class Doubled(layers.Dense):
+    """It inherits what `Dense` says of its output, and returns two."""
+
+    def call(self, x):
+        y = super().call(x)
+        return y, ops.tanh(y)
+
+
+class Angles(layers.Layer):
+    """It needs its input for its shape alone, and cannot say what it returns."""
+
+    def compute_output_shape(self, input_shape):
+        return input_shape[1][1]
+
+    def call(self, x):
+        return ops.arange(x.shape[1], dtype=x.dtype)
+
+
+class Unsaid(layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.doubled, self.angles = Doubled(3), Angles()
+
+    def call(self, x):
+        first, second = self.doubled(x)
+        return first * second * self.angles(x)
+
+
+@pytest.mark.usefixtures("float64")
+def test_layers_that_do_not_say_what_they_return():
+    x, u = normal(2, 3), normal(2, 3, seed=1)
+    layer = Unsaid()
+    layer(x)
+    lin = jvpreg.linearize(layer, x, fallback="error")
+    slope = (numpy(layer(x + 1e-5 * u)) - numpy(layer(x - 1e-5 * u))) / 2e-5
+    assert_close(lin.jvp(u), slope, 1e-7)
+
+
 class OneOrTwo(layers.Layer):
     """It returns one tensor or two, as it is called."""
 
