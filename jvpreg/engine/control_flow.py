@@ -15,7 +15,7 @@ import numpy as np
 from keras import ops, tree
 
 from jvpreg.common import keras_private
-from jvpreg.common.keras_private import core
+from jvpreg.common.keras_private import core, numpy_ops
 from jvpreg.engine.arguments import kind_of, map_arguments, symbol_of
 from jvpreg.engine.symbols import is_symbol, specified, symbols_in
 from jvpreg.rules.control_flow import Body, Map, Scan, Switch, WhileLoop
@@ -82,6 +82,8 @@ class Recorder:
     def _call_operation(self, original: Callable, operation, *args, **kwargs):
         if isinstance(operation, CONTROL_FLOW):
             return self._control_flow(operation, *args, **kwargs)
+        if isinstance(operation, numpy_ops.Ndim):  # A number, as of a tensor.
+            return len(args[0].shape)
         outputs = original(operation, *args, **kwargs)
         self._record(outputs, symbols_in((args, kwargs)))
         return outputs
