@@ -150,6 +150,33 @@ def test_bits_have_no_derivative(float64):
     np.testing.assert_array_equal(numpy(jvpreg.linearize(model, x, fallback="error").jvp(u)), u)
 
 
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("sizes", [(-1, 2), (3, -1), (-1,), (2, 3)])
+def test_a_reshape_by_the_batch_can_be_cut(sizes):
+    """A call that reads the batch off its input, and leaves another size open, as attention over patches does."""
+    symbol = keras.Input(batch_shape=(4, 6))
+    layer = keras.Model(symbol, ops.sin(ops.reshape(symbol, (4, *sizes))))
+    x, u = normal(4, 6), normal(2, 4, 6, seed=1)
+    lin = jvpreg.linearize(layer, x, fallback="error")
+    np.testing.assert_allclose(numpy(lin.take([2, 1]).jvp(u[:, [2, 1]])), numpy(lin.jvp(u))[:, [2, 1]])
+    np.testing.assert_allclose(numpy(lin.jvp(u)).reshape(u.shape), u * np.cos(x))
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="elsewhere the size of a batch is known")
+def test_a_reshape_to_sizes_that_are_not_known():
+    import tensorflow as tf
+
+    class Patches(keras.layers.Layer):
+        def call(self, x):
+            return ops.reshape(x, (ops.shape(x)[0], -1, 2))
+
+    layer, x, u = Patches(), normal(3, 4, 6).astype("float32"), normal(3, 4, 6, seed=1).astype("float32")
+    layer(x)
+    for shape in [(None, 4, 6), (None, None, 6)]:
+        run = tf.function(lambda x: jvpreg.linearize(layer, x).jvp(u), input_signature=[tf.TensorSpec(shape)])
+        np.testing.assert_array_equal(run(x), u.reshape(3, 12, 2))
+
+
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="elsewhere the size of a batch is known")
 def test_a_size_of_the_batch_that_is_not_known():
     """A token for each example, and a table of positions cut to the sequence, in a graph of TensorFlow."""

@@ -1,6 +1,7 @@
 """Operations that move entries about, sum them, or leave some out: linear in one input."""
 
 import cmath
+import math
 
 import numpy as np
 from keras import ops, tree
@@ -80,11 +81,21 @@ def repeat(operation, x, context):
 def reshape(operation, x, context):
     shape = list(operation.newshape)
     # If a call reads the batch size off its input, the shape must not fix it: tangents may be of a part of the batch.
-    if shape and shape[0] == x.shape[0] and -1 not in shape:
+    reads_batch = bool(shape) and shape[0] == x.shape[0]
+    if reads_batch and -1 in shape[1:]:
+        known = [*x.shape[1:], *(size for size in shape[1:] if size != -1)]
+        if all(known):
+            others = math.prod(size for size in shape[1:] if size != -1)
+            shape[shape.index(-1, 1)] = math.prod(x.shape[1:]) // others
+    if reads_batch and -1 not in shape:
         shape[0] = -1
-    # Not by the operation itself: on TensorFlow it holds None for a batch size that is not known.
-    push = each_probe(lambda tangent: ops.reshape(tangent, shape))
-    return ops.reshape(x, shape), Pushforward(push, examples=reshaped(x.shape, shape))
+
+    def reshaped_as(tensor):
+        # Not by the operation itself: on TensorFlow it holds None for sizes that are not known.
+        first = ops.shape(tensor)[:1] if reads_batch and shape[0] != -1 else shape[:1]
+        return ops.reshape(tensor, [*first, *shape[1:]])
+
+    return reshaped_as(x), Pushforward(each_probe(reshaped_as), examples=reshaped(x.shape, shape))
 
 
 @register_rule(numpy_ops.BroadcastTo)
