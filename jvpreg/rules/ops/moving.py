@@ -1,7 +1,6 @@
 """Operations that move entries about, sum them, or leave some out: linear in one input."""
 
 import cmath
-import math
 
 import numpy as np
 from keras import ops, tree
@@ -9,7 +8,7 @@ from keras import ops, tree
 from jvpreg.common.eager import cast as convert
 from jvpreg.common.keras_private import core, image, nn, numpy_ops
 from jvpreg.rules.contract import Declined, Pushforward
-from jvpreg.rules.examples import along, broadcast, has_batch, indexed, joined, kept, looked_up, reshaped
+from jvpreg.rules.examples import FIRST, along, broadcast, has_batch, indexed, joined, kept, looked_up, reshaped
 from jvpreg.rules.families import each_input
 from jvpreg.rules.folding import align, each_probe, folded
 from jvpreg.rules.registry import register_rule
@@ -82,20 +81,20 @@ def reshape(operation, x, context):
     shape = list(operation.newshape)
     # If a call reads the batch size off its input, the shape must not fix it: tangents may be of a part of the batch.
     reads_batch = bool(shape) and shape[0] == x.shape[0]
-    if reads_batch and -1 in shape[1:]:
-        known = [*x.shape[1:], *(size for size in shape[1:] if size != -1)]
-        if all(known):
-            others = math.prod(size for size in shape[1:] if size != -1)
-            shape[shape.index(-1, 1)] = math.prod(x.shape[1:]) // others
     if reads_batch and -1 not in shape:
         shape[0] = -1
 
     def reshaped_as(tensor):
         # Not by the operation itself: on TensorFlow it holds None for sizes that are not known.
-        first = ops.shape(tensor)[:1] if reads_batch and shape[0] != -1 else shape[:1]
+        first = ops.shape(tensor)[:1] if reads_batch and -1 in shape[1:] else shape[:1]
         return ops.reshape(tensor, [*first, *shape[1:]])
 
-    return reshaped_as(x), Pushforward(each_probe(reshaped_as), examples=reshaped(x.shape, shape))
+    def after(place):
+        # Of the examples, first as before, it does not matter which other size is left open.
+        same = reads_batch and place == FIRST
+        return place if same else reshaped(x.shape, shape)(place)
+
+    return reshaped_as(x), Pushforward(each_probe(reshaped_as), examples=after)
 
 
 @register_rule(numpy_ops.BroadcastTo)
