@@ -1,7 +1,6 @@
 """One operation frozen at `x`, and the values between operations."""
 
 import functools
-import operator
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +13,7 @@ from jvpreg.engine.transpose import transpose
 from jvpreg.rules.contract import Pushforward, broadcasts
 from jvpreg.rules.control_flow import ControlFlow
 from jvpreg.rules.examples import FIRST, GONE, MIXED, Place, broadcast, cuts, kept, of_class
+from jvpreg.rules.families import plus
 from jvpreg.rules.folding import align
 
 
@@ -200,7 +200,7 @@ def push_node(
     if not images:
         return None
     return [
-        _checked(node, functools.reduce(operator.add, parts), leading, value) if value.has_tangents else None
+        _checked(node, functools.reduce(plus, parts), leading, value) if value.has_tangents else None
         for parts, value in zip(zip(*images, strict=True), node.outputs, strict=True)
     ]
 

@@ -4,7 +4,6 @@ An operation with weights in which it is linear is an `Affine`, of `jvpreg.rules
 """
 
 import functools
-import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -93,6 +92,11 @@ def gate(mask: Tensor, slope: Any = 1, otherwise: Any = 0) -> Gate:
     return Gate(push, mask, examples=kept)
 
 
+def plus(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of two tangents. Keras' own would round one of complex128 to complex64."""
+    return a + b if a.dtype == b.dtype else ops.add(a, b)
+
+
 def each_input(*parts: Callable | None) -> Callable:
     """The function of a pushforward that sums a part for each input that has a tangent; it takes None for the others.
 
@@ -104,7 +108,6 @@ def each_input(*parts: Callable | None) -> Callable:
     def push(*arguments: Tensor) -> Tensor:
         tangents, residuals = arguments[: len(parts)], arguments[len(parts) :]
         moved = [(part, t) for part, t in zip(parts, tangents, strict=True) if part is not None and t is not None]
-        # Not by `ops.add`, which rounds complex128 to complex64.
-        return functools.reduce(operator.add, [part(tangent, *residuals) for part, tangent in moved])
+        return functools.reduce(plus, [part(tangent, *residuals) for part, tangent in moved])
 
     return push

@@ -11,6 +11,7 @@ from keras import ops
 import jvpreg
 from jvpreg.common import keras_private
 from jvpreg.engine.opening import CONTROL_FLOW
+from jvpreg.rules.families import each_input
 from jvpreg.rules.ops.written_out import WRITTEN_OUT
 from jvpreg.rules.registry import registered_operations
 
@@ -202,3 +203,14 @@ def test_a_size_of_the_batch_that_is_not_known():
     run = tf.function(product, input_signature=[tf.TensorSpec((None, 4, 3))])
     expected = np.concatenate([u[None, :1], u[None, :4]], axis=1)
     np.testing.assert_array_equal(numpy(run(x)), np.repeat(expected, 2, axis=0))
+
+
+@pytest.mark.usefixtures("float64")
+def test_sums_of_tangents_of_two_precisions():
+    """As where a number of NumPy makes float64 of float32; complex128 stays so, which `ops.add` would round."""
+    wide = each_input(lambda t: t, lambda t: ops.cast(t, "float64"))(
+        *map(ops.convert_to_tensor, [np.ones(2, "f4")] * 2)
+    )
+    assert numpy(wide).tolist() == [2, 2]
+    number = ops.cast(ops.convert_to_tensor(np.array([1 / 3])), "complex128")
+    assert numpy(each_input(lambda t: t, lambda t: t)(number, number)).tolist() == [2 * (1 / 3)]
