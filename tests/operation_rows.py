@@ -193,5 +193,8 @@ APART = {
     *("Abs", "Angle", "Conj", "Conjugate", "Polar", "View", "ViewAsComplex"),
     *("AffineTransform", "ElasticTransform", "PerspectiveTransform", "ScaleAndTranslate", "SegmentProd", "SegmentSum"),
 }
+if keras.backend.backend() == "jax":  # It has no gradient of it, which training by the primal would need.
+    APART.add("Nextafter")
+    del BINARY["nextafter"]
 if keras.backend.backend() == "torch":
     APART |= {"Full", "FullLike", "Cross"}

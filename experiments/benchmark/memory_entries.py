@@ -115,7 +115,9 @@ def gradient(subject: Subject) -> Any:
     """The gradient of the loss by the weights."""
 
     def function(weights, x):
-        return transpose(lambda weights: [subject.loss(weights, x)], weights, [ops.ones(())])
+        return transpose(
+            lambda weights: [ops.cast(subject.loss(weights, x), "float32")], weights, [ops.ones((), "float32")]
+        )
 
     with _without_graph():
         # On Torch as it is, like `training`.
