@@ -95,6 +95,21 @@ SLICED = {
 }
 
 
+def with_cache(x, w):
+    """Attention step by step, with the keys of the steps before in a cache, as text is generated."""
+    cache, outputs = ops.zeros((2, 3, 3), "float64"), []
+    for i in range(3):
+        cache = ops.slice_update(cache, (0, i, 0), ops.matmul(x[:, i : i + 1], w))
+        scores = ops.softmax(ops.matmul(x[:, i : i + 1], ops.transpose(cache, (0, 2, 1))))
+        outputs.append(ops.matmul(scores, cache))
+    return ops.concatenate(outputs, axis=1)
+
+
+@pytest.mark.usefixtures("float64")
+def test_attention_with_a_cache():
+    assert not check_call(with_cache, normal(2, 3, 3)).fallbacks
+
+
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("kind", SLICED)
 def test_what_keras_knows_of_tensors_only(kind):
