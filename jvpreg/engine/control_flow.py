@@ -76,6 +76,10 @@ class Recorder:
             ]:
                 put_back.callback(setattr, owner, name, getattr(owner, name))
                 setattr(owner, name, new)
+            if "__jax_array__" in vars(keras.KerasTensor):
+                # It raises: without it, an array of JAX leaves `array * symbol` to the symbol.
+                put_back.callback(setattr, keras.KerasTensor, "__jax_array__", keras.KerasTensor.__jax_array__)
+                del keras.KerasTensor.__jax_array__
             put_back.enter_context(_equality(_equal))
             yield
 

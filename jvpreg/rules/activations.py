@@ -220,7 +220,7 @@ def gelu(function, x, context, approximate=False):
 
 def _gelu_slope(x, approximate):
     if approximate:
-        scale, cubic = math.sqrt(2 / math.pi), 0.044715
+        scale, cubic = math.sqrt(2 / math.pi), _in_backend(0.044715)
         x = ops.clip(x, -40, 40)  # beyond, the slope is 0 or 1 to the last digit, and x³ may overflow
         inner = ops.tanh(scale * (x + cubic * x**3))
         return 0.5 * (1 + inner) + 0.5 * x * (1 - inner) * (1 + inner) * scale * (1 + 3 * cubic * x**2)
@@ -232,9 +232,12 @@ def _gelu_density(x):
 
 
 def _gelu_root() -> float:
-    """√½ as the backend uses it: TensorFlow rounds it to float32."""
-    root = math.sqrt(1 / 2)
-    return float(np.float32(root)) if keras.backend.backend() == "tensorflow" else root
+    return _in_backend(math.sqrt(1 / 2))
+
+
+def _in_backend(constant: float) -> float:
+    """A constant of GELU as the backend uses it: TensorFlow rounds it to float32."""
+    return float(np.float32(constant)) if keras.backend.backend() == "tensorflow" else constant
 
 
 @register_elementwise(activations.mish)

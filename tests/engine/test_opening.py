@@ -89,6 +89,7 @@ SLICED = {
     "a row of rows": lambda x, w: ops.matmul(x, w)[None] * 2.0,
     "up to another's size": lambda x, w: ops.matmul(x, w)[:, : ops.shape(w)[1] - 1],
     "its number of axes": lambda x, w: ops.matmul(x, w)[tuple([slice(0, 2)] * (ops.ndim(x) or 1))] * 2.0,
+    "a constant times it": lambda x, w: (1 - ops.convert_to_tensor(np.eye(2, 3))) * ops.matmul(x, w),
     "an einsum in capitals": lambda x, w: ops.einsum("BD,DK->BK", x, w),
     "a block": lambda x, w: ops.slice(1.0 * w, (1, 0), (1, 3)) * x,
     "a block at an index": lambda x, w: ops.slice(1.0 * w, (ops.argmax(x[0]), 0), (1, ops.shape(x)[1])) * x,

@@ -262,7 +262,8 @@ def _exact_gelu(x):
 
 
 def _exact_tanh_gelu(x):
-    return 0.5 * x * (1 + ops.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    cubic = float(np.float32(0.044715)) if keras.backend.backend() == "tensorflow" else 0.044715
+    return 0.5 * x * (1 + ops.tanh(math.sqrt(2 / math.pi) * (x + cubic * x**3)))
 
 
 def _exact_hard_sigmoid(x):
