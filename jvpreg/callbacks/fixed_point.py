@@ -15,7 +15,7 @@ class FixedPointMonitor(keras.callbacks.Callback):
 
     For a layer `NAME`, and again with the prefix `val_` if there is validation data:
 
-    - `NAME/iterations` and `NAME/residual`: the means over the examples;
+    - `NAME/iterations` and `NAME/residual`: the means over the examples, the residual of what the layer returns;
     - `NAME/unconverged`: the fraction of the examples that did not converge;
     - `NAME/linear_unconverged`: how many linear solves, for derivatives of an example, did not converge.
 
