@@ -71,10 +71,10 @@ def orthonormal(rows: Tensor, floor: Tensor, basis: Tensor | None = None) -> Ten
 
 
 def without(rows: Tensor, basis: Tensor) -> Tensor:
-    """Rows `(B, k, n)` without their part in the space of an orthonormal basis."""
+    """Rows `(…, k, n)` without their part in the space of an orthonormal basis, `(…, m, n)`."""
     # What is left may be small: a second time removes what cancellation has left in it.
     for _ in range(2):
-        rows = rows - ops.matmul(ops.matmul(rows, ops.transpose(basis, (0, 2, 1))), basis)
+        rows = rows - ops.matmul(ops.matmul(rows, ops.swapaxes(basis, -1, -2)), basis)
     return rows
 
 
@@ -91,22 +91,17 @@ def lanczos(product: Callable, start: Tensor, num_iterations: int) -> tuple:
     """
     probes, batch, size = ops.shape(start)
     dtype = start.dtype
-    basis = ops.zeros((num_iterations, probes, batch, size), dtype)
+    basis = ops.zeros((probes, batch, num_iterations, size), dtype)
     alphas = betas = ops.zeros((num_iterations, probes, batch), dtype)
 
     def step(j: Tensor, state: tuple) -> tuple:
         vector, largest, basis, alphas, betas = state
-        basis = ops.slice_update(basis, (j, 0, 0, 0), ops.expand_dims(vector, 0))
+        basis = _with_row(basis, j, vector)
         image = product(vector)
         alpha = ops.sum(vector * image, axis=-1)
         largest = ops.maximum(largest, ops.norm(image, axis=-1))
         # Against all of them, not only the last two: otherwise values that have converged appear again as ghosts.
-        for _ in range(2):
-            image = image - ops.einsum("jpb,jpbn->pbn", ops.einsum("jpbn,pbn->jpb", basis, image), basis)
-        beta = ops.norm(image, axis=-1)
-        alive = beta > precision(dtype) * largest
-        beta = ops.where(alive, beta, 0.0)
-        vector = ops.where(ops.expand_dims(alive, -1), image / ops.expand_dims(ops.where(alive, beta, 1.0), -1), 0.0)
+        beta, vector = _unit_without(image, basis, largest)
         alphas = ops.slice_update(alphas, (j, 0, 0), ops.expand_dims(alpha, 0))
         betas = ops.slice_update(betas, (j, 0, 0), ops.expand_dims(beta, 0))
         return vector, largest, basis, alphas, betas
@@ -134,27 +129,18 @@ def bidiagonal(forward: Callable, backward: Callable, start: Tensor, num_iterati
     """
     dtype = start.dtype
     probes, batch, columns = ops.shape(start)
-    rights = ops.zeros((num_iterations, probes, batch, columns), dtype)
-    lefts = ops.zeros((num_iterations, probes, batch, size), dtype)
+    rights = ops.zeros((probes, batch, num_iterations, columns), dtype)
+    lefts = ops.zeros((probes, batch, num_iterations, size), dtype)
     alphas = betas = ops.zeros((num_iterations, probes, batch), dtype)
-
-    def unit(image: Tensor, basis: Tensor, largest: Tensor) -> tuple:
-        for _ in range(2):
-            image = image - ops.einsum("jpb,jpbn->pbn", ops.einsum("jpbn,pbn->jpb", basis, image), basis)
-        length = ops.norm(image, axis=-1)
-        alive = length > precision(dtype) * largest
-        length = ops.where(alive, length, 0.0)
-        divisor = ops.expand_dims(ops.where(alive, length, 1.0), -1)
-        return length, ops.where(ops.expand_dims(alive, -1), image / divisor, 0.0)
 
     def step(j: Tensor, state: tuple) -> tuple:
         right, largest, rights, lefts, alphas, betas = state
-        rights = ops.slice_update(rights, (j, 0, 0, 0), ops.expand_dims(right, 0))
+        rights = _with_row(rights, j, right)
         image = forward(right)
         largest = ops.maximum(largest, ops.norm(image, axis=-1))
-        alpha, left = unit(image, lefts, largest)
-        lefts = ops.slice_update(lefts, (j, 0, 0, 0), ops.expand_dims(left, 0))
-        beta, following = unit(backward(left), rights, largest)
+        alpha, left = _unit_without(image, lefts, largest)
+        lefts = _with_row(lefts, j, left)
+        beta, following = _unit_without(backward(left), rights, largest)
         missing = ops.sum(ops.square(right), axis=-1) < 0.5
         alphas = ops.slice_update(alphas, (j, 0, 0), ops.expand_dims(ops.where(missing, alphas[0], alpha), 0))
         betas = ops.slice_update(betas, (j, 0, 0), ops.expand_dims(beta, 0))
@@ -162,6 +148,21 @@ def bidiagonal(forward: Callable, backward: Callable, start: Tensor, num_iterati
 
     state = (start, ops.zeros((probes, batch), dtype), rights, lefts, alphas, betas)
     return tuple(ops.fori_loop(0, num_iterations, step, state)[4:])
+
+
+def _with_row(basis: Tensor, j: Tensor, vector: Tensor) -> Tensor:
+    """A basis `(P, B, m, n)` with `vector` (P, B, n) as its j-th row."""
+    return ops.slice_update(basis, (0, 0, j, 0), ops.expand_dims(vector, 2))
+
+
+def _unit_without(vector: Tensor, basis: Tensor, largest: Tensor) -> tuple:
+    """The length of a vector `(P, B, n)` without its part in a space, and its direction; zeros for rounding alone."""
+    vector = without(ops.expand_dims(vector, 2), basis)[:, :, 0]
+    length = ops.norm(vector, axis=-1)
+    alive = length > precision(vector.dtype) * largest
+    length = ops.where(alive, length, 0.0)
+    divisor = ops.expand_dims(ops.where(alive, length, 1.0), -1)
+    return length, ops.where(ops.expand_dims(alive, -1), vector / divisor, 0.0)
 
 
 def precision(dtype: DType) -> float:
