@@ -5,9 +5,9 @@ from keras import ops
 from jvpreg import probes as probes_module
 from jvpreg.common import checks
 from jvpreg.common.typing import Seed, Tensor
-from jvpreg.estimators.norms import mean_and_sem
+from jvpreg.estimators.norms import mean_and_sem, root_of_mean
 from jvpreg.estimators.operator import Operator, as_operator, by_example, check_square, magnitude
-from jvpreg.estimators.result import Estimate
+from jvpreg.estimators.result import Estimate, exact
 from jvpreg.linearization import Linearization
 
 
@@ -45,9 +45,7 @@ def diagonal(linearization: Linearization | Operator, num_matvecs: int = 32, see
     checks.count("num_matvecs", num_matvecs)
     size = operator.shape[0]
     if num_matvecs >= size:
-        value = ops.einsum("pbp->bp", operator.matvec(operator.basis()))
-        zero = ops.zeros_like(value)
-        return Estimate(value, zero, zero, None, size)
+        return exact(ops.einsum("pbp->bp", operator.matvec(operator.basis())), size)
     checks.count("num_matvecs", num_matvecs, least=2)
     signs = operator.draw("rademacher", num_matvecs, seed)
     images = operator.matvec(signs)
@@ -90,25 +88,19 @@ def row_norms(
     operator = as_operator(linearization)
     outputs, inputs = operator.shape
     if num_probes >= inputs:
-        return _exact(operator.matvec(operator.basis()), 0, inputs)
+        return _exact_norms(operator.matvec(operator.basis()), 0, inputs)
     if num_probes >= outputs and operator.has_transpose:
         rows = operator.rmatvec(operator.transpose.basis())
-        return _exact(rows, 2, outputs)
+        return _exact_norms(rows, 2, outputs)
     if num_probes < 2:
         raise checks.invalid("num_probes", "at least 2: one probe has no standard error", num_probes)
     products = operator.matvec(operator.draw(probes, num_probes, seed))
     unit = ops.expand_dims(magnitude(products), -1)
-    mean, sem = mean_and_sem(ops.square(products / unit))
-    value = ops.sqrt(mean)
-    sem = unit * sem / ops.where(value > 0, 2 * value, 1.0)
-    value = unit * value
-    return Estimate(value, sem, ops.zeros_like(value), None, num_probes)
+    return root_of_mean(ops.square(products / unit), unit, num_probes)
 
 
-def _exact(products: Tensor, axis: int, num_matvecs: int) -> Estimate:
+def _exact_norms(products: Tensor, axis: int, num_matvecs: int) -> Estimate:
     """The norms along an axis of products `(P, B, n)`; of rows, which are P, they are transposed."""
     unit = ops.expand_dims(magnitude(products), -1)
     squares = ops.sum(ops.square(products / unit), axis=axis)
-    value = unit * ops.sqrt(squares if axis == 0 else ops.transpose(squares))
-    zero = ops.zeros_like(value)
-    return Estimate(value, zero, zero, None, num_matvecs)
+    return exact(unit * ops.sqrt(squares if axis == 0 else ops.transpose(squares)), num_matvecs)

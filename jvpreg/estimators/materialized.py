@@ -5,7 +5,7 @@ from keras import ops
 
 from jvpreg.common import checks
 from jvpreg.estimators.operator import Operator, as_operator, by_example
-from jvpreg.estimators.result import Estimate
+from jvpreg.estimators.result import Estimate, exact
 from jvpreg.estimators.spectrum import materialized_triplets
 from jvpreg.linearization import Linearization
 
@@ -30,8 +30,7 @@ def singular_values(linearization: Linearization | Operator) -> Estimate:
     """
     operator = as_operator(linearization).upright
     ritz, unit = materialized_triplets(operator, operator.shape[1])
-    zero = ops.zeros_like(ritz.values)
-    return Estimate(unit * ritz.values, zero, zero, None, operator.shape[1])
+    return exact(unit * ritz.values, operator.shape[1])
 
 
 @by_example
@@ -70,5 +69,4 @@ def condition_number(linearization: Linearization | Operator, max_matvecs: int =
     estimate = singular_values(linearization)
     largest, smallest = estimate.value[:, 0], estimate.value[:, -1]
     value = ops.where(smallest > 0, largest / ops.where(smallest > 0, smallest, 1.0), np.inf)
-    zero = ops.zeros_like(value)
-    return Estimate(value, zero, zero, None, estimate.num_matvecs)
+    return exact(value, size)

@@ -10,7 +10,7 @@ from jvpreg.common import checks
 from jvpreg.common.typing import Seed, Structure, Tensor
 from jvpreg.estimators.nystrom import xnystrace
 from jvpreg.estimators.operator import Operator, as_operator, by_example, magnitude
-from jvpreg.estimators.result import Estimate
+from jvpreg.estimators.result import Estimate, exact
 from jvpreg.linearization import Linearization
 
 
@@ -82,26 +82,16 @@ def frobenius_norm(
         raise checks.invalid("num_probes", "at least 2: one probe has no standard error", num_probes)
     if method == "xnystrace":
         checks.count("num_probes", num_probes, least=4)
-        return _root_of_mean(*_xnystrace(operator, num_probes // 2, seed))
+        return root_of_mean(*_xnystrace(operator, num_probes // 2, seed))
     products = operator.matvec(operator.draw(probes, num_probes, seed))
     unit = magnitude(products)
-    return _root_of_mean(squared_norm(products / ops.expand_dims(unit, -1)), unit, num_probes)
+    return root_of_mean(squared_norm(products / ops.expand_dims(unit, -1)), unit, num_probes)
 
 
 def _from_side(operator: Operator, side: str | None) -> Operator:
     """The operator whose inputs are those of a side; by default of the one with fewer."""
     outputs_are_fewer = operator.shape[0] <= operator.shape[1] and operator.has_transpose
     return operator.transpose if side == "output" or (side is None and outputs_are_fewer) else operator
-
-
-def _root_of_mean(samples: Tensor, unit: Tensor, num_matvecs: int) -> Estimate:
-    """The root of the mean of estimates `(P, B)` of a square, which are over the square of a unit `(B,)`."""
-    mean, sem = mean_and_sem(samples)
-    value = ops.sqrt(mean)
-    # The error is multiplied by the square root's slope, 1 / (2 value); a zero norm has no slope.
-    sem = unit * sem / ops.where(value > 0, 2 * value, 1.0)
-    value = unit * value
-    return Estimate(value, sem, ops.zeros_like(value), None, num_matvecs)
 
 
 def _xnystrace(operator: Operator, count: int, seed: Seed) -> tuple:
@@ -121,13 +111,22 @@ def _exact_norm(operator: Operator) -> Estimate:
     """The Frobenius norm of the whole matrix, column by column."""
     products = operator.matvec(operator.basis())
     unit = magnitude(products)
-    value = unit * ops.sqrt(ops.sum(squared_norm(products / ops.expand_dims(unit, -1)), axis=0))
-    zero = ops.zeros_like(value)
-    return Estimate(value, zero, zero, None, operator.shape[1])
+    squares = ops.sum(squared_norm(products / ops.expand_dims(unit, -1)), axis=0)
+    return exact(unit * ops.sqrt(squares), operator.shape[1])
 
 
 def mean_and_sem(samples: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean of samples `(P, B)` over P, and its standard error."""
+    """The mean of samples `(P, …)` over P, and its standard error."""
     count = samples.shape[0]
     deviation = ops.std(samples, axis=0) * math.sqrt(count / (count - 1))
     return ops.mean(samples, axis=0), deviation / math.sqrt(count)
+
+
+def root_of_mean(samples: Tensor, unit: Tensor, num_matvecs: int) -> Estimate:
+    """The root of the mean of estimates `(P, …)` of a square, which are over the square of a unit, such as `(B,)`."""
+    mean, sem = mean_and_sem(samples)
+    value = ops.sqrt(mean)
+    # The error is multiplied by the square root's slope, 1 / (2 value); a zero norm has no slope.
+    sem = unit * sem / ops.where(value > 0, 2 * value, 1.0)
+    value = unit * value
+    return Estimate(value, sem, ops.zeros_like(value), None, num_matvecs)

@@ -12,7 +12,7 @@ from jvpreg.estimators.krylov import bidiagonal, lanczos
 from jvpreg.estimators.materialized import singular_values
 from jvpreg.estimators.norms import mean_and_sem
 from jvpreg.estimators.operator import Operator, as_operator, by_example, check_square
-from jvpreg.estimators.result import Estimate
+from jvpreg.estimators.result import Estimate, exact
 from jvpreg.linearization import Linearization
 
 
@@ -229,8 +229,7 @@ def _exact_log_determinant(operator: Operator, shift: float) -> Estimate:
     # Not `ops.slogdet`, which TensorFlow does not have under XLA.
     triangle = ops.qr(shift * ops.eye(size, dtype=operator.dtype) + matrix)[1]
     value = ops.sum(ops.log(ops.abs(ops.diagonal(triangle, axis1=1, axis2=2))), axis=-1)
-    zero = ops.zeros_like(value)
-    return Estimate(value, zero, zero, ops.isfinite(value), size)
+    return exact(value, size)._replace(converged=ops.isfinite(value))
 
 
 @by_example

@@ -7,11 +7,11 @@ from keras import ops
 
 from jvpreg.common import checks
 from jvpreg.common.typing import Seed, Tensor
-from jvpreg.estimators.krylov import probed
+from jvpreg.estimators.krylov import probed, without
 from jvpreg.estimators.norms import mean_and_sem
 from jvpreg.estimators.nystrom import xnystrace
 from jvpreg.estimators.operator import Operator, as_operator, by_example, check_square, magnitude
-from jvpreg.estimators.result import Estimate
+from jvpreg.estimators.result import Estimate, exact
 from jvpreg.linearization import Linearization
 
 METHODS = {"hutchinson": 2, "hutch++": 6, "xtrace": 4, "xnystrace": 2}
@@ -64,9 +64,7 @@ def trace(
     checks.count("num_matvecs", num_matvecs)
     size = operator.shape[0]
     if num_matvecs >= size:
-        value = ops.einsum("pbp->b", operator.matvec(operator.basis()))
-        zero = ops.zeros_like(value)
-        return Estimate(value, zero, zero, None, size)
+        return exact(ops.einsum("pbp->b", operator.matvec(operator.basis())), size)
     checks.count("num_matvecs", num_matvecs, least=METHODS[method])
     estimates = {
         "hutchinson": _hutchinson,
@@ -94,8 +92,7 @@ def _hutch_plus_plus(operator: Operator, num_matvecs: int, seed: Seed) -> tuple:
     basis = _basis_of(images)[0]
     matvec = probed(operator.over(unit).matvec)
     known = ops.sum(basis * matvec(basis), axis=(1, 2))
-    rest = drawn[:, count:]
-    rest = rest - ops.matmul(ops.matmul(rest, ops.transpose(basis, (0, 2, 1))), basis)
+    rest = without(drawn[:, count:], basis)
     return ops.expand_dims(known, -1) + ops.sum(rest * matvec(rest), axis=-1), 3 * count, unit
 
 
