@@ -10,6 +10,7 @@ from jvpreg.common import checks, keras_private
 from jvpreg.common.typing import Structure
 from jvpreg.distillation.base import KerasLoss, MatchingLoss
 from jvpreg.layers.jacobian_penalty import JacobianPenalty
+from jvpreg.linearization import Linearization
 from jvpreg.rules.registry import unwrap
 from jvpreg.training.model import JacobianModel
 
@@ -80,6 +81,18 @@ def check_models(teacher: keras.Model, student: keras.Model) -> None:
         raise ValueError(
             "Invalid value for argument `student`. Expected outputs like the teacher's: "
             f"{outputs[0]}. Received: {outputs[1]}"
+        )
+
+
+def check_dependence(losses: Sequence[MatchingLoss], linearization: Linearization) -> None:
+    """Raises a ValueError if a Jacobian is zero whatever the weights are, and a loss looks at it."""
+    looking = [f"`{loss.name}` ({type(loss).__name__})" for loss in losses if loss.sees_inputs or loss.draws]
+    if looking and linearization.is_constant:
+        raise ValueError(
+            "Invalid value for argument `losses`. Expected losses without input-Jacobians, such as "
+            "`BiasJacobianMatching`, since the outputs do not depend on an input of real numbers and integers have no "
+            f"Jacobian. Received: {', '.join(looking)}, which would be 0. If the integers stand for real numbers, give "
+            "the networks floats; if they are token ids, distill what comes after the embedding."
         )
 
 

@@ -11,7 +11,13 @@ from jvpreg.attribution.decomposition import as_cotangent
 from jvpreg.common import checks, replicas
 from jvpreg.common.typing import Config, Structure, Tensor
 from jvpreg.distillation.base import KerasLoss, MatchingLoss, View
-from jvpreg.distillation.checks import check_models, checked_losses, metric_names, zeros_like_inputs
+from jvpreg.distillation.checks import (
+    check_dependence,
+    check_models,
+    checked_losses,
+    metric_names,
+    zeros_like_inputs,
+)
 from jvpreg.distillation.pairs import Site
 from jvpreg.engine.finite import finite_examples, nan_unless
 from jvpreg.linearization import Linearization
@@ -189,6 +195,7 @@ class JacobianDistiller(JacobianModel):
         self, linearization: Linearization, labels: Structure | None, cotangents: dict, directions: dict, side: int
     ) -> dict[str, Any]:
         """What the losses see of the teacher (side 0) or of the student (side 1)."""
+        check_dependence(self.matching_losses, linearization)
         sites = {name: [pair[side] for pair in pairs] for name, pairs in self._sites.items()}
         biased = [loss for loss in self.matching_losses if loss.pairs is not None and loss.pairs.kind == "biases"]
         nodes = dict.fromkeys(node for loss in biased for site in sites[loss.name] for node in site.nodes)

@@ -232,6 +232,22 @@ def test_a_student_with_penalties_inside():
         distill([ActivationMatching(1.0)], networks=(teacher(), model))
 
 
+def test_token_ids_have_no_jacobian():
+    """Bias-Jacobians they have."""
+
+    def network():
+        last = layers.Dense(2, name="last")
+        return keras.Sequential([keras.Input((4,), dtype="int32"), layers.Embedding(9, 2), layers.Flatten(), last])
+
+    networks, data = (network(), network()), (np.ones((3, 4), "int32"), np.zeros(3, "int32"))
+    for num_probes in (None, 1):
+        distiller = distill([JacobianMatching(1.0, num_probes=num_probes)], networks=networks)
+        with pytest.raises(ValueError, match=r"`losses`. Expected .* `jacobian_matching` \(JacobianMatching\), which"):
+            distiller.train_on_batch(*data)
+    distiller = distill([BiasJacobianMatching(1.0, [("last", "last")])], networks=networks)
+    assert np.isfinite(distiller.train_on_batch(*data, return_dict=True)["bias_jacobian_matching"])
+
+
 def test_labels_that_are_missing():
     x, _ = batch()
     distiller = jvpreg.JacobianDistiller(teacher(), student(), [JacobianMatching(1.0)])
