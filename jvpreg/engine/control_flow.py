@@ -16,8 +16,9 @@ from keras import ops, tree
 
 from jvpreg.common import keras_private
 from jvpreg.common.keras_private import core, numpy_ops
+from jvpreg.common.replaced import replaced
 from jvpreg.engine.arguments import kind_of, map_arguments, symbol_of
-from jvpreg.engine.symbols import is_symbol, specified, symbols_in
+from jvpreg.engine.symbols import SHAPES, is_symbol, specified, symbols_in
 from jvpreg.rules.control_flow import Body, Map, Scan, Switch, WhileLoop
 
 WRITTEN_OUT = 16
@@ -37,6 +38,9 @@ CONTROL_FLOW = (
     core.VectorizedMap,
     core.WhileLoop,
 )
+
+ARRAYS: list = [(keras.KerasTensor, "__jax_array__", None)] if hasattr(keras.KerasTensor, "__jax_array__") else []
+"""It raises: without it, an array of JAX leaves `array * symbol` to the symbol."""
 
 
 class Recorder:
@@ -65,22 +69,16 @@ class Recorder:
     @contextlib.contextmanager
     def recording(self):
         """A context in which calls are recorded."""
-        functions = {name: getattr(ops, name) for name in FUNCTIONS}
-        symbolic, call = keras.Operation.symbolic_call, keras.Layer.__call__
-        with contextlib.ExitStack() as put_back:
-            for owner, name, new in [
-                (keras.Operation, "symbolic_call", lambda *a, **k: self._call_operation(symbolic, *a, **k)),
-                (keras.Layer, "__call__", lambda *a, **k: self._call_layer(call, *a, **k)),
-                (keras.Layer, "symbolic_call", lambda *a, **k: self._symbols_of_layer(*a, **k)),
-                *((ops, name, self._without_symbols(name, function)) for name, function in functions.items()),
-            ]:
-                put_back.callback(setattr, owner, name, getattr(owner, name))
-                setattr(owner, name, new)
-            if "__jax_array__" in vars(keras.KerasTensor):
-                # It raises: without it, an array of JAX leaves `array * symbol` to the symbol.
-                put_back.callback(setattr, keras.KerasTensor, "__jax_array__", keras.KerasTensor.__jax_array__)
-                del keras.KerasTensor.__jax_array__
-            put_back.enter_context(_equality(_equal))
+        changes: list[tuple[Any, str, Callable | None]] = [
+            (keras.Operation, "symbolic_call", self._call_operation),
+            (keras.Layer, "__call__", self._call_layer),
+            (keras.Layer, "symbolic_call", self._symbols_of_layer),
+            (keras.KerasTensor, "__eq__", _equal),
+            *((ops, name, functools.partial(self._call_function, name)) for name in FUNCTIONS),
+            *SHAPES,
+            *ARRAYS,
+        ]
+        with replaced(changes):
             yield
 
     def _call_operation(self, original: Callable, operation, *args, **kwargs):
@@ -92,7 +90,7 @@ class Recorder:
         self._record(outputs, symbols_in((args, kwargs)))
         return outputs
 
-    def _symbols_of_layer(self, layer, *args, **kwargs):
+    def _symbols_of_layer(self, _, layer, *args, **kwargs):
         outputs = specified(layer, args, kwargs)
         symbols, kept = symbols_in(outputs), list(map(is_symbol, tree.flatten(outputs)))
         # Calls that return tensors alone may return any number of them.
@@ -129,21 +127,16 @@ class Recorder:
         self._made += made
         self._inputs.update((id(symbol), inputs) for symbol in made)
 
-    def _without_symbols(self, name: str, function: Callable) -> Callable:
-        """A function of control flow that may be called with no symbol, and close over some all the same."""
-
-        @functools.wraps(function)
-        def call(*args, **kwargs):
-            before = len(self._made)
-            try:
-                return function(*args, **kwargs)
-            except Exception:
-                if symbols_in((args, kwargs)) or len(self._made) == before:
-                    raise
-                # No backend runs a loop on symbols.
-                return getattr(self, f"_{name}")(*args, **kwargs)
-
-        return call
+    def _call_function(self, name: str, original: Callable, *args, **kwargs):
+        """A function of control flow: it may be called with no symbol, and close over some all the same."""
+        before = len(self._made)
+        try:
+            return original(*args, **kwargs)
+        except Exception:
+            if symbols_in((args, kwargs)) or len(self._made) == before:
+                raise
+            # No backend runs a loop on symbols.
+            return getattr(self, f"_{name}")(*args, **kwargs)
 
     def _control_flow(self, operation, *args, **kwargs):
         """Keras' operation, of what it was made with and is called with."""
@@ -170,8 +163,7 @@ class Recorder:
         ends = [leaf if is_symbol(leaf) else next(places) for leaf in leaves]
         stand_ins = [end for end, leaf in zip(ends, leaves, strict=True) if end is not leaf]
         closed_over = self._closed_over([leaf for leaf in leaves if is_symbol(leaf)], inside)
-        with _equality(object.__eq__):  # Keras looks for symbols in lists.
-            graph = keras_private.function([*symbols, *closed_over, *stand_ins], ends)
+        graph = keras_private.function([*symbols, *closed_over, *stand_ins], ends)
         self._check(graph)
         return Body(graph, len(symbols)), [*closed_over, *constants], outputs
 
@@ -348,18 +340,7 @@ def _tensor(leaf):
     return leaf if is_symbol(leaf) else ops.convert_to_tensor(leaf)
 
 
-@contextlib.contextmanager
-def _equality(function: Callable):
-    """A context in which `symbol == other` is this function."""
-    before = keras.KerasTensor.__eq__
-    keras.KerasTensor.__eq__ = function
-    try:
-        yield
-    finally:
-        keras.KerasTensor.__eq__ = before
-
-
-def _equal(symbol, other):
+def _equal(_, symbol, other):
     """`symbol == other`, which tensors compare entry by entry. Keras says silently that no symbol equals anything."""
     comparable = (
         isinstance(other, (bool, int, float, np.ndarray, np.generic)) or is_symbol(other) or ops.is_tensor(other)

@@ -17,7 +17,6 @@ from jvpreg.engine import masks
 from jvpreg.engine.arguments import autocast, input_dtype, kind_of, symbol_of
 from jvpreg.engine.control_flow import CONTROL_FLOW, Recorder
 from jvpreg.engine.inputs import call_signature
-from jvpreg.engine.symbols import shapes_of_symbols
 from jvpreg.rules.contract import Declined
 from jvpreg.rules.registry import find_rule, unwrap
 
@@ -69,7 +68,7 @@ def open_up(layer, args: tuple, kwargs: dict, training: bool) -> Opened:
 
     # Its own weights get symbols too, so that the graph holds what is computed from them.
     owned = {key: value for key, value in _attributes(layer).items() if isinstance(value, keras.Variable)}
-    with _seeds_put_back(layer) as put_back, shapes_of_symbols():
+    with _seeds_put_back(layer) as put_back:
         try:
             with _symbols_for_weights(layer, owned, dtype) as weights:
                 symbols, inputs = masks.symbols(args, kwargs, symbol)

@@ -1,7 +1,5 @@
 """Symbols for tensors in a call that is traced, and shapes of them that Keras knows of tensors only."""
 
-import contextlib
-import functools
 import string
 
 import keras
@@ -86,24 +84,9 @@ def _shape_of_einsum(by_keras, operation, *operands):
         operation.subscripts = given
 
 
-@contextlib.contextmanager
-def shapes_of_symbols():
-    """A context in which symbols can be sliced, repeated and multiplied as tensors can."""
-    spec = "compute_output_spec"
-    changes = [
-        (numpy_ops.GetItem, _shape_of_item),
-        (numpy_ops.Repeat, _shape_of_repeated),
-        (numpy_ops.Einsum, _shape_of_einsum),
-    ]
-    before = [getattr(operation, spec) for operation, _ in changes]
-    for (operation, shape), by_keras in zip(changes, before, strict=True):
-        setattr(operation, spec, functools.partialmethod(_with_spec, shape, by_keras))
-    try:
-        yield
-    finally:
-        for (operation, _), by_keras in zip(changes, before, strict=True):
-            setattr(operation, spec, by_keras)
-
-
-def _with_spec(operation, shape, by_keras, *args, **kwargs):
-    return shape(by_keras, operation, *args, **kwargs)
+SHAPES = (
+    (numpy_ops.GetItem, "compute_output_spec", _shape_of_item),
+    (numpy_ops.Repeat, "compute_output_spec", _shape_of_repeated),
+    (numpy_ops.Einsum, "compute_output_spec", _shape_of_einsum),
+)
+"""What is replaced in Keras so that symbols can be sliced, repeated and multiplied as tensors can."""
