@@ -63,6 +63,7 @@ class Node:
             function or operation of the model's own graph.
         examples: as in the pushforward, for the case that this was dropped since the outputs have no tangents.
         path: the name, with attributes in place of the names that the user gave to layers of a subclassed model.
+        kept: the indices of the examples for which the node is; None for all.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Node:
     layer: Any = None
     examples: Callable | None = None
     path: str = ""
+    kept: Any = None
 
     @property
     def output_names(self) -> list[str]:
@@ -105,12 +107,31 @@ class Node:
             kept_whole = axis is None or self.is_constant(residual) or self.is_whole(residual, locations)
             return residual if kept_whole else ops.take(residual, indices, axis=axis)
 
-        return replace(self, pushforward=self.pushforward.map_residuals(cut))
+        known = indices if self.kept is None else ops.take(self.kept, indices)
+        return replace(self, pushforward=self.pushforward.map_residuals(cut), kept=known)
 
     def is_constant(self, residual) -> bool:
         """Whether a residual is the same for all examples: a weight or constant, or made of these alone."""
         batched = any(value.batched for value in self.inputs)
-        return not batched or any(residual is value.primal for value in self.inputs if not value.batched)
+        return not batched or any(residual is value.primal for value in self._constants)
+
+    @functools.cached_property
+    def _constants(self) -> list[Value]:
+        """The inputs that are the same for all examples."""
+        return [value for value in self.inputs if not value.batched and not self.has_rows(value)]
+
+    def has_rows(self, value: Value) -> bool:
+        """Whether an input that follows from none of the graph's has a row for each example all the same.
+
+        A call may make one, as `ops.ones((ops.shape(x)[0], 3))`.
+        """
+        after, shape = self.pushforward and self.pushforward.examples, tuple(value.primal.shape)
+        if value.batched or not callable(after) or shape[:1] != tuple(self.outputs[0].primal.shape[:1]):
+            return False
+        batched = {v.slot for v in self.inputs if v.batched and len(v.primal.shape)}
+        if not batched or shape[:1] in ((), (1,)):
+            return False
+        return after(*(FIRST if v.slot in (value.slot, *batched) else None for v in self.inputs)) == FIRST
 
     def is_whole(self, residual, locations: Mapping[int, Place]) -> bool:
         """Whether a residual has no axis for the examples: it was reduced over it, or will be broadcast along it."""
@@ -156,7 +177,8 @@ class Node:
     def _is_aligned(self, residual) -> bool:
         """Whether a residual of an entrywise operation has the axes of the output, that of the examples included."""
         output = self.outputs[0].primal
-        return len(residual.shape) == len(output.shape) and residual.shape[0] == output.shape[0]
+        examples = output if self.kept is None else self.kept
+        return len(residual.shape) == len(output.shape) and residual.shape[0] == examples.shape[0]
 
 
 def push_node(
@@ -193,6 +215,9 @@ def push_node(
         seen = [None if t is None else cast(t, v.primal.dtype) for t, v in pairs]
         if not pushforward.takes_none:
             seen = [zero_tangents(leading, v) if t is None else t for t, (_, v) in zip(seen, pairs, strict=True)]
+        if node.kept is not None:
+            cut = [t is not None and node.has_rows(v) for t, (_, v) in zip(seen, pairs, strict=True)]
+            seen = [ops.take(t, node.kept, axis=1) if rows else t for t, rows in zip(seen, cut, strict=True)]
         images.append(_tuple(pushforward.function(*seen, *residuals)))
     for part, tangent in moved:
         pairs = list(zip(_tuple(part(tangent, *residuals)), node.outputs, strict=True))

@@ -9,6 +9,7 @@ from keras import ops
 from jvpreg.common.eager import shape_of
 from jvpreg.common.keras_private import nn
 from jvpreg.rules.contract import Declined, Pushforward
+from jvpreg.rules.examples import besides
 from jvpreg.rules.registry import register_rule
 
 
@@ -98,4 +99,4 @@ def dot_product_attention(operation, query, key, value, context, bias=None, mask
             images.append(ops.einsum("bmgts,pbsmh->pbtmgh", ops.squeeze(probabilities, 0), value_tangent))
         return merged(sum(images[1:], images[0]))
 
-    return y, Pushforward(push, *residuals, takes_none=True)
+    return y, Pushforward(push, *residuals, takes_none=True, examples=besides([1, 2, 3], 4))

@@ -117,6 +117,42 @@ def test_what_keras_knows_of_tensors_only(kind):
     assert not check_call(SLICED[kind], normal(2, 3)).fallbacks
 
 
+def rows(x):
+    """A row for each example, made in the call."""
+    return ops.reshape(ops.arange(ops.shape(x)[0] * 3, dtype="float64"), (ops.shape(x)[0], 3)) / 4
+
+
+def attended_rows(x, w):
+    query, key = ops.matmul(x, w)[:, None, None], rows(x)[:, :, None, None]
+    return ops.dot_product_attention(query, key * ops.ones((3,), "float64"), ops.sin(key) * ops.ones((3,), "float64"))
+
+
+ROWS = {
+    "none": lambda x, w: ops.sin(ops.matmul(x, w)),
+    "multiply": lambda x, w: ops.matmul(rows(x) * x, w),
+    "of a weight": lambda x, w: ops.matmul(rows(x), w) * x,
+    "matmul": lambda x, w: ops.matmul(ops.matmul(x, w)[:, None], rows(x)[:, :, None]),
+    "einsum": lambda x, w: ops.einsum("bi,bi->b", ops.matmul(x, w), rows(x)),
+    "columns": lambda x, w: ops.einsum("bi,ji->bj", ops.matmul(x, w), rows(x)),  # of the shape of such rows
+    "indices": lambda x, w: ops.take_along_axis(ops.matmul(x, w), ops.cast(rows(x), "int32"), axis=1),
+    "in a loop": lambda x, w: ops.fori_loop(0, 17, lambda i, z: ops.sin(z * rows(x)), ops.matmul(x, w)),
+    "attention": attended_rows,
+}
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("kind", ROWS)
+def test_rows_that_a_call_makes_are_cut_with_the_examples(kind):
+    lin, u = check_call(ROWS[kind], normal(3, 3)), normal(3, 3, seed=1)
+    assert not lin.fallbacks
+    moved = [(lin.weights[0], normal(3, 3, seed=2))]
+    whole, of_weight = numpy(lin.jvp(u)), numpy(lin.jvp(weights=moved))
+    twice = lin.take([2, 0, 1]).take([1, 0, 0])
+    for part, kept in [(lin.take([1]), [1]), (lin.take([2, 0, 1]), [2, 0, 1]), (twice, [0, 2, 2])]:
+        assert_close(part.jvp(u[kept]), whole[kept], 1e-12)
+        assert_close(part.jvp(weights=moved), of_weight[kept], 1e-12)
+
+
 PADDED = {
     "a mean": lambda x, w: ops.pad(x * x, [[0, 0], [1, 2]], constant_values=ops.mean(x)),
     "an infinite one": lambda x, w: ops.max(ops.pad(x, [[0, 0], [1, 2]], constant_values=ops.min(x) - INF), axis=1),
