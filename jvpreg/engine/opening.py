@@ -17,6 +17,7 @@ from jvpreg.engine import masks
 from jvpreg.engine.arguments import autocast, input_dtype, kind_of, symbol_of
 from jvpreg.engine.control_flow import CONTROL_FLOW, Recorder
 from jvpreg.engine.inputs import call_signature
+from jvpreg.engine.symbols import losses_in
 from jvpreg.rules.contract import Declined
 from jvpreg.rules.registry import find_rule, unwrap
 
@@ -88,7 +89,7 @@ def _traced(layer, symbols, inputs: list, dtype, training: bool, weights_are_sym
     """The graph of a call with symbols, as `Opened` has it, what was recorded, and what the call returned."""
     losses: list = []
     recorder = Recorder(check_operations)
-    with recorder.recording(), _losses_in(layer, losses):
+    with recorder.recording(), losses_in(layer, losses):
         outputs = _call(layer, symbols, dtype, training)
     # If weights are symbols too, what is no symbol is a constant, such as angles that need a shape alone.
     constant = ops.is_tensor if weights_are_symbols else lambda leaf: False
@@ -99,18 +100,6 @@ def _traced(layer, symbols, inputs: list, dtype, training: bool, weights_are_sym
     losses = list(map(recorder.constant, losses))
     graph = keras_private.function([*inputs, *recorder.symbols], [leaves, masks.left_on(leaves), losses])
     return graph, recorder, outputs
-
-
-@contextlib.contextmanager
-def _losses_in(layer, losses: list):
-    """A context in which the losses that a layer adds in its own call go to a list, as symbols."""
-    own = _attributes(layer)
-    if own:
-        own["add_loss"] = lambda loss: losses.extend(tree.flatten(loss))
-    try:
-        yield
-    finally:
-        own.pop("add_loss", None)
 
 
 def _call(layer, symbols, dtype, training: bool):

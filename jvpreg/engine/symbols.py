@@ -1,5 +1,6 @@
 """Symbols for tensors in a call that is traced, and shapes of them that Keras knows of tensors only."""
 
+import contextlib
 import string
 
 import keras
@@ -32,7 +33,9 @@ def specified(layer, args: tuple, kwargs: dict):
         except Exception as failed:  # Some layers have arguments that they do not state.
             error = failed
     try:
-        found = layer.call(*args, **kwargs)
+        # The layer runs later: then it draws its random numbers, and adds its losses.
+        with keras.StatelessScope(), losses_in(layer, []):
+            found = layer.call(*args, **kwargs)
     except Exception as failed:
         if error is None and outputs is None:
             return layer.compute_output_spec(*args, **kwargs)
@@ -42,6 +45,18 @@ def specified(layer, args: tuple, kwargs: dict):
             raise error or NotImplementedError("its `call` returns no tensor")
         return outputs
     return map_leaves(lambda leaf: symbol_of(leaf) if is_symbol(leaf) or ops.is_tensor(leaf) else leaf, found)
+
+
+@contextlib.contextmanager
+def losses_in(layer, losses: list):
+    """A context in which the losses that a layer adds in its own call go to a list, as symbols."""
+    own = vars(layer) if isinstance(layer, keras.Layer) else {}
+    if own:
+        own["add_loss"] = lambda loss: losses.extend(tree.flatten(loss))
+    try:
+        yield
+    finally:
+        own.pop("add_loss", None)
 
 
 def _states_what_another_call_returns(layer) -> bool:

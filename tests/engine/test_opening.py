@@ -426,10 +426,15 @@ class WithSublayer(layers.Layer):
 
 
 class Doubled(layers.Dense):
-    """It inherits what `Dense` says of its output, and returns two."""
+    """It inherits what `Dense` says of its output, and returns two. It draws numbers, and adds a loss."""
+
+    def __init__(self, units, **kwargs):
+        super().__init__(units, **kwargs)
+        self.seed = keras.random.SeedGenerator(1)
 
     def call(self, x):
-        y = super().call(x)
+        y = super().call(x) * keras.random.normal((3,), dtype="float64", seed=self.seed)
+        self.add_loss(ops.sum(y))
         return y, ops.tanh(y)
 
 
@@ -478,11 +483,24 @@ class Twice(layers.Layer):
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("kind", [Unsaid, Twice])
 def test_layers_that_do_not_say_what_they_return(kind):
+    """Such a layer is asked by a call, in which it draws no numbers that count."""
     x, u = normal(2, 3), normal(2, 3, seed=1)
     layer = kind()
     layer(x)
-    lin = jvpreg.linearize(layer, x, fallback="error")
-    slope = (numpy(layer(x + 1e-5 * u)) - numpy(layer(x - 1e-5 * u))) / 2e-5
+    states = [(variable, numpy(variable) + 0) for variable in layer.variables]
+
+    def after(function, x):
+        for variable, value in states:
+            variable.assign(value)
+        returned = function(x)
+        return returned, [numpy(one) + 0 for one in (*layer.variables, *layer.losses)]
+
+    called, expected = after(layer, x)
+    lin, found = after(lambda x: jvpreg.linearize(layer, x, fallback="error"), x)
+    assert_close(lin.outputs, called, 1e-12)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-12)
+    slope = (numpy(after(layer, x + 1e-5 * u)[0]) - numpy(after(layer, x - 1e-5 * u)[0])) / 2e-5
     assert_close(lin.jvp(u), slope, 1e-7)
 
 
