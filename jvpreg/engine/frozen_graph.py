@@ -3,6 +3,7 @@
 import functools
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from keras import ops
@@ -285,6 +286,8 @@ class FrozenGraph:
         Args:
             of_elements: whether it is that of one element of a map, which may have no axis for the examples.
         """
+        if of_elements:
+            self.nodes = [replace(node, of_element=True) for node in self.nodes]
         found = [
             (residual, None if node.is_whole(residual, self.locations) else axis, mask)
             for node in self.nodes

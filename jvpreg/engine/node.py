@@ -64,6 +64,7 @@ class Node:
         examples: as in the pushforward, for the case that this was dropped since the outputs have no tangents.
         path: the name, with attributes in place of the names that the user gave to layers of a subclassed model.
         kept: the indices of the examples for which the node is; None for all.
+        of_element: whether it runs on one element of a map, in which no axis need be that of the examples.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Node:
     examples: Callable | None = None
     path: str = ""
     kept: Any = None
+    of_element: bool = False
 
     @property
     def output_names(self) -> list[str]:
@@ -128,10 +130,12 @@ class Node:
         after, shape = self.pushforward and self.pushforward.examples, tuple(value.primal.shape)
         if value.batched or not callable(after) or shape[:1] != tuple(self.outputs[0].primal.shape[:1]):
             return False
-        batched = {v.slot for v in self.inputs if v.batched and len(v.primal.shape)}
-        if not batched or shape[:1] in ((), (1,)):
+        batched = [v for v in self.inputs if v.batched and len(v.primal.shape)]
+        # A weight of another rank, as the scales of a normalization, is aligned with other axes.
+        if self.of_element or shape[:1] in ((), (1,)) or len(shape) not in {len(v.primal.shape) for v in batched}:
             return False
-        return after(*(FIRST if v.slot in (value.slot, *batched) else None for v in self.inputs)) == FIRST
+        with_rows = {v.slot for v in (value, *batched)}
+        return after(*(FIRST if v.slot in with_rows else None for v in self.inputs)) == FIRST
 
     def is_whole(self, residual, locations: Mapping[int, Place]) -> bool:
         """Whether a residual has no axis for the examples: it was reduced over it, or will be broadcast along it."""

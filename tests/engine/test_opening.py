@@ -137,6 +137,7 @@ ROWS = {
     "indices": lambda x, w: ops.take_along_axis(ops.matmul(x, w), ops.cast(rows(x), "int32"), axis=1),
     "in a loop": lambda x, w: ops.fori_loop(0, 17, lambda i, z: ops.sin(z * rows(x)), ops.matmul(x, w)),
     "attention": attended_rows,
+    "a vector within a map": lambda x, w: ops.vectorized_map(lambda row: ops.tanh(row) * w[0], ops.matmul(x, w)),
 }
 
 
