@@ -50,3 +50,13 @@ def assert_close(received, expected, tolerance=1e-10):
         a, b = numpy(a), numpy(b)
         assert a.shape == b.shape
         assert norm(a - b) <= tolerance * max(norm(b), 1e-30)
+
+
+def attention_written_out(query, key, value, bias=None, mask=None, scale=None, is_causal=False, **_):
+    """Attention with a softmax in float64 (JAX' is in float32). A row that is all masked has no tangent."""
+    key, value = (ops.repeat(heads, query.shape[2] // heads.shape[2], axis=2) for heads in (key, value))
+    logits = ops.einsum("btnh,bsnh->bnts", query, key) * scale
+    mask = True if mask is None else mask
+    if is_causal:
+        mask = ops.logical_and(mask, np.tri(query.shape[1], key.shape[1]) > 0)
+    return ops.einsum("bnts,bsnh->btnh", ops.softmax(ops.where(mask, logits, -1e30)), value)

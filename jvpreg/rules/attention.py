@@ -13,11 +13,19 @@ from jvpreg.rules.examples import besides
 from jvpreg.rules.registry import register_rule
 
 
-def _usual_scale(size: int) -> float:
-    """`1 / √size` as Keras computes it: TensorFlow rounds it to float32, whatever the dtype of the logits."""
-    if keras.backend.backend() == "tensorflow":
+def _scale(given, size: int):
+    """The factor of logits, by default `1 / √size`. TensorFlow rounds it to float32, whatever their dtype."""
+    if keras.backend.backend() != "tensorflow":
+        return 1 / math.sqrt(size) if given is None else given
+    if given is None:
         return float(np.float32(1) / np.sqrt(np.float32(size)))
-    return 1 / math.sqrt(size)
+    return float(np.float32(given)) if type(given) is float else given
+
+
+def _is_rounded(query) -> bool:
+    """Whether Keras computes in float32 what it is given in float64: on JAX the softmax, on Torch all of it."""
+    dtype = keras.backend.standardize_dtype(query.dtype)
+    return dtype == "float64" and (keras.backend.backend() == "jax" or keras.backend.result_type(dtype, dtype) != dtype)
 
 
 def _mask(operation, mask, shape: tuple, heads: int, groups: int):
@@ -47,7 +55,7 @@ def dot_product_attention(operation, query, key, value, context, bias=None, mask
         raise Declined("a soft cap of the logits")
     if bias is not None and len(bias.shape) != 4:
         raise Declined("a bias without axes for examples and heads")
-    scale = _usual_scale(query.shape[-1]) if scale is None else scale
+    own, scale = {"bias": bias, "mask": mask, "scale": scale}, _scale(scale, query.shape[-1])
     groups = query.shape[2] // key.shape[2]
 
     # Index legend: b batch, t and s positions of queries and of keys, m heads of keys, g queries' heads for each, h
@@ -99,4 +107,6 @@ def dot_product_attention(operation, query, key, value, context, bias=None, mask
             images.append(ops.einsum("bmgts,pbsmh->pbtmgh", ops.squeeze(probabilities, 0), value_tangent))
         return merged(sum(images[1:], images[0]))
 
-    return y, Pushforward(push, *residuals, takes_none=True, examples=besides([1, 2, 3], 4))
+    # The slopes are those of the exact probabilities all the same.
+    outputs = operation.call(query, key, value, **own) if _is_rounded(query) else y
+    return outputs, Pushforward(push, *residuals, takes_none=True, examples=besides([1, 2, 3], 4))

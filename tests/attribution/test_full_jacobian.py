@@ -106,8 +106,7 @@ def test_the_parts_sum_to_the_output(make):
     full = jvpreg.full_jacobian(model, x)
     assert numpy(full.completeness_error()).max() < 1e-12
     largest = numpy(full.outputs).max(axis=1)
-    # Keras' own attention takes its softmax in float32.
-    np.testing.assert_allclose(largest, numpy(model(x)).max(axis=1), rtol=1e-7 if make is attentive else 1e-12)
+    np.testing.assert_allclose(largest, numpy(model(x)).max(axis=1), rtol=1e-12)
     np.testing.assert_allclose(numpy(full.target_output), largest, rtol=1e-12)
     np.testing.assert_allclose(numpy(full.from_input() + full.from_biases()), largest, rtol=1e-9, atol=1e-12)
     kinds = sum(full.from_biases(kind) for kind in ("bias", "normalization", "other"))
