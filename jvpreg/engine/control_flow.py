@@ -18,6 +18,7 @@ from jvpreg.common import keras_private
 from jvpreg.common.keras_private import core, numpy_ops
 from jvpreg.common.replaced import replaced
 from jvpreg.engine.arguments import kind_of, map_arguments, symbol_of
+from jvpreg.engine.steps import Step
 from jvpreg.engine.symbols import SHAPES, is_symbol, specified, symbols_in
 from jvpreg.rules.control_flow import Body, Map, Scan, Switch, WhileLoop
 
@@ -53,6 +54,7 @@ class Recorder:
         symbols: those that stand for tensors.
         tensors: for which they stand.
         kept: see `Opened`.
+        steps: what was called with symbols, without what that called.
     """
 
     def __init__(self, check: Callable):
@@ -65,6 +67,8 @@ class Recorder:
         self.symbols: list = []
         self.tensors: list = []
         self.kept: dict[int, list[bool] | None] = {}
+        self.steps: list[Step] = []
+        self._depth = 0
 
     @contextlib.contextmanager
     def recording(self):
@@ -86,8 +90,19 @@ class Recorder:
             return self._control_flow(operation, *args, **kwargs)
         if isinstance(operation, numpy_ops.Ndim):  # A number, as of a tensor.
             return len(args[0].shape)
-        outputs = original(operation, *args, **kwargs)
+        outputs = self._called(operation, args, kwargs, lambda: original(operation, *args, **kwargs))
         self._record(outputs, symbols_in((args, kwargs)))
+        return outputs
+
+    def _called(self, operation, args: tuple, kwargs: dict, call: Callable):
+        """What an operation or layer returns, which `call` calls."""
+        self._depth += 1
+        try:
+            outputs = call()
+        finally:
+            self._depth -= 1
+        if not self._depth:
+            self.steps.append(Step.of(operation, args, kwargs, outputs))
         return outputs
 
     def _symbols_of_layer(self, _, layer, *args, **kwargs):
@@ -108,10 +123,15 @@ class Recorder:
         if not given and not keras_private.asks_for_shapes() and layer.trainable_variables:
             args, kwargs = map_arguments(self.constant, args, kwargs)
             given = symbols_in((args, kwargs))
-        outputs = original(layer, *args, **kwargs)
-        if given:
-            outputs = self._returned.pop(id(layer), outputs)
-            self._record(outputs, given)
+        if not given:
+            return original(layer, *args, **kwargs)
+
+        def call():
+            outputs = original(layer, *args, **kwargs)
+            return self._returned.pop(id(layer), outputs)
+
+        outputs = self._called(layer, args, kwargs, call)
+        self._record(outputs, given)
         return outputs
 
     def constant(self, leaf):

@@ -17,6 +17,7 @@ from jvpreg.engine import masks
 from jvpreg.engine.arguments import autocast, input_dtype, kind_of, symbol_of
 from jvpreg.engine.control_flow import CONTROL_FLOW, Recorder
 from jvpreg.engine.inputs import call_signature
+from jvpreg.engine.remembering import Replay, Trace, can_be_remembered, facts_of, key_of, layers_called, traces_of
 from jvpreg.engine.symbols import losses_in
 from jvpreg.rules.contract import Declined
 from jvpreg.rules.registry import find_rule, unwrap
@@ -63,30 +64,72 @@ def open_up(layer, args: tuple, kwargs: dict, training: bool) -> Opened:
     if is_bare(layer) and not isinstance(layer, CONTROL_FLOW):
         raise NotImplementedError("the operation has no rule")
     dtype = input_dtype(layer)
+    key = key_of(args, kwargs, training, dtype) if isinstance(layer, keras.Layer) else None
+    if key is None:
+        return _open_up(layer, args, kwargs, dtype, training)[0]
+    traces = traces_of(layer)
+    known = traces.get(key)
+    opened = None if known is None else _called_again(layer, known, dtype, training)
+    if opened is None:
+        opened, trace = _open_up(layer, args, kwargs, dtype, training)
+        traces.put(key, trace if can_be_remembered(layer, trace) else None)
+    return opened
+
+
+def _open_up(layer, args: tuple, kwargs: dict, dtype, training: bool) -> tuple[Opened, Trace]:
+    """A call as a graph, and what can be remembered of it."""
 
     def symbol(value):
         return symbol_of(autocast(value, dtype))
 
     # Its own weights get symbols too, so that the graph holds what is computed from them.
-    owned = {key: value for key, value in _attributes(layer).items() if isinstance(value, keras.Variable)}
-    with _seeds_put_back(layer) as put_back:
+    owned = _own_weights(layer)
+    with _seeds_put_back(_seeds_of(layer)) as put_back:
         try:
-            with _symbols_for_weights(layer, owned, dtype) as weights:
-                symbols, inputs = masks.symbols(args, kwargs, symbol)
-                graph, recorder, outputs = _traced(layer, symbols, [*inputs, *weights], dtype, training, True)
+            symbols, inputs = masks.symbols(args, kwargs, symbol)
+            weights = _weights_as_symbols(owned, dtype)
+            with _in_place_of_weights(layer, weights, owned):
+                inputs += weights.values()
+                graph, recorder, outputs, losses = _traced(layer, symbols, inputs, dtype, training, True)
         except Exception:
             # The call reads `weight.value`, or assigns to it: the weights stay constants.
             put_back()
-            owned = {}
+            owned = weights = {}
             symbols, inputs = masks.symbols(args, kwargs, symbol)
-            graph, recorder, outputs = _traced(layer, symbols, inputs, dtype, training)
+            graph, recorder, outputs, losses = _traced(layer, symbols, inputs, dtype, training)
         check_operations(graph)
     kept = {key: leaves for key, leaves in recorder.kept.items() if leaves is not None}
-    return Opened(graph, list(owned.values()), recorder.tensors, kept, outputs)
+    opened = Opened(graph, list(owned.values()), recorder.tensors, kept, outputs)
+    called = [(one, facts_of(one)) for one in layers_called(layer, recorder.steps)]
+    remembered = opened._replace(constants=[])
+    seeds = _seeds_of(layer)
+    return opened, Trace(remembered, symbols, weights, losses, recorder.symbols, recorder.steps, seeds, called)
+
+
+def _called_again(layer, trace: Trace, dtype, training: bool) -> Opened | None:
+    """The same call on the same symbols once more, as a graph; None if it does anything else than it did."""
+    owned = _own_weights(layer) if trace.weights else {}
+    if not trace.fits(layer, owned, dtype):
+        return None
+    replay = Replay(trace)
+    losses: list = []
+    with _seeds_put_back(trace.seeds) as put_back:
+        try:
+            with (
+                _in_place_of_weights(layer, trace.weights, owned),
+                replay.recording(),
+                losses_in(layer, losses),
+            ):
+                unchanged = replay.ends(_call(layer, trace.symbols, dtype, training), losses)
+        except Exception:  # What it raises now it raises again when it is traced.
+            unchanged = False
+        if not unchanged:
+            put_back()
+    return trace.opened._replace(weights=list(owned.values()), constants=replay.tensors) if unchanged else None
 
 
 def _traced(layer, symbols, inputs: list, dtype, training: bool, weights_are_symbols: bool = False) -> tuple:
-    """The graph of a call with symbols, as `Opened` has it, what was recorded, and what the call returned."""
+    """The graph of a call with symbols, what was recorded, what the call returned, and the losses that it added."""
     losses: list = []
     recorder = Recorder(check_operations)
     with recorder.recording(), losses_in(layer, losses):
@@ -99,7 +142,7 @@ def _traced(layer, symbols, inputs: list, dtype, training: bool, weights_are_sym
     leaves = [leaf for leaf in tree.flatten(outputs) if isinstance(leaf, keras.KerasTensor)]
     losses = list(map(recorder.constant, losses))
     graph = keras_private.function([*inputs, *recorder.symbols], [leaves, masks.left_on(leaves), losses])
-    return graph, recorder, outputs
+    return graph, recorder, outputs, losses
 
 
 def _call(layer, symbols, dtype, training: bool):
@@ -186,15 +229,24 @@ def calls_forgotten(operation):
             del nodes[count:]
 
 
+def _own_weights(layer) -> dict[str, Any]:
+    """A layer's own weights by the attributes that hold them."""
+    return {key: value for key, value in _attributes(layer).items() if isinstance(value, keras.Variable)}
+
+
+def _seeds_of(layer) -> list:
+    """The states of the random numbers that a layer may draw, and whatever else it has of variables but weights."""
+    weights = {id(variable) for variable in layer.weights} if isinstance(layer, keras.Layer) else set()
+    known = layer.variables if isinstance(layer, keras.Layer) else []
+    return [variable for variable in known if id(variable) not in weights]
+
+
 @contextlib.contextmanager
-def _seeds_put_back(layer):
+def _seeds_put_back(seeds: list):
     """A context in which a layer may draw random numbers. If it fails, the layer's seeds are put back.
 
     It gives a function that puts them back at once, for another try.
     """
-    weights = {id(variable) for variable in layer.weights} if isinstance(layer, keras.Layer) else set()
-    known = layer.variables if isinstance(layer, keras.Layer) else []
-    seeds = [variable for variable in known if id(variable) not in weights]
     before = [ops.convert_to_tensor(variable) + 0 for variable in seeds]
 
     def put_back():
@@ -208,15 +260,19 @@ def _seeds_put_back(layer):
         raise
 
 
-@contextlib.contextmanager
-def _symbols_for_weights(layer, owned: dict[str, Any], dtype):
-    """A context in which a layer's attributes hold symbols in place of the weights that it owns."""
+def _weights_as_symbols(owned: dict[str, Any], dtype) -> dict[str, Any]:
+    """Symbols for weights, by the names of the attributes that hold them."""
     with keras_private.weights_cast_to(dtype):
-        symbols = {key: symbol_of(ops.convert_to_tensor(variable.value)) for key, variable in owned.items()}
+        return {key: symbol_of(ops.convert_to_tensor(variable.value)) for key, variable in owned.items()}
+
+
+@contextlib.contextmanager
+def _in_place_of_weights(layer, symbols: dict[str, Any], owned: dict[str, Any]):
+    """A context in which a layer's attributes hold symbols in place of the weights that it owns."""
     try:
         # Not by the layer's own `__setattr__`, which would track them.
         _attributes(layer).update(symbols)
-        yield list(symbols.values())
+        yield
     finally:
         _attributes(layer).update(owned)
 
