@@ -17,7 +17,7 @@ from jvpreg.attribution import FullJacobian, full_jacobian
 from jvpreg.distillation import JacobianDistiller
 from jvpreg.engine.paths import layer_paths
 from jvpreg.linearization import Linearization
-from jvpreg.products import jacobian, jvp, linearize, vjp, weight_jvp
+from jvpreg.products import hessian, jacobian, jvp, linearize, vjp, weight_jvp
 from jvpreg.rules.registry import register_rule
 from jvpreg.tangent_model import TangentModel
 from jvpreg.training.model import JacobianModel
@@ -37,6 +37,7 @@ __all__ = [
     "distillation",
     "estimators",
     "full_jacobian",
+    "hessian",
     "jacobian",
     "jvp",
     "layer_paths",

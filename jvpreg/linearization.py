@@ -10,10 +10,7 @@ from jvpreg.common.dtypes import as_floats, has_tangents
 from jvpreg.common.typing import Structure, Tensor, WeightTangents
 from jvpreg.engine import matrices
 from jvpreg.engine.frozen_graph import FrozenGraph
-from jvpreg.engine.frozen_model import FrozenModel
-from jvpreg.engine.inputs import check_moving
 from jvpreg.engine.node import Node
-from jvpreg.engine.starts import possible_starts
 from jvpreg.engine.tangents import (
     as_given,
     at_least_float32,
@@ -27,10 +24,11 @@ from jvpreg.engine.tangents import (
     zeros,
 )
 from jvpreg.engine.transpose import transpose
+from jvpreg.engine.twice_frozen import TwiceFrozenModel
 from jvpreg.rules.examples import MIXED
 
 
-class Linearization(FrozenModel):
+class Linearization(TwiceFrozenModel):
     """A model frozen at `x`: `u ↦ J u`, `v ↦ Jᵀ v`, and what `f(x)` adds to `J x`. Made by `linearize`.
 
     Attributes:
@@ -156,9 +154,6 @@ class Linearization(FrozenModel):
         flat = flatten_like(v, self.outputs, "v")
         check_count(flat, outputs, "v", "the outputs")
         return standardize_tangents(flat, outputs, each_name("v", "the outputs", len(outputs)))
-
-    def _check_moving(self, tangents: list, argument: str) -> None:
-        check_moving(tangents, [value.primal for value in self._graph.inputs], argument, lambda: possible_starts(self))
 
     def gradients(
         self, v: Structure, nodes: Sequence[str] | None = None, with_inputs: bool = True

@@ -59,6 +59,7 @@ def linearize(
     fallback: Fallback = "warn",
     xla: bool | None = None,
     at: str | None = None,
+    order: int = 1,
 ) -> "Linearization":
     """Runs a model once at `x` and freezes it there: masks, argmaxes, slopes and statistics.
 
@@ -79,6 +80,7 @@ def linearize(
             own kernels in a graph, which are the fastest there. No result changes.
         at: the path of a layer (`"path:0"` its first run of several): derivatives are by the one tensor that it
             returned, `(B, …)`, and tangents are like it. What bypasses the layer is held constant, masks too.
+        order: 2 if second derivatives are wanted, by `.hvp(u, w)` and `.laplacian()`; they cost nothing until then.
 
     Returns:
         A `Linearization`: `.outputs`, `.jvp(u)`, `.vjp(v)`, `.intercepts`, `.fallbacks`.
@@ -102,7 +104,8 @@ def linearize(
     >>> tuple(lin.vjp(np.ones((5, 2))).shape)
     (5, 3)
     """
-    return _linearized(model, x, _linearize_options(training, batch_statistics, fallback, xla), at)
+    order = checks.count("order", order, most=2)
+    return _linearized(model, x, _linearize_options(training, batch_statistics, fallback, xla), at, order=order)
 
 
 def linearize_elsewhere(model: keras.Layer, x: Structure, points: Sequence, at: str | None = None) -> Linearization:
@@ -123,6 +126,7 @@ def _linearized(
     options: tuple[Context, Fallback],
     at: str | None,
     points: Sequence | None = None,
+    order: int = 1,
 ) -> Linearization:
     model = _checked_model(model)
     if at is not None:
@@ -132,9 +136,10 @@ def _linearized(
         moved = at, functools.partial(moved_to, primal=points[0])
     elif points is not None:
         inputs = [p if has_tangents(given) else given for p, given in zip(points, inputs, strict=True)]
-    graph, outputs, fallbacks = _freeze(model, x, inputs, options, moved=moved)
+    graph, outputs, fallbacks = _freeze(model, x, inputs, options, moved=moved, order=order)
     structure = InputStructure(model, x)
     linearization = Linearization(graph, as_floats(inputs), outputs, structure.flatten, fallbacks, structure.pack)
+    linearization.order = order
     return linearization if at is None else started_at(linearization, at)
 
 
@@ -239,6 +244,23 @@ def jacobian(
     return linearize(model, x, at=at, **kwargs).jacobian(chunk_size)
 
 
+def hessian(
+    model: keras.Layer, x: Structure, chunk_size: int = 64, at: str | None = None, **kwargs: Unpack[Options]
+) -> Structure:
+    """The whole second derivative `(B, *output, *input, *input)`, for models of few inputs.
+
+    As `Linearization.hessian`, keyword arguments as in `linearize`.
+
+    Example:
+
+    >>> import keras, numpy as np, jvpreg
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, activation="tanh")])
+    >>> tuple(jvpreg.hessian(model, np.zeros((5, 3))).shape)
+    (5, 2, 3, 3)
+    """
+    return linearize(model, x, at=at, order=2, **kwargs).hessian(chunk_size)
+
+
 def _linearize_options(
     training: bool = False,
     batch_statistics: BatchStatistics | None = None,
@@ -261,11 +283,12 @@ def _freeze(
     options: tuple[Context, Fallback],
     companions: Companions | None = None,
     moved: tuple[str, Callable] | None = None,
+    order: int = 1,
 ) -> tuple[FrozenGraph, Any, dict[str, str]]:
     """The frozen graph, the outputs in the model's own structure, and what was left to autodiff, with the reasons."""
     along = companions if companions is not None and companions.go_along else None
     context, fallback = options
-    tracer, values, outputs = trace(model, x, inputs, context, along, fallback=fallback, moved=moved)
+    tracer, values, outputs = trace(model, x, inputs, context, along, fallback=fallback, moved=moved, order=order)
     unexpected = {name: left for name, left in tracer.fallbacks.items() if not left.expected}
     if unexpected and fallback == "warn":
         _warn_of_fallback(model, unexpected)

@@ -97,6 +97,11 @@ def lin():
 
 
 @functools.cache
+def twice():
+    return jvpreg.linearize(network(), X, order=2)
+
+
+@functools.cache
 def square():
     return jvpreg.linearize(field_network(), X)
 
@@ -151,11 +156,12 @@ def rows() -> dict[str, Row]:
     stacked = np.concatenate([IMAGES, IMAGES, 0 * IMAGES])
     found = {
         "layer_paths": Row(jvpreg.layer_paths, {"model": model}),
-        "linearize": Row(jvpreg.linearize, {"model": model, "x": X, **options, "at": "hidden"}),
+        "linearize": Row(jvpreg.linearize, {"model": model, "x": X, **options, "at": "hidden", "order": 2}),
         "jvp": Row(jvpreg.jvp, {"model": model, "x": X, "u": U, **options, "at": "hidden"}),
         "vjp": Row(jvpreg.vjp, {"model": model, "x": X, "v": V, **options, "at": "hidden"}),
         "weight_jvp": Row(jvpreg.weight_jvp, {"model": model, "x": X, "weights": weight_tangents()}),
         "jacobian": Row(jvpreg.jacobian, {"model": model, "x": X, "chunk_size": 2, "at": "hidden"}),
+        "hessian": Row(jvpreg.hessian, {"model": model, "x": X, "chunk_size": 2, "at": None}, ("at",)),
         "full_jacobian": Row(
             jvpreg.full_jacobian, {"model": model, "x": X, "target": LABELS, **options, "at": "hidden"}
         ),
@@ -200,6 +206,9 @@ def rows() -> dict[str, Row]:
         "Linearization.gains": Row(lin().gains, {"u": U}),
         "Linearization.tangents_by_slot": Row(lin().tangents_by_slot, {"u": U}),
         "Linearization.jacobian": Row(lin().jacobian, {"chunk_size": 2}),
+        "Linearization.hvp": Row(twice().hvp, {"u": U, "w": U}),
+        "Linearization.laplacian": Row(twice().laplacian, {"directions": U[None], "chunk_size": 2}),
+        "Linearization.hessian": Row(twice().hessian, {"chunk_size": 2}),
         "Linearization.affine_map": Row(lin().affine_map, {"chunk_size": 2}),
         "Linearization.linear_operator": Row(lin().linear_operator, {"example": 1}),
         "estimators.Operator": Row(

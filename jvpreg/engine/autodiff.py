@@ -47,7 +47,7 @@ def fall_back(operation, args, kwargs, primals: Sequence):
         return tuple(again[i] for i in moved_outputs)
 
     def jvp(function, at, along):
-        products = dict(zip(moved_outputs, _jvp(function, at, along), strict=True))
+        products = dict(zip(moved_outputs, along_autodiff(function, at, along), strict=True))
         images = tuple(products.get(i, ops.zeros_like(y)) for i, y in enumerate(flat))
         return images if len(images) > 1 else images[0]
 
@@ -87,7 +87,8 @@ def _twice_differentiable():
     return attention.sdpa_kernel(attention.SDPBackend.MATH)
 
 
-def _jvp(function, primals: Sequence, tangents: Sequence) -> tuple:
+def along_autodiff(function, primals: Sequence, tangents: Sequence) -> tuple:
+    """The derivative of a function, which returns a tuple, along tangents of its primals."""
     if keras.backend.backend() != "tensorflow":
         # Some operations have no forward mode on Torch; those that define their own gradient have none on JAX either.
         with contextlib.suppress(NotImplementedError, RuntimeError, TypeError):

@@ -33,7 +33,12 @@ class FrozenModel:
         flatten: `flatten(structure, argument)` returns the leaves of a structure like `x`; errors name the argument.
         fallbacks: by name, why nodes were left to autodiff.
         pack: `pack(leaves)` returns a structure like `x` of a flat list like `inputs`; by default there is one input.
+
+    Attributes:
+        order: 2 if the model was linearized with `order=2`, which second derivatives need; 1 otherwise.
     """
+
+    order = 1
 
     def __init__(
         self,
@@ -364,7 +369,9 @@ class FrozenModel:
         graph = FrozenGraph(nodes, [start], ends, self._graph.variables)
         names = {node.name for node in nodes}
         fallbacks = {name: reason for name, reason in self.fallbacks.items() if name in names}
-        return type(self)(graph, [start.primal], outputs, lambda structure, argument: [structure], fallbacks)
+        part = type(self)(graph, [start.primal], outputs, lambda structure, argument: [structure], fallbacks)
+        part.order = self.order
+        return part
 
     def _pull(self, cotangents: Sequence) -> list:
         """The transpose of the tangent pass: cotangents `(P, B, …)` of every output, to those of the inputs."""

@@ -65,6 +65,8 @@ class Node:
         path: the name, with attributes in place of the names that the user gave to layers of a subclassed model.
         kept: the indices of the examples for which the node is; None for all.
         of_element: whether it runs on one element of a map, in which no axis need be that of the examples.
+        again: `again(primals) -> pushforward`, the operation frozen at other inputs, for its second derivative; None
+            if none was asked for.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Node:
     path: str = ""
     kept: Any = None
     of_element: bool = False
+    again: Callable | None = None
 
     @property
     def output_names(self) -> list[str]:
@@ -139,7 +142,7 @@ class Node:
 
     def is_whole(self, residual, locations: Mapping[int, Place]) -> bool:
         """Whether a residual has no axis for the examples: it was reduced over it, or will be broadcast along it."""
-        if self._is_entrywise:
+        if self.is_entrywise:
             return not self._is_aligned(residual)
         return any(residual is value.primal for value in self.inputs if locations.get(value.slot) == GONE)
 
@@ -169,12 +172,13 @@ class Node:
         # A residual that is the same for all examples stays whole, if it can be told from the others.
         known = [v.primal for v in self.inputs if where.get(v.slot) in (FIRST, GONE)]
         known += [v.primal for v in self.outputs]
-        told = self._is_entrywise or all(any(residual is primal for primal in known) for residual in frozen)
+        told = self.is_entrywise or all(any(residual is primal for primal in known) for residual in frozen)
         ends = all(where[v.slot] == FIRST for v in self.outputs if v.batched)
         return ends and set(where.values()) <= {FIRST, GONE} and told
 
     @property
-    def _is_entrywise(self) -> bool:
+    def is_entrywise(self) -> bool:
+        """Whether each entry of the output depends on the same entry of the inputs alone, once these are broadcast."""
         after = self.pushforward and self.pushforward.examples
         return after is kept or isinstance(after, broadcast)
 

@@ -1,7 +1,7 @@
 """The walk over a Keras graph: it runs every operation's rule once and records the frozen nodes in order."""
 
 import contextlib
-import functools
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -31,6 +31,7 @@ from jvpreg.engine.node import Node, Value
 from jvpreg.engine.opening import Opened, calls_forgotten, is_bare, open_up, reason_of
 from jvpreg.engine.outputs import as_recorded, record_activity_losses, tensors_of
 from jvpreg.engine.paths import is_graph, join, stable_name
+from jvpreg.engine.running import Run
 from jvpreg.rules.contract import Affine, Context, Declined, Pushed, checked_pair
 from jvpreg.rules.control_flow import Body
 from jvpreg.rules.families import identity
@@ -52,6 +53,7 @@ class Tracer:
         moved: the path of a layer, and a function of what it returns, with whose values the model goes on.
         fallback: `"error"` if an operation without a rule that cannot be opened up is an error; otherwise it is left to
             the backend's autodiff.
+        order: 2 if nodes are to have a second derivative; 1 otherwise.
     """
 
     context: Context
@@ -59,6 +61,7 @@ class Tracer:
     root: Any = None
     fallback: str = "ignore"
     moved: tuple[str, Callable] | None = None
+    order: int = 1
     nodes: list[Node] = field(default_factory=list)
     variables: list[tuple[Any, Value]] = field(default_factory=list)
     returned: dict[str, list] = field(default_factory=dict)
@@ -178,18 +181,12 @@ class Tracer:
                 "or leave it out."
             )
         args, kwargs = map_arguments(lambda leaf: computed_in(operation, leaf), args, kwargs)
-        values, args, kwargs = self._primals(operation, args, kwargs)
-        kwargs |= {key: map_leaves(masks.primal_of, mask) for key, mask in given.items()}
-        kwargs = {key: value for key, value in kwargs.items() if key != "training" and value is not None}
-        inner, step = (
-            functools.partial(self._run_inner, values, repeated) for repeated in (self.context.repeated, True)
-        )
-        context = replace(self.context, linearize=inner, linearize_step=step)
-        if self.companions is not None:
-            context = self.companions.context(context, values)
-        returned = rule.function(operation, *args, context=context, **kwargs)
+        of = self if self.order == 1 else copy.copy(self)  # which stays as the tracer is now
+        run = Run(rule, operation, given, of._primals, of._run_inner, self.context, self.companions)
+        again = None if self.order == 1 else run.at_other_points(args, kwargs)
+        values, returned = run(args, kwargs)
         primal, pushforward, image = self._carry_out(returned, values, name, operation)
-        outputs = self._record(name, operation, values, primal, pushforward, image)
+        outputs = self._record(name, operation, values, primal, pushforward, image, again)
         activation = getattr(operation, rule.activation) if rule.activation else None
         if activation is not None and activation is not keras.activations.linear:
             outputs = self._run_named(activation, (outputs,), {}, f"{name}/activation")
@@ -282,7 +279,7 @@ class Tracer:
                 raise missing_rule_error(operation, name, reason_of(error)) from error
             expected = isinstance(error, Declined) and error.to_autodiff
             self.fallbacks[name] = LeftToAutodiff(type(operation).__name__, reason_of(error), expected)
-        return self._record(name, operation, values, primal, pushforward)
+        return self._record(name, operation, values, primal, pushforward, again=pushforward and pushforward.at)
 
     def _primals(self, operation, args, kwargs):
         """The `Value`s among the arguments as the operation sees them, and the arguments with their primals."""
@@ -349,7 +346,7 @@ class Tracer:
             self.companions.enter_weight(variable, value)
         return value
 
-    def _record(self, name, operation, inputs: Sequence[Value], primal, pushforward, image=None):
+    def _record(self, name, operation, inputs: Sequence[Value], primal, pushforward, image=None, again=None):
         batched = any(value.batched for value in inputs)
         outputs = map_leaves(lambda leaf: self.value(leaf, batched), primal)
         examples = pushforward.examples if pushforward is not None and callable(pushforward.examples) else None
@@ -358,7 +355,7 @@ class Tracer:
         layer = operation if isinstance(operation, keras.Layer) else self._within[1]
         path = self._names.by_attributes(name)
         ends = tuple(inputs), tuple(leaves_of(outputs))
-        node = Node(name, operation, *ends, pushforward, layer, examples, path)
+        node = Node(name, operation, *ends, pushforward, layer, examples, path, again=again)
         self.nodes.append(node)
         if self.companions is not None:
             self.companions.push(node, image)

@@ -145,7 +145,11 @@ def sparse_sigmoid(function, x, context):
 # Smooth activations: each states its derivative, in a form that does not cancel.
 
 
-@register_elementwise(activations.tanh, kernel=functools.partial(_torch_kernel, "tanh_backward"))
+@register_elementwise(
+    activations.tanh,
+    kernel=functools.partial(_torch_kernel, "tanh_backward"),
+    curvature=lambda x, y: -2 * y * (1 - y) * (1 + y),
+)
 def tanh(x, y):
     return (1 - y) * (1 + y)
 
@@ -155,7 +159,11 @@ def tanh_shrink(x, y):
     return ops.square(ops.tanh(x))
 
 
-@register_elementwise(activations.sigmoid, kernel=functools.partial(_torch_kernel, "sigmoid_backward"))
+@register_elementwise(
+    activations.sigmoid,
+    kernel=functools.partial(_torch_kernel, "sigmoid_backward"),
+    curvature=lambda x, y: y * (1 - y) * (1 - 2 * y),
+)
 def sigmoid(x, y):
     return y * (1 - y)
 
@@ -165,7 +173,11 @@ def log_sigmoid(x, y):
     return ops.sigmoid(-x)
 
 
-@register_elementwise(activations.softplus)
+def _slope_of_sigmoid(x, y):
+    return ops.sigmoid(x) * ops.sigmoid(-x)
+
+
+@register_elementwise(activations.softplus, curvature=_slope_of_sigmoid)
 def softplus(x, y):
     return ops.sigmoid(x)
 
@@ -175,7 +187,7 @@ def softsign(x, y):
     return 1 / ops.square(1 + ops.abs(x))
 
 
-@register_elementwise(activations.exponential)
+@register_elementwise(activations.exponential, curvature=lambda x, y: y)
 def exponential(x, y):
     return y
 

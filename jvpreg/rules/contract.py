@@ -82,6 +82,10 @@ class Pushforward:
             are in the inputs: see `jvpreg.rules.examples`.
         takes_none: whether the function takes None for a tangent that is zero; otherwise it gets zeros.
         finite: whether finite inputs give finite outputs; not if the operation divides, or pads with −∞.
+        curvature: of an operation entry by entry of one input: `curvature(x, y) -> (B, …)`, its second derivative.
+        second: `second(u, w, inputs) -> (P, B, …)`, the operation's second derivative at the `inputs`, `(B, …)` each:
+            bilinear and symmetric in two lists of tangents, with None for zero, which it may return too. If neither
+            `curvature` nor `second` is stated, a second derivative is found by running the rule again along w.
 
     Attributes:
         masks: for each residual how to read a mask off it, or None: see `Gate`.
@@ -96,6 +100,8 @@ class Pushforward:
         examples: str | Callable = "apart",
         takes_none: bool = False,
         finite: bool = True,
+        curvature: Callable | None = None,
+        second: Callable | None = None,
     ):
         if not callable(examples):
             checks.choice("examples", examples, ("apart", "coupled", "moved"))
@@ -108,6 +114,8 @@ class Pushforward:
         self.examples = examples
         self.takes_none = takes_none
         self.finite = finite
+        self.curvature = curvature
+        self.second = second
         self.masks: list[Callable | None] = [None] * len(residuals)
 
     def __call__(self, *tangents: Tensor | None) -> Tensor:
@@ -120,6 +128,11 @@ class Pushforward:
         return None
 
     @property
+    def bends(self) -> bool:
+        """Whether the operation may have a second derivative: not if what it freezes is the same around `x`."""
+        return self.examples == "coupled" or any(map(has_tangents, self.residuals))
+
+    @property
     def variables(self) -> list:
         """The variables that can have a tangent."""
         return [variable for variable, _ in self.weights]
@@ -130,9 +143,13 @@ class Pushforward:
 
     def map_residuals(self, function: Callable) -> "Pushforward":
         """The same map with `function(residual, batch_axis)` in place of each residual."""
-        mapped = copy.copy(self)
-        mapped.residuals = tuple(map(function, self.residuals, self.batch_axes))
-        return mapped
+        return self.at(list(map(function, self.residuals, self.batch_axes)))
+
+    def at(self, residuals: Sequence) -> "Pushforward":
+        """The same map with other residuals."""
+        moved = copy.copy(self)
+        moved.residuals = tuple(residuals)
+        return moved
 
     def with_function(self, function: Callable) -> "Pushforward":
         """Another function of the same residuals, without tangents of weights."""
@@ -177,6 +194,11 @@ class Affine(Pushforward):
         super().__init__(lambda tangent, x: push(tangent), x, weights=parts, **facts)
         self.linear_part, self.scaled, self.bias = function, scaled, bias
         self._shift = None if bias is None else spread(ops.convert_to_tensor(bias))
+
+    @property
+    def bends(self) -> bool:
+        """An affine operation does not."""
+        return False
 
     @property
     def intercept(self) -> Any:
@@ -235,6 +257,11 @@ class ChannelScale(Pushforward):
         self.slope, self.axis, self.offset = slope, axis, offset
 
     @property
+    def bends(self) -> bool:
+        """It does not: a slope of the whole batch counts as constant."""
+        return False
+
+    @property
     def intercept(self) -> Any:
         """What is added, to be broadcast to the output."""
         return self.offset
@@ -262,6 +289,12 @@ class Gate(Pushforward):
             expected = f"a function or None for each of {len(residuals)} residuals, which are not all boolean"
             raise checks.invalid("masks", expected, masks)
         self.masks = [lambda residual: residual for _ in residuals] if masks is None else list(masks)
+
+    @property
+    def bends(self) -> bool:
+        """Whether it freezes more than masks, which are constant around `x`: a whole loop does, or a fixed point."""
+        pairs = zip(self.residuals, self.masks, strict=True)
+        return self.examples == "coupled" or any(mask is None and has_tangents(residual) for residual, mask in pairs)
 
 
 class FrozenBody(Gate):

@@ -32,7 +32,11 @@ def identity() -> Pushforward:
 
 
 def scale(
-    slope: Tensor, *frozen: Tensor, weights: Iterable[tuple[Any, Callable]] = (), finite: bool = True
+    slope: Tensor,
+    *frozen: Tensor,
+    weights: Iterable[tuple[Any, Callable]] = (),
+    finite: bool = True,
+    curvature: Callable | None = None,
 ) -> Pushforward:
     """The pushforward of a smooth elementwise operation; `slope` is its derivative at `x`, `(B, …)`.
 
@@ -42,6 +46,7 @@ def scale(
         weights: as of `Pushforward`: a pair for each weight, whose part takes `(tangent, slope, *frozen)`, the tangent
             in the dtype of the slope.
         finite: as of `Pushforward`.
+        curvature: as of `Pushforward`: `curvature(x, y)`, the second derivative; found by autodiff if it is not stated.
     """
     for residual in frozen:
         if len(residual.shape) != len(slope.shape):
@@ -54,16 +59,17 @@ def scale(
         return as_batch(ops.multiply, tangent, cast(slope, tangent.dtype))
 
     parts = [(variable, in_dtype(part)) for variable, part in weights]
-    return Pushforward(push, slope, *frozen, weights=parts, examples=kept, finite=finite)
+    return Pushforward(push, slope, *frozen, weights=parts, examples=kept, finite=finite, curvature=curvature)
 
 
-def scale_by(slope: Callable, kernel: Callable, *frozen: Tensor) -> Pushforward:
+def scale_by(slope: Callable, kernel: Callable, *frozen: Tensor, curvature: Callable | None = None) -> Pushforward:
     """As `scale`, if the backend has one operation for the product.
 
     Args:
         slope: `slope(*frozen) -> (1, B, …)`, the slope; several tangents share it.
         kernel: `kernel(tangent, *frozen)`, the product for one tangent (1, B, …).
         *frozen: what the slope is computed from, `(B, …)`.
+        curvature: as of `scale`.
     """
 
     def push(tangent: Tensor, *frozen: Tensor) -> Tensor:
@@ -71,7 +77,7 @@ def scale_by(slope: Callable, kernel: Callable, *frozen: Tensor) -> Pushforward:
             return kernel(tangent, *frozen)
         return tangent * cast(slope(*frozen), tangent.dtype)
 
-    return Pushforward(push, *frozen, examples=kept)
+    return Pushforward(push, *frozen, examples=kept, curvature=curvature)
 
 
 def gate(mask: Tensor, slope: Any = 1, otherwise: Any = 0) -> Gate:

@@ -123,18 +123,22 @@ def _name_of(operation: Any) -> str:
     return getattr(operation, "__qualname__", None) or repr(operation)
 
 
-def register_elementwise(*operations: Any, kernel: Callable | None = None) -> Callable:
+def register_elementwise(
+    *operations: Any, kernel: Callable | None = None, curvature: Callable | None = None
+) -> Callable:
     """Registers smooth elementwise functions by their derivative: `derivative(x, y, **kwargs) -> slope (B, …)`.
 
     Args:
         *operations: functions of `keras.activations`, or your own.
         kernel: returns `kernel(tangent, y)`, the product of one tangent and the slope, if the derivative follows from y
             alone and the backend has one operation for the product; otherwise it returns None.
+        curvature: `curvature(x, y, **kwargs)`, the second derivative `(B, …)`; found by autodiff if it is not stated.
     """
 
     if not operations or not all(callable(operation) for operation in operations):
         raise checks.invalid("operations", "functions", operations)
     checks.function("kernel", kernel, "a function without arguments", optional=True)
+    checks.function("curvature", curvature, "a function `curvature(x, y)`", optional=True)
 
     def decorate(derivative: Callable) -> Callable:
         checks.function("derivative", derivative, "a function `derivative(x, y) -> slope`")
@@ -144,10 +148,11 @@ def register_elementwise(*operations: Any, kernel: Callable | None = None) -> Ca
             @functools.wraps(derivative)
             def rule(function: Any, x: Tensor, context: Context, **kwargs: Any) -> tuple:
                 y = function(x, **kwargs)
+                bend = curvature and functools.partial(curvature, **kwargs)
                 of_backend = kernel and kernel()
                 if of_backend:
-                    return y, scale_by(functools.partial(derivative, None, **kwargs), of_backend, y)
-                return y, scale(derivative(x, y, **kwargs))
+                    return y, scale_by(functools.partial(derivative, None, **kwargs), of_backend, y, curvature=bend)
+                return y, scale(derivative(x, y, **kwargs), curvature=bend)
 
             _RULES[operation] = replace(_RULES[operation], derivative=derivative)
 

@@ -25,7 +25,17 @@ def _softmax_pushforward(y, axes, context) -> Pushforward:
     def push(tangent, y):
         return y * (tangent - sum_of_products(y, tangent, axes, context))
 
-    return Pushforward(push, y, examples=besides(axes, len(y.shape)))
+    def second(u, w, inputs):
+        moved = _moved_apart(y, u[0], w[0], axes)
+        return y * (moved - ops.sum(y * moved, axis=axes, keepdims=True))
+
+    return Pushforward(push, y, second=second, examples=besides(axes, len(y.shape)))
+
+
+def _moved_apart(y, u, w, axes):
+    """The product of two tangents, each without its mean under the probabilities y."""
+    u, w = (t - ops.sum(y * t, axis=axes, keepdims=True) for t in (u, w))
+    return u * w
 
 
 @register_rule(activations.log_softmax)
@@ -36,7 +46,12 @@ def log_softmax(function, x, context, axis=-1):
     def push(tangent, probabilities):
         return tangent - sum_of_products(probabilities, tangent, axis, context)
 
-    return y, Pushforward(push, ops.exp(y), examples=besides([axis], len(x.shape)))
+    def second(u, w, inputs):
+        probabilities = ops.exp(y)
+        moved = probabilities * _moved_apart(probabilities, u[0], w[0], axis)
+        return ops.zeros_like(u[0]) - ops.sum(moved, axis=axis, keepdims=True)
+
+    return y, Pushforward(push, ops.exp(y), second=second, examples=besides([axis], len(x.shape)))
 
 
 @register_rule(activations.sparsemax)

@@ -59,6 +59,14 @@ def _bessel_i1(x):
     return torch.special.i1(x)
 
 
+CURVATURES: dict[type, Callable] = {
+    numpy_ops.Square: lambda x, y: 2 * ops.ones_like(x),
+    numpy_ops.Exp: SLOPES[numpy_ops.Exp],
+    numpy_ops.Sin: lambda x, y: -y,
+    numpy_ops.Cos: lambda x, y: -y,
+    numpy_ops.Tanh: lambda x, y: -2 * y * (1 - y) * (1 + y),
+}
+
 OVERFLOWING = (numpy_ops.Exp, numpy_ops.Exp2, numpy_ops.Expm1, numpy_ops.Sinh, numpy_ops.Cosh, numpy_ops.I0)
 
 
@@ -66,7 +74,8 @@ OVERFLOWING = (numpy_ops.Exp, numpy_ops.Exp2, numpy_ops.Expm1, numpy_ops.Sinh, n
 def elementwise(operation, x, context):
     _decline_complex(operation, x)
     y = operation.call(x)
-    return y, scale(SLOPES[type(operation)](x, y), finite=not isinstance(operation, OVERFLOWING))
+    slope, curvature = SLOPES[type(operation)](x, y), CURVATURES.get(type(operation))
+    return y, scale(slope, finite=not isinstance(operation, OVERFLOWING), curvature=curvature)
 
 
 @register_rule(numpy_ops.Absolute, numpy_ops.Abs, numpy_ops.Fabs)

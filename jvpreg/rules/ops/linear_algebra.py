@@ -234,7 +234,17 @@ def inverse_by_cholesky(operation, x, context):
         product = ops.matmul(moved, transposed(factor))
         return -ops.matmul(y, ops.matmul(product + transposed(product), y))
 
-    return y, Pushforward(push, x, y, examples=along(operation, x.shape))
+    def second(u, w, inputs):
+        # Stated, since Torch's own forward mode is wrong here. With Y = A⁻¹: Y (A_u Y A_w + A_w Y A_u − A_uw) Y.
+        factor, u, w = triangle(inputs[0]), triangle(u[0]), triangle(w[0])
+        if operation.upper:
+            factor, u, w = transposed(factor), transposed(u), transposed(w)
+        along_u, along_w, both = (ops.matmul(a, transposed(b)) for a, b in ((u, factor), (w, factor), (u, w)))
+        along_u, along_w, both = (product + transposed(product) for product in (along_u, along_w, both))
+        crossed = ops.matmul(along_u, ops.matmul(y, along_w))
+        return ops.matmul(y, ops.matmul(crossed + transposed(crossed) - both, y))
+
+    return y, Pushforward(push, x, y, second=second, examples=along(operation, x.shape))
 
 
 @register_rule(linalg.Eigh)

@@ -69,7 +69,20 @@ def add(operation, a, b, context):
 @register_rule(numpy_ops.Multiply)
 def multiply(operation, a, b, context):
     y = operation.call(a, b)
-    return y, _partials((a, b), [lambda t, a, b: t * _like(b, t), lambda t, a, b: t * _like(a, t)], y, a, b)
+    parts = [lambda t, a, b: t * _like(b, t), lambda t, a, b: t * _like(a, t)]
+    pushforward, rank = _partials((a, b), parts, y, a, b), len(y.shape) + 1
+    if not is_number(a) and not is_number(b):
+        pushforward.second = lambda u, w, inputs: _crossed(u, w, lambda s, t: align(s, rank) * align(t, rank))
+    return y, pushforward
+
+
+def _crossed(u, w, product: Callable):
+    """The second derivative of a product of two operands: `u₀ w₁ + w₀ u₁`; None if it is zero."""
+    pairs = [(s, t) for s, t in ((u[0], w[1]), (w[0], u[1])) if s is not None and t is not None]
+    if pairs:
+        images = [product(s, t) for s, t in (pairs[:1] if u is w or (u[0] is w[0] and u[1] is w[1]) else pairs)]
+        return images[0] * 2 if len(images) < len(pairs) else sum(images[1:], images[0])
+    return None
 
 
 @register_rule(numpy_ops.Divide, numpy_ops.TrueDivide)
@@ -260,17 +273,31 @@ def contract(operation, *operands, context):
 
     push = each_input(*(functools.partial(part, i) for i in range(len(operands))))
     after = multiplied(operation, ranks)
-    return operation.call(*operands), Pushforward(push, *operands, takes_none=True, examples=after)
+    second = _second_of_product(operation, ranks) if len(operands) == 2 else None
+    return operation.call(*operands), Pushforward(push, *operands, takes_none=True, examples=after, second=second)
 
 
-def _probed(subscripts: str, i: int) -> str | None:
-    """Subscripts with a probe index on operand `i` and on the result; None if they do not name the result."""
+def _second_of_product(operation, ranks: list[int]) -> Callable:
+    def product(s, t):
+        probed = _probed(operation.subscripts, 0, 1) if isinstance(operation, numpy_ops.Einsum) else None
+        if probed is not None:
+            return ops.einsum(probed, s, t)
+        if isinstance(operation, numpy_ops.Matmul) and min(ranks) >= 2:
+            return operation.call(align(s, max(ranks) + 1), align(t, max(ranks) + 1))
+        return each_probe(operation.call)(s, t)
+
+    return lambda u, w, inputs: _crossed(u, w, product)
+
+
+def _probed(subscripts: str, *places: int) -> str | None:
+    """Subscripts with a probe index on operands and on the result; None if they do not name the result."""
     operands, arrow, result = subscripts.replace(" ", "").partition("->")
     if not arrow or "." in subscripts:
         return None
     probes = next(letter for letter in string.ascii_letters if letter not in subscripts)
     given = operands.split(",")
-    given[i] = probes + given[i]
+    for i in places:
+        given[i] = probes + given[i]
     return f"{','.join(given)}->{probes}{result}"
 
 
