@@ -11,6 +11,7 @@ from jvpreg.common.typing import Structure, Tensor, WeightTangents
 from jvpreg.engine import matrices
 from jvpreg.engine.frozen_graph import FrozenGraph
 from jvpreg.engine.node import Node
+from jvpreg.engine.pullback import pull_back
 from jvpreg.engine.tangents import (
     as_given,
     at_least_float32,
@@ -23,7 +24,6 @@ from jvpreg.engine.tangents import (
     weight_tangents,
     zeros,
 )
-from jvpreg.engine.transpose import transpose
 from jvpreg.engine.twice_frozen import TwiceFrozenModel
 from jvpreg.rules.examples import MIXED
 
@@ -143,7 +143,7 @@ class Linearization(TwiceFrozenModel):
         checks.function("change", change, "a function (node, cotangents) -> cotangents")
         self._check_moving(self.inputs, "x")
         cotangents, probed = self._cotangents(v)
-        pulled = self._graph.pull(cotangents, change, self._part_size)
+        pulled, _ = self._graph.pull(cotangents, change, self._part_size)
         count = next(ops.shape(c)[0] for c in cotangents if c is not None)
         filled = [zeros(count, x) if t is None else t for t, x in zip(pulled, self.inputs, strict=True)]
         return self.pack_inputs(as_given(filled, probed))
@@ -191,7 +191,6 @@ class Linearization(TwiceFrozenModel):
                 f"Received: {', '.join(unknown)}"
             )
         names = list(known) if nodes is None else list(nodes)
-        count = next(ops.shape(c)[0] for c in cotangents if c is not None)
         mixed = [name for name in names if known[name].shape[:1] != self.inputs[0].shape[:1]]
         mixed = [name for name in mixed if self._place_of(name) == MIXED]
         if mixed and self._whole is None:
@@ -199,19 +198,9 @@ class Linearization(TwiceFrozenModel):
                 f"There is no gradient of each example at `{mixed[0]}`, which returned {tuple(known[mixed[0]].shape)}: "
                 f"its entries depend on several of the {ops.shape(self.inputs[0])[0]} examples. Name other `nodes`."
             )
-        inputs = [zeros(count, x) for x in self.inputs] if with_inputs else []
-        taps = [ops.zeros((count, *self.shape_at(name)), known[name].dtype) for name in names]
-
-        def push(tangents: list) -> list:
-            entering = tangents[: len(inputs)] if with_inputs else [None] * len(self.inputs)
-            taps = dict(zip(names, tangents[len(inputs) :], strict=True))
-            return self._push(entering, taps, scaled_kernels=False)
-
-        pairs = zip(cotangents, as_floats(tree.flatten(self.outputs)), strict=True)
-        filled = [zeros(count, y) if c is None else c for c, y in pairs]
-        pulled = transpose(push, [*inputs, *taps], filled)
-        at_inputs = self.pack_inputs(as_given(pulled[: len(inputs)], probed)) if with_inputs else None
-        at_nodes = [at_least_float32(gradient if probed else gradient[0]) for gradient in pulled[len(inputs) :]]
+        of_inputs, of_nodes = pull_back(self, cotangents, names, with_inputs)
+        at_inputs = self.pack_inputs(as_given(of_inputs, probed)) if with_inputs else None
+        at_nodes = [at_least_float32(gradient if probed else gradient[0]) for gradient in of_nodes]
         return at_inputs, dict(zip(names, at_nodes, strict=True))
 
     def bias_jacobians(

@@ -2,18 +2,19 @@
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from keras import ops
 
 from jvpreg.common.dtypes import is_complex
-from jvpreg.common.eager import shape_of
+from jvpreg.common.eager import cast, shape_of
 from jvpreg.engine.kernel_scaling import with_scaled_kernel
 from jvpreg.engine.node import Node, Value, pull_node, push_node, zero_tangents
 from jvpreg.rules.contract import Affine, ChannelScale, FrozenBody
 from jvpreg.rules.examples import FIRST, GONE, MIXED, Place, makes_rows
+from jvpreg.rules.families import plus
 
 
 class Returned(NamedTuple):
@@ -194,33 +195,58 @@ class FrozenGraph:
                     slots.pop(value.slot, None)
         return [slots.get(value.slot) for value in self.outputs]
 
-    def pull(self, cotangents: Sequence, change: Callable[[Node, list], list], batch: Any = None) -> list:
+    def pull(
+        self,
+        cotangents: Sequence,
+        change: Callable[[Node, list], list] = lambda node, cotangents: cotangents,
+        batch: Any = None,
+        *,
+        at: Iterable[int] = (),
+        with_inputs: bool = True,
+    ) -> tuple[list, dict[int, Any]]:
         """The transpose of the tangent pass, node by node, with `change` applied to the cotangents of each node.
 
         Args:
             cotangents: one for each output, `(P, B, …)`; None for zero.
             change: a function `(node, cotangents) -> cotangents` of the node's outputs; None for zero.
             batch: as `push` takes it.
+            at: the slots of values whose cotangents are wanted too.
+            with_inputs: whether those of the inputs are wanted; otherwise nodes before the values at `at` do not run.
 
         Returns:
-            A cotangent for each input; None where it is zero.
+            A cotangent for each input; None where it is zero. And those of the values at `at`, by slot, if not zero.
         """
         count = next(shape_of(c)[0] for c in cotangents if c is not None)
         leading = (count, None, None) if batch is None else (count, batch, self.places)
         arriving: dict[int, Any] = {}
+        stops, found_at = set(at), dict[int, Any]()
+        leading_to = self._following(stops | {value.slot for value in self.inputs if with_inputs})
 
         def arrive(values, cotangents):
             for value, cotangent in zip(values, cotangents, strict=True):
-                if cotangent is not None:
+                if cotangent is not None and value.has_tangents and value.slot in leading_to:
                     known = arriving.get(value.slot)
-                    arriving[value.slot] = cotangent if known is None else known + cotangent
+                    arriving[value.slot] = cotangent if known is None else plus(known, cotangent)
 
         arrive(self.outputs, cotangents)
         for node in reversed(self.nodes):
             found = [arriving.pop(value.slot, None) for value in node.outputs]
-            if node.pushforward is not None and any(cotangent is not None for cotangent in found):
-                arrive(*pull_node(node, change(node, found), leading))
-        return [arriving.get(value.slot) for value in self.inputs]
+            pairs = zip(node.outputs, found, strict=True)
+            found = [c if c is None else cast(c, value.primal.dtype) for value, c in pairs]
+            known = {value.slot: c for value, c in zip(node.outputs, found, strict=True) if c is not None}
+            found_at |= {slot: c for slot, c in known.items() if slot in stops}
+            passes = node.pushforward is not None and any(value.slot in leading_to for value in node.inputs)
+            if passes and known:
+                arrive(*pull_node(node, change(node, found), leading, leading_to))
+        return [arriving.get(value.slot) for value in self.inputs], found_at
+
+    def _following(self, slots: Iterable[int]) -> set[int]:
+        """The slots of values that a tangent of one of these can reach."""
+        reached = set(slots)
+        for node in self.nodes:
+            if node.pushforward is not None and any(value.slot in reached for value in node.inputs):
+                reached |= {value.slot for value in node.outputs}
+        return reached
 
     @functools.cached_property
     def _scaled_afterwards(self) -> list[tuple[int, int]]:

@@ -10,14 +10,13 @@ import numpy as np
 from keras import ops, tree
 
 from jvpreg.common import checks
-from jvpreg.common.dtypes import as_floats
 from jvpreg.common.eager import leaves_of
 from jvpreg.common.typing import ArrayLike, Structure, Tensor
 from jvpreg.engine.frozen_graph import FrozenGraph
 from jvpreg.engine.node import Node, Value, tangent_shape
 from jvpreg.engine.paths import is_within, unknown
+from jvpreg.engine.pullback import pull_back
 from jvpreg.engine.tangents import zeros
-from jvpreg.engine.transpose import transpose
 from jvpreg.rules.examples import FIRST, Place
 
 PATH = "the path of a layer, or the beginning of several up to a slash or dot"
@@ -375,11 +374,7 @@ class FrozenModel:
 
     def _pull(self, cotangents: Sequence) -> list:
         """The transpose of the tangent pass: cotangents `(P, B, …)` of every output, to those of the inputs."""
-        count = next(ops.shape(c)[0] for c in cotangents if c is not None)
-        pairs = zip(cotangents, as_floats(tree.flatten(self.outputs)), strict=True)
-        filled = [zeros(count, y) if c is None else ops.cast(c, y.dtype) for c, y in pairs]
-        push = functools.partial(self._push, scaled_kernels=False)
-        return transpose(push, [zeros(count, x) for x in self.inputs], filled)
+        return pull_back(self, cotangents)[0]
 
     def _push(
         self,

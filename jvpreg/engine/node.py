@@ -7,7 +7,7 @@ from typing import Any
 
 from keras import ops
 
-from jvpreg.common.dtypes import has_tangents
+from jvpreg.common.dtypes import has_tangents, is_complex
 from jvpreg.common.eager import cast, shape_of
 from jvpreg.engine.transpose import transpose
 from jvpreg.rules.contract import Pushforward, broadcasts
@@ -238,20 +238,27 @@ def push_node(
     ]
 
 
-def pull_node(node: Node, cotangents: Sequence, leading: tuple) -> tuple[list[Value], list]:
+def pull_node(node: Node, cotangents: Sequence, leading: tuple, wanted: Container[int]) -> tuple[list[Value], list]:
     """The inputs of a node that have tangents, and the transpose of the node: a cotangent for each of these.
 
     Args:
         node: the node.
         cotangents: one for each of its outputs; None for zero.
         leading: as `push_node` takes it.
+        wanted: the slots of values whose cotangents are wanted.
     """
     # An input that the node takes twice gets the sum of both cotangents.
-    inputs = list({value.slot: value for value in node.inputs if value.batched and value.has_tangents}.values())
+    moved = [value for value in node.inputs if value.batched and value.has_tangents and value.slot in wanted]
+    inputs = list({value.slot: value for value in moved}.values())
     if not inputs:
         return [], []
     pairs = zip(cotangents, node.outputs, strict=True)
     filled = [zero_tangents(leading, value) if c is None else cast(c, value.primal.dtype) for c, value in pairs]
+
+    stated = _stated_transpose(node, filled)
+    if stated is not None:
+        known = {value.slot: pulled for value, pulled in zip(node.inputs, stated, strict=True)}
+        return inputs, [cast(known[value.slot], value.primal.dtype) for value in inputs]
 
     def push(tangents):
         known = dict(zip((value.slot for value in inputs), tangents, strict=True))
@@ -260,6 +267,19 @@ def pull_node(node: Node, cotangents: Sequence, leading: tuple) -> tuple[list[Va
         return [ops.zeros_like(c) if image is None else image for image, c in zip(images, filled, strict=True)]
 
     return inputs, transpose(push, [zero_tangents(leading, value) for value in inputs], filled)
+
+
+def _stated_transpose(node: Node, cotangents: Sequence):
+    """Cotangents of a node's inputs by the transpose that its rule states; None if it must be left to autodiff."""
+    pushforward, ends = node.pushforward, [*node.inputs, *node.outputs]
+    twice = len({value.slot for value in ends}) < len(ends)
+    if pushforward is None or len(node.outputs) != 1 or twice or any(is_complex(value.primal) for value in ends):
+        return None
+    # What is broadcast is not its own transpose.
+    if pushforward.is_symmetric and len({tuple(value.primal.shape) for value in ends}) > 1:
+        return None
+    stated = pushforward.pull(cotangents[0])
+    return None if stated is None else _tuple(stated)
 
 
 def tangent_shape(leading, value: Value) -> tuple:

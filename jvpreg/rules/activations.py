@@ -61,7 +61,7 @@ def _by_kernel(slope, y) -> Gate:
         def push_by_torch(tangent, y):
             return leaky(tangent, y.detach(), slope, True) if slope else relu(tangent, y.detach(), 0)
 
-        return Gate(push_by_torch, y, masks=[mask], examples=kept)
+        return Gate(push_by_torch, y, masks=[mask], examples=kept, transposed="itself")
     import tensorflow as tf
 
     slope = float(np.float32(slope))  # rounded as by the layer's own kernel
@@ -77,11 +77,11 @@ def _by_kernel(slope, y) -> Gate:
         image = tf.raw_ops.LeakyReluGrad(**both, alpha=slope) if slope else tf.raw_ops.ReluGrad(**both)
         return unfold(image, 1)
 
-    return Gate(push, y, masks=[mask], examples=kept)
+    return Gate(push, y, masks=[mask], examples=kept, transposed="itself")
 
 
 def _has_kernels(context) -> bool:
-    return context.plain_graph or _torch_kernel("threshold_backward") is not None
+    return context.prefers_kernels or _torch_kernel("threshold_backward") is not None
 
 
 @register_rule(activations.relu)
@@ -222,7 +222,7 @@ def gelu(function, x, context, approximate=False):
         kernel = functools.partial(kernel, approximate="tanh" if approximate else "none")
         slope = functools.partial(_gelu_slope, approximate=approximate)
         return function(x, approximate=approximate), scale_by(slope, kernel, x)
-    if context.plain_graph and not approximate:
+    if context.prefers_kernels and not approximate:
         import tensorflow as tf
 
         below = 0.5 * tf.math.erfc(-_gelu_root() * x)  # for both, and as TensorFlow's own GELU computes it

@@ -13,7 +13,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import keras
 from keras import ops
@@ -33,6 +33,7 @@ class Context:
         training: whether dropout is active and moving averages are updated.
         batch_statistics: `"moving"`, `"frozen"` or `"coupled"`: see `jvpreg.linearize`.
         xla: whether XLA compiles the run; None if that is not known.
+        in_graph: whether TensorFlow traces a graph, and not yet for XLA.
         batch: B: a number, or a tensor in a TensorFlow graph in which it is not known.
         linearize: `linearize(operation, *inputs, **kwargs) -> (outputs, pushforward)` of another operation, which a
             wrapper holds.
@@ -46,6 +47,7 @@ class Context:
     training: bool = False
     batch_statistics: str = "moving"
     xla: bool | None = None
+    in_graph: bool = False
     batch: Any = None
     linearize: Callable | None = None
     linearize_step: Callable | None = None
@@ -57,6 +59,14 @@ class Context:
     def plain_graph(self) -> bool:
         """Whether TensorFlow runs a graph without XLA: its own kernels are the fastest there, fused by nobody."""
         return keras.backend.backend() == "tensorflow" and self.xla is False
+
+    @property
+    def prefers_kernels(self) -> bool:
+        """Whether TensorFlow's own kernels are likely the fastest. Only those that are right under XLA too may be used.
+
+        XLA may still compile a graph into which this one is called.
+        """
+        return self.plain_graph or (self.in_graph and self.xla is None)
 
     @property
     def under_xla(self) -> bool:
@@ -86,6 +96,9 @@ class Pushforward:
         second: `second(u, w, inputs) -> (P, B, …)`, the operation's second derivative at the `inputs`, `(B, …)` each:
             bilinear and symmetric in two lists of tangents, with None for zero, which it may return too. If neither
             `curvature` nor `second` is stated, a second derivative is found by running the rule again along w.
+        transposed: `transposed(cotangent, *residuals) -> cotangent`, the transpose of a function with one output; for
+            several inputs it returns a tuple. `"itself"` for a function that is its own, as a product with a slope at
+            each entry is. By default it is left to the backend's autodiff.
 
     Attributes:
         masks: for each residual how to read a mask off it, or None: see `Gate`.
@@ -102,9 +115,12 @@ class Pushforward:
         finite: bool = True,
         curvature: Callable | None = None,
         second: Callable | None = None,
+        transposed: Callable | Literal["itself"] | None = None,
     ):
         if not callable(examples):
             checks.choice("examples", examples, ("apart", "coupled", "moved"))
+        if not callable(transposed):
+            checks.choice("transposed", transposed, ("itself", None))
         self.function = function
         self.residuals = residuals
         self.weights = [(variable, part) for variable, part in weights if variable is not None]
@@ -116,6 +132,8 @@ class Pushforward:
         self.finite = finite
         self.curvature = curvature
         self.second = second
+        self.is_symmetric = isinstance(transposed, str)
+        self.transposed = function if isinstance(transposed, str) else transposed
         self.masks: list[Callable | None] = [None] * len(residuals)
 
     def __call__(self, *tangents: Tensor | None) -> Tensor:
@@ -136,6 +154,10 @@ class Pushforward:
     def variables(self) -> list:
         """The variables that can have a tangent."""
         return [variable for variable, _ in self.weights]
+
+    def pull(self, cotangent: Tensor) -> Structure | None:
+        """The transpose, of a cotangent `(P, B, …)`, if it is stated; None leaves it to autodiff."""
+        return None if self.transposed is None else self.transposed(cotangent, *self.broadcast_residuals())
 
     def broadcast_residuals(self) -> list:
         """The residuals as the function gets them, `(1, B, …)`."""
@@ -170,6 +192,7 @@ class Affine(Pushforward):
         spread: `spread(b)` gives b axes with which it broadcasts to the output.
         scaled: `scaled(slope, axis)` returns the function of `A` with the channels of its output, along that axis of
             `(B, …)`, multiplied by a slope `(C,)`; or None if the channels lie along another axis.
+        transposed: `Aᵀ`, of cotangents `(N, …)`; None leaves it to the backend's autodiff.
         **facts: as of `Pushforward`.
     """
 
@@ -181,6 +204,7 @@ class Affine(Pushforward):
         bias: Any = None,
         spread: Callable = lambda bias: bias,
         scaled: Callable | None = None,
+        transposed: Callable | None = None,
         **facts: Any,
     ):
         def of_each_probe(part: Callable) -> Callable:
@@ -191,7 +215,9 @@ class Affine(Pushforward):
 
         push, pairs = folded(function), [*weights, (bias, lambda u, x: spread(u))]
         parts = [(variable, of_each_probe(part)) for variable, part in pairs]
-        super().__init__(lambda tangent, x: push(tangent), x, weights=parts, **facts)
+        pull = None if transposed is None else folded(transposed)
+        back = None if pull is None else lambda cotangent, x: pull(cotangent)
+        super().__init__(lambda tangent, x: push(tangent), x, weights=parts, transposed=back, **facts)
         self.linear_part, self.scaled, self.bias = function, scaled, bias
         self._shift = None if bias is None else spread(ops.convert_to_tensor(bias))
 
@@ -253,7 +279,7 @@ class ChannelScale(Pushforward):
         def push(tangent: Tensor, x: Tensor) -> Tensor:
             return as_batch(lambda t: cast(ops.cast(t, slope.dtype) * along, t.dtype), tangent)
 
-        super().__init__(push, x, **facts)
+        super().__init__(push, x, transposed="itself", **facts)
         self.slope, self.axis, self.offset = slope, axis, offset
 
     @property

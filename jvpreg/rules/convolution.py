@@ -1,5 +1,6 @@
 """Convolutions of every kind: the kernel is the linear part, the bias drops out of the tangent."""
 
+import keras
 from keras import layers, ops
 
 from jvpreg.rules.contract import Affine
@@ -7,11 +8,11 @@ from jvpreg.rules.core import kernel_parts
 from jvpreg.rules.registry import register_rule
 
 
-def _affine(layer, x, convolve, parts, scale):
+def _affine(layer, x, convolve, parts, scale, transposed=None):
     """`convolve(x, *kernels)` with a bias.
 
     `parts` are the pairs `(variable, part(u, x))` of the kernels; `scale(slope)` returns the kernels with which the
-    channels of the output are multiplied by a slope (C,).
+    channels of the output are multiplied by a slope (C,); `transposed` is that of `Affine`.
     """
     channels_first = layer.data_format == "channels_first"
 
@@ -24,7 +25,7 @@ def _affine(layer, x, convolve, parts, scale):
         kernels = scale(slope)
         return lambda x: convolve(x, *kernels)
 
-    return Affine(convolve, x, parts, layer.bias, spread, scaled)
+    return Affine(convolve, x, parts, layer.bias, spread, scaled, transposed)
 
 
 def _causal(layer, x):
@@ -51,7 +52,52 @@ def convolution(layer, x, context):
         )
 
     parts = kernel_parts(layer, lambda u, x: convolve(x, u))
-    return _affine(layer, x, convolve, parts, lambda slope: [layer.kernel * slope])
+    transposed = _transposed_by_torch(layer, x, layer.kernel)
+    return _affine(layer, x, convolve, parts, lambda slope: [layer.kernel * slope], transposed)
+
+
+def _transposed_by_torch(layer, x, kernel):
+    """The transpose by the kernel that Torch's own backward pass runs; None on other backends, and for ONNX."""
+    if keras.backend.backend() != "torch":
+        return None
+    import torch
+
+    if torch.onnx.is_in_onnx_export() or not torch.is_tensor(x) or x.device.type == "meta":
+        return None
+    last = layer.data_format == "channels_last"
+    sizes = x.shape[1:-1] if last else x.shape[2:]
+    reach = [dilation * (size - 1) for dilation, size in zip(layer.dilation_rate, layer.kernel_size, strict=True)]
+    before, after = _padding(layer, sizes, reach)
+    even = before == after
+    channels = x.shape[-1] if last else x.shape[1]
+    padded = sizes if even else [sum(parts) for parts in zip(before, sizes, after, strict=True)]
+
+    def transposed(v):
+        weight = torch.movedim(ops.cast(kernel, v.dtype), (-1, -2), (0, 1))
+        shape = (v.shape[0], *padded, channels) if last else (v.shape[0], channels, *padded)
+        # Only the shape and the layout of the input count.
+        like = v.new_empty(shape)
+        if last:
+            v, like = torch.movedim(v, -1, 1), torch.movedim(like, -1, 1)
+        groups = channels // weight.shape[1]
+        rank = len(sizes)
+        options = (layer.strides, before if even else [0] * rank, layer.dilation_rate, False, [0] * rank, groups)
+        pulled, *_ = torch.ops.aten.convolution_backward(v, like, weight, None, *options, [True, False, False])
+        if not even:
+            pulled = pulled[(..., *(slice(i, i + size) for i, size in zip(before, sizes, strict=True)))]
+        return torch.movedim(pulled, 1, -1) if last else pulled
+
+    return transposed
+
+
+def _padding(layer, sizes, reach) -> tuple[list[int], list[int]]:
+    """How many zeros stand before and after the entries of each spatial axis."""
+    if layer.padding == "causal":
+        return list(reach), [0] * len(reach)
+    if layer.padding == "valid":
+        return [0] * len(reach), [0] * len(reach)
+    needs = [(-(-n // s) - 1) * s + r + 1 - n for n, s, r in zip(sizes, layer.strides, reach, strict=True)]
+    return [max(need, 0) // 2 for need in needs], [max(need, 0) - max(need, 0) // 2 for need in needs]
 
 
 @register_rule(layers.DepthwiseConv1D, layers.DepthwiseConv2D, activation="activation")

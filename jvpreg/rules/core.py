@@ -25,7 +25,12 @@ def kernel_parts(layer, apply) -> list:
 def dense(layer, x, context):
     kernel = ops.cast(layer.kernel, x.dtype)
     parts = kernel_parts(layer, lambda u, x: ops.matmul(x, u))
-    return Affine(lambda x: ops.matmul(x, kernel), x, parts, layer.bias, examples=besides([-1], len(x.shape)))
+
+    def transposed(v):
+        return ops.matmul(v, ops.transpose(kernel))
+
+    after = besides([-1], len(x.shape))
+    return Affine(lambda x: ops.matmul(x, kernel), x, parts, layer.bias, transposed=transposed, examples=after)
 
 
 @register_rule(layers.Identity)

@@ -17,18 +17,18 @@ from jvpreg.rules.examples import kept
 from jvpreg.rules.folding import as_batch, folded
 
 
-def linear(function: Callable) -> Pushforward:
+def linear(function: Callable, **facts: Any) -> Pushforward:
     """The pushforward of an operation that is linear already: the operation itself.
 
     `function` maps one `(N, …)` tensor or more to one, example by example. The probes are folded into its batch,
-    so that a convolution sees one batch of `P·B` tangents and runs once.
+    so that a convolution sees one batch of `P·B` tangents and runs once. The `facts` are those of a `Pushforward`.
     """
-    return Pushforward(folded(function))
+    return Pushforward(folded(function), **facts)
 
 
 def identity() -> Pushforward:
     """The pushforward of an operation that passes its input on, or only adds a constant."""
-    return Pushforward(lambda tangent: tangent, examples=kept)
+    return Pushforward(lambda tangent: tangent, examples=kept, transposed="itself")
 
 
 def scale(
@@ -59,7 +59,8 @@ def scale(
         return as_batch(ops.multiply, tangent, cast(slope, tangent.dtype))
 
     parts = [(variable, in_dtype(part)) for variable, part in weights]
-    return Pushforward(push, slope, *frozen, weights=parts, examples=kept, finite=finite, curvature=curvature)
+    facts: dict[str, Any] = {"examples": kept, "finite": finite, "curvature": curvature, "transposed": "itself"}
+    return Pushforward(push, slope, *frozen, weights=parts, **facts)
 
 
 def scale_by(slope: Callable, kernel: Callable, *frozen: Tensor, curvature: Callable | None = None) -> Pushforward:
@@ -77,7 +78,7 @@ def scale_by(slope: Callable, kernel: Callable, *frozen: Tensor, curvature: Call
             return kernel(tangent, *frozen)
         return tangent * cast(slope(*frozen), tangent.dtype)
 
-    return Pushforward(push, *frozen, examples=kept, curvature=curvature)
+    return Pushforward(push, *frozen, examples=kept, curvature=curvature, transposed="itself")
 
 
 def gate(mask: Tensor, slope: Any = 1, otherwise: Any = 0) -> Gate:
@@ -95,7 +96,7 @@ def gate(mask: Tensor, slope: Any = 1, otherwise: Any = 0) -> Gate:
         # the backend has a kernel for it, that takes less still.
         return ops.where(mask, times(slope, tangent), times(otherwise, tangent))
 
-    return Gate(push, mask, examples=kept)
+    return Gate(push, mask, examples=kept, transposed="itself")
 
 
 def plus(a: Tensor, b: Tensor) -> Tensor:

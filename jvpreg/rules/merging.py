@@ -12,7 +12,9 @@ from jvpreg.rules.registry import register_rule
 
 @register_rule(layers.Add, layers.Subtract, layers.Average, layers.Concatenate)
 def combine(layer, inputs, context):
-    return layer.call(inputs), linear(lambda *tangents: layer.call(list(tangents)))
+    summed = isinstance(layer, layers.Add) and len({tuple(x.shape) for x in inputs}) == 1
+    spread = (lambda cotangent: (cotangent,) * len(inputs)) if summed else None
+    return layer.call(inputs), linear(lambda *tangents: layer.call(list(tangents)), transposed=spread)
 
 
 def _same_rank(inputs):

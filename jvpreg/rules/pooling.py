@@ -79,9 +79,9 @@ def max_pooling(layer, x, context):
     select. Under XLA that is several times faster than the gradient of the backends' own max pooling. A plain
     TensorFlow graph uses TensorFlow's kernels instead: they find the winners again at each push, and are faster.
     """
-    if context.plain_graph and _tiles_the_input(layer, x):
+    if context.prefers_kernels and _tiles_the_input(layer, x):
         return layer.call(x), Pushforward(functools.partial(_push_by_average, layer), x)
-    if context.plain_graph and len(x.shape) < 5:
+    if context.plain_graph and len(x.shape) < 5:  # the kernel is wrong under XLA
         y = layer.call(x)
         if _is_smaller(y, x):
             return y, Pushforward(functools.partial(_push_by_kernel, layer, ops.shape(y)[1:]), x)
@@ -103,7 +103,35 @@ def max_pooling(layer, x, context):
             chosen = ops.where(wins, entry, chosen)
         return chosen if len(chosen.shape) == len(tangent.shape) else unfold(chosen, 1)
 
-    return best, Gate(push, *masks)
+    return best, Gate(push, *masks, transposed=_transposed_tiles(layer, x))
+
+
+def _transposed_tiles(layer, x):
+    """The transpose where windows cover each entry once: a single select, of the cotangent or 0."""
+    axes = _spatial_axes(layer, x)
+    sizes = [x.shape[axis] for axis in axes]
+    covered = zip(sizes, layer.pool_size, strict=True)
+    single = math.prod(layer.pool_size) == 1
+    if single or not _tiles_the_input(layer, x) or any(size is None or size % window for size, window in covered):
+        return None
+
+    def transposed(cotangent, *masks):
+        # Each mask says where an entry beats all before it: the last of them wins.
+        *_, last = masks
+        entries, unbeaten = [last], ops.logical_not(last)
+        for mask in reversed(masks[:-1]):
+            entries.insert(0, ops.logical_and(mask, unbeaten))
+            unbeaten = ops.logical_and(unbeaten, ops.logical_not(mask))
+        entries.insert(0, unbeaten)
+        # The inverse of `_tiles`: the last axis of a window varies fastest.
+        for axis, window in reversed(list(zip(axes, layer.pool_size, strict=True))):
+            entries = [ops.stack(entries[i : i + window], axis=axis + 2) for i in range(0, len(entries), window)]
+            cotangent = ops.expand_dims(cotangent, axis + 2)
+        first, shape = axes[0] + 1, ops.shape(cotangent)
+        tiled = ops.where(entries[0], cotangent, 0.0)
+        return ops.reshape(tiled, (*shape[:first], *sizes, *shape[first + 2 * len(axes) :]))
+
+    return transposed
 
 
 def _tiles_the_input(layer, x) -> bool:
