@@ -281,11 +281,11 @@ class FrozenGraph:
             if not any(value.slot in fed for value in node.outputs):
                 continue
             known = None if node.pushforward is None else node.pushforward.intercept
-            if known is not None:
+            # A constant among a node's inputs has no tangent: what it adds belongs to the intercept.
+            if known is not None and all(value.slot in fed for value in node.inputs):
                 ((name, value),) = zip(node.output_names, node.outputs, strict=True)
                 result[name] = ops.broadcast_to(ops.cast(known, value.primal.dtype), ops.shape(value.primal))
                 continue
-            # A constant among a node's inputs has no tangent: what it adds belongs to the intercept.
             fed_in = [v.primal if v.slot in finite else _finite_part(v.primal) for v in node.inputs]
             pairs = zip(fed_in, node.inputs, strict=True)
             tangents = [ops.expand_dims(primal, 0) if v.slot in fed else None for primal, v in pairs]

@@ -61,7 +61,7 @@ def _by_kernel(slope, y) -> Gate:
         def push_by_torch(tangent, y):
             return leaky(tangent, y.detach(), slope, True) if slope else relu(tangent, y.detach(), 0)
 
-        return Gate(push_by_torch, y, masks=[mask], examples=kept, transposed="itself")
+        return Gate(push_by_torch, y, masks=[mask], examples=kept, transposed="itself", homogeneous=True)
     import tensorflow as tf
 
     slope = float(np.float32(slope))  # rounded as by the layer's own kernel
@@ -77,7 +77,7 @@ def _by_kernel(slope, y) -> Gate:
         image = tf.raw_ops.LeakyReluGrad(**both, alpha=slope) if slope else tf.raw_ops.ReluGrad(**both)
         return unfold(image, 1)
 
-    return Gate(push, y, masks=[mask], examples=kept, transposed="itself")
+    return Gate(push, y, masks=[mask], examples=kept, transposed="itself", homogeneous=True)
 
 
 def _has_kernels(context) -> bool:

@@ -99,6 +99,7 @@ class Pushforward:
         transposed: `transposed(cotangent, *residuals) -> cotangent`, the transpose of a function with one output; for
             several inputs it returns a tuple. `"itself"` for a function that is its own, as a product with a slope at
             each entry is. By default it is left to the backend's autodiff.
+        homogeneous: whether the operation at x is the function of x, with nothing added, as a ReLU is.
 
     Attributes:
         masks: for each residual how to read a mask off it, or None: see `Gate`.
@@ -116,6 +117,7 @@ class Pushforward:
         curvature: Callable | None = None,
         second: Callable | None = None,
         transposed: Callable | Literal["itself"] | None = None,
+        homogeneous: bool = False,
     ):
         if not callable(examples):
             checks.choice("examples", examples, ("apart", "coupled", "moved"))
@@ -132,6 +134,7 @@ class Pushforward:
         self.finite = finite
         self.curvature = curvature
         self.second = second
+        self.homogeneous = homogeneous
         self.is_symmetric = isinstance(transposed, str)
         self.transposed = function if isinstance(transposed, str) else transposed
         self.masks: list[Callable | None] = [None] * len(residuals)
@@ -143,7 +146,7 @@ class Pushforward:
     @property
     def intercept(self) -> Any:
         """What the operation adds to its linear part; None if only the engine can tell, by comparing with `y`."""
-        return None
+        return 0.0 if self.homogeneous else None
 
     @property
     def bends(self) -> bool:

@@ -14,7 +14,7 @@ from jvpreg.rules.registry import register_rule
 def combine(layer, inputs, context):
     summed = isinstance(layer, layers.Add) and len({tuple(x.shape) for x in inputs}) == 1
     spread = (lambda cotangent: (cotangent,) * len(inputs)) if summed else None
-    return layer.call(inputs), linear(lambda *tangents: layer.call(list(tangents)), transposed=spread)
+    return layer.call(inputs), linear(lambda *tangents: layer.call(list(tangents)), transposed=spread, homogeneous=True)
 
 
 def _same_rank(inputs):

@@ -23,7 +23,7 @@ from jvpreg.rules.registry import register_rule
     layers.GlobalAveragePooling3D,
 )
 def average_pooling(layer, x, context):
-    return layer.call(x), linear(layer.call)
+    return layer.call(x), linear(layer.call, homogeneous=True)
 
 
 @register_rule(layers.GlobalAveragePooling1D)
@@ -103,7 +103,7 @@ def max_pooling(layer, x, context):
             chosen = ops.where(wins, entry, chosen)
         return chosen if len(chosen.shape) == len(tangent.shape) else unfold(chosen, 1)
 
-    return best, Gate(push, *masks, transposed=_transposed_tiles(layer, x))
+    return best, Gate(push, *masks, transposed=_transposed_tiles(layer, x), homogeneous=True)
 
 
 def _transposed_tiles(layer, x):

@@ -24,4 +24,4 @@ from jvpreg.rules.registry import register_rule
     layers.UpSampling3D,
 )
 def rearrange(layer, x, context):
-    return layer.call(x), linear(layer.call)
+    return layer.call(x), linear(layer.call, homogeneous=True)
