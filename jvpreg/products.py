@@ -11,6 +11,7 @@ import keras
 from keras import ops, tree
 
 from jvpreg.common import checks
+from jvpreg.common.compilers import traced_by_tensorflow, traced_for_xla
 from jvpreg.common.dtypes import as_floats, has_tangents
 from jvpreg.common.typing import Structure, WeightTangents
 from jvpreg.engine.autodiff import LeftToAutodiff
@@ -76,8 +77,9 @@ def linearize(
             batch map, in which one example's tangent depends on the other examples.
         fallback: what to do with an operation that has no rule and cannot be opened up. `"warn"`: leave that node to
             the backend's autodiff, and say so once; `"ignore"`: say nothing; `"error"`: raise.
-        xla: whether XLA compiles the function in which this runs, if you know. If it is False, rules use TensorFlow's
-            own kernels in a graph, which are the fastest there. No result changes.
+        xla: whether XLA compiles the function in which this runs. By default it is found out, except that a function
+            without XLA may be called in one with it: of TensorFlow's own kernels, the fastest in a graph, rules then
+            use those that XLA compiles rightly, and all if it is False. No result changes.
         at: the path of a layer (`"path:0"` its first run of several): derivatives are by the one tensor that it
             returned, `(B, …)`, and tangents are like it. What bypasses the layer is held constant, masks too.
         order: 2 if second derivatives are wanted, by `.hvp(u, w)` and `.laplacian()`; they cost nothing until then.
@@ -160,6 +162,11 @@ def jvp(
     if at is not None:
         linearization = linearize(model, x, at=at, **kwargs)
         return linearization.outputs, linearization.jvp(u)
+    return jvp_with(model, x, u, _linearize_options(**kwargs))
+
+
+def jvp_with(model: keras.Layer, x: Structure, u: Structure, options: tuple[Context, Fallback]) -> tuple:
+    """As `jvp`, by what rules are told of the run, and what becomes of an operation without a rule."""
     model = _checked_model(model)
     inputs = standardize_inputs(model, x)
     flat = flatten_tangents(model, x, u)
@@ -167,7 +174,7 @@ def jvp(
     check_moving(flat, inputs, "u", lambda: possible_starts(linearize(model, x, fallback="ignore")))
     tangents, probed = standardize_tangents(flat, as_floats(inputs), each_name("u", "x", len(inputs)))
     companions = Companions(tangents)
-    graph, outputs, _ = _freeze(model, x, inputs, _linearize_options(**kwargs), companions)
+    graph, outputs, _ = _freeze(model, x, inputs, options, companions)
     return outputs, pack_products(companions.products(graph), outputs, probed)
 
 
@@ -273,7 +280,9 @@ def _linearize_options(
     checks.boolean("xla", xla, optional=True)
     if batch_statistics is None:
         batch_statistics = "frozen" if training else "moving"
-    return Context(training, batch_statistics, xla), fallback
+    if xla is None and traced_for_xla():
+        xla = True
+    return Context(training, batch_statistics, xla, traced_by_tensorflow()), fallback
 
 
 def _freeze(

@@ -11,7 +11,8 @@ from jvpreg.common.dtypes import has_tangents
 from jvpreg.common.typing import Config, DType, Structure, Tensor
 from jvpreg.engine.inputs import flatten_inputs
 from jvpreg.engine.tangents import flatten_tangents
-from jvpreg.products import jvp
+from jvpreg.products import jvp_with
+from jvpreg.rules.contract import Context
 from jvpreg.rules.registry import unwrap
 
 
@@ -72,7 +73,8 @@ class TangentModel(keras.Model):
         """
         x, u = self._split(inputs)
         # A product is not taken apart, since rules compute it by functions of the backend's that take no symbols.
-        return jvp(self.base, x, u, fallback="ignore" if isinstance(self.base, TangentModel) else "error")
+        # By operations alone that every format of an export has: gradients of the backend's are not among them.
+        return jvp_with(self.base, x, u, (Context(), "ignore" if isinstance(self.base, TangentModel) else "error"))
 
     def compute_output_spec(self, inputs: Structure, **kwargs: Any) -> Structure:
         """The base model's outputs twice, the second time in float32 at least."""

@@ -198,3 +198,45 @@ def test_tensorflows_own_product_is_zero_through_pooling_that_keeps_its_size():
     assert_close(tf.function(ours, autograph=False)(x, u), expected, 1e-6)
     assert norm(tf.function(theirs, autograph=False)(x, u)) == 0
     assert norm(expected) > 1
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_whether_xla_compiles_is_found_out(jit_compile):
+    """TensorFlow's own kernels where it does not; where it does, they are slower and some of them wrong."""
+    import tensorflow as tf
+
+    model, x = vgg(), tf.zeros((2, 16, 16, 3))
+
+    @tf.function(jit_compile=jit_compile, autograph=False)
+    def product(x):
+        return tf.cond(tf.reduce_sum(x) > 0, lambda: x, lambda: x), jvpreg.jvp(model, x, x)[1]
+
+    kinds = {operation.type for operation in product.get_concrete_function(x).graph.get_operations()}
+    assert "Conv2D" in kinds
+    assert {"ReluGrad", "MaxPoolGrad"} & kinds == (set() if jit_compile else {"ReluGrad", "MaxPoolGrad"})
+
+
+def test_a_function_traced_without_xla_is_right_within_one_that_is_compiled():
+    """TensorFlow does not trace it again. A product, and the gradient of a penalty by the weights."""
+    import tensorflow as tf
+
+    convolution, *rest = [layers.Conv2D(4, 3, padding="same", activation="relu"), layers.MaxPooling2D(2)]
+    rest += [
+        layers.Conv2D(4, 3, activation="gelu"),
+        layers.MaxPooling2D(3, strides=2, padding="same"),
+        layers.Flatten(),
+    ]
+    model = keras.Sequential([keras.Input((12, 12, 2)), convolution, *rest])
+    x, u = (tf.constant(normal(2, 12, 12, 2, seed=seed), "float32") for seed in (0, 1))
+
+    @tf.function(autograph=False)
+    def inner(x, u):
+        with tf.GradientTape() as tape:
+            product = jvpreg.jvp(model, x, u)[1]
+            penalty = tf.reduce_sum(product**2)
+        return product, tape.gradient(penalty, convolution.kernel.value)
+
+    expected = inner(x, u)
+    received = tf.function(inner.__call__, jit_compile=True, autograph=False)(x, u)
+    assert inner.experimental_get_tracing_count() == 1
+    assert_close(received, expected, 1e-5)
