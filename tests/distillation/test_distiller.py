@@ -166,16 +166,16 @@ def test_each_network_runs_once_and_is_pulled_back_once(monkeypatch):
         runs.append(model.name)
         return jvpreg.linearize(model, *args, **kwargs)
 
-    def transpose(*args):
+    def pull_back(*args):
         pulls.append(1)
         return original(*args)
 
-    original = jvpreg.linearization.transpose
+    original = jvpreg.linearization.pull_back
     x, y = batch()
     distiller = distill(all_losses(), run_eagerly=keras.backend.backend() != "jax")
     for module in ("training.penalized_model", "distillation.distiller"):
         monkeypatch.setattr(f"jvpreg.{module}.linearize", linearize)
-    monkeypatch.setattr("jvpreg.linearization.transpose", transpose)
+    monkeypatch.setattr("jvpreg.linearization.pull_back", pull_back)
     moving = numpy(distiller.student.get_layer("norm2").moving_mean) + 0
     distiller.train_on_batch(x, y)
     assert sorted(runs) == sorted([distiller.teacher.name, distiller.student.name])
