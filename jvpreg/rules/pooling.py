@@ -85,7 +85,8 @@ def max_pooling(layer, x, context):
         y = layer.call(x)
         if _is_smaller(y, x):
             return y, Pushforward(functools.partial(_push_by_kernel, layer, ops.shape(y)[1:]), x)
-    best, *rest = _window_entries(layer, x, outside=-float("inf"))
+    in_phases = context.prefers_kernels
+    best, *rest = _window_entries(layer, x, outside=-float("inf"), in_phases=in_phases)
     masks = []
     for entry in rest:
         masks.append(entry > best)
@@ -93,7 +94,7 @@ def max_pooling(layer, x, context):
 
     def push(tangent, *masks):
         num_probes = ops.shape(tangent)[0]
-        entries = _window_entries(layer, fold(tangent), outside=0.0)
+        entries = _window_entries(layer, fold(tangent), outside=0.0, in_phases=in_phases)
         if tangent.shape[0] == 1:  # without the probe axis, which XLA would transpose in the gradient
             masks = tuple(map(fold, masks))
         else:
@@ -194,8 +195,12 @@ def _push_by_kernel(layer, shape, tangent, x):
     return unfold(outer.gradient(pulled, cotangent, folded), ops.shape(tangent)[0])
 
 
-def _window_entries(layer, x, outside: float) -> list:
-    """One tensor of the output's shape for each position in a window; `outside` fills what padding adds."""
+def _window_entries(layer, x, outside: float, in_phases: bool) -> list:
+    """One tensor of the output's shape for each position in a window; `outside` fills what padding adds.
+
+    Outside XLA a strided slice takes ten times as long as one without strides: `in_phases`, each is cut out of every
+    n-th entry, n being the stride.
+    """
     axes = _spatial_axes(layer, x)
     sizes = [ops.shape(x)[axis] for axis in axes]
     windows, strides = layer.pool_size, layer.strides
@@ -203,11 +208,27 @@ def _window_entries(layer, x, outside: float) -> list:
         counts = [-(-size // stride) for size, stride in zip(sizes, strides, strict=True)]
     else:
         counts = [(size - w) // stride + 1 for size, w, stride in zip(sizes, windows, strides, strict=True)]
+    in_phases = in_phases and all(isinstance(size, int) for size in sizes)
     for axis, size, window, stride, count in zip(axes, sizes, windows, strides, counts, strict=True):
-        x = _fit(x, axis, size, (count - 1) * stride + window, outside)
+        whole = (count - 1 + -(-window // stride)) * stride if in_phases else None
+        x = _fit(x, axis, size, (count - 1) * stride + window, outside, whole)
     if windows == strides:
         return _tiles(x, axes, counts, windows)
+    if in_phases:
+        phases = _tiles(x, axes, [x.shape[a] // stride for a, stride in zip(axes, strides, strict=True)], strides)
+        found = dict(zip(itertools.product(*map(range, strides)), phases, strict=True))
+        return [_within(found, axes, counts, strides, offsets) for offsets in itertools.product(*map(range, windows))]
     return [x[_strided(x, axes, counts, strides, offsets)] for offsets in itertools.product(*map(range, windows))]
+
+
+def _within(phases, axes, counts, strides, offsets):
+    """The entries at one position of the windows, out of those at each remainder of the strides."""
+    pairs = list(zip(offsets, strides, strict=True))
+    phase = phases[tuple(offset % stride for offset, stride in pairs)]
+    index = [slice(None)] * len(phase.shape)
+    for axis, count, (offset, stride) in zip(axes, counts, pairs, strict=True):
+        index[axis] = slice(offset // stride, offset // stride + count)
+    return phase[tuple(index)]
 
 
 def _spatial_axes(layer, x) -> list[int]:
@@ -215,8 +236,16 @@ def _spatial_axes(layer, x) -> list[int]:
     return [first + i for i in range(len(x.shape) - 2)]
 
 
-def _fit(x, axis: int, size, needed, outside: float):
-    """Pads or crops `axis` to the length that the windows cover; "same" padding puts the odd entry last."""
+def _fit(x, axis: int, size, needed, outside: float, whole: int | None = None):
+    """Pads or crops `axis` to the length that the windows cover; "same" padding puts the odd entry last.
+
+    If it is to have a `whole` length, which is longer, what is missing is put last too.
+    """
+    if whole is not None:
+        before = max(needed - size, 0) // 2
+        widths = [(before, max(whole - size - before, 0)) if a == axis else (0, 0) for a in range(len(x.shape))]
+        padded = ops.pad(x, widths, constant_values=outside) if any(map(any, widths)) else x
+        return padded[(slice(None),) * axis + (slice(0, whole),)]
     if not (isinstance(size, int) and isinstance(needed, int)):
         missing = ops.maximum(needed - size, 0)
     else:
