@@ -3,7 +3,7 @@ PYTHON ?= python3
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
-.PHONY: quickstart test test-tensorflow test-jax test-torch lint clean
+.PHONY: quickstart test docs test-tensorflow test-jax test-torch lint clean
 
 # Train plain and regularized on embedded digits, offline, and print the comparison and where the plot is.
 quickstart: .venv-tensorflow/installed
@@ -11,6 +11,17 @@ quickstart: .venv-tensorflow/installed
 
 # What must pass before a change lands: lint, types, import contract, and the tests on the TensorFlow backend.
 test: lint test-tensorflow
+
+# The documentation site, into site/; a warning is an error. Nothing is fetched but the environment, once.
+docs: .venv-docs/installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build
+
+# No package that it documents: pages are made from the source.
+.venv-docs/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --upgrade pip
+	.venv-docs/bin/python -m pip install --quiet --group docs
+	touch $@
 
 lint: .venv-tensorflow/installed
 	.venv-tensorflow/bin/ruff check .
@@ -31,4 +42,4 @@ test-tensorflow test-jax test-torch: test-%: .venv-%/installed
 	touch $@
 
 clean:
-	rm -rf .venv-* runs
+	rm -rf .venv-* runs site

@@ -1,7 +1,6 @@
-"""The README's code runs, one block after the other, on models and data small enough for a test."""
+"""The code of the README and of pages that leave out the model runs, on models and data small enough for a test."""
 
 import csv
-import re
 from pathlib import Path
 
 import keras
@@ -15,9 +14,7 @@ from keras import layers
 import jvpreg
 from tests.callbacks.offline_run import written
 from tests.experiments import wandb_records
-
-README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.compile(r"^```python\n(.*?)^```\n", re.DOTALL | re.MULTILINE).findall(README.read_text(encoding="utf-8"))
+from tests.pages import DOCS, README, blocks
 
 
 def images_to_logits(depth: int) -> keras.Model:
@@ -53,13 +50,13 @@ def run(tmp_path):
     run.finish()
 
 
-def test_the_first_block_is_told_whole(tmp_path, monkeypatch, run, capfd):
+def test_the_block_of_the_readme_is_told_whole(tmp_path, monkeypatch, run, capfd):
     """What it leaves in W&B, on disk and on the screen, on every backend, also without TensorFlow."""
     monkeypatch.chdir(tmp_path)
     images, labels = normal(4, 8, 8, 3).astype("float32"), np.arange(4)
     known = {"my_keras_model": images_to_logits(3), "x_probe": images}
     known |= {name: OneBatch(images, labels) for name in ("train", "test")}
-    (code,) = [block for block in BLOCKS if "JacobianWandbLogger" in block]
+    ((code, _),) = blocks(README)
     exec(compile(code.replace("epochs=10,", "epochs=2,"), README.name, "exec"), known)
     run.finish()
     records = wandb_records.records(written(tmp_path / "wandb"))
@@ -87,7 +84,7 @@ def test_the_first_block_is_told_whole(tmp_path, monkeypatch, run, capfd):
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="a SavedModel is among what it writes")
-def test_the_code_of_the_page(tmp_path, monkeypatch):
+def test_the_code_of_the_tour(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     images, labels = normal(4, 8, 8, 3).astype("float32"), np.arange(4)
     batches = OneBatch(images, labels)
@@ -110,11 +107,10 @@ def test_the_code_of_the_page(tmp_path, monkeypatch):
     rows = {"x": x, "y": y, "x_test": x, "y_test": y}
     vectors = {"train": OneBatch(normal(4, 8), normal(4, 3))}
     # Values that one block needs and that differ from those of the other blocks, by the place of the block.
-    others = {4: {"teacher": images_to_logits(5), "student": images_to_logits(7), "y": labels}, 5: rows, 6: vectors}
-    for i, code in enumerate(BLOCKS):
-        if "JacobianWandbLogger" in code:
-            continue  # the first block, which has a test of its own
-        exec(compile(code, f"{README.name}, block {i}", "exec"), {**known, **others.get(i, {})})
-    assert len(BLOCKS) == README.read_text(encoding="utf-8").count("```python") > 8
+    others = {3: {"teacher": images_to_logits(5), "student": images_to_logits(7), "y": labels}, 4: rows, 5: vectors}
+    tour, tracking = blocks(DOCS / "tour.md"), blocks(DOCS / "tracking.md")
+    assert len(tour) > 7
+    for i, (code, _) in enumerate(tour + tracking):
+        exec(compile(code, f"block {i}", "exec"), {**known, **others.get(i, {})})
     for name in ("student.keras", "tangent.keras", "tangent", "maps.png"):
         assert Path(name).exists(), name
