@@ -17,7 +17,6 @@ FORMULA = re.compile(
 TAG = re.compile(r"\\tag\{(\d+)\}")
 CELL = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n.*?^```\n)?", re.DOTALL | re.MULTILINE)
 FENCE = re.compile(r"(^```.*?^```$)", re.DOTALL | re.MULTILINE)
-COLAB = "[Open in Colab]"
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
@@ -40,7 +39,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
         notebook = posixpath.basename(page.file.src_uri).replace(".md", ".ipynb")
         colab = f"https://colab.research.google.com/github/{owner}/blob/gh-pages/guides/{notebook}"
         head, newline, rest = markdown.partition("\n")
-        markdown = f"{head}{newline}\n{COLAB}({colab}) · [this page as a notebook]({notebook}){{: download }}\n{rest}"
+        markdown = (
+            f"{head}{newline}\n[Open in Colab]({colab}) · [this page as a notebook]({notebook}){{: download }}\n{rest}"
+        )
     return markdown
 
 
@@ -63,21 +64,23 @@ def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
 def on_files(files: Any, config: Any) -> Any:
     """Each guide as a notebook without outputs, beside its page."""
     for guide in sorted(Path(config.docs_dir, "guides").glob("*.md")):
-        content = json.dumps(notebook(guide.read_text(encoding="utf-8")), indent=1)
+        content = json.dumps(notebook(guide.read_text(encoding="utf-8"), config.repo_url), indent=1)
         files.append(File.generated(config, f"guides/{guide.stem}.ipynb", content=content))
     return files
 
 
-def notebook(text: str) -> dict[str, Any]:
+def notebook(text: str, repository: str) -> dict[str, Any]:
     """Blocks of Python become cells of code, with what they print left out; the rest becomes cells of text."""
-    cells = [_cell("code", "%pip install --quiet 'jvpreg[tensorflow,pictures]' scikit-learn")]
+    text = text.replace("](../", f"]({repository}/blob/main/docs/")
+    package = f"jvpreg[tensorflow,pictures] @ git+{repository}"
+    cells = [_cell("code", f"%pip install --quiet '{package}' scikit-learn")]
     end = 0
     for block in CELL.finditer(text):
         cells += [_cell("markdown", text[end : block.start()]), _cell("code", block[1])]
         end = block.end()
     cells.append(_cell("markdown", text[end:]))
     kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
-    return {"cells": [cell for cell in cells if cell], "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
+    return {"cells": [cell for cell in cells if cell], "metadata": kernel, "nbformat": 4, "nbformat_minor": 4}
 
 
 def _cell(kind: str, source: str) -> dict[str, Any] | None:
