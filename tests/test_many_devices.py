@@ -1,7 +1,6 @@
-"""The loop of docs/many-devices.md for Torch, as it is printed: two processes train to the weights of one."""
+"""The code of docs/many-devices.md. The loop for Torch, as it is printed: two processes train to the weights of one."""
 
 import os
-import re
 import socket
 import subprocess
 import sys
@@ -11,7 +10,13 @@ import keras
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).parent.parent
+import jvpreg
+from tests.pages import DOCS, ROOT, blocks
+
+
+def code_with(word: str) -> str:
+    (code,) = [code for code, _ in blocks(DOCS / "many-devices.md") if word in code]
+    return code
 
 
 def free_port() -> int:
@@ -41,14 +46,40 @@ def weights_of(count: int, script: Path) -> list[np.ndarray]:
 
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="it is Torch's own way")
 def test_two_processes_train_to_the_weights_of_one(tmp_path):
-    (code,) = [
-        block
-        for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/many-devices.md").read_text(), re.DOTALL)
-        if "DistributedDataParallel(" in block
-    ]
     script = tmp_path / "train.py"
-    script.write_text(code)
+    script.write_text(code_with("DistributedDataParallel("))
     one, two = weights_of(1, script), weights_of(2, script)
     assert len(one) == 4
     for a, b in zip(one, two, strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6)
+
+
+def values(word: str) -> dict:
+    """What the code of the page makes, of a small network."""
+    namespace = {"jvpreg": jvpreg, "keras": keras, "x": np.ones((8, 3), "float32"), "y": np.ones((8, 1), "float32")}
+    namespace["build"] = lambda: keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        namespace["tf"] = tf
+    exec(compile(code_with(word), word, "exec"), namespace)
+    return namespace
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="it is TensorFlow's own way")
+def test_the_code_for_tensorflow(monkeypatch):
+    """Of one device: tests/test_distribution.py has several, in a process of its own, and compares them with one."""
+    import tensorflow as tf
+
+    monkeypatch.setattr(tf.distribute, "MirroredStrategy", tf.distribute.get_strategy)
+    assert set(values("MirroredStrategy()")["model"].history.history) == {"loss", "frobenius_norm_squared"}
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="it is JAX' own way")
+def test_the_code_for_jax():
+    try:
+        model = values("DataParallel()")["model"]
+        assert isinstance(keras.distribution.distribution(), keras.distribution.DataParallel)
+        assert model.predict(np.ones((8, 3)), verbose=0).shape == (8, 1)
+    finally:
+        keras.distribution.set_distribution(None)
