@@ -1,5 +1,8 @@
 """jvpreg: the input-output Jacobian of a Keras model, to see and to train with."""
 
+from jvpreg.common import backend  # noqa: F401 - before all that imports Keras
+
+# isort: split
 from jvpreg import (
     attribution,
     callbacks,
