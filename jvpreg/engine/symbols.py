@@ -1,4 +1,4 @@
-"""Symbols for tensors in a call that is traced, and shapes of them that Keras knows of tensors only."""
+"""Symbols for tensors in a call that is traced, and what Keras knows of tensors only: shapes, and sums."""
 
 import contextlib
 import string
@@ -99,9 +99,38 @@ def _shape_of_einsum(by_keras, operation, *operands):
         operation.subscripts = given
 
 
+def _sum(by_keras, symbol, other):
+    return _added(symbol, other) if _misread(symbol, other) else by_keras(symbol, other)
+
+
+def _sum_reflected(by_keras, symbol, other):
+    return _added(other, symbol) if _misread(other, symbol) else by_keras(symbol, other)
+
+
+def _added(a, b):
+    return ops.subtract(a, ops.negative(b))
+
+
+def _misread(a, b) -> bool:
+    """Whether Keras' own `add` takes `b` for a bias along another axis than it has, as no sum of tensors does.
+
+    On TensorFlow, it takes (B, 1, 1, 1) for a bias if there are B channels.
+    """
+    if keras.backend.backend() != "tensorflow" or not (hasattr(a, "shape") and hasattr(b, "shape")):
+        return False
+    long = [axis - len(b.shape) for axis, size in enumerate(b.shape) if size != 1]
+    if len(long) != 1 or len(a.shape) < 2 or b.shape[long[0]] is None:
+        return False
+    size, axes = b.shape[long[0]], (-1, 1 - len(a.shape))
+    taken = [axis for axis in axes if a.shape[axis] == size]
+    return bool(taken) and long[0] != taken[0]
+
+
 SHAPES = (
     (numpy_ops.GetItem, "compute_output_spec", _shape_of_item),
     (numpy_ops.Repeat, "compute_output_spec", _shape_of_repeated),
     (numpy_ops.Einsum, "compute_output_spec", _shape_of_einsum),
+    (keras.KerasTensor, "__add__", _sum),
+    (keras.KerasTensor, "__radd__", _sum_reflected),
 )
-"""What is replaced in Keras so that symbols can be sliced, repeated and multiplied as tensors can."""
+"""What is replaced in Keras so that symbols can be sliced, repeated, multiplied and added as tensors can."""

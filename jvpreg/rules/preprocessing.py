@@ -2,6 +2,7 @@
 
 from keras import layers, ops
 
+from jvpreg.common.replaced import replaced
 from jvpreg.rules.contract import Declined, Pushforward
 from jvpreg.rules.families import identity, linear
 from jvpreg.rules.ops.reducing import shares
@@ -36,17 +37,40 @@ from jvpreg.rules.registry import register_rule
     layers.Solarization,
 )
 def augmentation(layer, x, context):
-    if context.training:
-        # Nearly all are piecewise linear in the images, and some draw again when they run again: left to autodiff.
-        raise Declined("it transforms its images at random", to_autodiff=True)
-    return x, identity()
+    """What is drawn is drawn once, as Keras draws it, and frozen. What it does to the images is opened up."""
+    if not context.training:
+        return x, identity()
+    if len(x.shape) != 4:
+        raise Declined("an image without a batch", to_autodiff=True)
+    if isinstance(layer, layers.RandomElasticTransform):
+        raise Declined("its operation draws a field that it does not return", to_autodiff=True)
+    drawn = layer.get_random_transformation(x, training=True)
+    # The operation that blurs takes these as constants.
+    constants = {"blur_factor": drawn.pop("blur_factor")} if isinstance(layer, layers.RandomGaussianBlur) else {}
+
+    def transform(images, drawn):
+        with replaced([(type(layer.backend), "__getattr__", _of_symbols)]):
+            return layer.transform_images(images, {**drawn, **constants} if constants else drawn, training=True)
+
+    return context.linearize(transform, x, drawn=drawn)
+
+
+def _of_symbols(before, backend, name: str):
+    """What a layer that prepares images finds in its own backend, by `keras.ops`, which take symbols too."""
+    if name in ("core", "linalg", "math", "nn", "numpy"):
+        return ops
+    return getattr(ops, name, None) or before(backend, name)
 
 
 @register_rule(layers.RandomCrop)
 def random_crop(layer, x, context):
-    if context.training:
-        raise Declined("it crops at random", to_autodiff=True)
-    return layer.call(x, training=False), linear(lambda tangent: layer.call(tangent, training=False))
+    """The same window of all images: linear."""
+    place = layer.get_random_transformation(x, training=context.training)
+
+    def crop(images):
+        return layer.transform_images(images, place, training=context.training)
+
+    return crop(x), linear(crop)
 
 
 @register_rule(layers.AutoContrast)
