@@ -30,11 +30,6 @@ SELECTIONS = {
     "max-pool-overlapping": lambda x: ops.max_pool(x, (3,), 1, "same", data_format="channels_last"),
     "adaptive-max-pool": lambda x: ops.adaptive_max_pool(x, (2,), data_format="channels_last"),
     "sparsemax": ops.sparsemax,
-    "hard-shrink": ops.hard_shrink,
-    "soft-shrink": ops.soft_shrink,
-    "threshold": lambda x: ops.threshold(x, 0.2, -1.0),
-    "sparse-plus": ops.sparse_plus,
-    "sparse-sigmoid": ops.sparse_sigmoid,
 }
 MATRICES_AND_LOSSES = {
     "inv": lambda x: ops.inv(regular(x)),
@@ -54,16 +49,9 @@ MATRICES_AND_LOSSES = {
     "svd-values": lambda x: ops.svd(x, compute_uv=False),
     "qr": lambda x: ops.qr(x),
     "qr-wide": lambda x: ops.qr(x[:, :2]),
-    "erfinv": lambda x: ops.erfinv(0.9 * ops.tanh(x)),
     "batch-normalization": normalized,
-    "binary-crossentropy": lambda x: ops.binary_crossentropy(ops.sigmoid(x), ops.sigmoid(2 * x - 0.5)),
-    "binary-crossentropy-of-logits": lambda x: ops.binary_crossentropy(ops.sigmoid(x), 2 * x, from_logits=True),
-    "categorical-crossentropy": lambda x: ops.categorical_crossentropy(ops.sigmoid(x), ops.exp(x)),
     "categorical-crossentropy-of-logits": lambda x: ops.categorical_crossentropy(
         ops.softmax(x, axis=1), 2 * x, True, 1
-    ),
-    "sparse-categorical-crossentropy": lambda x: ops.sparse_categorical_crossentropy(
-        ops.argmax(x, axis=-1), ops.softmax(x)
     ),
 }
 INF = float("inf")

@@ -12,11 +12,14 @@ import keras
 from keras import ops, tree
 
 from jvpreg.common import keras_private
+from jvpreg.common.dtypes import has_tangents
+from jvpreg.common.eager import map_leaves
 from jvpreg.common.keras_private import core, numpy_ops
 from jvpreg.engine import masks
 from jvpreg.engine.arguments import autocast, input_dtype, kind_of, symbol_of
 from jvpreg.engine.control_flow import CONTROL_FLOW, Recorder
 from jvpreg.engine.inputs import call_signature
+from jvpreg.engine.node import Value
 from jvpreg.engine.remembering import Replay, Trace, can_be_remembered, facts_of, key_of, layers_called, traces_of
 from jvpreg.engine.symbols import losses_in
 from jvpreg.rules.contract import Declined
@@ -289,3 +292,21 @@ def _attributes(layer) -> dict[str, Any]:
 def is_bare(operation) -> bool:
     """Whether it is an operation of `keras.ops`, with nothing in it to open up."""
     return isinstance(operation, keras.Operation) and not isinstance(operation, keras.Layer)
+
+
+def is_constant(operation, args: tuple, kwargs: dict) -> bool:
+    """Whether it is an operation of `keras.ops` on whole numbers alone: no tangent passes, so Keras' own call will do.
+
+    What an operation is written out in may return another dtype of them, or compute in floats only.
+    """
+    if not is_bare(operation) or isinstance(operation, CONTROL_FLOW):
+        return False
+    floats: list = []
+
+    def note(leaf):
+        tensor = leaf.primal if isinstance(leaf, Value) else leaf
+        if hasattr(tensor, "dtype") and has_tangents(tensor):
+            floats.append(tensor)
+
+    map_leaves(note, (args, kwargs))
+    return not floats

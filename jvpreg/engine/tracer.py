@@ -28,7 +28,7 @@ from jvpreg.engine.frozen_graph import FrozenGraph, Returned
 from jvpreg.engine.inputs import call_signature, flatten_inputs, graph_of
 from jvpreg.engine.naming import OUTSIDE, Names, Scope
 from jvpreg.engine.node import Node, Value
-from jvpreg.engine.opening import Opened, calls_forgotten, is_bare, open_up, reason_of
+from jvpreg.engine.opening import Opened, calls_forgotten, is_bare, is_constant, open_up, reason_of
 from jvpreg.engine.outputs import as_recorded, record_activity_losses, tensors_of
 from jvpreg.engine.paths import is_graph, join, stable_name
 from jvpreg.engine.running import Run
@@ -87,7 +87,7 @@ class Tracer:
 
     def run(self, operation, *args, scope: Scope = OUTSIDE, kind: str | None = None, **kwargs):
         """Runs one operation on `Value`s: by its rule, otherwise opened up into smaller ones, otherwise by autodiff."""
-        operation = unwrap(operation)
+        operation = operation if is_constant(operation, args, kwargs) else unwrap(operation)
         graph = is_graph(operation)
         inner = scope if graph and operation is self.root else self._names.scope(operation, scope, kind)
         if graph:

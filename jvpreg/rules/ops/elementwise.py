@@ -6,7 +6,7 @@ from collections.abc import Callable
 import keras
 from keras import activations, ops
 
-from jvpreg.common.dtypes import is_complex
+from jvpreg.common.dtypes import has_tangents, is_complex
 from jvpreg.common.eager import cast
 from jvpreg.common.keras_private import activation_ops, core, math_ops, nn, numpy_ops
 from jvpreg.rules.contract import Declined, Gate, Pushforward
@@ -72,7 +72,7 @@ OVERFLOWING = (numpy_ops.Exp, numpy_ops.Exp2, numpy_ops.Expm1, numpy_ops.Sinh, n
 
 @register_rule(*SLOPES)
 def elementwise(operation, x, context):
-    _decline_complex(operation, x)
+    _decline_others(operation, x)
     y = operation.call(x)
     slope, curvature = SLOPES[type(operation)](x, y), CURVATURES.get(type(operation))
     return y, scale(slope, finite=not isinstance(operation, OVERFLOWING), curvature=curvature)
@@ -81,7 +81,7 @@ def elementwise(operation, x, context):
 @register_rule(numpy_ops.Absolute, numpy_ops.Abs, numpy_ops.Fabs)
 def absolute(operation, x, context):
     """The sign is frozen, 0 at 0."""
-    _decline_complex(operation, x)
+    _decline_others(operation, x)
     sign = ops.sign(x)
 
     def push(tangent, sign):
@@ -114,13 +114,18 @@ ENDS: dict[type, tuple[Callable, Callable, float]] = {
 
 @register_rule(*ENDS)
 def elementwise_with_ends(operation, x, context):
-    _decline_complex(operation, x)
+    _decline_others(operation, x)
     slope, inside, point = ENDS[type(operation)]
     return operation.call(x), scale_to_the_end(x, slope, inside(x), point)
 
 
-def _decline_complex(operation, x) -> None:
-    """Leaves complex numbers to autodiff: there `abs` has no slope, and the domain of a logarithm has no end."""
+def _decline_others(operation, x) -> None:
+    """Leaves complex numbers to autodiff: there `abs` has no slope, and the domain of a logarithm has no end.
+
+    Whole numbers have no tangents, and the backend may have no slope of them.
+    """
+    if not has_tangents(x):
+        raise Declined("its input has no tangents")
     if is_complex(x) and not isinstance(operation, (numpy_ops.Negative, numpy_ops.Square)):
         raise Declined("its input is complex")
 
@@ -201,6 +206,8 @@ def nan_to_num(operation, x, context):
 @register_rule(core.SaturateCast)
 def saturate_cast(operation, x, context):
     """A cast with a slope of 0 beyond the largest number of the dtype."""
+    if not has_tangents(x):
+        return operation.call(x), None
     largest = ops.cast(operation.call(ops.convert_to_tensor(float("inf"), x.dtype)), x.dtype)
 
     def push(tangent, inside):

@@ -5,7 +5,7 @@ import math
 import keras
 from keras import ops
 
-from jvpreg.common.dtypes import is_complex
+from jvpreg.common.dtypes import has_tangents, is_complex
 from jvpreg.common.keras_private import linalg, math_ops, nn, numpy_ops
 from jvpreg.rules.contract import Declined, Gate, Pushforward
 from jvpreg.rules.examples import along
@@ -76,13 +76,13 @@ def norm(operation, x, context):
         return ops.sum(slope * tangent, axis=axes, keepdims=operation.keepdims)
 
     after = along(operation, x.shape)
-    if order == "nuc" or (len(axes) == 2 and order in (2, -2)):
+    if has_tangents(x) and (order == "nuc" or (len(axes) == 2 and order in (2, -2))):
         slope = _slope_of_singular_values(order, x, axes)
         return push(x, slope), Pushforward(push, slope, examples=after)  # ‖A‖ = ⟨slope, A⟩
     # Not by the operation itself: on JAX it takes no list of axes.
     y = ops.norm(x, order, operation.axis and tuple(operation.axis), operation.keepdims)
-    if order == 0:
-        return y, None  # a count
+    if order == 0 or not has_tangents(x):
+        return y, None  # a count, or a norm of whole numbers
     affine = order in (1, math.inf, -math.inf) or (order == -1 and len(axes) == 2)
     masks = [(lambda slope: ops.stack([slope > 0, slope < 0], axis=-1)) if affine else None]
     return y, Gate(push, _slope_of_norm(order, x, axes), masks=masks, examples=after)

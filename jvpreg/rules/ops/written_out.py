@@ -127,7 +127,8 @@ def ptp(operation, x):
 def average(operation, x, weights=None):
     if weights is None:
         return ops.mean(x, axis=operation.axis)
-    weights = ops.cast(weights, x.dtype)
+    dtype = keras.backend.result_type(x.dtype, weights.dtype, float)
+    x, weights = ops.cast(x, dtype), ops.cast(weights, dtype)
     if len(weights.shape) < len(x.shape):
         axis = operation.axis % len(x.shape)
         weights = ops.reshape(weights, [-1 if i == axis else 1 for i in range(len(x.shape))]) + ops.zeros_like(x)
