@@ -55,8 +55,8 @@ def dot_product_attention(operation, query, key, value, context, bias=None, mask
         raise Declined("a soft cap of the logits")
     if bias is not None and len(bias.shape) != 4:
         raise Declined("a bias without axes for examples and heads")
-    own, scale = {"bias": bias, "mask": mask, "scale": scale}, _scale(scale, query.shape[-1])
-    groups = query.shape[2] // key.shape[2]
+    own, groups = {"bias": bias, "mask": mask, "scale": scale}, query.shape[2] // key.shape[2]
+    scale = _scale(scale, query.shape[-1])
 
     # Index legend: b batch, t and s positions of queries and of keys, m heads of keys, g queries' heads for each, h
     # channels; p probes.
@@ -88,8 +88,7 @@ def dot_product_attention(operation, query, key, value, context, bias=None, mask
         bias_tangent = others[0] if bias is not None else None
         query, key, value, probabilities, y, *_ = others[-len(residuals) :]
         moving = others[-1] if given else probabilities
-        images = []
-        moved = []
+        images, moved = [], []
         if query_tangent is not None:
             moved.append(ops.einsum("pbtmgh,bsmh->pbmgts", grouped(query_tangent), key[0]))
         if key_tangent is not None:
@@ -108,5 +107,5 @@ def dot_product_attention(operation, query, key, value, context, bias=None, mask
         return merged(sum(images[1:], images[0]))
 
     # The slopes are those of the exact probabilities all the same.
-    outputs = operation.call(query, key, value, **own) if _is_rounded(query) else y
-    return outputs, Pushforward(push, *residuals, takes_none=True, examples=besides([1, 2, 3], 4))
+    returned = operation.call(query, key, value, **own) if _is_rounded(query) else y
+    return returned, Pushforward(push, *residuals, takes_none=True, examples=besides([1, 2, 3], 4))
