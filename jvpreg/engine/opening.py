@@ -301,7 +301,7 @@ def is_constant(operation, args: tuple, kwargs: dict) -> bool:
     """
     if not is_bare(operation) or isinstance(operation, CONTROL_FLOW):
         return False
-    floats: list = []
+    floats = []
 
     def note(leaf):
         tensor = leaf.primal if isinstance(leaf, Value) else leaf
