@@ -50,6 +50,9 @@ MATRICES_AND_LOSSES = {
     "qr": lambda x: ops.qr(x),
     "qr-wide": lambda x: ops.qr(x[:, :2]),
     "batch-normalization": normalized,
+    "sparse-categorical-crossentropy-of-probabilities": lambda x: ops.sparse_categorical_crossentropy(
+        ops.argmax(x, axis=-1), ops.softmax(x)
+    ),
     "categorical-crossentropy-of-logits": lambda x: ops.categorical_crossentropy(
         ops.softmax(x, axis=1), 2 * x, True, 1
     ),
