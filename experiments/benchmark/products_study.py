@@ -103,7 +103,7 @@ def comparison(
     if expected is None:
         expected = by_autodiff(subject.exact, subject, task)
     chosen = [entry for entry in competitors.entries() if applies(entry, task, expected[0])]
-    steps, firsts, errors, failures = first_calls(subject, task, chosen, expected, config)
+    steps, firsts, errors, failures = first_calls(lambda entry: call(subject, task, entry, config), chosen, expected)
     allowed = config.tolerance
     if not all(found <= allowed for found in errors.values()):
         # Where rounding moves a mask, no product in float32 could be better.
@@ -148,7 +148,7 @@ def applies(entry: Entry, task: Task, outputs: np.ndarray) -> bool:
 
 
 def first_calls(
-    subject: Subject, task: Task, chosen: Sequence[Entry], expected: Sequence[np.ndarray], config: ProductsConfig
+    make: Callable[[Entry], Callable[[], tuple]], chosen: Sequence[Entry], expected: Sequence[np.ndarray]
 ) -> tuple[dict[str, measure.Step], dict[str, float], dict[str, float], dict[str, Exception]]:
     """The calls of the entries, the seconds of each's first one, its error, and what was raised instead; by name."""
     steps: dict[str, measure.Step] = {}
@@ -158,7 +158,7 @@ def first_calls(
     for entry in chosen:
         try:
             start = time.perf_counter()
-            step = call(subject, task, entry, config)
+            step = make(entry)
             received = step()
             firsts[entry.name] = time.perf_counter() - start
             errors[entry.name] = products.worst(received, expected)

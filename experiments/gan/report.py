@@ -37,7 +37,7 @@ def caption(summary: dict[str, Any]) -> str:
         f"{settings['learning_rate']:g}. Penalty: strength × the mean of (‖∇f‖ − 1)², at random points between real "
         "and generated digits. ‖∇f‖: the mean of the critic's gradient, per pixel unit, at 1000 such points, with test "
         "digits. Fréchet distance: of the pixels' means and covariances, between test digits and 1000 generated ones, "
-        f"per pixel unit. {ran_on(summary)}"
+        f"per pixel unit; of 1000 training digits it is {summary['training_digits']:.2g}. {ran_on(summary)}"
     )
 
 

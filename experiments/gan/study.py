@@ -25,27 +25,30 @@ MEASURED = 1000
 def measured(config: GanConfig, console: Console) -> dict[str, Any]:
     """A row a strength, of the cells that are trained now or were before."""
     digits = data.load(DataConfig("digits"))
-    each = list(itertools.product(config.strengths, config.seeds))
     shared = as_plain_dict(config, without=("strengths", "seeds", "folder"))
-    listed = [
-        cells.Cell(
-            Path(config.folder) / "cells" / f"{report.name(strength)}, seed {seed}.json",
-            {**shared, "strength": strength, "seed": seed},
-            functools.partial(trained, config, digits, strength, seed),
+    keyed = [
+        (
+            strength,
+            cells.Cell(
+                Path(config.folder) / "cells" / f"{report.name(strength)}, seed {seed}.json",
+                {**shared, "strength": strength, "seed": seed},
+                functools.partial(trained, config, digits, strength, seed),
+            ),
         )
-        for strength, seed in each
+        for strength, seed in itertools.product(config.strengths, config.seeds)
     ]
 
-    def tell(place: int, result: dict[str, Any]) -> None:
-        console.print(
-            f"{listed[place].path.stem}: ‖∇f‖ {result['norm'][-1]:.3g}, distance {result['distance'][-1]:.3g}"
-        )
+    def told(result: dict[str, Any]) -> str:
+        return f"‖∇f‖ {result['norm'][-1]:.3g}, distance {result['distance'][-1]:.3g}"
 
-    found = cells.work_off(listed, tell)
-    results: dict[float, list] = {strength: [] for strength in config.strengths}
-    for (strength, _), result in zip(each, found, strict=True):
-        results[strength].append(result)
-    return {"rows": [{"strength": strength, "results": those} for strength, those in results.items()]}
+    found = cells.by_key(keyed, console, told)
+    rows = [{"strength": strength, "results": results} for strength, results in found.items()]
+    return {"training_digits": frechet_distance(flat(digits.test), flat(digits.train)[:MEASURED]), "rows": rows}
+
+
+def flat(split: data.Split) -> np.ndarray:
+    """Its digits, `(N, PIXELS)`."""
+    return split.images().reshape(-1, PIXELS)
 
 
 def network(inputs: int, outputs: int, config: GanConfig, last: str | None = None) -> keras.Model:
@@ -68,7 +71,7 @@ def trained(config: GanConfig, digits: data.Dataset, strength: float, seed: int)
     """
     keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
-    real, test = (split.images().reshape(-1, PIXELS) for split in (digits.train, digits.test))
+    real, test = flat(digits.train), flat(digits.test)
     generator, base = network(config.noise, PIXELS, config, "sigmoid"), network(PIXELS, 1, config)
     critic = jvpreg.JacobianModel(base, seed=seed)
     penalties = [jvpreg.regularizers.GradientPenalty(strength)] if strength else []

@@ -19,33 +19,32 @@ from experiments.text import report
 from experiments.text.config import TextConfig
 from experiments.text.grammar import sentences, spelled
 from experiments.text.network import EMBEDDING, network
+from jvpreg.attribution import saliency
 
-NODES = 64
+NODES = 128
 """At which gradients are integrated."""
 
 
 def measured(config: TextConfig, console: Console) -> dict[str, Any]:
     """A row a strength, of the cells that are trained now or were before."""
-    each = list(itertools.product(config.strengths, config.seeds))
     shared = as_plain_dict(config, without=("strengths", "seeds", "folder"))
-    listed = [
-        cells.Cell(
-            Path(config.folder) / "cells" / f"{report.name(strength)}, seed {seed}.json",
-            {**shared, "strength": strength, "seed": seed},
-            functools.partial(trained, config, strength, seed),
+    keyed = [
+        (
+            strength,
+            cells.Cell(
+                Path(config.folder) / "cells" / f"{report.name(strength)}, seed {seed}.json",
+                {**shared, "strength": strength, "seed": seed},
+                functools.partial(trained, config, strength, seed),
+            ),
         )
-        for strength, seed in each
+        for strength, seed in itertools.product(config.strengths, config.seeds)
     ]
 
-    def tell(place: int, result: dict[str, Any]) -> None:
-        accuracy, norm = result["test_accuracy"][-1], result["norm"][-1]
-        console.print(f"{listed[place].path.stem}: {100 * accuracy:.1f}%, ‖J‖_F {norm:.3g}")
+    def told(result: dict[str, Any]) -> str:
+        return f"{100 * result['test_accuracy'][-1]:.1f}%, ‖J‖_F {result['norm'][-1]:.3g}"
 
-    found = cells.work_off(listed, tell)
-    results: dict[float, list] = {strength: [] for strength in config.strengths}
-    for (strength, _), result in zip(each, found, strict=True):
-        results[strength].append(result)
-    return {"rows": [{"strength": strength, "results": those} for strength, those in results.items()]}
+    found = cells.by_key(keyed, console, told)
+    return {"rows": [{"strength": strength, "results": results} for strength, results in found.items()]}
 
 
 def trained(config: TextConfig, strength: float, seed: int) -> dict[str, Any]:
@@ -98,29 +97,22 @@ def explained(model: keras.Model, tokens: np.ndarray, labels: np.ndarray) -> lis
     Returns:
         For each the `words`, the `label`, the `logit`, the `parts` of the words, and the `rest`.
     """
-    words, embedding = [spelled(sentence) for sentence in tokens], model.get_layer(EMBEDDING)
-    (weight,) = embedding.get_weights()
-    nodes, shares = np.polynomial.legendre.leggauss(NODES)
-    gradients, ones = [], np.ones((len(tokens), 1), "float32")
-    # The part of the way grows as t³, since what is normalized turns fastest near 0.
-    times = (nodes + 1) / 2
-    for part in times**3:
-        embedding.set_weights([part * weight])  # to which what it returns is in proportion
-        gradients.append(ops.convert_to_numpy(jvpreg.vjp(model, tokens, ones, at=EMBEDDING)[1]))
-    embedding.set_weights([0 * weight])
-    rest = ops.convert_to_numpy(model(tokens))[:, 0]
-    embedding.set_weights([weight])
+    integrated = saliency.integrated_gradients(
+        model, tokens, num_steps=NODES, at=EMBEDDING, return_convergence_delta=True
+    )
+    parts, errors = (ops.convert_to_numpy(found) for found in integrated)
     logits = ops.convert_to_numpy(model(tokens))[:, 0]
-    parts = np.sum(np.tensordot(1.5 * shares * times**2, gradients, 1) * weight[tokens], axis=-1)
+    rests = logits - (parts.sum(axis=1) - errors)
+    words = [spelled(sentence) for sentence in tokens]
     return [
         {
             "words": spoken,
             "label": float(label[0]),
             "logit": float(logit),
             "parts": contributed[: len(spoken)].tolist(),
-            "rest": float(left),
+            "rest": float(rest),
         }
-        for spoken, label, logit, contributed, left in zip(words, labels, logits, parts, rest, strict=False)
+        for spoken, label, logit, contributed, rest in zip(words, labels, logits, parts, rests, strict=False)
     ]
 
 

@@ -93,7 +93,7 @@ def command(config: VerifyConfig) -> str:
     """The command line of a run."""
     settings, default = as_plain_dict(config), as_plain_dict(VerifyConfig())
     words = [
-        shlex.quote(f"--{key}={json.dumps(value)}")
+        shlex.quote(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
         for key, value in settings.items()
         if value != default[key] and key not in ("folder", "resume")
     ]

@@ -55,11 +55,30 @@ def tokens():
     return keras.Model({"ids": ids}, [keras.layers.Dense(2)(attended), ops.argmax(attended, axis=-1)])
 
 
+TOKENS = Member("tokens", tokens, draws.named(ids=draws.whole(5, 4)), "embedding")
+
+
 def test_tokens_are_differentiated_by_what_their_embedding_returns():
-    one = Member("tokens", tokens, draws.named(ids=draws.whole(5, 4)), "embedding")
-    row = of_products(one)
+    row = of_products(TOKENS)
     assert all(row[name] < 1e-12 for name in FLOAT64), row
     assert row["jacobian"] > 1e-3
+
+
+@pytest.mark.parametrize(
+    "narrowed",
+    [
+        lambda x: ops.cast(x, "float32"),
+        lambda x: ops.segment_sum(x, ops.array([0, 1]), num_segments=2),
+        lambda x: ops.ones(2),
+    ],
+    ids=["cast", "segment_sum", "ones"],
+)
+def test_what_has_float32_whatever_it_is_given_has_float64_within_alone(narrowed):
+    x = ops.convert_to_tensor([1.0, 2.0], "float64")
+    before = narrowed(x).dtype
+    with measure.float64():
+        assert keras.backend.standardize_dtype(narrowed(x).dtype) == "float64"
+    assert narrowed(x).dtype == before
 
 
 class Twice(keras.layers.Layer):
@@ -105,10 +124,11 @@ def test_the_study_writes_the_rows_of_a_zoo(tmp_path, monkeypatch):
     assert "NeRF, fit: ValueError: no." in text
 
 
-def test_a_product_is_timed_beside_the_others():
-    model, x = measure.model_and_inputs(member.named("tutorials", ["SIREN"])[0], TUTORIALS, 2)
+@pytest.mark.parametrize("one", [member.named("tutorials", ["SIREN"])[0], TOKENS], ids=lambda one: one.name)
+def test_a_product_is_timed_beside_the_others(one):
+    model, x = measure.model_and_inputs(one, TUTORIALS, 2)
     row = {}
-    for part in times.figures(model, x, None, VerifyConfig(jit=False), rounds=1, most_calls=1):
+    for part in times.figures(model, x, one.at, VerifyConfig(jit=False), rounds=1, most_calls=1):
         row.update(part)
     assert row["best"] in ("forward_mode", "linearize", "double_vjp", "batch_jacobian")
     assert min(row["trace_seconds"], row["forward_passes"], row["speed_up"]) > 0

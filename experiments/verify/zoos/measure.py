@@ -1,6 +1,7 @@
 """The figures of one model of a zoo, one after the other."""
 
 import contextlib
+import dataclasses
 import tempfile
 import time
 from collections.abc import Iterator
@@ -62,7 +63,7 @@ def figures(member: Member, config: VerifyConfig) -> Iterator[dict[str, Any]]:
 
 @contextlib.contextmanager
 def float64() -> Iterator[None]:
-    """Keras computes in float64, and so do models that cast their numbers to float32 whatever their dtype is."""
+    """Keras computes in float64, and so do models, and parts of Keras, that have float32 whatever they are given."""
 
     def cast(x, dtype):
         narrowed = dtype == "float32" and keras.backend.standardize_dtype(getattr(x, "dtype", "int32")) == "float64"
@@ -126,7 +127,7 @@ def products(at: ZooPoint, random: np.random.Generator) -> Iterator[dict[str, An
     kernel = _kernel(lin.weights)
     along = ops.convert_to_tensor(random.normal(size=kernel.shape))
     yield {"weight": kernel.path}
-    by_weight = ZooPoint(**{**vars(at), "weights": (_place(at.model.variables, kernel),)})
+    by_weight = dataclasses.replace(at, weights=(_place(at.model.variables, kernel),))
     measured = {
         "jvp": lambda: _error(at, lambda lin: joined(lin.jvp(at.tangents(directions)), lin.outputs), expected),
         "vjp": lambda: _error(at, lambda lin: _pulled(at, lin, cotangent), autodiff_vjp(at, cotangent)),

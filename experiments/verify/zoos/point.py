@@ -1,8 +1,9 @@
 """Products with the Jacobian of a model of any inputs and outputs, by jvpreg and by the backend's autodiff."""
 
 import contextlib
+import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +14,6 @@ from keras import ops, tree
 import jvpreg
 from experiments.benchmark import competitors
 from jvpreg.engine.transpose import transpose
-
-STEP = 1e-3
-"""Of finite differences."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +95,7 @@ def point(model: keras.Model, x: Any, at: str | None = None, **options: Any) -> 
         return found
     with watched(model, at) as seen:
         found.outputs()
-    return ZooPoint(
-        model, values, tuple(xs), structure=found.structure, at=at, shape=seen.shape, calls=seen.calls, **options
-    )
+    return dataclasses.replace(found, at=at, shape=seen.shape, calls=seen.calls)
 
 
 @dataclass
@@ -194,33 +190,8 @@ def jvp(at: ZooPoint) -> competitors.Push:
 
 
 def autodiff_jvp(at: ZooPoint, tangents: Sequence) -> Any:
-    """`J u` by the backend: in forward mode, or by two reverse modes where it has none, or by finite differences."""
-    for product in (_forward, _twice_reverse):
-        with contextlib.suppress(NotImplementedError, RuntimeError, TypeError, ValueError, LookupError):
-            return product(at, tangents)
-    return _differences(at.outputs, at.primals, tangents)
-
-
-def _forward(at: ZooPoint, tangents: Sequence) -> Any:
+    """`J u` by the backend's forward mode."""
     return competitors.forward_mode(at)([ops.expand_dims(tangent, 0) for tangent in tangents])[1][0]
-
-
-def _twice_reverse(at: ZooPoint, tangents: Sequence) -> Any:
-    like = ops.zeros_like(ops.stop_gradient(at.outputs(*at.primals)))
-
-    def pull(cotangents):
-        return transpose(lambda primals: [at.outputs(*primals)], at.primals, cotangents)
-
-    return transpose(pull, [like], list(tangents))[0]
-
-
-def _differences(function: Callable, primals: Sequence, tangents: Sequence) -> Any:
-    """Central differences of the fourth order."""
-
-    def moved(steps):
-        return function(*(p + steps * STEP * t for p, t in zip(primals, tangents, strict=True)))
-
-    return (8 * (moved(1) - moved(-1)) - (moved(2) - moved(-2))) / (12 * STEP)
 
 
 def autodiff_vjp(at: ZooPoint, cotangent: Any) -> list:

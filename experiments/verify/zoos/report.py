@@ -90,14 +90,14 @@ def caption(summary: dict[str, Any]) -> str:
     return (
         "Relative errors of jvpreg in float64 without jit, against forward autodiff (`J u`; `∂W`, the derivative "
         "along a random direction of the kernel in the middle of the model), reverse autodiff (`Jᵀ v`) and the model's "
-        "own output (`f(x)`, as `J x` and the contributions of all intercepts); where a model has no forward mode, by "
-        "two reverse modes. at: derivatives by the inputs that are no whole numbers, or, where all are, by what the "
+        "own output (`f(x)`, as `J x` and the contributions of all intercepts). at: derivatives by the inputs that are "
+        "no whole numbers, or, where all are, by what the "
         "layer of this path returns. left: nodes that have no rule and are left to autodiff. fit: two steps with a "
         "JacobianNorm in float32, after which weights have moved and all is finite. save: the trained model from its "
         f".keras file computes the same. {timed if settings['times'] else ''}ok: errors of at most "
         f"{settings['tolerance']:g}, nothing left to autodiff, nothing failed. Batches of {settings['batch_size']}, "
-        "inference mode; random weights as in the tables of whole architectures. Where a model of keras-hub casts to "
-        "float32 whatever its dtype, it is cast to float64 here. "
+        "inference mode; random weights as in the tables of whole architectures. What a model, or Keras "
+        "itself, casts to float32 whatever it is given is of float64 here, for autodiff and for jvpreg. "
         f"{machine['backend']}, Keras {machine['keras']}, {machine['cores']} cores of an {machine['processor']}; s: "
         "seconds of the whole row, compilations included."
     )
