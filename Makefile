@@ -5,14 +5,16 @@ NEWEST_PYTHON ?= python3.13
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 
-.PHONY: quickstart test test-tensorflow test-jax test-torch test-lowest test-newest test-peers docs dist lint clean
+.PHONY: quickstart test test-quick test-slow test-tensorflow test-jax test-torch test-lowest test-newest test-peers
+.PHONY: docs dist lint clean
 
 # Train plain and regularized on embedded digits, offline, and print the comparison and where the plot is.
 quickstart: .venv-tensorflow/installed
 	KERAS_BACKEND=tensorflow WANDB_MODE=offline .venv-tensorflow/bin/python -m experiments compare --config configs/quickstart.yaml
 
-# What must pass before a change lands: lint, types, import contract, and the tests on the TensorFlow backend.
-test: lint test-tensorflow
+# What to run before a change is sent: lint, types, import contracts, and the quick tests on the TensorFlow backend, in
+# about 8 minutes. `.ci/run` runs the others too, and all tests on the other two backends.
+test: lint test-quick
 
 # The documentation site, into site/; a warning is an error. Nothing is fetched but the environment, once.
 docs: .venv-docs/installed
@@ -32,8 +34,13 @@ lint: .venv-tensorflow/installed
 	.venv-tensorflow/bin/lint-imports
 
 # Files in their order: those with the most tests first would put the longest, which have few, to the end.
+PYTEST = -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-quick test-slow: test-%: .venv-tensorflow/installed
+	KERAS_BACKEND=tensorflow .venv-tensorflow/bin/python $(PYTEST) -m "$(if $(filter quick,$*),not )slow" tests jvpreg
+
 test-tensorflow test-jax test-torch: test-%: .venv-%/installed
-	KERAS_BACKEND=$* .venv-$*/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests jvpreg
+	KERAS_BACKEND=$* .venv-$*/bin/python $(PYTEST) tests jvpreg
 
 # An environment for each backend, without the others: nothing may import what its users do not have. Not compiled to
 # bytecode beforehand, which takes half a minute and is mostly of modules that nothing imports.

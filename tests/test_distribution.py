@@ -36,6 +36,7 @@ def found(tmp_path_factory):
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="Keras trains on one device with Torch")
 @pytest.mark.parametrize("case", distributed.CASES)
 def test_several_devices_give_what_one_gives(case, found):

@@ -174,6 +174,7 @@ def test_one_product_in_a_plain_graph(seed):
     assert norm([a - b for a, b in zip(received, expected, strict=True)]) < 1e-10 * norm(expected)
 
 
+@pytest.mark.slow
 def test_the_graphs_are_many_and_varied():
     kinds = {type(layer).__name__ for seed in range(40) for _, layer in Graph(seed).layers}
     assert len(kinds) > 15

@@ -160,6 +160,7 @@ def test_named(name):
     check(NAMED[name], heads=2)
 
 
+@pytest.mark.slow
 def test_programs(request):
     @settings(
         max_examples=request.config.getoption("--fuzz-calls"),

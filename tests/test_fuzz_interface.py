@@ -131,6 +131,7 @@ def test_every_public_name_has_a_row():
     assert not missing, f"without a row in tests/interface.py: {missing}"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_interface(request):
     calls = request.config.getoption("--fuzz-interface")

@@ -580,6 +580,7 @@ def test_unknown_sizes_of_all_axes_but_the_channels(float64, make, rank):
     assert_close(product(points, u), jvpreg.linearize(model, points).jvp(u))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="only TensorFlow has unknown shapes")
 @pytest.mark.parametrize("jit", [False, True])
 def test_unknown_batch_size(jit):

@@ -21,6 +21,7 @@ LINES, LINES_OF_A_FUNCTION = 400, 60
 AT_THE_ROOT = {"__init__", "clone", "linearization", "probes", "products", "tangent_model"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="AutoGraph is TensorFlow's")
 def test_autograph_can_convert_what_runs_in_a_function_of_tensorflow():
     """Otherwise each user of `tf.function` is warned: of a walrus within an `and`, of a type of what is closed over."""

@@ -140,6 +140,7 @@ def test_full_jacobian():
         check(ops.convert_to_numpy(of(found)), ops.convert_to_numpy(of(expected)))
 
 
+@pytest.mark.slow
 def test_a_probe():
     model = network()
     model.compile(loss="mse")
@@ -186,6 +187,7 @@ def test_every_estimator_is_marked():
     assert all("linearization" in inspect.signature(estimator).parameters for estimator in ESTIMATORS.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [np.nan, np.inf])
 def test_penalties_and_violations(number):
     """A ReLU's slope of 0 would hide the example."""

@@ -42,6 +42,7 @@ def test_the_code_of_the_page(page, capsys):
     run(page, capsys, numbers=True)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="one backend is enough: they are of many seconds")
 @pytest.mark.parametrize("page", TRAINING)
 def test_a_page_that_trains(page, capsys, tmp_path, monkeypatch):

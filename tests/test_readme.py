@@ -50,6 +50,7 @@ def run(tmp_path):
     run.finish()
 
 
+@pytest.mark.slow
 def test_the_block_of_the_readme_is_told_whole(tmp_path, monkeypatch, run, capfd):
     """What it leaves in W&B, on disk and on the screen, on every backend, also without TensorFlow."""
     monkeypatch.chdir(tmp_path)
@@ -83,6 +84,7 @@ def test_the_block_of_the_readme_is_told_whole(tmp_path, monkeypatch, run, capfd
     assert [line.split("‖J‖")[0].strip() for line in told] == 2 * ["", "after/conv3:"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="a SavedModel is among what it writes")
 def test_the_code_of_the_tour(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

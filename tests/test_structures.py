@@ -104,6 +104,7 @@ def test_a_list_of_one_stays_a_list():
     assert_close(gradient, 3 * V)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The model does not have any trainable weights")
 def test_estimators_and_penalties_of_a_model_of_a_dict():
     """They take several inputs as one list, for which a model without a graph has no order of its own."""

@@ -309,6 +309,7 @@ def test_an_operation_that_would_need_autodiff_is_an_error():
 # ---------------------------------------------------------------- exported
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras exports a SavedModel from Torch by torch_xla, of an older Torch")
 @pytest.mark.parametrize("make", MODELS)
 def test_saved_model_has_no_gradients(make, tmp_path):
@@ -328,6 +329,7 @@ def test_saved_model_has_no_gradients(make, tmp_path):
     assert not [node.name for node in nodes if "gradient" in node.name.lower()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="the converter is TensorFlow's")
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated:UserWarning")
 @pytest.mark.parametrize("make", [*MODELS, globally_pooled])
@@ -354,6 +356,7 @@ def test_litert_runs_on_its_own_operations(make, tmp_path):
 
 # On TensorFlow attention is left out: its export is right, but tf2onnx tries all orders of an einsum's indices, which
 # takes half a minute.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # Warnings of the converters.
 @pytest.mark.parametrize("make", MODELS if BACKEND != "tensorflow" else [convolutional, recurrent])
 def test_onnx(make, tmp_path):

@@ -58,6 +58,7 @@ def example():
     return model, x, u, reference
 
 
+@pytest.mark.slow
 def test_our_jvp_is_right_under_xla(example):
     import tensorflow as tf
 
@@ -71,6 +72,7 @@ def test_our_jvp_is_right_under_xla(example):
     assert relative_error(jvpreg.jvp(model, x, u)[1], reference) < 1e-4
 
 
+@pytest.mark.slow
 def test_the_forward_accumulator_is_wrong_under_xla(example):
     """Documents TensorFlow 2.21 on CPU: 0.05 to 0.15 on networks such as this one.
 
@@ -95,6 +97,7 @@ def test_the_forward_accumulator_is_wrong_under_xla(example):
     assert jitted > 1e-2, f"TensorFlow {tf.__version__} is now right to {jitted:.1e} under XLA: update the documents"
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_penalty_is_right_under_xla(example):
     """By the weights, against the same gradient without XLA in float64."""
     import tensorflow as tf

@@ -100,6 +100,7 @@ def smooth(activation="tanh"):
     return randomize(keras.Model(x, layers.Dense(2)(layers.Dense(6, activation=activation)(y))))
 
 
+@pytest.mark.slow
 def test_gauss_legendre_nodes_are_for_smooth_models():
     """Of a smooth model their error falls as no power of the step; the gradient of a ReLU jumps, for either rule."""
     x = np.abs(normal(3, 4, 4, 2))

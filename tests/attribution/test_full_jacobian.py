@@ -114,6 +114,7 @@ def test_the_parts_sum_to_the_output(make):
 
 
 # `with_roots` is left out: on TensorFlow and on JAX the gradient of its plain loss is NaN already.
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [padded_with_infinity, masked_with_infinity])
 def test_a_penalty_on_the_full_jacobian_is_finite_where_values_are_not(make):
     model, x = made(make)

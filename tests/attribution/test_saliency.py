@@ -55,6 +55,7 @@ def vectors():
     return keras.Sequential([keras.Input((3,)), layers.Dense(2)])
 
 
+@pytest.mark.slow
 def test_integrated_gradients_sum_to_the_difference():
     model = network("tanh")
     largest = numpy(model(X)).argmax(axis=1)
@@ -113,6 +114,7 @@ def test_grad_cam_is_its_formula():
     assert received.max() > 0
 
 
+@pytest.mark.slow
 def test_the_figure_has_a_row_an_image_and_a_column_a_method(tmp_path):
     model = network()
     maps = {name: method(model, X) for name, method in saliency.METHODS.items()}

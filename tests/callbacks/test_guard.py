@@ -54,6 +54,7 @@ def test_it_warns_once_for_each_time_and_goes_on():
     assert len([w for w in warned if "jacobian/spectral_norm" in str(w.message)]) == 3
 
 
+@pytest.mark.slow
 def test_a_healthy_run_is_left_alone():
     probe = JacobianProbe(data(4)[0], ["frobenius_norm"], every_epochs=2)
     guard = JacobianGuard(probe)
@@ -160,6 +161,7 @@ def test_what_it_cannot_guard_is_told_before_training_begins():
         fit(make_model(), JacobianGuard(JacobianProbe(data(4)[0])), NeverBegins())
 
 
+@pytest.mark.slow
 def test_a_guard_before_its_probe_is_warned_of():
     probe, other = (JacobianProbe(data(4)[0], ["frobenius_norm"], prefix=prefix) for prefix in ("jacobian", "other"))
     with pytest.warns(UserWarning, match="JacobianGuard stands before JacobianProbe"):

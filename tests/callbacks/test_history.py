@@ -47,6 +47,7 @@ def assert_same(one, other):
         np.testing.assert_array_equal(left, right)
 
 
+@pytest.mark.slow
 def test_it_is_there_again_after_a_kill(tmp_path):
     def callbacks():
         probe = JacobianProbe(data(4)[0], EVERY_KIND, blocks=["last"], folder=tmp_path / "probe")
@@ -78,6 +79,7 @@ def test_it_is_there_again_after_a_kill(tmp_path):
         assert_same(again.history[2][name], value)
 
 
+@pytest.mark.slow
 def test_a_fit_that_begins_anew_drops_what_was_there(tmp_path):
     probe = JacobianProbe(data(4)[0], ["frobenius_norm"], every_epochs=2, folder=tmp_path)
     model = make_model()
@@ -117,6 +119,7 @@ def test_what_another_probe_measured_is_told_and_left_out(tmp_path, size, metric
     assert list(probe.history) == [1]
 
 
+@pytest.mark.slow
 def test_pictures_of_a_resumed_run_are_those_of_the_whole(tmp_path):
     pytest.importorskip("matplotlib")
     model, x = make_model(), data(4)[0]

@@ -31,6 +31,7 @@ def test_tensorboard_has_the_scalars(tmp_path):
         assert found == [(i, pytest.approx(value, rel=1e-5)) for i, value in enumerate(history[key])]
 
 
+@pytest.mark.slow
 def test_tensorboard_has_every_scalar_without_tensorflow_too(tmp_path):
     pytest.importorskip("matplotlib")
     model = make_model(wrapped=True)
@@ -54,6 +55,7 @@ def test_tensorboard_has_every_scalar_without_tensorflow_too(tmp_path):
         assert [event.value for event in found] == pytest.approx([killed[key][0], *values], nan_ok=True)
 
 
+@pytest.mark.slow
 def test_pictures_as_files_and_in_tensorboard(tmp_path):
     pytest.importorskip("matplotlib")
     probe = JacobianProbe(data(10)[0], ["frobenius_norm", "spectral_density"], blocks=["first"], every_epochs=2)
@@ -72,6 +74,7 @@ def test_pictures_as_files_and_in_tensorboard(tmp_path):
         assert images[-1].encoded_image_string == files[f"{name.replace('/', '-')}.png"]
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_now_and_then_and_at_the_end(tmp_path):
     pytest.importorskip("matplotlib")
     probe = JacobianProbe(data(10)[0], ["frobenius_norm"])

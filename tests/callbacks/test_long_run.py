@@ -14,6 +14,7 @@ def rows():
     return long_run.run(steps=6 * EVERY, every=EVERY, epochs=2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="nothing is traced")
 @pytest.mark.parametrize("traced", ["step traces", "probe traces"])
 def test_nothing_is_traced_after_the_first_measurement(traced, rows):

@@ -53,6 +53,7 @@ def test_it_follows_the_weights(wrapped):
     np.testing.assert_allclose(probe.values["frobenius_norm"].value, norms[-1], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "JacobianModel"])
 def test_training_goes_on_as_if_nobody_looked(wrapped):
     states, histories = [], []
@@ -131,6 +132,7 @@ def test_batches_are_measured_when_several_run_at_once():
     assert seen == [False, True, True]
 
 
+@pytest.mark.slow
 def test_a_logger_before_it_is_warned_of(tmp_path):
     probe = JacobianProbe(data(10)[0], ["frobenius_norm"])
     logger = keras.callbacks.CSVLogger(tmp_path / "log.csv")
@@ -138,6 +140,7 @@ def test_a_logger_before_it_is_warned_of(tmp_path):
         fit(make_model(wrapped=True), logger, probe)
 
 
+@pytest.mark.slow
 def test_the_prefix_and_one_example():
     probe = JacobianProbe(data(1)[0], ["spectral_norm"], prefix="health")
     history = fit(make_model(), probe).history
@@ -230,6 +233,7 @@ def jacobians(model, x):
     return [ops.convert_to_numpy(part.jacobian()) for part in (lin, lin.after("first"), lin.block("first"))]
 
 
+@pytest.mark.slow
 def test_any_estimator_any_function_any_part_any_class():
     x, labels = data(10)
     model = make_model()
@@ -330,6 +334,7 @@ def test_the_result_says_whether_it_was_iterated():
         np.testing.assert_allclose(probe.values[name].value, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_every_estimator_by_name():
     """All of them of a square Jacobian, for which all of them are defined but that of a layer of its own."""
     model = keras.Sequential([keras.Input((6,)), layers.Dense(6, activation="tanh"), layers.Dense(6)])

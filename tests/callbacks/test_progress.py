@@ -28,6 +28,7 @@ def test_the_bar_is_keras_own_and_the_jacobian_stands_beneath(capfd, verbose):
     assert {"loss", *probe.keys} == set(history)
 
 
+@pytest.mark.slow
 def test_silence_is_silence(capfd):
     probe = JacobianProbe(data(6)[0], ["frobenius_norm"])
     fit(make_model(), probe, JacobianProgbarLogger(probe), verbose=0)

@@ -65,6 +65,7 @@ def config_of(folder):
     return [json.loads(update.value_json) for update in updates if update.key == "jacobian"][-1]
 
 
+@pytest.mark.slow
 def test_a_row_an_epoch_with_numbers_histograms_and_pictures(tmp_path):
     """Each epoch has a row, measured or not, with everything in `logs`; `fit` itself is not changed."""
     probe = JacobianProbe(data(10)[0], SPECTRUM, every_epochs=2, prefix="val_jacobian", seed=4)
@@ -103,6 +104,7 @@ def test_a_row_an_epoch_with_numbers_histograms_and_pictures(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_several_loggers_write_one_row(tmp_path):
     """Loggers of two probes, one of which finds nothing finite, and W&B's own callback; batches are logged too."""
     one = JacobianProbe(data(4)[0], ["frobenius_norm"], every_batches=2)
@@ -128,6 +130,7 @@ def test_several_loggers_write_one_row(tmp_path):
     assert set(config_of(tmp_path)["probes"]) == {"jacobian", "other"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_once", [1, 2])
 def test_a_resumed_run_is_told_whole(tmp_path, at_once):
     if at_once > 1 and keras.backend.backend() == "torch":

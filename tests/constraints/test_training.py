@@ -52,6 +52,7 @@ def slopes(model, x):
     return numbers(jvpreg.jacobian(model.base, x))[:, 0, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compilation", COMPILATIONS, ids=str)
 def test_the_violation_is_a_metric_in_training_and_validation(compilation):
     x, y = data()
@@ -76,6 +77,7 @@ def test_the_violation_is_a_metric_in_training_and_validation(compilation):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compilation", COMPILATIONS, ids=str)
 def test_multipliers_grow_by_the_mean_violation_of_the_steps_between(compilation):
     x, y = data()
@@ -96,6 +98,7 @@ def test_multipliers_grow_by_the_mean_violation_of_the_steps_between(compilation
     )
 
 
+@pytest.mark.slow
 def test_multipliers_are_saved_and_restored_and_grow_on(tmp_path):
     x, y = data()
 
@@ -122,6 +125,7 @@ def test_multipliers_are_saved_and_restored_and_grow_on(tmp_path):
     np.testing.assert_array_equal(numbers(other.penalty_metrics[0].carried), numbers(model.penalty_metrics[0].carried))
 
 
+@pytest.mark.slow
 def test_an_augmented_lagrangian_holds_what_a_penalty_that_starts_as_it_does_does_not():
     x = np.linspace(-1, 1, 64).reshape(-1, 1).astype("float32")
     y = x**2  # Falls on the left.
@@ -258,6 +262,7 @@ def test_every_kth_step_and_a_part_of_the_batch(arguments):
     np.testing.assert_allclose(means[np.isfinite(means)], missing, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_targets_are_kept_from_the_loss_and_the_metrics():
     x, y = data(8)
     targets = np.random.default_rng(1).normal(size=(8, 2)).astype("float32")
@@ -271,6 +276,7 @@ def test_targets_are_kept_from_the_loss_and_the_metrics():
     assert "val_known_derivative/violation_max" in history
 
 
+@pytest.mark.slow
 def test_known_derivatives_are_learned():
     x = np.linspace(-1, 1, 32).reshape(-1, 1).astype("float32")
     keras.utils.set_random_seed(0)

@@ -130,6 +130,7 @@ def test_the_weight_gradient_is_that_of_finite_differences(index):
     np.testing.assert_allclose((ahead - behind) / (2 * size), slope, rtol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compilation", COMPILATIONS, ids=str)
 def test_it_learns_and_the_teacher_stays(compilation):
     x, y = batch()
@@ -185,6 +186,7 @@ def test_each_network_runs_once_and_is_pulled_back_once(monkeypatch):
     np.testing.assert_allclose(moved, 0.99 * moving + 0.01 * mean, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 def test_sample_weights_weigh_the_distances():
     x, y = batch()
@@ -233,6 +235,7 @@ def test_activation_matching_in_the_distiller_of_keras():
         keras.distillation.Distiller(teacher(), student(), [JacobianMatching(0.5)])
 
 
+@pytest.mark.slow
 def test_losses_of_the_model_itself_are_kept():
     x, y = batch()
 
@@ -262,6 +265,7 @@ def test_losses_of_the_model_itself_are_kept():
         np.testing.assert_allclose(received, of_plain_teacher, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_with_jacobian_regularizers():
     x, y = batch()
     regularizers = [jvpreg.regularizers.FullJacobianNorm(0.1)]
@@ -277,6 +281,7 @@ def test_with_jacobian_regularizers():
         distill(all_losses(), jacobian_regularizers=[jvpreg.regularizers.JacobianNorm(0.1, name="softened")])
 
 
+@pytest.mark.slow
 def test_a_weight_of_zero_reports_only():
     x, y = batch()
     alone, measured = (distill([ActivationMatching(1.0), *more], 0.1) for more in ([], [JacobianMatching(0.0)]))
@@ -287,6 +292,7 @@ def test_a_weight_of_zero_reports_only():
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_evaluation_can_leave_the_distances_out():
     x, y = batch()
     distiller = distill(all_losses(), jacobian_evaluate=False)

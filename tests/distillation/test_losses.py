@@ -265,6 +265,7 @@ def test_without_labels():
     assert distiller.train_on_batch(x, return_dict=True)["jacobian_matching_angle"] > 0
 
 
+@pytest.mark.slow
 def test_a_student_that_was_given_no_input_shape():
     x, y = batch()
     model = keras.Sequential([layers.Flatten(), layers.Dense(3)])
@@ -272,6 +273,7 @@ def test_a_student_that_was_given_no_input_shape():
     assert distiller.fit(x, y, verbose=0).history["jacobian_matching"][0] > 0
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_a_jacobian_model():
     x, y = batch()
     losses = [JacobianMatching(1.0), AttentionMatching(1.0, [("relu1", "tanh2")])]
@@ -302,6 +304,7 @@ def test_a_loss_of_one_s_own():
     np.testing.assert_allclose(evaluated(distiller, cached, y)["label_matching"], expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_mixed_precision(policy):
     x, y = batch()

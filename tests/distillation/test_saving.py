@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import pytest
 from keras import layers
 
 import jvpreg
@@ -9,6 +10,7 @@ from tests.compare import numpy
 from tests.distillation.networks import all_losses, batch, distill, student, teacher
 
 
+@pytest.mark.slow
 def test_a_loaded_distiller_trains_on_as_the_original_would(tmp_path):
     x, y = batch()
     losses = [*all_losses(), keras.distillation.LogitsDistillation(2.0)]
@@ -33,6 +35,7 @@ def test_a_loaded_distiller_trains_on_as_the_original_would(tmp_path):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_the_student_alone_is_a_plain_model(tmp_path):
     x, y = batch()
     distiller = distill(all_losses(), optimizer=1e-4)
@@ -53,6 +56,7 @@ def test_a_loaded_model_that_was_not_compiled(tmp_path):
     np.testing.assert_array_equal(numpy(loaded(x)), numpy(distiller(x)))
 
 
+@pytest.mark.slow
 def test_the_teacher_may_have_dropout():
     noisy = keras.Sequential([*teacher().layers[:-1], layers.Dropout(0.5), teacher().layers[-1]])
     noisy.build((None, 8, 8, 2))

@@ -14,6 +14,7 @@ def cacheable(target):
     return [loss for loss in all_losses(target) if not loss.draws]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["label", "predicted"])
 def test_it_trains_as_with_the_teacher_beside_it(target, monkeypatch):
     x, y = batch()
@@ -57,6 +58,7 @@ def test_what_is_cached():
     assert data["inputs"] is x
 
 
+@pytest.mark.slow
 def test_several_inputs():
     def network(seed):
         keras.utils.set_random_seed(seed)

@@ -339,6 +339,7 @@ def test_a_cell_that_draws_or_mixes_is_frozen_step_by_step(float64):
     assert_close(jvpreg.jvp(model, x, u)[1], moved, 1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="only TensorFlow has unknown shapes")
 @pytest.mark.parametrize("kind", ["mixed", "opened", "left to autodiff"])
 def test_an_unknown_number_of_probes(float64, caplog, kind):
@@ -364,6 +365,7 @@ def test_an_unknown_number_of_probes(float64, caplog, kind):
     assert not [record.getMessage() for record in caplog.records if "AutoGraph" in record.getMessage()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="the kernels are TensorFlow's")
 @pytest.mark.parametrize("num_probes", [1, 3])
 @pytest.mark.parametrize("batch", [None, 2])

@@ -68,6 +68,7 @@ def test_control_flow(kind):
     assert check_call(CONTROL_FLOW[kind], normal(2, 3)).fallbacks == {}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 def test_control_flow_in_training():
     """The penalty's step in the compiled function, against the same layer written out."""
@@ -92,6 +93,7 @@ def test_control_flow_in_training():
     assert_close(found[0][1], found[1][1], 1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
     "kind", ["a long scan", "while_loop", "the other branch", "a loop in a branch in a loop", "map", "vectorized_map"]

@@ -118,6 +118,7 @@ def test_the_patterns_are_those_that_their_names_say():
 # Recurrent layers.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["rows"] if JAX else PATTERNS)
 def test_lstm(float64, pattern):
     check(masked_model(layers.LSTM(2), layers.Dense(2), pattern=pattern))
@@ -483,6 +484,7 @@ def test_a_penalty_on_a_masked_block():
 # Training.
 
 
+@pytest.mark.slow
 def test_a_masked_model_trains_and_its_loss_weighs_by_the_mask():
     base = masked_model(layers.Dense(3, activation="tanh"), layers.GRU(2, return_sequences=True), pattern="right")
     plain = keras.models.clone_model(base)

@@ -147,6 +147,7 @@ def test_a_jacobian_model_is_looked_through(net):
     assert list(jvpreg.layer_paths(jvpreg.JacobianModel(net))) == list(jvpreg.layer_paths(net))
 
 
+@pytest.mark.slow
 def test_penalties_and_probes_take_paths(net):
     model = jvpreg.JacobianModel(net)
     penalty = jvpreg.regularizers.BiasJacobianNorm(0.1, layers=["blocks.0", "named.conv"])

@@ -25,6 +25,7 @@ def test_architecture(float64, case):
     jvpreg.testing.check_rule(case.make(), case.input_shape, jit=JAX, **case.arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch.compile takes half a minute a model")
 @pytest.mark.skipif(JAX, reason="as all architectures are")
 def test_architecture_compiled(float64):
@@ -302,6 +303,7 @@ def test_a_call_may_give_layers_a_mode_of_their_own(float64, modes, training):
     assert_close([w.value for w in ours.weights], [w.value for w in theirs.weights])
 
 
+@pytest.mark.slow
 def test_a_token_at_the_head_of_each_sequence(float64):
     """A weight is repeated for each example; examples are cut out, also from a batch of unknown size."""
 
@@ -431,6 +433,7 @@ def test_an_activation_without_a_rule_is_opened_up(float64):
     assert "dense/activation/tanh" in jvpreg.linearize(model, normal(2, 3), fallback="error").intercepts
 
 
+@pytest.mark.slow
 def test_a_quantized_layer():
     model = keras.Sequential([keras.Input((4,)), layers.Dense(2, name="rounded")])
     model.layers[0].quantize("int8")

@@ -168,6 +168,7 @@ def test_products_in_chunks(count):
     np.testing.assert_allclose(numbers([of_matrix.basis()])[0][:, 1], np.eye(4))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND == "torch", reason="Torch runs it as it is")
 @pytest.mark.parametrize("name", COMPILED)
 def test_compiled_it_is_the_same_and_compiled_once(name):
@@ -190,6 +191,7 @@ def test_compiled_it_is_the_same_and_compiled_once(name):
     assert np.abs(received[0][0] - received[1][0]).max() > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="others have no unknown sizes")
 def test_a_batch_of_unknown_size_in_one_graph():
     """One graph holds all estimators, and two batch sizes run through it."""

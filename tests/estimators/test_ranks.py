@@ -54,6 +54,7 @@ def test_of_a_zero_jacobian_and_of_a_low_rank_without_its_matrix(estimator):
     assert abs(found.value[1] - 1) < 5 * found.sem[1]
 
 
+@pytest.mark.slow
 def test_the_stable_rank_over_seeds():
     values = np.linspace(0.2, 3, 40)
     matrix = with_singular_values(values, 45, 40)

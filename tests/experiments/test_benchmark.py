@@ -82,6 +82,7 @@ def test_a_wrong_product_gets_no_time(weights_config, tmp_path, monkeypatch):
     assert not study.is_right(float("nan"), weights_config)
 
 
+@pytest.mark.slow
 def test_several_probes_through_convolutions_and_pooling_are_checked(weights_config):
     config = dataclasses.replace(weights_config, model=ModelConfig("vgg4", 2), image_size=8, num_probes=2)
     model = entries.plain_model(config)
@@ -125,6 +126,7 @@ def probe_summary(probe_config):
         return probe_study.STUDY.run(probe_config)
 
 
+@pytest.mark.slow
 def test_a_probe_is_checked_and_timed_and_never_traced_again(probe_summary):
     rows = {row["name"]: row for row in probe_summary["entries"]}
     assert set(rows) == {*PROBED, "wrong"}
@@ -234,6 +236,7 @@ def biases_config(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_bias_penalties_are_checked_and_timed(biases_config):
     summary = biases_study.STUDY.run(biases_config)
     rows = {row["name"]: row for row in summary["entries"]}
@@ -271,6 +274,7 @@ def distill_config(tmp_path_factory):
     )
 
 
+@pytest.mark.slow
 def test_distillation_is_checked_and_timed(distill_config):
     summary = distill_study.STUDY.run(distill_config)
     rows = {row["name"]: row for row in summary["entries"]}
@@ -284,6 +288,7 @@ def test_distillation_is_checked_and_timed(distill_config):
     assert "double backpropagation, the same" in table
 
 
+@pytest.mark.slow
 def test_a_wrong_distance_is_seen(distill_config, monkeypatch):
     monkeypatch.setitem(distill_study.WEIGHTS, "jacobian", 0.02)
     made = distill_study.losses(*[distill_study.network(distill_config, role) for role in ("teacher", "student")])

@@ -80,6 +80,7 @@ def measured():
     return row
 
 
+@pytest.mark.slow
 @pytest.mark.every_backend
 def test_every_competitor_is_right_and_timed(measured):
     assert (measured["input_shape"], measured["output_shape"]) == ([6, 6, 2], [3])
@@ -141,6 +142,7 @@ def registered(monkeypatch):
     monkeypatch.setattr(architectures, "ARCHITECTURES", (SMALL, SMOOTH))
 
 
+@pytest.mark.slow
 @pytest.mark.every_backend
 def test_several_directions_are_pushed_at_once(registered, tmp_path):
     config = ProbesConfig(architecture="small", counts=[3, 1], folder=str(tmp_path), **CONFIG)

@@ -71,6 +71,7 @@ def test_the_files_of_the_memory_say_the_same(summary, config):
     assert summary["machine"]["processor"] in text
 
 
+@pytest.mark.slow
 def test_a_process_measures_what_an_entry_holds(config):
     larger = dataclasses.replace(config, image_size=32, batch_size=64, model=ModelConfig("vgg4", 8))
     found = memory_study.sizes_of("linearization", "eager", larger)

@@ -41,6 +41,7 @@ def summary(config):
     return scale_study.STUDY.run(config)
 
 
+@pytest.mark.slow
 def test_every_point_is_checked_and_timed(summary):
     assert list(summary["axes"]) == ["batch", "width", "depth", "probes"]
     for axis, row in summary["axes"].items():

@@ -42,6 +42,7 @@ def summary(config):
         return step_study.STUDY.run(config)
 
 
+@pytest.mark.slow
 @pytest.mark.every_backend
 def test_every_entry_is_checked_and_timed(summary):
     rows = {row["name"]: row for row in summary["entries"]}
@@ -58,6 +59,7 @@ def test_every_entry_is_checked_and_timed(summary):
     assert rows["plain"]["ratio"] == 1
 
 
+@pytest.mark.slow
 def test_convolutions_pooling_and_normalization_are_checked_too(config):
     config = dataclasses.replace(config, model=ModelConfig("vgg4", 2), image_size=8)
     derivatives = {"norm_fraction": "frozen", "double_backpropagation": "coupled"}
@@ -113,6 +115,7 @@ def test_an_entry_without_enough_memory_is_named_and_the_others_go_on(config, mo
         processes.out_of_memory(ValueError("wrong shape"))
 
 
+@pytest.mark.slow
 def test_the_peak_memory_is_that_of_a_process_of_its_own(config):
     ballast = bytes(10**9)  # which the other process must not inherit
     assert 0 < step_study.peak_bytes("plain", config) < len(ballast)

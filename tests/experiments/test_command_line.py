@@ -139,6 +139,7 @@ def test_the_command_line_overrides_the_file():
     assert config.model.width == yaml.safe_load(file.read_text())["model"]["width"]
 
 
+@pytest.mark.slow
 def test_every_configuration_in_the_repository_is_valid():
     files = sorted(CONFIGS.glob("*.yaml"))
     assert len(files) >= 6

@@ -42,6 +42,7 @@ def summary(config):
     return compare(config)
 
 
+@pytest.mark.slow
 def test_the_penalty_shrinks_the_jacobian(summary):
     plain, regularized = summary["rows"]
     assert (plain["run"], regularized["run"]) == ("plain", "strength 0.1")
@@ -72,6 +73,7 @@ def test_the_files_say_the_same(summary, config):
     assert summary["machine"]["processor"] in lines[-1]
 
 
+@pytest.mark.slow
 def test_finished_runs_are_not_trained_again(summary, config, monkeypatch):
     monkeypatch.setattr("experiments.train.train_on", lambda *arguments: pytest.fail("trained again"))
     again = compare(config)

@@ -114,6 +114,7 @@ def test_without_tensorflow_the_error_says_what_to_install(monkeypatch):
         data.load(DataConfig(name="cifar10"))
 
 
+@pytest.mark.slow
 def test_without_data_and_network_the_error_comes_in_seconds_and_says_what_to_do(tmp_path):
     pytest.importorskip("tensorflow")
     closed = "http://127.0.0.1:9"  # a proxy that refuses: no network, wherever the test runs

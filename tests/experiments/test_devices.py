@@ -55,6 +55,7 @@ def assert_same(found, expected):
         np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=1e-5, err_msg=key)
 
 
+@pytest.mark.slow
 @pytest.mark.every_backend
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_two_devices_give_what_one_gives(layout, trained):

@@ -45,6 +45,7 @@ def summary(config):
     return study.STUDY.run(config)
 
 
+@pytest.mark.slow
 def test_the_files_say_the_same(summary, config):
     folder = Path(config.folder)
     assert json.loads((folder / "estimators.json").read_text()) == json.loads(json.dumps(summary))

@@ -139,6 +139,7 @@ def trials(server, tmp_path_factory):
     return Trials(server, tmp_path_factory.mktemp("kills"))
 
 
+@pytest.mark.slow
 def test_kills(request):
     """Prints a table of what was tried, and of what differs."""
     count = request.config.getoption("--kills")

@@ -69,6 +69,7 @@ def finished(tmp_path_factory):
     return result, RunFolder(path)
 
 
+@pytest.mark.slow
 @pytest.mark.every_backend
 def test_the_folder_holds_what_it_promises(finished):
     result, folder = finished
@@ -109,6 +110,7 @@ def test_the_offline_wandb_run_has_every_epoch_and_the_jacobian(finished):
     assert "jacobian/top_singular_values_history/path" in rows[-1]
 
 
+@pytest.mark.slow
 def test_strength_zero_trains_the_plain_model(tmp_path, capsys):
     config = small(tmp_path / "plain", jacobian=JacobianConfig(strength=0.0), epochs=1)
     train(config)
@@ -260,6 +262,7 @@ def test_a_teacher_whose_folder_is_damaged_is_told(tmp_path):
         trained_dataset(str(folder.path))
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_backup_and_is_told(tmp_path, monkeypatch, capsys):
     folder, config = backed_up(tmp_path)
     write = zipfile.ZipFile.writestr

@@ -48,6 +48,7 @@ class Twice(layers.Layer):
         return 2 * x
 
 
+@pytest.mark.slow
 @pytest.mark.every_backend
 @pytest.mark.parametrize("architecture", [RNN, Architecture("small", (6, 6, 2), small)], ids=lambda a: a.name)
 def test_an_architecture_is_measured(architecture):

@@ -107,6 +107,7 @@ def normalized_cell():
     return keras.Model([x, z], x + 0.1 * layers.BatchNormalization()(ops.tanh(layers.Dense(3)(z + x))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "arguments"),
     [
@@ -169,6 +170,7 @@ def test_the_iterate_that_follows_is_returned(solver):
     )
 
 
+@pytest.mark.slow
 def test_expansive_linear_systems(float64):
     """A window of GMRES has fewer dimensions, so it restarts. The residual of plain iteration does not shrink."""
     matrix, rhs = normal(2, 26, 26), normal(2, 26, seed=1)

@@ -33,6 +33,7 @@ def jitted(function):
     return jax.jit(function)
 
 
+@pytest.mark.slow
 def test_gradients_of_penalties_against_finite_differences(float64):
     """Penalties `‖J u‖²`, `‖Jᵀ v‖²`, `‖∂_z f ε‖²`; gradients by the weights of the cell and of layers before it."""
     model = make_model(tanh_cell(), **TIGHT)
@@ -81,6 +82,7 @@ def test_spectral_radius():
 JIT = {"tensorflow": [False, True], "jax": [True], "torch": [False]}[keras.backend.backend()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jit", JIT)
 def test_fit(jit, tmp_path):
     """Penalties on the Jacobians of the model and of the cell, batch statistics in the cell, validation and a probe.
@@ -124,6 +126,7 @@ def test_fit(jit, tmp_path):
     assert np.all(np.isfinite(loaded.train_on_batch(x, y)))
 
 
+@pytest.mark.slow
 def test_the_penalty_makes_iterations_fewer():
     x, y = normal(8, 2).astype("float32"), np.zeros((8, 2))
     model = jvpreg.JacobianModel(make_model(tanh_cell(), tolerance=1e-5, unconverged="ignore"))
@@ -204,6 +207,7 @@ def affine_layer(**arguments):
     return FixedPoint(Affine(), **{"state_shape": (2,), "tolerance": 1e-6, **arguments})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["picard", "anderson", "broyden"])
 def test_an_example_that_fails_does_not_harm_the_others(solver):
     """One example expands (plain iteration goes to infinity), one has no fixed point, and one is NaN from the start."""
@@ -348,6 +352,7 @@ def test_mixed_precision(policy):
     np.testing.assert_allclose(received, expected, atol=0.02 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_a_tangent_model_is_saved(tmp_path):
     model = make_model(tanh_cell(), tolerance=1e-5, unconverged="error")
     x, u = (normal(4, 2, seed=seed).astype("float32") for seed in range(2))

@@ -89,6 +89,7 @@ def penalties(model, carried, held):
     return np.array(found)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 def test_all_of_them_see_what_a_model_after_the_layer_shows():
     base, rows = model_of_tokens(), listed()
@@ -181,6 +182,7 @@ def test_where_sizes_are_not_known_the_first_step_tells():
         model.train_on_batch(TOKENS, np.ones((4, 1)))
 
 
+@pytest.mark.slow
 def test_a_model_that_looks_at_a_layer_is_saved_with_it(tmp_path):
     """In mixed precision, on a part of the batch, compiled by XLA where there is XLA."""
     keras.config.set_dtype_policy("mixed_bfloat16")

@@ -51,6 +51,7 @@ def test_what_has_no_axis_for_the_examples_is_drawn_as_it_is():
     np.testing.assert_array_equal(numpy(lin.from_examples(name, lin.by_example(name, drawn, probed=True))), drawn)
 
 
+@pytest.mark.slow
 def test_draws_go_with_the_examples_wherever_they_are():
     model, x = randomize(over_steps()), normal(2, 5, 3)
     lin = jvpreg.linearize(model, x)

@@ -47,6 +47,7 @@ def one_of_each_class(model):
     return x[[np.flatnonzero(largest == c)[0] for c in range(3)]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{}, {"jacobian_interval": 2}], ids=str)
 def test_one_iteration_a_step_arrives_at_the_largest_singular_value(arguments):
     model = jvpreg.JacobianModel(base())
@@ -59,6 +60,7 @@ def test_one_iteration_a_step_arrives_at_the_largest_singular_value(arguments):
     np.testing.assert_allclose(history[-1 if not arguments else -2], expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_more_iterations_a_step_arrive_in_fewer():
     model = jvpreg.JacobianModel(base())
     x, y = data()
@@ -71,6 +73,7 @@ def test_more_iterations_a_step_arrive_in_fewer():
     np.testing.assert_allclose(estimates[2], squared_norms(model.base, x).mean(), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_the_gradient_is_that_of_the_squared_norm():
     model = jvpreg.JacobianModel(base())
     x, y = data()
@@ -95,6 +98,7 @@ def test_the_gradient_is_that_of_the_squared_norm():
         np.testing.assert_allclose(np.sum(moved[index] * direction), expected, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_what_is_carried_outlives_epochs_evaluation_and_a_file(tmp_path):
     x, y = data()
     model = compiled(jvpreg.JacobianModel(base()), SpectralNorm(0.1))
@@ -114,6 +118,7 @@ def test_what_is_carried_outlives_epochs_evaluation_and_a_file(tmp_path):
     np.testing.assert_array_equal(plain.base.get_weights()[0], model.base.get_weights()[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", ["functional", "subclassed", "several outputs"])
 def test_models_of_every_kind(build):
     class Subclassed(keras.Model):
@@ -144,6 +149,7 @@ def test_models_of_every_kind(build):
     assert history[-1] > 0
 
 
+@pytest.mark.slow
 def test_within_a_block():
     block = keras.Sequential([keras.Input((5,)), layers.Dense(4, activation="tanh")])
     layer = jvpreg.layers.JacobianPenalty(block, [SpectralNorm(1.0), jvpreg.regularizers.JacobianNorm(0.0)])

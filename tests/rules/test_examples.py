@@ -267,6 +267,7 @@ def test_taps_of_a_part_of_the_batch():
         np.testing.assert_allclose(np.sum(product * v), np.sum(numpy(at_nodes[name]) * tap), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_penalties_see_each_example():
     """Penalties on contributions within `TimeDistributed`, and on a random part of the batch."""
     model, x = made(Call(by_steps))

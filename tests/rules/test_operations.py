@@ -188,6 +188,7 @@ def test_a_reshape_by_the_batch_can_be_cut(sizes):
     np.testing.assert_allclose(numpy(lin.jvp(u)).reshape(u.shape), u * np.cos(x))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="elsewhere the size of a batch is known")
 def test_a_reshape_to_sizes_that_are_not_known():
     import tensorflow as tf
@@ -203,6 +204,7 @@ def test_a_reshape_to_sizes_that_are_not_known():
         np.testing.assert_array_equal(run(x), u.reshape(3, 12, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="elsewhere the size of a batch is known")
 def test_a_size_of_the_batch_that_is_not_known():
     """A token for each example, and a table of positions cut to the sequence, in a graph of TensorFlow."""

@@ -100,6 +100,7 @@ def test_rules_compute_in_the_precision_of_their_layers():
     assert checked > 60
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() == "jax", reason="a minute of compilation: rules are found alike on all")
 def test_no_row_is_left_to_autodiff(float64):
     """No case needs autodiff, and tangents reach every trainable weight."""
@@ -169,6 +170,7 @@ def _attention_written_out(layer, query, value, causal=False):
     return layer._output_dense(ops.einsum("bnts,bsnh->btnh", ops.softmax(logits), v))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "arguments"),
     [

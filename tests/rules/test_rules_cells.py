@@ -45,6 +45,7 @@ def test_which_cells_are_split(kind):
     assert isinstance(cells.cell_of(layer, Context(xla=True), "float32"), cells.WholeCell)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(JAX, reason="no cell is split there")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_parts_are_the_whole_cell(float64, monkeypatch, kind):

@@ -7,6 +7,7 @@ from cases import first_rows, skip_if_unavailable
 import jvpreg
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch.compile takes half a minute a row")
 @pytest.mark.parametrize("case", first_rows(), ids=lambda case: case.id)
 def test_rule_compiled(case):

@@ -63,6 +63,7 @@ def test_of_a_jacobian_penalty(kind):
     assert np.abs(ops.convert_to_numpy(layer._carried[0]) - before).max() > 0
 
 
+@pytest.mark.slow
 def test_a_file_that_holds_what_is_not_finite(tmp_path):
     model = compiled(CARRYING["singular vectors"]())
     model.train_on_batch(X, X)
@@ -76,6 +77,7 @@ def test_a_file_that_holds_what_is_not_finite(tmp_path):
     np.testing.assert_array_equal(carried(other), fresh)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps_per_execution", [1] if keras.backend.backend() == "torch" else [1, 2])
 def test_steps_without_penalties_leave_it_as_it_was(steps_per_execution):
     """Steps with and without penalties are two functions, or the branches of a conditional."""

@@ -137,6 +137,7 @@ def penalty_along_ones(base, x):
 # ---------------------------------------------------------------- as the plain model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [{}, {"jacobian_regularizers": []}])
 def test_without_regularizers_it_trains_as_the_plain_model_to_the_bit(arguments):
     x, y = data()
@@ -579,6 +580,7 @@ def test_prediction_never_linearizes(linearizations):
     assert linearizations
 
 
+@pytest.mark.slow
 def test_validation_does_not_change_what_is_trained():
     x, y = data()
     weights, histories = [], []
@@ -597,6 +599,7 @@ def test_validation_does_not_change_what_is_trained():
     assert histories[0]["frobenius_norm_squared"] == histories[1]["frobenius_norm_squared"]
 
 
+@pytest.mark.slow
 def test_the_same_seed_draws_the_same_directions():
     x, y = data()
 
@@ -611,6 +614,7 @@ def test_the_same_seed_draws_the_same_directions():
 # ---------------------------------------------------------------- compile
 
 
+@pytest.mark.slow
 def test_compiling_again_forgets_the_earlier_penalties():
     x, y = data()
     model = compiled(smooth_base(), [JacobianNorm(0.1, name="first"), AlongOnes(0.1)])

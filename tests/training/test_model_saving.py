@@ -62,6 +62,7 @@ def assert_same_weights(one, two):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_loaded_model_trains_on_as_the_original_would(tmp_path):
     x, y = data()
     model = make_model(jacobian_interval=2, jacobian_fraction=0.5, jacobian_evaluate=False)
@@ -81,6 +82,7 @@ def test_a_loaded_model_trains_on_as_the_original_would(tmp_path):
     assert_same_weights(loaded, model)
 
 
+@pytest.mark.slow
 def test_the_base_alone_is_a_plain_model(tmp_path):
     x, y = data()
     model = make_model()
@@ -91,6 +93,7 @@ def test_the_base_alone_is_a_plain_model(tmp_path):
     np.testing.assert_array_equal(loaded.predict(x, verbose=0), model.predict(x, verbose=0))
 
 
+@pytest.mark.slow
 def test_weights_alone(tmp_path):
     x, y = data()
     model = make_model()
@@ -101,6 +104,7 @@ def test_weights_alone(tmp_path):
     assert_same_weights(other, model)
 
 
+@pytest.mark.slow
 def test_a_clone_has_the_penalties_and_weights_of_its_own():
     x, y = data()
     model = make_model(jacobian_interval=3)

@@ -272,6 +272,7 @@ def test_wherever_data_come_from(source):
     np.testing.assert_allclose(logs["along_ones"], penalty, rtol=2e-3)
 
 
+@pytest.mark.slow
 def test_in_a_part_of_the_batch_and_in_validation():
     x, base = inputs(), two_outputs("list")
     y = [np.ones((SIZE, 2), "float32"), np.zeros((SIZE, 1), "float32")]
