@@ -132,25 +132,25 @@ def key_of(args: tuple, kwargs: dict, *facts: Any) -> tuple | None:
     values = values_among(args, kwargs)
     if not values or any(is_symbol(value.primal) or not runs_eagerly(value.primal) for value in values):
         return None
-    places: dict[int, int] = {}
-
-    def described(leaf):
-        if isinstance(leaf, Value):
-            mask = leaf.mask
-            known = None if mask is None else (places.setdefault(mask.slot, len(places)), _kind(mask.primal))
-            return Value, _kind(leaf.primal), known
-        if isinstance(leaf, (list, tuple)):
-            return type(leaf), tuple(map(described, leaf))
-        if isinstance(leaf, dict):
-            return type(leaf), tuple((key, described(value)) for key, value in leaf.items())
-        return type(leaf), leaf
-
     leaves = [leaf for leaf in leaves_of([args, kwargs]) if not isinstance(leaf, Value)]
     if not all(isinstance(leaf, PLAIN) for leaf in leaves):
         return None
     # In checks of rules float64 is kept, and so it is in what symbols say of dtypes.
     promotion = keras.config.floatx(), keras.backend.result_type("float64", "float64")
-    return described((args, kwargs)), promotion, *facts
+    return _described((args, kwargs), {}), promotion, *facts
+
+
+def _described(leaf, places: dict[int, int]):
+    """What symbols depend on of a leaf or a structure; equal masks have equal `places`."""
+    if isinstance(leaf, Value):
+        mask = leaf.mask
+        known = None if mask is None else (places.setdefault(mask.slot, len(places)), _kind(mask.primal))
+        return Value, _kind(leaf.primal), known
+    if isinstance(leaf, (list, tuple)):
+        return type(leaf), tuple(_described(part, places) for part in leaf)
+    if isinstance(leaf, dict):
+        return type(leaf), tuple((key, _described(value, places)) for key, value in leaf.items())
+    return type(leaf), leaf
 
 
 def _kind(tensor) -> tuple:
