@@ -33,7 +33,7 @@ def kept(found: Any, finite: Tensor) -> Result:
     if isinstance(found, SpectralDensity):
         result: Result = found._replace(num_matvecs=None)
     elif isinstance(found, Estimate):
-        result = Estimate(found.value, converged=found.converged)
+        result = Estimate(found.value, converged=_of_numbers(found.converged, found.value))
     else:
         result = Estimate(ops.convert_to_tensor(found))
 
@@ -47,6 +47,13 @@ def kept(found: Any, finite: Tensor) -> Result:
         return nan_unless(finite, ops.cast(part, "complex64" if is_complex else "float32"))
 
     return each_part(as_floats, result)
+
+
+def _of_numbers(converged: Tensor | None, value: Tensor) -> Tensor | None:
+    """`converged` as floats: NaN where the value is, since ReLU may hide from the outputs what is not finite."""
+    if converged is None:
+        return None
+    return ops.where(ops.not_equal(value, value), math.nan, ops.cast(converged, "float32"))
 
 
 def each_part(function: Callable, result: R) -> R:
