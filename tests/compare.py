@@ -55,8 +55,14 @@ def assert_close(received, expected, tolerance=1e-10):
 def attention_written_out(query, key, value, bias=None, mask=None, scale=None, is_causal=False, **_):
     """Attention with a softmax in float64 (JAX' is in float32). A row that is all masked has no tangent."""
     key, value = (ops.repeat(heads, query.shape[2] // heads.shape[2], axis=2) for heads in (key, value))
-    logits = ops.einsum("btnh,bsnh->bnts", query, key) * scale
+    logits = ops.einsum("btnh,bsnh->bnts", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
     mask = True if mask is None else mask
     if is_causal:
         mask = ops.logical_and(mask, np.tri(query.shape[1], key.shape[1]) > 0)
     return ops.einsum("bnts,bsnh->btnh", ops.softmax(ops.where(mask, logits, -1e30)), value)
+
+
+def without_rounded_attention(monkeypatch):
+    """Keras' attention with a softmax in float64 on JAX, whose own is in float32: differences of outputs need it."""
+    if JAX:
+        monkeypatch.setattr("keras.src.backend.nn.dot_product_attention", attention_written_out)

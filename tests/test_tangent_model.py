@@ -6,7 +6,7 @@ import pytest
 from keras import layers, ops
 
 import jvpreg
-from tests.compare import assert_close, normal, numpy, randomize
+from tests.compare import assert_close, normal, numpy, randomize, without_rounded_attention
 
 BACKEND = keras.backend.backend()
 
@@ -213,8 +213,9 @@ def test_whole_numbers_have_no_tangent(kind, tmp_path):
 
 
 @pytest.mark.parametrize("make", [convolutional, attentive, two_inputs])
-def test_a_second_application_is_a_second_derivative(make, float64):
+def test_a_second_application_is_a_second_derivative(make, float64, monkeypatch):
     """Against differences of the first product in float64."""
+    without_rounded_attention(monkeypatch)
     base = randomize(make())
     first = jvpreg.TangentModel(base)
     second = jvpreg.TangentModel(first)
