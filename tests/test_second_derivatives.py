@@ -138,6 +138,27 @@ def test_several_inputs():
     )
 
 
+def test_an_integer_beside_what_bends():
+    """The counter of a loop is an output of the loop's node, and has no tangent."""
+    x = keras.Input((2,))
+    start = ops.convert_to_tensor(0)
+    _, power = ops.while_loop(lambda i, z: i < 2, lambda i, z: (i + 1, z * z), (start, x))
+    lin = jvpreg.linearize(keras.Model(x, power), np.array([[1.0, 2.0]]), order=2)
+    np.testing.assert_allclose(numpy(lin.hvp(np.ones((1, 2)), np.ones((1, 2)))), [[12, 48]], rtol=1e-12)  # of x⁴
+
+
+def test_mixed_precision():
+    model = keras.Sequential([keras.Input((2,)), layers.Dense(1, activation="tanh", dtype="mixed_bfloat16")])
+    lin = jvpreg.linearize(randomize(model), normal(1, 2), order=2)
+    products = lin.hvp(normal(1, 2), normal(1, 2)), lin.laplacian(), lin.hessian()
+    assert {keras.backend.standardize_dtype(product.dtype) for product in products} == {"float32"}
+
+
+def coupled():
+    model = keras.Sequential([keras.Input((3,)), layers.BatchNormalization()])
+    return jvpreg.linearize(model, normal(2, 3), training=True, batch_statistics="coupled", order=2)
+
+
 def gradient(model, penalty, variable):
     """The gradient of a penalty by a weight, by the backend's first-order autodiff."""
     if keras.backend.backend() == "tensorflow":
@@ -201,6 +222,8 @@ def test_the_first_order_records_nothing_more():
             "argument `order`. Expected an integer from 1",
         ),
         (lambda lin: lin.take([0]).laplacian(), "linearize the part itself"),
+        (lambda lin: coupled().laplacian(), "has no Laplacian of each"),
+        (lambda lin: coupled().hessian(), "has no Hessian of each"),
         (lambda lin: lin.hvp(normal(2, 4), normal(2, 3)), "argument `u`. Expected shape"),
         (lambda lin: lin.hvp(normal(2, 3), normal(5, 2, 3)), "the same number of probes"),
         (lambda lin: lin.laplacian(normal(2, 3)), "argument `directions`. Expected a leading axis"),

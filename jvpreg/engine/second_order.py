@@ -125,7 +125,10 @@ def _through(node: Node, jets: Sequence[Jet], leading: tuple, count, summed: boo
     if pushforward.bends and all(any(getattr(jet, name) is not None for jet in jets) for name in ("u", "w")):
         added = _second(node, [jet.u for jet in jets], [jet.w for jet in jets], summed)
     found = []
-    for image, more in zip(images, added, strict=True):
+    for image, more, value in zip(images, added, node.outputs, strict=True):
+        if not value.has_tangents:  # The counter of a loop has none, beside outputs that do.
+            found.append(ZERO)
+            continue
         pushed, start = {}, 0
         for name, size in groups:
             pushed[name] = None if image is None else image[start : start + size]

@@ -14,7 +14,14 @@ from jvpreg.engine.frozen_model import FrozenModel
 from jvpreg.engine.inputs import check_moving
 from jvpreg.engine.second_order import bends, push_twice
 from jvpreg.engine.starts import possible_starts
-from jvpreg.engine.tangents import check_count, each_name, pack_products, standardize_tangents, zeros
+from jvpreg.engine.tangents import (
+    at_least_float32,
+    check_count,
+    each_name,
+    pack_products,
+    standardize_tangents,
+    zeros,
+)
 
 
 class TwiceFrozenModel(FrozenModel):
@@ -71,8 +78,8 @@ class TwiceFrozenModel(FrozenModel):
             Like the outputs. In float32 at least.
 
         Raises:
-            ValueError: a shape does not fit, the chunk size is not a positive integer, or the model was not linearized
-                with `order=2`.
+            ValueError: a shape does not fit, the chunk size is not a positive integer, the examples of the batch are
+                coupled and no directions are given, or the model was not linearized with `order=2`.
 
         Reference: Li et al. (2024), "A computational framework for neural network-based variational Monte Carlo with
         Forward Laplacian".
@@ -90,7 +97,8 @@ class TwiceFrozenModel(FrozenModel):
         chunk_size = checks.count("chunk_size", chunk_size)
         self._check_moving(self.inputs, "x")
         if directions is None:
-            chunks, shared = self._coordinates(chunk_size), not self.couples_examples
+            self._check_uncoupled("Laplacian", " Pass `directions` of the whole batch.")
+            chunks, shared = self._coordinates(chunk_size), True
         else:
             flat = self._flatten_inputs(directions, "directions")
             check_count(flat, self.inputs, "directions", "x")
@@ -119,17 +127,24 @@ class TwiceFrozenModel(FrozenModel):
 
         Returns:
             `(B, *output, *input, *input)`. For several inputs, a structure like `x` of structures like `x` of them; for
-            several outputs, a structure like the outputs of these.
+            several outputs, a structure like the outputs of these. In float32 at least.
 
         Raises:
             ValueError: the chunk size is not a positive integer, the examples of the batch are coupled, or the model
                 was not linearized with `order=2`.
+
+        Example:
+
+        >>> import keras, numpy as np, jvpreg
+        >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Lambda(lambda x: x[:, :1] * x[:, 1:])])
+        >>> lin = jvpreg.linearize(model, np.ones((1, 2)), order=2)
+        >>> keras.ops.convert_to_numpy(lin.hessian()).tolist()
+        [[[[0.0, 1.0], [1.0, 0.0]]]]
         """
         self._check_order("hessian")
         chunk_size = checks.count("chunk_size", chunk_size)
         self._check_moving(self.inputs, "x")
-        if self.couples_examples:
-            raise ValueError("A linearization that couples the examples of a batch has no Hessian of each.")
+        self._check_uncoupled("Hessian")
         self._warn_if_flat()
         size, dtype = probes.dimension(self.inputs), widest_dtype(self.inputs)
         first, second = np.triu_indices(size)
@@ -152,7 +167,7 @@ class TwiceFrozenModel(FrozenModel):
         places = list(zip(ends[:-1], ends[1:], self.inputs, strict=True))
         blocks = []
         for y, *parts in zip(tree.flatten(self.outputs), *chunks, strict=True):
-            pairs = ops.take(ops.concatenate(parts), ops.convert_to_tensor(pair_of), axis=0)
+            pairs = ops.take(at_least_float32(ops.concatenate(parts)), ops.convert_to_tensor(pair_of), axis=0)
             whole = ops.moveaxis(pairs, (0, 1), (-2, -1))  # (D, D, B, …) to (B, …, D, D)
 
             def block(one: tuple, other: tuple, whole: Tensor = whole, y: Tensor = y) -> Tensor:
@@ -164,18 +179,14 @@ class TwiceFrozenModel(FrozenModel):
         return tree.pack_sequence_as(self.outputs, blocks)
 
     def _coordinates(self, chunk_size: int) -> list[list]:
-        """All unit vectors of the inputs that have tangents, in chunks `(P, 1, …)`; `(P, B, …)` of coupled examples."""
+        """All unit vectors of the inputs that have tangents, in chunks `(P, 1, …)`: one row does for all examples."""
         moving = [v.has_tangents for v in self._graph.inputs]
-        space = [x for x, moves in zip(self.inputs, moving, strict=True) if moves]
+        space = [x[:1] for x, moves in zip(self.inputs, moving, strict=True) if moves]
         size, dtype = probes.dimension(space), widest_dtype(space)
-        batch = ops.shape(self.inputs[0])[0]
-        if not self.couples_examples:  # One row does for all.
-            space, batch = [x[:1] for x in space], 1
         chunks = []
         for start in range(0, size, chunk_size):
             rows = ops.one_hot(ops.arange(start, min(start + chunk_size, size)), size, dtype=dtype)
-            rows = ops.broadcast_to(ops.expand_dims(rows, 1), (rows.shape[0], batch, size))
-            remaining = iter(tree.flatten(probes.split(rows, space)))
+            remaining = iter(tree.flatten(probes.split(ops.expand_dims(rows, 1), space)))
             chunks.append([next(remaining) if moves else None for moves in moving])
         return chunks
 
@@ -190,6 +201,10 @@ class TwiceFrozenModel(FrozenModel):
                 f"Invalid value for argument `order` of `jvpreg.linearize`. Expected order=2, which `{product}` needs. "
                 f"Received: order={self.order}."
             )
+
+    def _check_uncoupled(self, product: str, remedy: str = "") -> None:
+        if self.couples_examples:
+            raise ValueError(f"A linearization that couples the examples of a batch has no {product} of each.{remedy}")
 
     def _warn_if_flat(self) -> None:
         if self._warned or bends(self._graph):
