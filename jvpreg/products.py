@@ -82,7 +82,8 @@ def linearize(
             use those that XLA compiles rightly, and all if it is False. No result changes.
         at: the path of a layer (`"path:0"` its first run of several): derivatives are by the one tensor that it
             returned, `(B, …)`, and tangents are like it. What bypasses the layer is held constant, masks too.
-        order: 2 if second derivatives are wanted, by `.hvp(u, w)` and `.laplacian()`; they cost nothing until then.
+        order: 2 if second derivatives are wanted, by `.hvp(u, w)`, `.laplacian()` and `.hessian()`; they cost nothing
+            until then.
 
     Returns:
         A `Linearization`: `.outputs`, `.jvp(u)`, `.vjp(v)`, `.intercepts`, `.fallbacks`.

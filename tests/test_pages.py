@@ -10,7 +10,7 @@ from tests import interface
 from tests.pages import BLOCK, DOCS, PAGES, ROOT, blocks, words
 
 # Pages whose blocks are a program, in which nothing is left out; and those that train: numbers differ by the processor.
-PROGRAMS = ["tutorial-rules.md", "where-to-look.md", "extending.md", "faq.md"]
+PROGRAMS = ["tutorial-rules.md", "where-to-look.md", "extending.md", "faq.md", "second-derivatives.md"]
 TRAINING = ["index.md", *(f"guides/{name}.md" for name in ("constrain", "distill", "explain", "regularize", "watch"))]
 # Pages of which other tests run the code.
 ELSEWHERE = {"README.md", "tour.md", "tracking.md", "many-devices.md"}
