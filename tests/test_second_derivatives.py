@@ -57,6 +57,7 @@ def rows():
     return cases.first_rows() if keras.backend.backend() == "tensorflow" else cases.LAYERS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", rows(), ids=lambda case: case.id)
 @pytest.mark.filterwarnings("ignore:The model is piecewise affine")
 def test_every_layer(case):

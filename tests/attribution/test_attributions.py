@@ -79,6 +79,7 @@ def test_tokens_and_intercepts_sum_to_the_output():
     assert np.abs(numpy(full.from_biases())).min() > 1e-2
 
 
+@pytest.mark.slow
 def test_integrated_gradients_of_tokens_are_complete():
     """The model goes on from the points on the line under the mask of the ids; raw parts sum to the difference."""
     model = of_sentences()

@@ -37,6 +37,7 @@ def test_it_stops_and_says_where(kind, factor, words):
     assert event.reference == pytest.approx(np.median(history["jacobian/frobenius_norm"][:2]))
 
 
+@pytest.mark.slow
 def test_it_warns_once_for_each_time_and_goes_on():
     probe = JacobianProbe(data(4)[0])
     guard = JacobianGuard(probe, "spectral_norm", action="warn")
@@ -118,6 +119,7 @@ def test_of_token_ids_only_what_is_not_finite_has_a_place():
         model.fit(callbacks=[Scale("last", {1: math.nan}), probe, guard], **fitting)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch runs it each time")
 def test_it_is_compiled_once(monkeypatch):
     traces, counts = [], []

@@ -109,6 +109,7 @@ def test_a_damaged_file_is_told_and_left_out(tmp_path, damage):
     assert list(probe.history) == [0, 2, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "metrics"), [(5, ["frobenius_norm"]), (4, ["spectral_norm"])])
 def test_what_another_probe_measured_is_told_and_left_out(tmp_path, size, metrics):
     model = make_model()
@@ -136,6 +137,7 @@ def guarded(folder, **kwargs):
     return probe, JacobianGuard(probe, **kwargs)
 
 
+@pytest.mark.slow
 def test_the_guard_goes_on_with_the_reference(tmp_path):
     model = still_model()
     healthy = fit(model, *guarded(tmp_path, window=2), epochs=3).history["jacobian/frobenius_norm"]
@@ -147,6 +149,7 @@ def test_the_guard_goes_on_with_the_reference(tmp_path):
     assert event.reference == np.median(healthy[1:])
 
 
+@pytest.mark.slow
 def test_the_guard_does_not_warn_again_of_what_it_had_seen(tmp_path):
     model = still_model()
     with pytest.warns(UserWarning, match="Epoch 2: .* exploded"):

@@ -37,6 +37,7 @@ class Truth(keras.callbacks.Callback):
         self.singular_values.append(np.linalg.svd(jacobians, compute_uv=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "JacobianModel"])
 def test_it_follows_the_weights(wrapped):
     x = data(10)[0]
@@ -67,6 +68,7 @@ def test_training_goes_on_as_if_nobody_looked(wrapped):
         np.testing.assert_array_equal(without, with_)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch runs it each time")
 def test_it_is_compiled_once(monkeypatch):
     traces = []
@@ -116,6 +118,7 @@ def test_batches_are_measured_too():
     assert len({value for value in seen if value is not None}) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="torch has no steps_per_execution")
 def test_batches_are_measured_when_several_run_at_once():
     seen = []
@@ -157,6 +160,7 @@ def test_named_inputs():
     assert history[KEYS[0]][0] > 0
 
 
+@pytest.mark.slow
 def test_another_model_is_measured_anew():
     probe = JacobianProbe(data(10)[0], ["frobenius_norm"])
     first, second = make_model(), keras.Sequential([keras.Input((6,)), layers.Dense(3, kernel_initializer="zeros")])
@@ -307,6 +311,7 @@ def test_of_a_square_jacobian_the_log_says_so():
     assert {"jacobian/eigenvalue_J_2_abs", "jacobian/eigenvalue_J_converged", "jacobian/mine_converged"} <= set(logs)
 
 
+@pytest.mark.slow
 def test_the_result_says_whether_it_was_iterated():
     """It says so however the function is written, and for an estimator of the user's own too."""
 

@@ -22,6 +22,7 @@ def linear(seed):
     return keras.Sequential([keras.Input((4,)), layers.Dense(3, name="dense", bias_initializer="normal")])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [teacher, student])
 def test_a_student_equal_to_its_teacher_has_no_distance(make):
     x, y = batch()
@@ -58,6 +59,7 @@ def expected(networks, x, y, target):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("target", ["label", "predicted"])
 def test_the_distances_and_the_loss(target):
@@ -204,6 +206,7 @@ def test_sample_weights_weigh_the_distances():
     np.testing.assert_allclose(logs["loss"], value, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_losses_of_keras_are_those_of_its_own_distiller():
     x, y = batch()
     own = [

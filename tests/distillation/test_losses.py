@@ -83,6 +83,7 @@ def test_sizes_that_differ():
     np.testing.assert_allclose(logs["bias_jacobian_matching"], ((pooled[1] - bias[1]) ** 2).sum() / 6, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_pairs_by_size(capsys):
     losses = [AttentionMatching(1.0), BiasJacobianMatching(1.0, layers="auto")]
     distiller = jvpreg.JacobianDistiller(teacher(), student(), losses)

@@ -441,6 +441,7 @@ def test_a_quantized_layer():
         jvpreg.linearize(model, normal(2, 4))
 
 
+@pytest.mark.slow
 def test_a_batch_of_unknown_size_through_a_layer_that_reshapes():
     """In `fit` on TensorFlow the batch size is unknown when group normalization reads the shape."""
     model = keras.Sequential([keras.Input((4, 4)), layers.GroupNormalization(2), layers.Flatten(), layers.Dense(2)])

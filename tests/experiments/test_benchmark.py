@@ -42,6 +42,7 @@ def weights_summary(weights_config):
     return weights_study.STUDY.run(weights_config)
 
 
+@pytest.mark.slow
 def test_products_along_every_kernel_are_checked_and_timed(weights_summary):
     rows = {row["name"]: row for row in weights_summary["entries"]}
     assert list(rows) == ["forward", "primal", "input", "dense1", "dense2", "logits", "all"]
@@ -251,6 +252,7 @@ def test_bias_penalties_are_checked_and_timed(biases_config):
     assert "double backpropagation, last convolution" in table
 
 
+@pytest.mark.slow
 def test_a_wrong_bias_penalty_is_seen(biases_config, monkeypatch):
     right = jvpreg.regularizers.BiasJacobianNorm.penalty
     monkeypatch.setattr(jvpreg.regularizers.BiasJacobianNorm, "penalty", lambda self, seen: 1.01 * right(self, seen))

@@ -165,6 +165,7 @@ def test_several_directions_are_pushed_at_once(registered, tmp_path):
     assert "| one more |" in (tmp_path / "probes.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.every_backend
 def test_products_one_after_the_other_are_right_and_timed(registered, tmp_path):
     config = IterateConfig(architecture="smooth", counts=[1, 3], folder=str(tmp_path), **CONFIG)

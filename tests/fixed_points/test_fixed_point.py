@@ -60,6 +60,7 @@ def unrolled(cell, steps=80):
     return run
 
 
+@pytest.mark.slow
 def test_products_and_weight_gradients_against_unrolled_autodiff(float64):
     cell = tanh_cell()
     layer = FixedPoint(cell, **TIGHT)

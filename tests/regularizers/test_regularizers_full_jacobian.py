@@ -108,6 +108,7 @@ def compiled(model, regularizer, learning_rate=0.0, **kwargs):
     return wrapped
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REGULARIZERS)
 def test_the_penalty_and_its_gradient(name):
     regularizer = REGULARIZERS[name]

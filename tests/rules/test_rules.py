@@ -76,6 +76,7 @@ def test_every_layer_of_keras_is_covered_or_meaningless():
     assert not [layer.__name__ for layer in covered if layer in MEANINGLESS]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(keras.backend.backend() == "jax", reason="a minute of compilation: rules cast alike on all")
 def test_rules_compute_in_the_precision_of_their_layers():
     """A rule's output is the layer's own in mixed precision, in value but for rounding, and in dtype."""

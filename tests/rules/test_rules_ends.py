@@ -149,6 +149,7 @@ def test_at_an_end_a_tangent_of_zero_stays_zero(name):
         assert sign * numpy(product(np.array([[-2.0]])))[0, 0] < -1e299
 
 
+@pytest.mark.slow
 def test_a_penalty_trains_at_these_points():
     """The gradient of a penalty asks for the slope's own slope: with x K = 0, every function is at its end."""
     x = keras.Input((2,))

@@ -427,6 +427,7 @@ def test_the_interval_in_float64():
     np.testing.assert_allclose(losses[0] - losses[1], 0.6 * penalty_along_ones(base, x).mean(), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_fraction_draws_every_part_of_the_batch_equally_often():
     x, y = data(4)
     base = smooth_base()
@@ -513,6 +514,7 @@ def test_a_last_batch_that_is_smaller():
     np.testing.assert_allclose(history["along_ones"][0], np.sum(base.get_weights()[0].sum(0) ** 2), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_those_of_one_large_batch():
     x, y = data(16)
     weights = []

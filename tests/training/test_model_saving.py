@@ -123,6 +123,7 @@ def test_a_config_makes_the_model_again():
     assert again.base is not model.base
 
 
+@pytest.mark.slow
 def test_loading_without_compiling(tmp_path):
     model = make_model()
     model.train_on_batch(*data())

@@ -63,6 +63,7 @@ def plain_logs(base, x, y, weights, loss="mse", **arguments):
     return base.evaluate(x, y, sample_weight=weights, verbose=0, return_dict=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dict", "list", "nested"])
 @pytest.mark.parametrize("several", [False, True])
 def test_several_outputs(kind, several):
@@ -82,6 +83,7 @@ def test_several_outputs(kind, several):
     assert len(logs) == 2 * len(metrics)
 
 
+@pytest.mark.slow
 def test_zeros_for_every_output_leave_nothing():
     x, base = inputs(), two_outputs("dict")
     y = {"p": np.ones((SIZE, 2)), "q": np.ones((SIZE, 1))}
